@@ -1,0 +1,67 @@
+# spurmem - one header, its tool, examples and tests.  Needs cc and make, nothing else.
+#
+#   make          the tool, the data tools and the examples, below build/
+#   make demo     the main job on drawn pictures: train, localize, repair; table, summary.json, report.html
+#   make test     the test suite; closes with `N passed, N failed`
+#   make check    the matrix: compilers, standards, sanitizers, cross targets, lint (uses what is installed)
+#   make bench    speed of this machine
+#   make clean
+
+CC ?= cc
+CFLAGS ?= -O2
+LDLIBS = -lm -lpthread
+BUILD = build
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+MAKEFLAGS += -j$(JOBS)
+FLAGS = $(CFLAGS) -DSPURMEM_THREADS -I.
+
+TOOLS = $(BUILD)/spurmem $(BUILD)/repair $(patsubst data_tools/%.c,$(BUILD)/%,$(wildcard data_tools/*.c)) \
+        $(patsubst examples/%.c,$(BUILD)/%,$(filter-out examples/spurmem.c examples/repair.c,$(wildcard examples/*.c)))
+TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+SHARED = $(wildcard ../shared/data/*.tar)
+
+all: $(TOOLS)
+
+$(BUILD)/%: examples/%.c spurmem.h $(wildcard examples/*.h)
+	@mkdir -p $(BUILD)
+	$(CC) $(FLAGS) -o $@ $< $(LDLIBS)
+
+$(BUILD)/%: data_tools/%.c spurmem.h
+	@mkdir -p $(BUILD)
+	$(CC) $(FLAGS) -o $@ $< $(LDLIBS)
+
+# The tests link one prebuilt object; those that look inside include the implementation themselves.
+$(BUILD)/tests/spurmem.o: tests/spurmem.c spurmem.h
+	@mkdir -p $(BUILD)/tests
+	$(CC) $(FLAGS) -c -o $@ $<
+
+$(BUILD)/tests/%: tests/%.c $(wildcard tests/*.h) spurmem.h $(BUILD)/tests/spurmem.o
+	@mkdir -p $(BUILD)/tests
+	$(CC) $(FLAGS) -Itests -o $@ $< $(BUILD)/tests/spurmem.o $(LDLIBS)
+
+demo: $(BUILD)/synth_birds $(BUILD)/repair
+	@rm -rf $(BUILD)/demo && mkdir -p $(BUILD)/demo
+	$(BUILD)/synth_birds --out $(BUILD)/demo/birds
+	$(BUILD)/repair $(BUILD)/demo/birds $(BUILD)/demo
+
+test: $(TOOLS) $(TESTS) $(BUILD)/data.stamp
+	@SPURMEM_BUILD=$(BUILD) SPURMEM_TEST_DATA=$$(cat $(BUILD)/data.stamp) sh tests/run.sh $(sort $(TESTS))
+
+# Real data for some tests, where it lies beside the checkout.
+$(BUILD)/data.stamp: $(SHARED)
+	@mkdir -p $(BUILD)
+	@if [ -n "$(SHARED)" ]; then mkdir -p $(BUILD)/data && for t in $(SHARED); do tar -xf $$t -C $(BUILD)/data; done; echo $(BUILD)/data > $@; else : > $@; fi
+
+check: all
+	sh tests/check.sh
+
+bench: $(BUILD)/spurmem
+	$(BUILD)/spurmem bench
+
+lint:
+	sh tests/lint.sh
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all demo test check bench lint clean

@@ -1,0 +1,257 @@
+/* repair.c - the main job from beginning to end, through the public API: train a classifier that takes a shortcut, show
+ * that it memorizes the groups where the shortcut fails, find the channels that carry this memory, train it away.
+ *
+ *     repair DATA OUT
+ *
+ * `make demo` runs it on the pictures of data_tools/synth_birds.c.  It prints one table and writes OUT/summary.json,
+ * OUT/report.html and two run folders, OUT/erm and OUT/intervene. */
+#define SPURMEM_IMPLEMENTATION
+#include "../spurmem.h"
+#include "terminal.h"
+
+typedef struct demo {
+    spm_context *ctx;
+    spm_dataset *data;
+    const char *out;
+    spm_arch arch;
+    spm_reading reading;
+    spm_error err;
+} demo;
+
+static void path_in(const demo *d, char *path, size_t size, const char *name)
+{
+    snprintf(path, size, "%s/%s", d->out, name);
+}
+
+static void section(const char *title)
+{
+    progress_clear();
+    fprintf(stderr, "\n== %s\n", title);
+}
+
+static void common_settings(demo *d, spm_train_desc *desc, const char *run)
+{
+    desc->out = run;
+    desc->arch = d->arch;
+    desc->reading = d->reading;
+    desc->seed = 1;
+    desc->progress = on_progress;
+    desc->on_epoch = on_epoch;
+}
+
+/* Plain training, kept to its end: by then every training picture is known by heart. */
+static int train_erm(demo *d, const char *run)
+{
+    spm_train_desc desc = spm_train_desc_init(SPM_METHOD_ERM);
+    spm_train_result result;
+    common_settings(d, &desc, run);
+    desc.epochs = 16;
+    desc.eval_every = 4;
+    desc.select = SPM_SELECT_LAST;
+    return spm_train(d->ctx, d->data, &desc, &result, &d->err) == SPM_OK && !result.stopped;
+}
+
+/* The intervention of METHOD 2.6 in its sound profile: a second branch without the critical channels, contrast between
+ * the branches' features, and a cross-entropy in which every group weighs the same. */
+static int train_intervention(demo *d, const char *run, const char *checkpoint)
+{
+    spm_train_desc desc = spm_train_desc_init(SPM_METHOD_INTERVENE);
+    spm_train_result result;
+    common_settings(d, &desc, run);
+    desc.checkpoint = checkpoint;
+    desc.epochs = 10;
+    desc.augment = SPM_AUGMENT_LIGHT;
+    desc.optimizer.weight_decay = 0.0f;
+    return spm_train(d->ctx, d->data, &desc, &result, &d->err) == SPM_OK && !result.stopped;
+}
+
+static spm_model *load(demo *d, const char *checkpoint)
+{
+    spm_model *model = spm_model_build(d->ctx, &d->arch, 0, &d->err);
+    if (model && spm_checkpoint_load(model, checkpoint, 0, &d->err)) {
+        spm_model_destroy(model);
+        model = NULL;
+    }
+    return model;
+}
+
+static int evaluate(demo *d, spm_model *model, spm_split split, spm_eval *eval)
+{
+    spm_eval_desc desc = SPM_ZERO;
+    desc.reading = d->reading;
+    desc.split = split;
+    desc.progress = on_progress;
+    return spm_evaluate(model, d->data, &desc, eval, &d->err) == SPM_OK;
+}
+
+/* Removes the 1, 2 and 3 highest-ranked channels, and for the three 19 matched controls. */
+static int localize(demo *d, spm_model *model, spm_criterion criterion, spm_json *json)
+{
+    spm_localize_desc desc = SPM_ZERO;
+    desc.reading = d->reading;
+    desc.criterion = criterion;
+    desc.controls = 19;
+    desc.seed = 1;
+    desc.progress = on_progress;
+    return spm_localize(model, d->data, &desc, json, spm_criterion_name(criterion), &d->err) == SPM_OK;
+}
+
+static int write_json(demo *d, const char *name, spm_json *json)
+{
+    char path[1024];
+    const char *text = spm_json_finish(json);
+    path_in(d, path, sizeof path, name);
+    return text && spm_file_write(d->ctx, path, text, strlen(text), &d->err) == SPM_OK;
+}
+
+static void print_cell(const spm_group_metrics *g)
+{
+    char share[16];
+    percent(share, sizeof share, g->accuracy);
+    printf("  %5s (%4lld of %4lld)", share, (long long)g->correct, (long long)g->count);
+}
+
+static void print_table(const spm_eval *before, const spm_eval *after)
+{
+    int g, s;
+    printf("\n%-22s  %-22s %-22s %-22s %-22s\n", "group", "train, ERM", "test, ERM", "train, intervention", "test, intervention");
+    for (g = 0; g < before[0].n_groups; g++) {
+        printf("%-22s", before[0].groups[g].name);
+        for (s = 0; s < 4; s++) print_cell(s < 2 ? &before[s].groups[g] : &after[s - 2].groups[g]);
+        printf("\n");
+    }
+    printf("%-22s", "worst group");
+    for (s = 0; s < 4; s++) printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->worst_accuracy);
+    printf("\n%-22s", "mean");
+    for (s = 0; s < 4; s++) printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->mean_accuracy);
+    printf("\n");
+}
+
+/* The top channels of every ranking, and what removing the top three did to the ranked group. */
+static void print_channels(const spm_json_value *study, const char *criterion)
+{
+    const spm_json_value *rankings = spm_json_get(study, "rankings");
+    int64_t i, u;
+    for (i = 0; i < spm_json_length(rankings); i++) {
+        const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units");
+        int64_t group = spm_json_as_int(spm_json_get(ranking, "group"), -1);
+        if (group >= 0) printf("%-10s group %lld:", criterion, (long long)group);
+        else printf("%-10s all    :", criterion);
+        for (u = 0; u < spm_json_length(units); u++) {
+            const spm_json_value *unit = spm_json_at(units, u);
+            printf("  %s[%lld]", spm_json_as_string(spm_json_get(unit, "parameter"), "?"), (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0));
+        }
+        printf("\n");
+    }
+}
+
+/* Everything behind the training: studies, table, summary, report. */
+static int finish(demo *d, const char *erm, const char *intervene, const char *erm_file, const char *repaired_file)
+{
+    spm_eval before[2], after[2];
+    spm_model *model = load(d, erm_file), *repaired = load(d, repaired_file);
+    spm_json *study = spm_json_create(d->ctx), *summary = spm_json_create(d->ctx);
+    spm_report_desc report = SPM_ZERO;
+    const char *runs[2], *text;
+    char path[1024];
+    int ok = model && repaired && study && summary;
+    memset(before, 0, sizeof before);
+    memset(after, 0, sizeof after);
+    if (ok) {
+        section("find the channels that carry the memory");
+        spm_json_object_begin(study, NULL);
+        ok = localize(d, model, SPM_CRITERION_GRADIENT, study) && localize(d, model, SPM_CRITERION_MAGNITUDE, study);
+        spm_json_object_end(study);
+    }
+    ok = ok && evaluate(d, model, SPM_TRAIN, &before[0]) && evaluate(d, model, SPM_TEST, &before[1]);
+    ok = ok && evaluate(d, repaired, SPM_TRAIN, &after[0]) && evaluate(d, repaired, SPM_TEST, &after[1]);
+    if (ok) {
+        spm_json_object_begin(summary, NULL);
+        spm_eval_json(summary, "erm", &before[1]);
+        spm_eval_json(summary, "intervene", &after[1]);
+        text = spm_json_finish(study);
+        spm_json_raw(summary, "localize", text ? text : "null");
+        spm_json_object_end(summary);
+        ok = write_json(d, "summary.json", summary) && write_json(d, "erm/localize.json", study);
+    }
+    if (ok) {
+        runs[0] = erm;
+        runs[1] = intervene;
+        report.runs = runs;
+        report.n_runs = 2;
+        report.title = "Synthetic birds: memory found and removed";
+        report.command = "make demo";
+        path_in(d, path, sizeof path, "report.html");
+        ok = spm_report_write(d->ctx, &report, path, &d->err) == SPM_OK;
+    }
+    progress_clear();
+    if (ok) {
+        spm_json_value *root;
+        text = spm_json_finish(study);
+        root = spm_json_parse(d->ctx, "study", text, strlen(text), &d->err);
+        print_table(before, after);
+        printf("\ntop channels\n");
+        print_channels(spm_json_get(root, "gradient"), "gradient");
+        print_channels(spm_json_get(root, "magnitude"), "magnitude");
+        printf("\n%s/summary.json and %s/report.html have the rest\n", d->out, d->out);
+        spm_json_free(d->ctx, root);
+    }
+    spm_eval_free(d->ctx, &before[0]);
+    spm_eval_free(d->ctx, &before[1]);
+    spm_eval_free(d->ctx, &after[0]);
+    spm_eval_free(d->ctx, &after[1]);
+    spm_json_destroy(study);
+    spm_json_destroy(summary);
+    spm_model_destroy(model);
+    spm_model_destroy(repaired);
+    return ok;
+}
+
+static int run(demo *d, const char *path)
+{
+    char erm[1024], intervene[1024], erm_file[1100], repaired_file[1100];
+    spm_dataset_desc opening = SPM_ZERO;
+    path_in(d, erm, sizeof erm, "erm");
+    path_in(d, intervene, sizeof intervene, "intervene");
+    snprintf(erm_file, sizeof erm_file, "%s/last.safetensors", erm);
+    snprintf(repaired_file, sizeof repaired_file, "%s/best.safetensors", intervene);
+    opening.path = path;
+    d->data = spm_dataset_open(d->ctx, &opening, &d->err);
+    if (!d->data) return 0;
+    d->arch.height = d->arch.width_px = 64;
+    d->arch.classes = spm_dataset_classes(d->data);
+    if (spm_arch_parse(d->ctx, "resnet18:width=16", &d->arch, &d->err)) return 0;
+    d->reading.transform = spm_transform_make(64, 64);
+    d->reading.transform.resize = SPM_RESIZE_EXACT;
+    section("train with empirical risk minimisation (ERM)");
+    if (!train_erm(d, erm)) return 0;
+    section("train it away (intervention)");
+    if (!train_intervention(d, intervene, erm_file)) return 0;
+    return finish(d, erm, intervene, erm_file, repaired_file);
+}
+
+int main(int argc, char **argv)
+{
+    spm_context_desc desc = SPM_ZERO;
+    demo d;
+    int ok;
+    memset(&d, 0, sizeof d);
+    if (argc != 3) {
+        fprintf(stderr, "usage: repair DATA OUT\n");
+        return 2;
+    }
+    d.out = argv[2];
+    desc.log = on_log;
+    d.ctx = spm_context_create(&desc);
+    if (!d.ctx) {
+        fprintf(stderr, "repair: no context: this machine lacks the instruction set in SPURMEM_ISA\n");
+        return 1;
+    }
+    catch_interrupts();
+    ok = run(&d, argv[1]);
+    progress_clear();
+    if (!ok) fprintf(stderr, "repair: %s\n", d.err.status ? d.err.text : "stopped");
+    spm_dataset_close(d.data);
+    spm_context_destroy(d.ctx);
+    return ok ? 0 : 1;
+}

@@ -1,0 +1,1688 @@
+/* spurmem.c - the command-line tool: train, localize, repair, evaluate and inspect image classifiers.
+ *
+ *     cc -O2 -DSPURMEM_THREADS -o spurmem examples/spurmem.c -lm -lpthread
+ *     ./spurmem --help
+ *
+ * It uses the public API of spurmem.h only, so it is also the largest example.  Results go to stdout, progress and log to
+ * stderr.  Exit codes: 0 done, 1 a file or a run failed, 2 the command line is wrong. */
+#define SPURMEM_IMPLEMENTATION
+#include "../spurmem.h"
+#include "terminal.h"
+#include <math.h>
+#include <time.h>
+#if !defined(_WIN32)
+  #include <sys/resource.h>
+#endif
+
+/* ---- the command line ---- */
+
+enum {
+    TRAIN = 1, INTERVENE = 2, EVAL = 4, LOCALIZE = 8, PREDICT = 16, DECODE = 32, REPORT = 64, INSPECT = 128, CONVERT = 256, BENCH = 512,
+    LEARN = TRAIN | INTERVENE,
+    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT,
+    WITH_MODEL = LEARN | EVAL | LOCALIZE | PREDICT | INSPECT,
+    EVERY = 1023
+};
+
+typedef struct command {
+    int id;
+    const char *name, *operands, *summary;
+} command;
+
+static const command commands[] = {
+    { TRAIN, "train", "", "train a classifier into a run folder (--data, --arch or --checkpoint, --out)" },
+    { INTERVENE, "intervene", "", "train against memorization, from a checkpoint (--data, --checkpoint, --out)" },
+    { EVAL, "eval", "", "group metrics of a checkpoint on one split (--data, --checkpoint)" },
+    { LOCALIZE, "localize", "", "rank units, change them, measure every group (--data, --checkpoint)" },
+    { PREDICT, "predict", "FILE...", "classify pictures: a JSON line each (--checkpoint)" },
+    { DECODE, "decode", "IMAGE...", "decode pictures to PNG or PPM, as the network sees them (--out-dir)" },
+    { REPORT, "report", "RUN...", "one self-contained HTML page about run folders (-o FILE)" },
+    { INSPECT, "inspect", "FILE|DIR", "what a checkpoint, a picture or a data set holds" },
+    { CONVERT, "convert", "IN OUT", "a checkpoint to .safetensors, or to a .pth that torch.load reads" },
+    { BENCH, "bench", "[FILE...]", "speed of this machine: peak, kernels, models, decoding" },
+};
+
+typedef enum option_id {
+    O_THREADS, O_ISA, O_SEED, O_QUIET, O_JSON, O_CONV, O_PRECISION, O_HELP,
+    O_DATA, O_FORMAT, O_TARGET, O_CONFOUNDER, O_LIMIT, O_BAD_IMAGE, O_EXIF, O_IMAGE_SIZE, O_NORMALIZE, O_RESIZE,
+    O_ARCH, O_CHECKPOINT, O_NUM_CLASSES, O_ALLOW_PARTIAL, O_HEAD, O_LABEL_ORDER, O_PROFILE, O_BATCH, O_WORKERS,
+    O_OUT, O_METHOD, O_EPOCHS, O_OPTIMIZER, O_LR, O_WEIGHT_DECAY, O_MOMENTUM, O_NESTEROV, O_SCHEDULE, O_WARMUP, O_PATIENCE, O_CLIP,
+    O_AUGMENT, O_SHUFFLE, O_DROP_LAST, O_SELECT, O_MAX_STEPS, O_KEEP_EVERY, O_EVAL_EVERY, O_RESUME, O_LOG_STEPS, O_SEGMENTS,
+    O_TAU, O_LAMBDA, O_PRUNE_FRACTION, O_MASK, O_CONTRAST, O_CE, O_CE_PRUNED, O_BN, O_GROUP_LABELS, O_GROUP_WEIGHTING,
+    O_SPLIT, O_CRITERION, O_GROUPS, O_TOP, O_MODIFY, O_STD, O_REWIND, O_REPEATS, O_CONTROLS, O_SAMPLES,
+    O_SELECT_SPLIT, O_REPORT_SPLITS, O_ALLOW_SAME_SPLIT,
+    O_OUT_DIR, O_AS, O_OUTPUT, O_ONLY, O_COUNT
+} option_id;
+
+/* `value`: NULL for a switch; "a|b" for a choice; else a word for the help. `type`: i integer, n number, s text, c choice,
+ * l list. */
+typedef struct option {
+    option_id id;
+    int commands;
+    char type;
+    const char *name, *value, *fallback, *help;
+} option;
+
+static const option options[] = {
+    { O_THREADS, EVERY, 'i', "threads", "N", "0", "threads to compute on; 0: all cores. Results do not depend on it" },
+    { O_ISA, EVERY, 'c', "isa", "auto|c|avx2|avx512|neon", "auto", "instruction set" },
+    { O_SEED, EVERY, 'i', "seed", "S", "0", "of everything random" },
+    { O_QUIET, EVERY, 'b', "quiet", NULL, NULL, "no progress on stderr" },
+    { O_JSON, EVERY, 's', "json", "FILE", NULL, "write the result as one JSON object; - is stdout" },
+    { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto", "convolution algorithms" },
+    { O_PRECISION, EVERY, 'c', "precision", "fp32", "fp32", "of the arithmetic" },
+    { O_HELP, EVERY, 'b', "help", NULL, NULL, "this text" },
+    { O_DATA, WITH_DATA, 's', "data", "DIR|FILE.tar", NULL, "the data set" },
+    { O_FORMAT, WITH_DATA, 'c', "format", "auto|waterbirds|celeba|metadata|folder|idx|cifar|packed", "auto", "layout of the data set" },
+    { O_TARGET, WITH_DATA, 's', "target", "NAME", "Blond_Hair", "CelebA: the attribute to predict" },
+    { O_CONFOUNDER, WITH_DATA, 's', "confounder", "NAME", "Male", "CelebA: the confounder" },
+    { O_LIMIT, WITH_DATA, 'i', "limit", "N", "0", "use the first N examples of each split; 0: all" },
+    { O_BAD_IMAGE, WITH_DATA, 'c', "on-bad-image", "fail|skip", "fail", "skip leaves unreadable pictures out, counts and lists them" },
+    { O_EXIF, WITH_DATA | PREDICT | DECODE, 'c', "exif", "on|off", "off", "turn pictures as their EXIF orientation says" },
+    { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH, 's', "image-size", "N|HxW", NULL, "network input (the checkpoint's, else 224, CIFAR nets 32)" },
+    { O_NORMALIZE, WITH_MODEL, 's', "normalize", "imagenet|none|m1,m2,m3/s1,s2,s3", "imagenet", "mean and standard deviation" },
+    { O_RESIZE, WITH_MODEL | DECODE, 'c', "resize", "paper|exact|short-side|none", "paper", "how a picture gets the input size" },
+    { O_ARCH, WITH_MODEL, 's', "arch", "NAME", NULL, "resnet18 ... vit_large, with changes: resnet18:width=16,stem=cifar" },
+    { O_CHECKPOINT, WITH_MODEL, 's', "checkpoint", "FILE", NULL, ".safetensors, .pth, .pt or .th" },
+    { O_NUM_CLASSES, WITH_MODEL, 'i', "num-classes", "N", "0", "outputs of the head; 0: the checkpoint's, else the data set's" },
+    { O_ALLOW_PARTIAL, WITH_MODEL, 'b', "allow-partial", NULL, NULL, "accept a checkpoint with another head; the head starts anew" },
+    { O_HEAD, WITH_MODEL, 'c', "head", "logits|softmax", "logits", "softmax: quirk Q1 of the published code" },
+    { O_LABEL_ORDER, WITH_MODEL, 'c', "label-order", "forward|reversed", "forward", "reversed: quirk Q2, output column 0 is the last class" },
+    { O_PROFILE, LEARN | EVAL | LOCALIZE | PREDICT, 'c', "profile", "sound|official", "sound", "official: the published code's behaviour, quirks included" },
+    { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
+    { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
+    { O_OUT, LEARN, 's', "out", "RUN", NULL, "run folder" },
+    { O_METHOD, TRAIN, 'c', "method", "erm|intervene", "erm", "training method" },
+    { O_EPOCHS, LEARN, 'i', "epochs", "N", "30", "passes over the training split" },
+    { O_OPTIMIZER, LEARN, 'c', "optimizer", "adam|adamw|sgd", "adam", "optimizer" },
+    { O_LR, LEARN, 'n', "lr", "F", "1e-3", "learning rate" },
+    { O_WEIGHT_DECAY, LEARN, 'n', "weight-decay", "F", "0", "weight decay, as PyTorch's" },
+    { O_MOMENTUM, LEARN, 'n', "momentum", "F", NULL, "sgd only (.9)" },
+    { O_NESTEROV, LEARN, 'b', "nesterov", NULL, NULL, "sgd only" },
+    { O_SCHEDULE, LEARN, 'c', "schedule", "none|plateau|cosine", "none", "learning rate over epochs" },
+    { O_WARMUP, LEARN, 'i', "warmup", "N", "0", "epochs of linear warm-up" },
+    { O_PATIENCE, LEARN, 'i', "patience", "N", "3", "plateau: epochs without improvement before the rate halves" },
+    { O_CLIP, LEARN, 'n', "clip", "F", "0", "largest L2 norm of the gradient; 0: off" },
+    { O_AUGMENT, LEARN, 'c', "augment", "none|light|paper", "none", "light: flip and shifted crop; paper: RandomResizedCrop and flip" },
+    { O_SHUFFLE, LEARN, 'c', "shuffle", "on|off", "on", "new order every epoch" },
+    { O_DROP_LAST, LEARN, 'b', "drop-last", NULL, NULL, "leave out an incomplete last batch" },
+    { O_SELECT, LEARN, 'c', "select", "wga|accuracy|last", "wga", "which epoch becomes best.safetensors (by the validation split)" },
+    { O_MAX_STEPS, LEARN, 'i', "max-steps", "N", "0", "stop, resumable, after N steps in all" },
+    { O_KEEP_EVERY, LEARN, 'i', "keep-every", "N", "0", "also keep epoch-NNN.safetensors every N epochs" },
+    { O_EVAL_EVERY, LEARN, 'i', "eval-every", "N", "1", "evaluate all splits every N epochs, and after the last" },
+    { O_RESUME, LEARN, 'b', "resume", NULL, NULL, "go on with the run in --out" },
+    { O_LOG_STEPS, LEARN, 's', "log-steps", "FILE", NULL, "a JSON line per step" },
+    { O_SEGMENTS, LEARN, 'b', "segments", NULL, NULL, "less memory: recompute activations block by block" },
+    { O_TAU, LEARN, 'n', "tau", "F", "0.5", "intervention: temperature of the contrast" },
+    { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
+    { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01", "intervention: share of units (official: weights) masked" },
+    { O_MASK, LEARN, 'c', "mask", "critical|official|random|none", "critical", "intervention: what the pruned branch masks" },
+    { O_CONTRAST, LEARN, 'c', "contrast", "features|outputs|none", "features", "intervention: what is contrasted" },
+    { O_CE, LEARN, 'c', "ce", "on|off", "on", "intervention: cross-entropy of the dense branch" },
+    { O_CE_PRUNED, LEARN, 'c', "ce-pruned", "on|off", "off", "intervention: cross-entropy of the pruned branch as well" },
+    { O_BN, LEARN, 'c', "bn", "separate|shared", "separate", "intervention: running statistics of the branches" },
+    { O_GROUP_LABELS, LEARN, 'c', "group-labels", "on|off", "on", "intervention: group labels of the training split are used" },
+    { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on", "intervention: every group weighs the same in the cross-entropy" },
+    { O_SPLIT, EVAL, 'c', "split", "train|val|test", "test", "split to evaluate" },
+    { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion", "gradient|magnitude|weight-gradient|random", "gradient", "how units are ranked" },
+    { O_GROUPS, LOCALIZE, 'l', "groups", "all|0,1,...", "all", "groups to rank units for" },
+    { O_TOP, LOCALIZE, 'l', "top", "K,...", "1,2,3", "how many units are changed at once" },
+    { O_MODIFY, LOCALIZE, 'c', "modify", "zero|zero-unit|noise|reinit|rewind|layer-rewind", "zero-unit", "what happens to them" },
+    { O_STD, LOCALIZE, 'l', "std", "F,...", "0.01", "of noise and reinit" },
+    { O_REWIND, LOCALIZE, 's', "rewind", "FILE", NULL, "the earlier checkpoint for rewind and layer-rewind" },
+    { O_REPEATS, LOCALIZE, 'i', "repeats", "N", NULL, "repetitions (1; noise and reinit 10)" },
+    { O_CONTROLS, LOCALIZE, 'i', "controls", "N", "19", "matched controls for the rows of the largest top" },
+    { O_SAMPLES, LOCALIZE, 'i', "samples", "N", "200", "examples of a group that its gradient is taken on" },
+    { O_SELECT_SPLIT, LOCALIZE, 'c', "select-split", "train|val|test", "train", "split that units are chosen on" },
+    { O_REPORT_SPLITS, LOCALIZE, 'l', "report-splits", "train,test", "train,test", "splits that are reported" },
+    { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL, "report val or test although units were chosen on it" },
+    { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
+    { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
+    { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
+    { O_ONLY, BENCH, 's', "only", "NAME", NULL, "train:ARCH, infer:ARCH, gemm, conv or decode" },
+};
+#define N_COMMANDS ((int)(sizeof commands / sizeof commands[0]))
+#define N_OPTIONS ((int)(sizeof options / sizeof options[0]))
+
+/* Everything the command line said. */
+typedef struct cli {
+    const command *command;
+    const char *value[O_COUNT]; /* NULL: not given and no default */
+    int given[O_COUNT];
+    const char **operand;
+    int operands;
+    spm_context *ctx;
+    FILE *out;
+} cli;
+
+/* Edit distance, for suggestions. */
+static int distance(const char *a, const char *b)
+{
+    int row[64], i, j, n = (int)strlen(a), m = (int)strlen(b);
+    if (n > 62 || m > 62) return 99;
+    for (j = 0; j <= m; j++) row[j] = j;
+    for (i = 1; i <= n; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (j = 1; j <= m; j++) {
+            int up = row[j], best = diagonal + (a[i - 1] != b[j - 1]);
+            if (up + 1 < best) best = up + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            diagonal = up;
+            row[j] = best;
+        }
+    }
+    return row[m];
+}
+
+static int wrong(const char *text)
+{
+    fprintf(stderr, "spurmem: %s\n", text);
+    return 2;
+}
+
+/* The one sentence about a failed run. */
+static int failed(const spm_error *error)
+{
+    fprintf(stderr, "spurmem: %s\n", error->text[0] ? error->text : spm_status_text(error->status));
+    return 1;
+}
+
+static void print_option(const option *o)
+{
+    char left[80];
+    snprintf(left, sizeof left, "  --%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+    printf("%-42s %s", left, o->help);
+    if (o->fallback) printf(" (%s)", o->fallback);
+    printf("\n");
+}
+
+static void help_all(void)
+{
+    int i;
+    printf("spurmem %d.%d - find, prove and remove the memory of spurious correlations in image classifiers\n\n"
+           "usage: spurmem COMMAND [--option value | --option=value]... [operand]...\n\ncommands:\n", SPURMEM_VERSION_MAJOR, SPURMEM_VERSION_MINOR);
+    for (i = 0; i < N_COMMANDS; i++) printf("  %-10s %-10s %s\n", commands[i].name, commands[i].operands, commands[i].summary);
+    printf("\nspurmem COMMAND --help lists the command's options; spurmem --version prints the version.\n"
+           "Exit codes: 0 done, 1 a file or a run failed, 2 the command line is wrong.\n");
+}
+
+static void help_command(const command *c)
+{
+    int i;
+    printf("usage: spurmem %s [options] %s\n\n%s\n\noptions (defaults in brackets):\n", c->name, c->operands, c->summary);
+    for (i = 0; i < N_OPTIONS; i++) {
+        if (options[i].commands & c->id) print_option(&options[i]);
+    }
+}
+
+/* 1 if `value` is one of "a|b|c". */
+static int is_choice(const char *choices, const char *value)
+{
+    size_t length = strlen(value);
+    while (*choices) {
+        size_t n = strcspn(choices, "|");
+        if (n == length && strncmp(choices, value, n) == 0) return 1;
+        choices += n + (choices[n] == '|');
+    }
+    return 0;
+}
+
+/* Checks one value by its option's type; 0 and a sentence when it is wrong. */
+static int check_value(const option *o, const char *value)
+{
+    char text[400], *end;
+    if (o->type == 'c' && !is_choice(o->value, value)) {
+        snprintf(text, sizeof text, "--%s %s: it must be one of %s", o->name, value, o->value);
+        wrong(text);
+        return 0;
+    }
+    if (o->type == 'i') {
+        long long number = strtoll(value, &end, 10);
+        if (end == value || *end || (number < 0 && o->id != O_SEED)) {
+            snprintf(text, sizeof text, "--%s %s: it must be a whole number, 0 or more", o->name, value);
+            wrong(text);
+            return 0;
+        }
+    }
+    if (o->type == 'n') {
+        double number = strtod(value, &end);
+        if (end == value || *end || !(number >= 0.0 && number < 1e30)) {
+            snprintf(text, sizeof text, "--%s %s: it must be a number, 0 or more", o->name, value);
+            wrong(text);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static const option *find_option(const char *name, size_t length)
+{
+    int i;
+    for (i = 0; i < N_OPTIONS; i++) {
+        if (strlen(options[i].name) == length && strncmp(options[i].name, name, length) == 0) return &options[i];
+    }
+    return NULL;
+}
+
+static int unknown_option(const command *c, const char *name)
+{
+    char text[300];
+    const char *best = NULL;
+    int i, least = 4;
+    for (i = 0; i < N_OPTIONS; i++) {
+        int d = (options[i].commands & c->id) ? distance(name, options[i].name) : 99;
+        if (d < least) {
+            least = d;
+            best = options[i].name;
+        }
+    }
+    if (best) snprintf(text, sizeof text, "%s has no option --%s; did you mean --%s?", c->name, name, best);
+    else snprintf(text, sizeof text, "%s has no option --%s; spurmem %s --help lists them", c->name, name, c->name);
+    return wrong(text);
+}
+
+/* Fills `line`; 0 done, 2 wrong, -1 help was printed. */
+static int parse(cli *line, int argc, char **argv)
+{
+    int i, plain = 0;
+    for (i = 0; i < N_OPTIONS; i++) line->value[options[i].id] = options[i].fallback;
+    for (i = 2; i < argc; i++) {
+        char name[64], text[200];
+        const char *word = argv[i], *equals;
+        const option *o;
+        size_t length;
+        if (plain || word[0] != '-' || word[1] == 0) {
+            line->operand[line->operands++] = word;
+            continue;
+        }
+        if (strcmp(word, "--") == 0) {
+            plain = 1;
+            continue;
+        }
+        if (strcmp(word, "-o") == 0) word = "--output";
+        if (strcmp(word, "-h") == 0) word = "--help";
+        if (word[1] != '-') {
+            snprintf(text, sizeof text, "%s: options have two dashes; spurmem %s --help lists them", word, line->command->name);
+            return wrong(text);
+        }
+        equals = strchr(word, '=');
+        length = equals ? (size_t)(equals - word) - 2 : strlen(word) - 2;
+        snprintf(name, sizeof name, "%.*s", (int)(length < 60 ? length : 60), word + 2);
+        o = find_option(word + 2, length);
+        if (!o || !(o->commands & line->command->id)) return unknown_option(line->command, name);
+        if (o->id == O_HELP) {
+            help_command(line->command);
+            return -1;
+        }
+        line->given[o->id] = 1;
+        if (!o->value) {
+            if (equals) {
+                snprintf(text, sizeof text, "--%s takes no value", o->name);
+                return wrong(text);
+            }
+            line->value[o->id] = "on";
+            continue;
+        }
+        if (!equals && i + 1 >= argc) {
+            snprintf(text, sizeof text, "--%s needs a value: %s", o->name, o->value);
+            return wrong(text);
+        }
+        line->value[o->id] = equals ? equals + 1 : argv[++i];
+        if (!check_value(o, line->value[o->id])) return 2;
+    }
+    return 0;
+}
+
+static int is_on(const cli *line, option_id id)
+{
+    return line->value[id] && strcmp(line->value[id], "on") == 0;
+}
+
+static int is(const cli *line, option_id id, const char *value)
+{
+    return line->value[id] && strcmp(line->value[id], value) == 0;
+}
+
+static int64_t integer(const cli *line, option_id id)
+{
+    return line->value[id] ? strtoll(line->value[id], NULL, 10) : 0;
+}
+
+static double number(const cli *line, option_id id)
+{
+    return line->value[id] ? strtod(line->value[id], NULL) : 0.0;
+}
+
+static int required(const cli *line, option_id id)
+{
+    char text[200];
+    int i;
+    if (line->value[id]) return 1;
+    for (i = 0; i < N_OPTIONS; i++) {
+        if (options[i].id == id) snprintf(text, sizeof text, "%s needs --%s %s", line->command->name, options[i].name, options[i].value);
+    }
+    wrong(text);
+    return 0;
+}
+
+/* A comma list of numbers. Returns how many, or -1. */
+static int number_list(const char *text, double *out, int most)
+{
+    int n = 0;
+    char *end;
+    while (*text) {
+        if (n == most) return -1;
+        out[n++] = strtod(text, &end);
+        if (end == text || (*end && *end != ',')) return -1;
+        text = *end ? end + 1 : end;
+    }
+    return n;
+}
+
+/* ---- results ---- */
+
+/* 0 when stdout is to hold JSON alone. */
+static int prints(const cli *line)
+{
+    return !is(line, O_JSON, "-");
+}
+
+/* Writes the result where --json says; frees it. */
+static int finish_json(cli *line, spm_json *json)
+{
+    const char *text = spm_json_finish(json);
+    spm_error err = SPM_ZERO;
+    int rc = 0;
+    if (!text) {
+        fprintf(stderr, "spurmem: out of memory for the JSON result\n");
+        rc = 1;
+    } else if (is(line, O_JSON, "-")) {
+        if (printf("%s\n", text) < 0 || fflush(stdout) != 0) {
+            fprintf(stderr, "spurmem: stdout: writing failed\n");
+            rc = 1;
+        }
+    } else if (line->value[O_JSON]) {
+        if (spm_file_write(line->ctx, line->value[O_JSON], text, strlen(text), &err)) rc = failed(&err);
+    }
+    spm_json_destroy(json);
+    return rc;
+}
+
+static void print_eval(const spm_eval *e)
+{
+    int g;
+    printf("%s split, %lld images\n\n  %-28s %7s %8s %9s  %s\n", spm_split_name(e->split), (long long)e->count, "group", "count", "correct", "accuracy", "95 % interval");
+    for (g = 0; g < e->n_groups; g++) {
+        char a[16], lo[16], hi[16];
+        percent(a, sizeof a, e->groups[g].accuracy);
+        percent(lo, sizeof lo, e->groups[g].ci_low);
+        percent(hi, sizeof hi, e->groups[g].ci_high);
+        printf("  %-28s %7lld %8lld %9s  %s to %s%s\n", e->groups[g].name, (long long)e->groups[g].count, (long long)e->groups[g].correct, a, lo, hi,
+               g == e->worst_group ? "   worst" : "");
+    }
+    printf("\n  worst group %.1f   mean %.1f   adjusted %.1f   balanced %.1f   AUROC %.4f   ECE %.4f\n", 100.0 * e->worst_accuracy, 100.0 * e->mean_accuracy,
+           100.0 * e->adjusted_accuracy, 100.0 * e->balanced_accuracy, e->auroc, e->ece);
+}
+
+/* ---- models and data ---- */
+
+/* "224" or "64x32" -> height, width. */
+static int parse_size(const char *text, int64_t *height, int64_t *width)
+{
+    char *end;
+    *height = *width = strtoll(text, &end, 10);
+    if (end != text && (*end == 'x' || *end == 'X')) {
+        text = end + 1;
+        *width = strtoll(text, &end, 10);
+    }
+    return end != text && *end == 0 && *height > 0 && *width > 0 && *height <= 16384 && *width <= 16384;
+}
+
+static int parse_normalize(const char *text, spm_transform *transform)
+{
+    double mean[3], std[3];
+    char first[100];
+    const char *slash = strchr(text, '/');
+    int c;
+    if (strcmp(text, "imagenet") == 0) return 1;
+    if (strcmp(text, "none") == 0) {
+        for (c = 0; c < 3; c++) {
+            transform->mean[c] = 0.0f;
+            transform->std[c] = 1.0f;
+        }
+        return 1;
+    }
+    if (!slash || (size_t)(slash - text) >= sizeof first) return 0;
+    snprintf(first, sizeof first, "%.*s", (int)(slash - text), text);
+    if (number_list(first, mean, 3) != 3 || number_list(slash + 1, std, 3) != 3) return 0;
+    for (c = 0; c < 3; c++) {
+        if (!(std[c] > 0.0)) return 0;
+        transform->mean[c] = (float)mean[c];
+        transform->std[c] = (float)std[c];
+    }
+    return 1;
+}
+
+/* What the command line alone can get wrong about the model. */
+static int check_model_options(const cli *line)
+{
+    spm_transform transform = spm_transform_make(8, 8);
+    int64_t h, w;
+    char text[300];
+    if (line->value[O_IMAGE_SIZE] && !parse_size(line->value[O_IMAGE_SIZE], &h, &w)) {
+        snprintf(text, sizeof text, "--image-size %s: it must be N or HxW", line->value[O_IMAGE_SIZE]);
+        return wrong(text);
+    }
+    if (line->value[O_NORMALIZE] && !parse_normalize(line->value[O_NORMALIZE], &transform)) {
+        snprintf(text, sizeof text, "--normalize %s: it must be imagenet, none or m1,m2,m3/s1,s2,s3", line->value[O_NORMALIZE]);
+        return wrong(text);
+    }
+    return 0;
+}
+
+/* Architecture and reading, from the checkpoint where it says and from the options where they are given. */
+static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm_reading *reading, spm_error *err)
+{
+    spm_checkpoint_info info;
+    const char *file = line->value[O_CHECKPOINT];
+    int official = is(line, O_PROFILE, "official");
+    int64_t h = 0, w = 0;
+    spm_status status;
+    memset(&info, 0, sizeof info);
+    memset(arch, 0, sizeof *arch);
+    memset(reading, 0, sizeof *reading);
+    if (file) {
+        status = spm_checkpoint_inspect(line->ctx, file, &info, err);
+        if (status) return status;
+    }
+    if (!line->value[O_ARCH] && !info.has_arch) {
+        err->status = SPM_E_ARGUMENT;
+        if (file) snprintf(err->text, sizeof err->text, "%s: the file does not say its architecture; give it with --arch", file);
+        else snprintf(err->text, sizeof err->text, "%s needs --arch NAME or --checkpoint FILE", line->command->name);
+        return err->status;
+    }
+    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+    if (line->value[O_ARCH]) {
+        arch->height = h ? h : info.has_arch ? info.arch.height : 0;
+        arch->width_px = w ? w : info.has_arch ? info.arch.width_px : 0;
+        arch->classes = integer(line, O_NUM_CLASSES);
+        if (!arch->classes) arch->classes = info.arch.classes ? info.arch.classes : data_classes;
+        if (line->value[O_ALLOW_PARTIAL] && !integer(line, O_NUM_CLASSES) && data_classes) arch->classes = data_classes;
+        arch->softmax_head = info.has_arch ? info.arch.softmax_head : 0;
+        status = spm_arch_parse(line->ctx, line->value[O_ARCH], arch, err);
+        if (status) return status;
+    } else {
+        *arch = info.arch;
+        if (h) {
+            arch->height = h;
+            arch->width_px = w;
+        }
+        if (integer(line, O_NUM_CLASSES)) arch->classes = integer(line, O_NUM_CLASSES);
+        else if (line->value[O_ALLOW_PARTIAL] && data_classes) arch->classes = data_classes;
+    }
+    reading->transform = info.has_arch ? info.transform : spm_transform_make(arch->height, arch->width_px);
+    reading->transform.height = arch->height;
+    reading->transform.width = arch->width_px;
+    if (line->given[O_NORMALIZE]) {
+        spm_transform plain = spm_transform_make(arch->height, arch->width_px);
+        memcpy(reading->transform.mean, plain.mean, sizeof plain.mean);
+        memcpy(reading->transform.std, plain.std, sizeof plain.std);
+        (void)parse_normalize(line->value[O_NORMALIZE], &reading->transform);
+    }
+    if (line->given[O_RESIZE]) (void)spm_resize_mode_parse(line->value[O_RESIZE], &reading->transform.resize);
+    reading->label_reversed = info.has_arch ? info.label_reversed : 0;
+    if (!info.has_arch && official) reading->label_reversed = arch->softmax_head = 1;
+    if (line->given[O_LABEL_ORDER]) reading->label_reversed = is(line, O_LABEL_ORDER, "reversed");
+    if (line->given[O_HEAD]) arch->softmax_head = is(line, O_HEAD, "softmax");
+    reading->softmax_head = arch->softmax_head;
+    return SPM_OK;
+}
+
+static spm_dataset *open_data(cli *line, spm_error *err)
+{
+    spm_dataset_desc desc = SPM_ZERO;
+    desc.path = line->value[O_DATA];
+    desc.target = line->value[O_TARGET];
+    desc.confounder = line->value[O_CONFOUNDER];
+    desc.limit = integer(line, O_LIMIT);
+    desc.skip_bad_images = is(line, O_BAD_IMAGE, "skip");
+    desc.apply_exif = is_on(line, O_EXIF);
+    (void)spm_data_format_parse(line->value[O_FORMAT], &desc.format);
+    return spm_dataset_open(line->ctx, &desc, err);
+}
+
+static spm_model *open_model(cli *line, int data_classes, spm_arch *arch, spm_reading *reading, spm_error *err)
+{
+    spm_model *model;
+    if (resolve_model(line, data_classes, arch, reading, err)) return NULL;
+    model = spm_model_build(line->ctx, arch, (uint64_t)integer(line, O_SEED), err);
+    if (model && spm_checkpoint_load(model, line->value[O_CHECKPOINT], is_on(line, O_ALLOW_PARTIAL), err)) {
+        spm_model_destroy(model);
+        model = NULL;
+    }
+    return model;
+}
+
+static void list_bad(const spm_dataset *data)
+{
+    int64_t i, n = spm_dataset_bad_count(data), id;
+    if (n) fprintf(stderr, "%lld pictures could not be read and were left out:\n", (long long)n);
+    for (i = 0; i < n && i < 20; i++) fprintf(stderr, "  %s\n", spm_dataset_bad(data, i, &id));
+    if (n > 20) fprintf(stderr, "  and %lld more\n", (long long)(n - 20));
+}
+
+/* ---- train and intervene ---- */
+
+static int fill_optimizer(const cli *line, spm_train_desc *desc)
+{
+    desc->optimizer.kind = is(line, O_OPTIMIZER, "sgd") ? SPM_SGD : is(line, O_OPTIMIZER, "adamw") ? SPM_ADAMW : SPM_ADAM;
+    desc->optimizer.decay_all = 1;
+    desc->optimizer.lr = (float)number(line, O_LR);
+    desc->optimizer.weight_decay = (float)number(line, O_WEIGHT_DECAY);
+    desc->optimizer.nesterov = is_on(line, O_NESTEROV);
+    desc->optimizer.momentum = line->value[O_MOMENTUM] ? (float)number(line, O_MOMENTUM) : desc->optimizer.kind == SPM_SGD ? 0.9f : 0.0f;
+    if (desc->optimizer.kind != SPM_SGD && (desc->optimizer.momentum != 0.0f || desc->optimizer.nesterov)) {
+        return wrong("--momentum and --nesterov belong to --optimizer sgd");
+    }
+    return 0;
+}
+
+/* The published code's values, where the command line does not say otherwise. */
+static void fill_official(const cli *line, spm_train_desc *desc, int intervene)
+{
+    desc->official = 1;
+    if (!line->given[O_AUGMENT]) desc->augment = SPM_AUGMENT_PAPER;
+    if (!line->given[O_SCHEDULE]) desc->schedule = SPM_SCHEDULE_PLATEAU;
+    if (!line->given[O_BATCH]) desc->batch = intervene ? 100 : 256;
+    if (!line->given[O_EPOCHS]) desc->epochs = intervene ? 21 : 101;
+    if (!line->given[O_LR]) desc->optimizer.lr = intervene ? 2e-4f : 5e-6f;
+    if (!line->given[O_PATIENCE]) desc->patience = intervene ? 1 : 3;
+    if (!line->given[O_LAMBDA]) desc->lambda = 0.2f;
+    if (!line->given[O_MASK]) desc->mask = SPM_MASK_OFFICIAL;
+    if (!line->given[O_CONTRAST]) desc->contrast = SPM_CONTRAST_OUTPUTS;
+    if (!line->given[O_BN]) desc->bn_shared = 1;
+    if (!line->given[O_GROUP_WEIGHTING]) desc->group_weighting = 0;
+}
+
+static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
+{
+    *desc = spm_train_desc_init(intervene ? SPM_METHOD_INTERVENE : SPM_METHOD_ERM);
+    desc->out = line->value[O_OUT];
+    desc->checkpoint = line->value[O_CHECKPOINT];
+    desc->epochs = integer(line, O_EPOCHS);
+    desc->batch = integer(line, O_BATCH);
+    desc->warmup = integer(line, O_WARMUP);
+    desc->patience = integer(line, O_PATIENCE);
+    desc->max_steps = integer(line, O_MAX_STEPS);
+    desc->keep_every = integer(line, O_KEEP_EVERY);
+    desc->eval_every = integer(line, O_EVAL_EVERY);
+    desc->clip = number(line, O_CLIP);
+    desc->seed = (uint64_t)integer(line, O_SEED);
+    desc->log_steps = line->value[O_LOG_STEPS];
+    desc->workers = (int)integer(line, O_WORKERS);
+    desc->shuffle = is_on(line, O_SHUFFLE);
+    desc->drop_last = is_on(line, O_DROP_LAST);
+    desc->allow_partial = is_on(line, O_ALLOW_PARTIAL);
+    desc->resume = is_on(line, O_RESUME);
+    desc->segments = is_on(line, O_SEGMENTS);
+    desc->schedule = is(line, O_SCHEDULE, "plateau") ? SPM_SCHEDULE_PLATEAU : is(line, O_SCHEDULE, "cosine") ? SPM_SCHEDULE_COSINE : SPM_SCHEDULE_NONE;
+    (void)spm_augment_parse(line->value[O_AUGMENT], &desc->augment);
+    desc->select = is(line, O_SELECT, "wga") ? SPM_SELECT_WGA : is(line, O_SELECT, "accuracy") ? SPM_SELECT_ACCURACY : SPM_SELECT_LAST;
+    desc->tau = (float)number(line, O_TAU);
+    if (line->value[O_LAMBDA]) desc->lambda = (float)number(line, O_LAMBDA);
+    desc->prune_fraction = number(line, O_PRUNE_FRACTION);
+    desc->mask = is(line, O_MASK, "critical") ? SPM_MASK_CRITICAL : is(line, O_MASK, "official") ? SPM_MASK_OFFICIAL : is(line, O_MASK, "random") ? SPM_MASK_RANDOM : SPM_MASK_NONE;
+    desc->contrast = is(line, O_CONTRAST, "features") ? SPM_CONTRAST_FEATURES : is(line, O_CONTRAST, "outputs") ? SPM_CONTRAST_OUTPUTS : SPM_CONTRAST_NONE;
+    desc->cross_entropy = is_on(line, O_CE);
+    desc->cross_entropy_pruned = is_on(line, O_CE_PRUNED);
+    desc->bn_shared = is(line, O_BN, "shared");
+    desc->group_labels = is_on(line, O_GROUP_LABELS);
+    desc->group_weighting = is_on(line, O_GROUP_WEIGHTING);
+    (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
+    if (fill_optimizer(line, desc)) return 2;
+    if (is(line, O_PROFILE, "official")) fill_official(line, desc, intervene);
+    desc->progress = on_progress;
+    desc->on_epoch = on_epoch;
+    return 0;
+}
+
+static int run_train(cli *line)
+{
+    int intervene = line->command->id == INTERVENE || is(line, O_METHOD, "intervene"), rc = 0;
+    spm_train_desc desc;
+    spm_train_result result;
+    spm_error err = SPM_ZERO;
+    spm_dataset *data;
+    spm_json *json;
+    if (!required(line, O_DATA) || !required(line, O_OUT)) return 2;
+    if (line->command->id == INTERVENE && !required(line, O_CHECKPOINT)) return 2;
+    if (fill_train(line, &desc, intervene)) return 2;
+    data = open_data(line, &err);
+    if (!data) return failed(&err);
+    if (resolve_model(line, spm_dataset_classes(data), &desc.arch, &desc.reading, &err)
+        || spm_train(line->ctx, data, &desc, &result, &err)) rc = 1;
+    progress_clear();
+    list_bad(data);
+    if (rc == 0) {
+        json = spm_json_create(line->ctx);
+        if (json) {
+            spm_json_object_begin(json, NULL);
+            spm_json_string(json, "command", line->command->name);
+            spm_json_string(json, "out", desc.out);
+            spm_json_int(json, "epochs", result.epochs);
+            spm_json_int(json, "steps", result.steps);
+            spm_json_int(json, "best_epoch", result.best_epoch);
+            spm_json_number(json, "best_score", result.best_score);
+            spm_json_bool(json, "stopped", result.stopped);
+            spm_json_object_end(json);
+            rc = finish_json(line, json);
+        }
+        if (prints(line) && result.stopped) printf("%s: stopped after %lld steps; the same command with --resume goes on\n", desc.out, (long long)result.steps);
+        else if (prints(line)) printf("%s: %lld epochs, %lld steps; best.safetensors is epoch %lld\n", desc.out, (long long)result.epochs, (long long)result.steps, (long long)result.best_epoch + 1);
+    } else rc = failed(&err);
+    spm_dataset_close(data);
+    return rc;
+}
+
+/* ---- eval ---- */
+
+static int run_eval(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_eval_desc desc = SPM_ZERO;
+    spm_eval eval;
+    spm_arch arch;
+    spm_dataset *data;
+    spm_model *model;
+    int rc = 1;
+    if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
+    data = open_data(line, &err);
+    model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
+    if (model) {
+        (void)spm_split_parse(line->value[O_SPLIT], &desc.split);
+        desc.batch = integer(line, O_BATCH);
+        desc.workers = (int)integer(line, O_WORKERS);
+        desc.progress = on_progress;
+        if (spm_dataset_split_size(data, desc.split) == 0) {
+            err.status = SPM_E_DATA;
+            snprintf(err.text, sizeof err.text, "%s: has no %s split; choose another --split", spm_dataset_path(data), spm_split_name(desc.split));
+        } else if (!spm_evaluate(model, data, &desc, &eval, &err)) {
+            spm_json *json = spm_json_create(line->ctx);
+            progress_clear();
+            list_bad(data);
+            if (prints(line)) print_eval(&eval);
+            if (json) {
+                spm_eval_json(json, NULL, &eval);
+                rc = finish_json(line, json);
+            }
+            spm_eval_free(line->ctx, &eval);
+        }
+    }
+    progress_clear();
+    if (rc && err.status) rc = failed(&err);
+    spm_model_destroy(model);
+    spm_dataset_close(data);
+    return rc;
+}
+
+/* ---- localize ---- */
+
+static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
+{
+    double list[SPM_LOCALIZE_MAX];
+    char text[300];
+    int i, n;
+    if (!is(line, O_GROUPS, "all")) {
+        n = number_list(line->value[O_GROUPS], list, SPM_LOCALIZE_MAX);
+        if (n < 1) {
+            snprintf(text, sizeof text, "--groups %s: it must be all or a list like 0,1", line->value[O_GROUPS]);
+            return wrong(text);
+        }
+        for (i = 0; i < n; i++) groups[i] = (int)list[i];
+        desc->groups = groups;
+        desc->n_groups = n;
+    }
+    n = number_list(line->value[O_TOP], list, SPM_LOCALIZE_MAX);
+    for (i = 0; i < n; i++) {
+        desc->top[i] = (int64_t)list[i];
+        if (list[i] < 0.0 || list[i] != floor(list[i])) n = -1;
+    }
+    if (n < 1) {
+        snprintf(text, sizeof text, "--top %s: it must be a list of whole numbers like 1,2,3", line->value[O_TOP]);
+        return wrong(text);
+    }
+    desc->n_top = n;
+    n = number_list(line->value[O_STD], list, SPM_LOCALIZE_MAX);
+    if (n < 1) {
+        snprintf(text, sizeof text, "--std %s: it must be a list of numbers like .005,.01", line->value[O_STD]);
+        return wrong(text);
+    }
+    for (i = 0; i < n; i++) desc->std[i] = list[i];
+    desc->n_std = n;
+    for (i = 0; i < SPM_SPLITS; i++) desc->report[i] = 0;
+    snprintf(text, sizeof text, "%s", line->value[O_REPORT_SPLITS]);
+    {
+        char *word = strtok(text, ",");
+        for (; word; word = strtok(NULL, ",")) {
+            spm_split split;
+            char complaint[200];
+            if (!spm_split_parse(word, &split)) {
+                snprintf(complaint, sizeof complaint, "--report-splits: %s is not a split; they are train, val and test", word);
+                return wrong(complaint);
+            }
+            desc->report[split] = 1;
+        }
+    }
+    return 0;
+}
+
+static void print_units(const spm_json_value *root)
+{
+    const spm_json_value *rankings = spm_json_get(root, "rankings");
+    int64_t i, u;
+    for (i = 0; i < spm_json_length(rankings); i++) {
+        const spm_json_value *r = spm_json_at(rankings, i), *units = spm_json_get(r, "units");
+        if (spm_json_type_of(spm_json_get(r, "group")) == SPM_JSON_NUMBER) printf("group %lld, gradient of %lld examples:", (long long)spm_json_as_int(spm_json_get(r, "group"), 0), (long long)spm_json_as_int(spm_json_get(r, "samples"), 0));
+        else printf("all groups:");
+        for (u = 0; u < spm_json_length(units) && u < 5; u++) {
+            const spm_json_value *unit = spm_json_at(units, u);
+            printf("%s %s[%lld] %.3g", u ? "," : "", spm_json_as_string(spm_json_get(unit, "parameter"), ""), (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0), spm_json_as_number(spm_json_get(unit, "score"), 0.0));
+        }
+        printf("\n");
+    }
+}
+
+/* p-value of a row's (split, group); -1 if it has none. */
+static double row_p(const spm_json_value *row, const char *split, int64_t group)
+{
+    const spm_json_value *controls = spm_json_get(row, "controls");
+    int64_t i;
+    for (i = 0; i < spm_json_length(controls); i++) {
+        const spm_json_value *c = spm_json_at(controls, i);
+        if (strcmp(spm_json_as_string(spm_json_get(c, "split"), ""), split) == 0 && spm_json_as_int(spm_json_get(c, "group"), -1) == group) return spm_json_as_number(spm_json_get(c, "p_value"), -1.0);
+    }
+    return -1.0;
+}
+
+static void print_row_cells(const spm_json_value *groups, const spm_json_value *row, const char *split)
+{
+    int64_t g;
+    for (g = 0; g < spm_json_length(groups); g++) {
+        double accuracy = spm_json_as_number(spm_json_get(spm_json_at(groups, g), "accuracy"), -1.0), p = row ? row_p(row, split, g) : -1.0;
+        if (accuracy < 0.0) printf("      -       ");
+        else if (p >= 0.0) printf("  %5.1f p=%.2f", 100.0 * accuracy, p);
+        else printf("  %5.1f       ", 100.0 * accuracy);
+    }
+}
+
+/* The results as an aligned table: one line a row and split. */
+static void print_localize(const spm_json_value *root)
+{
+    const spm_json_value *baseline = spm_json_get(root, "baseline"), *results = spm_json_get(root, "results");
+    int64_t i, s, g;
+    print_units(root);
+    printf("\naccuracy by group (p: share of matched controls with at least that drop)\n%-7s %4s %-10s %-7s %-6s", "ranked", "top", "modify", "std", "split");
+    for (g = 0; g < spm_json_length(spm_json_at(baseline, 0)); g++) printf("  group %-6lld", (long long)g);
+    printf("\n");
+    for (s = 0; s < spm_json_length(baseline); s++) {
+        printf("%-7s %4s %-10s %-7s %-6s", "-", "0", "baseline", "", spm_json_key_at(baseline, s));
+        print_row_cells(spm_json_at(baseline, s), NULL, NULL);
+        printf("\n");
+    }
+    for (i = 0; i < spm_json_length(results); i++) {
+        const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits"), *repeat = spm_json_get(row, "repeat");
+        int64_t next = i + 1 < spm_json_length(results) ? spm_json_as_int(spm_json_get(spm_json_at(results, i + 1), "repeat"), -1) : 0;
+        char ranked[24], std[24];
+        if (spm_json_type_of(repeat) == SPM_JSON_NUMBER && next != 0) continue; /* of repeated rows the mean is printed */
+        if (spm_json_type_of(spm_json_get(row, "group")) == SPM_JSON_NUMBER) snprintf(ranked, sizeof ranked, "group %lld", (long long)spm_json_as_int(spm_json_get(row, "group"), 0));
+        else snprintf(ranked, sizeof ranked, "all");
+        if (spm_json_type_of(spm_json_get(row, "std")) == SPM_JSON_NUMBER) snprintf(std, sizeof std, "%.3g", spm_json_as_number(spm_json_get(row, "std"), 0.0));
+        else std[0] = 0;
+        for (s = 0; s < spm_json_length(splits); s++) {
+            printf("%-7s %4lld %-10s %-7s %-6s", ranked, (long long)spm_json_as_int(spm_json_get(row, "top"), 0), spm_json_as_string(spm_json_get(row, "modify"), ""), std, spm_json_key_at(splits, s));
+            print_row_cells(spm_json_at(splits, s), row, spm_json_key_at(splits, s));
+            printf("\n");
+        }
+    }
+    printf("units were selected on split %s\n", spm_json_as_string(spm_json_get(root, "selected_on"), "?"));
+}
+
+static int run_localize(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_localize_desc desc = SPM_ZERO;
+    spm_arch arch;
+    spm_dataset *data;
+    spm_model *model;
+    spm_json *json = NULL;
+    int rc = 1, groups[SPM_LOCALIZE_MAX];
+    if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
+    if (fill_localize(line, &desc, groups)) return 2;
+    desc.official = is(line, O_PROFILE, "official");
+    (void)spm_criterion_parse(line->value[O_CRITERION], &desc.criterion);
+    (void)spm_modify_parse(desc.official && !line->given[O_MODIFY] ? "zero" : line->value[O_MODIFY], &desc.modify);
+    (void)spm_split_parse(line->value[O_SELECT_SPLIT], &desc.select_split);
+    desc.rewind_file = line->value[O_REWIND];
+    if ((desc.modify == SPM_MODIFY_REWIND || desc.modify == SPM_MODIFY_LAYER_REWIND) && !desc.rewind_file) return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
+    desc.repeats = integer(line, O_REPEATS);
+    desc.controls = integer(line, O_CONTROLS);
+    desc.samples = integer(line, O_SAMPLES);
+    desc.batch = integer(line, O_BATCH);
+    desc.workers = (int)integer(line, O_WORKERS);
+    desc.seed = (uint64_t)integer(line, O_SEED);
+    desc.allow_same_split = is_on(line, O_ALLOW_SAME_SPLIT);
+    desc.progress = on_progress;
+    data = open_data(line, &err);
+    model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
+    if (model) {
+        desc.rewind_arch = arch;
+        json = spm_json_create(line->ctx);
+    }
+    if (json && !spm_localize(model, data, &desc, json, NULL, &err)) {
+        const char *text = spm_json_finish(json);
+        progress_clear();
+        list_bad(data);
+        if (text && prints(line)) {
+            spm_json_value *root = spm_json_parse(line->ctx, "result", text, strlen(text), &err);
+            if (root) print_localize(root);
+            spm_json_free(line->ctx, root);
+        }
+        rc = finish_json(line, json);
+        json = NULL;
+    }
+    progress_clear();
+    if (rc && err.status) rc = failed(&err);
+    if (json) spm_json_destroy(json);
+    spm_model_destroy(model);
+    spm_dataset_close(data);
+    return rc;
+}
+
+/* ---- predict and decode ---- */
+
+/* Class c of "landbird|waterbird"; its number where the checkpoint has no names. */
+static void class_name(const char *names, int c, char *text, size_t size)
+{
+    int i;
+    for (i = 0; names && *names; i++) {
+        size_t n = strcspn(names, "|");
+        if (i == c) {
+            snprintf(text, size, "%.*s", (int)n, names);
+            return;
+        }
+        names += n + (names[n] == '|');
+    }
+    snprintf(text, size, "%d", c);
+}
+
+static int predict_one(cli *line, spm_run *run, const spm_program *program, const spm_reading *reading, const char *names, const char *file, float *pixels,
+                       float *probabilities, int classes, spm_error *err)
+{
+    spm_image image = SPM_ZERO, ready = SPM_ZERO;
+    spm_decode_desc decoding = SPM_ZERO;
+    const float *logits;
+    const char *text;
+    char name[128];
+    spm_json *json;
+    int c, best, ok;
+    decoding.apply_exif = is_on(line, O_EXIF);
+    if (spm_image_load(line->ctx, file, &decoding, &image, err)) return 0;
+    ok = !spm_transform_image(line->ctx, &reading->transform, &image, &ready, err);
+    spm_image_free(line->ctx, &image);
+    if (!ok) return 0;
+    spm_transform_normalize(&reading->transform, &ready, pixels);
+    spm_image_free(line->ctx, &ready);
+    if (spm_run_input(run, spm_program_find(program, "image"), pixels) || spm_run_forward(run, 1, 0)) {
+        *err = *spm_run_error(run);
+        return 0;
+    }
+    logits = spm_run_data(run, spm_program_find(program, "logits"));
+    best = spm_classify(reading, logits, classes, probabilities);
+    json = spm_json_create(line->ctx);
+    if (!json) return 0;
+    class_name(names, best, name, sizeof name);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "file", file);
+    spm_json_int(json, "class", best);
+    spm_json_string(json, "class_name", name);
+    spm_json_array_begin(json, "logits");
+    for (c = 0; c < classes; c++) spm_json_number(json, NULL, (double)logits[c]);
+    spm_json_array_end(json);
+    spm_json_array_begin(json, "probabilities");
+    for (c = 0; c < classes; c++) spm_json_number(json, NULL, (double)probabilities[c]);
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    text = spm_json_finish(json);
+    ok = text && printf("%s\n", text) > 0;
+    spm_json_destroy(json);
+    if (!ok && !err->status) {
+        err->status = SPM_E_IO;
+        snprintf(err->text, sizeof err->text, "stdout: writing failed");
+    }
+    return ok;
+}
+
+static int run_predict(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_arch arch;
+    spm_reading reading;
+    spm_checkpoint_info info;
+    spm_model *model;
+    spm_run *run = NULL;
+    float *pixels = NULL, *probabilities = NULL;
+    int i, rc = 0;
+    if (!required(line, O_CHECKPOINT)) return 2;
+    if (line->operands == 0) return wrong("predict needs at least one picture");
+    model = open_model(line, 0, &arch, &reading, &err);
+    if (!model) return failed(&err);
+    if (spm_checkpoint_inspect(line->ctx, line->value[O_CHECKPOINT], &info, &err)) rc = 1;
+    if (!rc) {
+        spm_run_desc desc = SPM_ZERO;
+        run = spm_run_create(model, &desc, &err);
+        pixels = (float *)malloc((size_t)(arch.height * arch.width_px * 3) * sizeof *pixels);
+        probabilities = (float *)malloc((size_t)arch.classes * sizeof *probabilities);
+        if (!run || !pixels || !probabilities) rc = 1;
+    }
+    for (i = 0; !rc && i < line->operands && !interrupted; i++) {
+        if (!predict_one(line, run, spm_model_program(model), &reading, info.class_names, line->operand[i], pixels, probabilities, (int)arch.classes, &err)) rc = 1;
+    }
+    fflush(stdout);
+    if (rc) rc = failed(&err);
+    free(pixels);
+    free(probabilities);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    return rc;
+}
+
+/* DIR/BASENAME.png, extension replaced. */
+static void output_name(char *text, size_t size, const char *dir, const char *file, const char *extension)
+{
+    const char *base = strrchr(file, '/'), *dot;
+    base = base ? base + 1 : file;
+    dot = strrchr(base, '.');
+    snprintf(text, size, "%s/%.*s.%s", dir, dot && dot > base ? (int)(dot - base) : (int)strlen(base), base, extension);
+}
+
+static int decode_one(cli *line, const char *file, const char *path, spm_error *err)
+{
+    spm_image image = SPM_ZERO, ready = SPM_ZERO;
+    spm_decode_desc decoding = SPM_ZERO;
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    spm_status status;
+    decoding.apply_exif = is_on(line, O_EXIF);
+    status = spm_image_load(line->ctx, file, &decoding, &image, err);
+    if (!status && line->value[O_IMAGE_SIZE]) {
+        int64_t h = 0, w = 0;
+        spm_transform transform;
+        (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+        transform = spm_transform_make(h, w);
+        (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
+        status = spm_transform_image(line->ctx, &transform, &image, &ready, err);
+        spm_image_free(line->ctx, &image);
+        image = ready;
+    }
+    if (!status) status = is(line, O_AS, "ppm") ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err) : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
+    if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
+    spm_free(line->ctx, bytes);
+    spm_image_free(line->ctx, &image);
+    return status == SPM_OK;
+}
+
+static int run_decode(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    char path[4096], other[4096], text[4200];
+    int i, j;
+    if (!required(line, O_OUT_DIR)) return 2;
+    if (line->operands == 0) return wrong("decode needs at least one picture");
+    for (i = 0; i < line->operands; i++) {
+        output_name(path, sizeof path, line->value[O_OUT_DIR], line->operand[i], line->value[O_AS]);
+        for (j = 0; j < i; j++) {
+            output_name(other, sizeof other, line->value[O_OUT_DIR], line->operand[j], line->value[O_AS]);
+            if (strcmp(path, other) == 0) {
+                snprintf(text, sizeof text, "%s and %s would both become %s; decode them into different folders", line->operand[j], line->operand[i], path);
+                return wrong(text);
+            }
+        }
+    }
+    if (spm_directory_create(line->ctx, line->value[O_OUT_DIR], &err)) return failed(&err);
+    for (i = 0; i < line->operands && !interrupted; i++) {
+        output_name(path, sizeof path, line->value[O_OUT_DIR], line->operand[i], line->value[O_AS]);
+        if (!decode_one(line, line->operand[i], path, &err)) return failed(&err);
+        printf("%s\n", path);
+    }
+    return 0;
+}
+
+/* ---- report ---- */
+
+static int run_report(cli *line)
+{
+    spm_report_desc desc = SPM_ZERO;
+    spm_error err = SPM_ZERO;
+    if (line->operands == 0) return wrong("report needs at least one run folder");
+    desc.runs = line->operand;
+    desc.n_runs = line->operands;
+    if (spm_report_write(line->ctx, &desc, line->value[O_OUTPUT], &err)) return failed(&err);
+    printf("%s\n", line->value[O_OUTPUT]);
+    return 0;
+}
+
+/* ---- inspect and convert ---- */
+
+static const char *dtype_name(spm_dtype dtype)
+{
+    switch (dtype) {
+    case SPM_F32: return "F32";
+    case SPM_F64: return "F64";
+    case SPM_F16: return "F16";
+    case SPM_BF16: return "BF16";
+    case SPM_I64: return "I64";
+    case SPM_I32: return "I32";
+    case SPM_I16: return "I16";
+    case SPM_I8: return "I8";
+    case SPM_U8: return "U8";
+    case SPM_BOOL: return "BOOL";
+    case SPM_DTYPE_NONE: break;
+    }
+    return "?";
+}
+
+static void shape_text(const int64_t *shape, int rank, char *text, size_t size)
+{
+    size_t at = 0;
+    int i;
+    at += (size_t)snprintf(text, size, "[");
+    for (i = 0; i < rank && at < size; i++) at += (size_t)snprintf(text + at, size - at, "%s%lld", i ? "," : "", (long long)shape[i]);
+    if (at < size) snprintf(text + at, size - at, "]");
+}
+
+static int inspect_checkpoint(cli *line, const char *path)
+{
+    spm_error err = SPM_ZERO;
+    spm_checkpoint_info info;
+    spm_archive *archive = spm_archive_open(line->ctx, path, &err);
+    spm_json *json;
+    int64_t i, total = 0;
+    if (!archive) return failed(&err);
+    memset(&info, 0, sizeof info);
+    if (spm_checkpoint_inspect(line->ctx, path, &info, &err)) {
+        spm_archive_close(archive);
+        return failed(&err);
+    }
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "inspect");
+    spm_json_string(json, "file", path);
+    spm_json_string(json, "format", spm_archive_format(archive));
+    spm_json_string(json, "arch", info.has_arch ? info.arch.name : NULL);
+    spm_json_array_begin(json, "tensors");
+    if (prints(line)) printf("%s: %s%s%s%s%s\n", path, spm_archive_format(archive), info.has_arch ? ", " : "", info.has_arch ? info.arch.name : "", info.method[0] ? ", method " : "", info.method);
+    for (i = 0; i < spm_archive_count(archive); i++) {
+        const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
+        char shape[128];
+        int d;
+        shape_text(t->shape, t->rank, shape, sizeof shape);
+        total += t->count;
+        if (prints(line)) printf("  %-52s %-5s %s\n", t->name, dtype_name(t->dtype), shape);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "name", t->name);
+        spm_json_string(json, "dtype", dtype_name(t->dtype));
+        spm_json_array_begin(json, "shape");
+        for (d = 0; d < t->rank; d++) spm_json_int(json, NULL, t->shape[d]);
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+    }
+    spm_json_array_end(json);
+    spm_json_int(json, "values", total);
+    spm_json_object_end(json);
+    if (prints(line)) printf("%lld tensors, %lld values\n", (long long)spm_archive_count(archive), (long long)total);
+    spm_archive_close(archive);
+    return finish_json(line, json);
+}
+
+static int inspect_picture(cli *line, const char *path)
+{
+    spm_error err = SPM_ZERO;
+    spm_image image = SPM_ZERO;
+    spm_json *json;
+    if (spm_image_load(line->ctx, path, NULL, &image, &err)) return failed(&err);
+    if (prints(line)) printf("%s: a picture, %d wide, %d high\n", path, image.width, image.height);
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "inspect");
+    spm_json_string(json, "file", path);
+    spm_json_int(json, "width", image.width);
+    spm_json_int(json, "height", image.height);
+    spm_json_object_end(json);
+    spm_image_free(line->ctx, &image);
+    return finish_json(line, json);
+}
+
+/* Decodes every picture once, to find the broken ones. */
+static void find_broken(spm_dataset *data, spm_json *json, int print)
+{
+    int64_t i, n = spm_dataset_size(data), broken = 0;
+    clock_t start = clock();
+    spm_json_array_begin(json, "broken");
+    for (i = 0; i < n && !interrupted; i++) {
+        spm_image image = SPM_ZERO;
+        spm_error err = SPM_ZERO;
+        spm_progress p = SPM_ZERO;
+        p.what = "read pictures";
+        p.unit = "images";
+        p.done = i + 1;
+        p.total = n;
+        p.seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        (void)on_progress(NULL, &p);
+        if (spm_dataset_image(data, i, &image, &err)) {
+            broken++;
+            spm_json_object_begin(json, NULL);
+            spm_json_string(json, "file", spm_dataset_example(data, i)->file);
+            spm_json_string(json, "reason", err.text);
+            spm_json_object_end(json);
+            progress_clear();
+            if (print) printf("  broken: %s\n", err.text);
+        }
+        spm_image_free(spm_dataset_context(data), &image);
+    }
+    spm_json_array_end(json);
+    progress_clear();
+    if (print) printf("%lld of %lld pictures cannot be read\n", (long long)broken, (long long)n);
+}
+
+static int inspect_data(cli *line, const char *path)
+{
+    spm_error err = SPM_ZERO;
+    spm_dataset *data;
+    spm_json *json;
+    int s, g;
+    line->value[O_DATA] = path;
+    data = open_data(line, &err);
+    if (!data) return failed(&err);
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "inspect");
+    spm_json_string(json, "format", spm_data_format_name(spm_dataset_format(data)));
+    spm_json_array_begin(json, "splits");
+    if (prints(line)) {
+        printf("%s: %s, %d classes, %d confounders\n\n  %-6s", path, spm_data_format_name(spm_dataset_format(data)), spm_dataset_classes(data), spm_dataset_confounders(data), "split");
+        for (g = 0; g < spm_dataset_groups(data); g++) printf("  %s", spm_dataset_group_name(data, g));
+        printf("  all\n");
+    }
+    for (s = 0; s < SPM_SPLITS; s++) {
+        if (spm_dataset_split_size(data, (spm_split)s) == 0) continue;
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "name", spm_split_name((spm_split)s));
+        spm_json_int(json, "count", spm_dataset_split_size(data, (spm_split)s));
+        spm_json_array_begin(json, "groups");
+        if (prints(line)) printf("  %-6s", spm_split_name((spm_split)s));
+        for (g = 0; g < spm_dataset_groups(data); g++) {
+            const char *name = spm_dataset_group_name(data, g);
+            spm_json_object_begin(json, NULL);
+            spm_json_int(json, "id", g);
+            spm_json_string(json, "name", name);
+            spm_json_int(json, "y", g / spm_dataset_confounders(data));
+            spm_json_int(json, "confounder", g % spm_dataset_confounders(data));
+            spm_json_int(json, "count", spm_dataset_group_count(data, (spm_split)s, g));
+            spm_json_object_end(json);
+            if (prints(line)) printf("  %*lld", (int)strlen(name), (long long)spm_dataset_group_count(data, (spm_split)s, g));
+        }
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+        if (prints(line)) printf("  %lld\n", (long long)spm_dataset_split_size(data, (spm_split)s));
+    }
+    spm_json_array_end(json);
+    if (prints(line)) printf("\n");
+    find_broken(data, json, prints(line));
+    spm_json_object_end(json);
+    spm_dataset_close(data);
+    return finish_json(line, json);
+}
+
+/* The parameters of an architecture that is named, not loaded. */
+static int inspect_arch(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_arch arch;
+    spm_reading reading;
+    spm_model *model;
+    int64_t total = 0;
+    int i;
+    if (resolve_model(line, 2, &arch, &reading, &err)) return failed(&err);
+    model = spm_model_build(line->ctx, &arch, 0, &err);
+    if (!model) return failed(&err);
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        char shape[128];
+        if (p->flags & SPM_PARAMETER_BUFFER) continue;
+        spm_tensor_shape_text(&p->value, shape, sizeof shape);
+        total += spm_tensor_count(&p->value);
+        printf("  %-52s %s\n", p->name, shape);
+    }
+    printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px, (long long)total);
+    spm_model_destroy(model);
+    return 0;
+}
+
+static int run_inspect(cli *line)
+{
+    unsigned char head[512];
+    FILE *file;
+    size_t got;
+    if (line->operands == 0 && line->value[O_ARCH]) return inspect_arch(line);
+    if (line->operands != 1) return wrong("inspect takes one checkpoint, picture or data set (or --arch NAME)");
+    file = fopen(line->operand[0], "rb");
+    if (!file) {
+        spm_error err = SPM_ZERO;
+        snprintf(err.text, sizeof err.text, "%s: there is no such file or folder", line->operand[0]);
+        return failed(&err);
+    }
+    got = fread(head, 1, sizeof head, file);
+    fclose(file);
+    if (got == 0 || (got > 262 && memcmp(head + 257, "ustar", 5) == 0)) return inspect_data(line, line->operand[0]);
+    if (spm_image_probe(head, got, NULL, NULL) != SPM_IMAGE_UNKNOWN) return inspect_picture(line, line->operand[0]);
+    return inspect_checkpoint(line, line->operand[0]);
+}
+
+/* The names that wrap a state dict or its keys in files of other programs. */
+static const char *plain_name(const char *name)
+{
+    static const char prefix[][20] = { "state_dict.", "model_state_dict.", "module." };
+    int i, again = 1;
+    while (again) {
+        again = 0;
+        for (i = 0; i < 3; i++) {
+            size_t n = strlen(prefix[i]);
+            if (strncmp(name, prefix[i], n) == 0 && name[n]) {
+                name += n;
+                again = 1;
+            }
+        }
+    }
+    return name;
+}
+
+static int convert_tensor(spm_archive *in, spm_archive_writer *out, const spm_archive_tensor *t, spm_error *err)
+{
+    int whole = t->dtype == SPM_I64 || t->dtype == SPM_I32 || t->dtype == SPM_I16 || t->dtype == SPM_I8 || t->dtype == SPM_U8 || t->dtype == SPM_BOOL;
+    size_t size = whole ? sizeof(int64_t) : sizeof(float);
+    void *values = malloc((size_t)(t->count > 0 ? t->count : 1) * size);
+    spm_status status = SPM_E_MEMORY;
+    if (values) status = whole ? spm_archive_read_i64(in, t, (int64_t *)values, err) : spm_archive_read_f32(in, t, (float *)values, err);
+    else snprintf(err->text, sizeof err->text, "%s: out of memory", t->name);
+    if (!status) spm_archive_put(out, values);
+    free(values);
+    return status == SPM_OK;
+}
+
+static int run_convert(cli *line)
+{
+    static const char keys[][24] = { "arch", "image_size", "classes", "class_names", "resize", "mean", "std", "head", "label_order", "method", "epoch", "spurmem" };
+    spm_error err = SPM_ZERO;
+    spm_archive *in;
+    spm_archive_writer *out;
+    const char *to;
+    size_t n;
+    int64_t i;
+    int torch, ok = 1;
+    if (line->operands != 2) return wrong("convert takes two files: IN OUT");
+    to = line->operand[1];
+    n = strlen(to);
+    torch = n > 4 && strcmp(to + n - 4, ".pth") == 0;
+    if (!torch && !(n > 12 && strcmp(to + n - 12, ".safetensors") == 0)) return wrong("convert: OUT must end in .safetensors or .pth");
+    in = spm_archive_open(line->ctx, line->operand[0], &err);
+    if (!in) return failed(&err);
+    out = spm_archive_create(line->ctx, to, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS, &err);
+    if (!out) {
+        spm_archive_close(in);
+        return failed(&err);
+    }
+    for (i = 0; !torch && i < (int64_t)(sizeof keys / sizeof keys[0]); i++) {
+        if (spm_archive_metadata(in, keys[i])) spm_archive_add_metadata(out, keys[i], spm_archive_metadata(in, keys[i]));
+    }
+    for (i = 0; i < spm_archive_count(in); i++) {
+        const spm_archive_tensor *t = spm_archive_tensor_at(in, i);
+        int whole = t->dtype != SPM_F32 && t->dtype != SPM_F64 && t->dtype != SPM_F16 && t->dtype != SPM_BF16;
+        spm_archive_add(out, plain_name(t->name), whole ? SPM_I64 : SPM_F32, t->rank, t->shape);
+    }
+    for (i = 0; ok && i < spm_archive_count(in); i++) ok = convert_tensor(in, out, spm_archive_tensor_at(in, i), &err);
+    if (ok) ok = spm_archive_commit(out, &err) == SPM_OK;
+    else spm_archive_abort(out);
+    if (ok) printf("%s: %lld tensors\n", to, (long long)spm_archive_count(in));
+    spm_archive_close(in);
+    return ok ? 0 : failed(&err);
+}
+
+/* ---- bench ---- */
+
+static int64_t peak_bytes(void)
+{
+#if defined(_WIN32)
+    return 0;
+#else
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+  #if defined(__APPLE__)
+    return (int64_t)usage.ru_maxrss;
+  #else
+    return (int64_t)usage.ru_maxrss * 1024;
+  #endif
+#endif
+}
+
+/* One line of the bench's table and of its JSON. flops: of one repetition; images: of one repetition, 0 for kernels. */
+static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch, double seconds, double flops, double images)
+{
+    double gflops = flops / seconds * 1e-9, peak = spm_measure_peak(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "name", name);
+    spm_json_int(json, "batch", batch);
+    if (images > 0.0) spm_json_number(json, "images_per_second", images / seconds);
+    else spm_json_null(json, "images_per_second");
+    if (flops > 0.0) {
+        spm_json_number(json, "gflops", gflops);
+        spm_json_number(json, "share_of_peak", gflops / peak);
+    } else {
+        spm_json_null(json, "gflops");
+        spm_json_null(json, "share_of_peak");
+    }
+    spm_json_int(json, "peak_bytes", peak_bytes());
+    spm_json_object_end(json);
+    if (!prints(line)) return;
+    printf("  %-36s", name);
+    if (images > 0.0) printf(" %9.2f images/s", images / seconds);
+    else printf(" %9.3f ms      ", 1e3 * seconds);
+    if (flops > 0.0) printf("  %7.1f GFLOP/s  %3.0f %% of peak", gflops, 100.0 * gflops / peak);
+    printf("  %6.0f MB\n", (double)peak_bytes() * 1e-6);
+    fflush(stdout);
+}
+
+static double median(double *values, int n)
+{
+    int i, j;
+    for (i = 1; i < n; i++) {
+        double v = values[i];
+        for (j = i; j > 0 && values[j - 1] > v; j--) values[j] = values[j - 1];
+        values[j] = v;
+    }
+    return values[n / 2];
+}
+
+static void fill_noise(float *values, int64_t n)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) values[i] = spm_random_uniform(7, 7, (uint64_t)i) - 0.5f;
+}
+
+/* Training or inference of an architecture on synthetic data; at least three measured steps after one warm-up. */
+static int bench_model(cli *line, spm_json *json, const char *name, int train, spm_error *err)
+{
+    spm_arch arch;
+    spm_run_desc running = SPM_ZERO;
+    spm_optimizer_desc sgd = spm_optimizer_desc_init();
+    spm_model *model;
+    spm_run *run = NULL;
+    spm_optimizer *optimizer = NULL;
+    int64_t batch = line->given[O_BATCH] ? integer(line, O_BATCH) : 16, cells, h = 0, w = 0;
+    double seconds[16], began;
+    float *pixels = NULL, *gradient = NULL;
+    spm_value image, logits;
+    char label[96];
+    int step, ok;
+    memset(&arch, 0, sizeof arch);
+    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+    arch.height = h;
+    arch.width_px = w;
+    arch.classes = 2;
+    if (spm_arch_parse(line->ctx, name, &arch, err)) return 0;
+    model = spm_model_build(line->ctx, &arch, 1, err);
+    if (!model) return 0;
+    sgd.kind = SPM_SGD;
+    sgd.momentum = 0.9f;
+    sgd.lr = 1e-3f;
+    running.max_batch = batch;
+    running.backward = train;
+    cells = batch * arch.height * arch.width_px * 3;
+    run = spm_run_create(model, &running, err);
+    if (run && train) optimizer = spm_optimizer_create(model, &sgd, err);
+    pixels = (float *)malloc((size_t)cells * sizeof *pixels);
+    gradient = (float *)malloc((size_t)(batch * 2) * sizeof *gradient);
+    ok = run && pixels && gradient && (!train || optimizer);
+    if (ok) {
+        fill_noise(pixels, cells);
+        fill_noise(gradient, batch * 2);
+        image = spm_program_find(spm_model_program(model), "image");
+        logits = spm_program_find(spm_model_program(model), "logits");
+        began = spm_seconds();
+        for (step = 0; ok && step < 16 && (step < 4 || spm_seconds() - began < 3.0); step++) {
+            double start = spm_seconds();
+            ok = !spm_run_input(run, image, pixels) && !spm_run_forward(run, batch, train);
+            if (ok && train) {
+                spm_model_zero_gradients(model);
+                ok = !spm_run_set_gradient(run, logits, gradient) && !spm_run_backward(run) && !spm_run_commit_statistics(run, 0.1f);
+                spm_model_finish_gradients(model);
+                spm_optimizer_step(optimizer);
+            }
+            seconds[step] = spm_seconds() - start;
+        }
+        if (!ok) *err = *spm_run_error(run);
+        snprintf(label, sizeof label, "%s:%s", train ? "train" : "infer", name);
+        if (ok) bench_row(line, json, label, batch, median(seconds + 1, step - 1), spm_program_flops(spm_model_program(model), batch, train), (double)batch);
+    }
+    free(pixels);
+    free(gradient);
+    spm_optimizer_destroy(optimizer);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    return ok;
+}
+
+/* One operation, forward or a part of its backward pass. what: 0 forward, 1 data gradient, 2 weight gradient. */
+static void bench_op(cli *line, spm_json *json, const char *name, spm_op op, spm_op_call *call, int what)
+{
+    static const char passes[3][8] = { "", " dx", " dw" };
+    int64_t sizes[3];
+    float *memory[3];
+    void *scratch, *packed;
+    double seconds[9];
+    char label[96];
+    spm_error err = SPM_ZERO;
+    int i;
+    if (spm_op_infer(line->ctx, op, call, &err)) return;
+    sizes[0] = spm_tensor_count(&call->in[0]);
+    sizes[1] = spm_tensor_count(&call->in[1]);
+    sizes[2] = spm_tensor_count(&call->out[0]);
+    for (i = 0; i < 3; i++) {
+        memory[i] = (float *)malloc((size_t)(2 * sizes[i] + 64) * sizeof(float));
+        if (!memory[i]) return;
+        fill_noise(memory[i], 2 * sizes[i]);
+    }
+    call->in[0].data = memory[0];
+    call->in[1].data = memory[1];
+    call->out[0].data = memory[2];
+    call->d_out = call->out[0];
+    call->d_in[0] = call->in[0];
+    call->d_in[1] = call->in[1];
+    call->d_in[0].data = what == 1 ? memory[0] + sizes[0] : NULL;
+    call->d_in[1].data = what == 2 ? memory[1] + sizes[1] : NULL;
+    scratch = malloc(spm_op_scratch(line->ctx, op, call, what > 0) + 128);
+    packed = malloc(spm_op_packed(line->ctx, op, call) + 128);
+    if (scratch && packed) {
+        call->scratch = (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+        call->packed = (void *)(((uintptr_t)packed + 63) & ~(uintptr_t)63);
+        for (i = 0; i < 9; i++) {
+            double start = spm_seconds();
+            if (what == 0) spm_op_forward(line->ctx, op, call);
+            else spm_op_backward(line->ctx, op, call);
+            seconds[i] = spm_seconds() - start;
+        }
+        snprintf(label, sizeof label, "%s%s", name, passes[what]);
+        bench_row(line, json, label, call->in[0].shape[0], median(seconds + 2, 7), spm_op_flops(op, call, 0), 0.0);
+    }
+    free(scratch);
+    free(packed);
+    for (i = 0; i < 3; i++) free(memory[i]);
+}
+
+static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
+{
+    static const int64_t shape[][5] = { { 56, 64, 64, 3, 1 }, { 28, 128, 128, 3, 1 }, { 14, 256, 256, 3, 1 }, { 7, 512, 512, 3, 1 }, { 56, 64, 256, 1, 1 }, { 14, 1024, 256, 1, 1 }, { 56, 64, 128, 3, 2 }, { 224, 3, 64, 7, 2 } };
+    int i, what;
+    for (what = 0; gemm && what < 3; what++) {
+        spm_op_call call = SPM_ZERO;
+        call.in[0] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
+        call.in[1] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
+        call.n_in = 2;
+        bench_op(line, json, "gemm 1024", SPM_OP_LINEAR, &call, what);
+    }
+    for (i = 0; conv && i < (int)(sizeof shape / sizeof shape[0]); i++) {
+        for (what = 0; what < 3; what++) {
+            spm_op_call call = SPM_ZERO;
+            char name[96];
+            const int64_t *s = shape[i];
+            call.in[0] = spm_tensor_make(NULL, 4, 8, s[0], s[0], s[1]);
+            call.in[1] = spm_tensor_make(NULL, 4, s[2], s[3], s[3], s[1]);
+            call.n_in = 2;
+            call.attr.stride[0] = call.attr.stride[1] = s[4];
+            call.attr.padding[0] = call.attr.padding[1] = s[3] / 2;
+            snprintf(name, sizeof name, "conv %lldx%lld/%lld %lld->%lld at %lld", (long long)s[3], (long long)s[3], (long long)s[4], (long long)s[1], (long long)s[2], (long long)s[0]);
+            if (what != 1 || s[1] > 3) bench_op(line, json, name, SPM_OP_CONV2D, &call, what);
+        }
+    }
+}
+
+static int bench_decode(cli *line, spm_json *json, spm_error *err)
+{
+    double seconds[5];
+    int i, round;
+    for (round = 0; round < 5; round++) {
+        double start = spm_seconds();
+        for (i = 0; i < line->operands; i++) {
+            spm_image image = SPM_ZERO;
+            if (spm_image_load(line->ctx, line->operand[i], NULL, &image, err)) return 0;
+            spm_image_free(line->ctx, &image);
+        }
+        seconds[round] = spm_seconds() - start;
+    }
+    bench_row(line, json, "decode", line->operands, median(seconds, 5), 0.0, (double)line->operands);
+    return 1;
+}
+
+static int run_bench(cli *line)
+{
+    const char *only = line->value[O_ONLY];
+    spm_error err = SPM_ZERO;
+    spm_json *json = spm_json_create(line->ctx);
+    int ok = 1;
+    double peak = spm_measure_peak(line->ctx);
+    if (only && strncmp(only, "train:", 6) != 0 && strncmp(only, "infer:", 6) != 0 && strcmp(only, "gemm") != 0 && strcmp(only, "conv") != 0 && strcmp(only, "decode") != 0) {
+        return wrong("--only must be train:ARCH, infer:ARCH, gemm, conv or decode");
+    }
+    if (only && strcmp(only, "decode") == 0 && line->operands == 0) return wrong("bench --only decode needs the pictures to decode");
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "bench");
+    spm_json_number(json, "peak_gflops", peak);
+    spm_json_string(json, "isa", spm_isa_name(spm_context_isa(line->ctx)));
+    spm_json_int(json, "threads", spm_context_threads(line->ctx));
+    spm_json_array_begin(json, "results");
+    if (prints(line)) printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), peak);
+    if (only && (strncmp(only, "train:", 6) == 0 || strncmp(only, "infer:", 6) == 0)) ok = bench_model(line, json, only + 6, only[0] == 't', &err);
+    else {
+        bench_kernels(line, json, !only || strcmp(only, "gemm") == 0, !only || strcmp(only, "conv") == 0);
+        if (!only) {
+            ok = bench_model(line, json, "resnet18", 0, &err) && bench_model(line, json, "resnet18", 1, &err) && bench_model(line, json, "resnet50", 0, &err);
+        }
+        if (ok && line->operands) ok = bench_decode(line, json, &err);
+    }
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    if (ok) return finish_json(line, json);
+    spm_json_destroy(json);
+    return failed(&err);
+}
+
+/* ---- main ---- */
+
+static int run_command(cli *line)
+{
+    switch (line->command->id) {
+    case TRAIN:
+    case INTERVENE: return run_train(line);
+    case EVAL: return run_eval(line);
+    case LOCALIZE: return run_localize(line);
+    case PREDICT: return run_predict(line);
+    case DECODE: return run_decode(line);
+    case REPORT: return run_report(line);
+    case INSPECT: return run_inspect(line);
+    case CONVERT: return run_convert(line);
+    default: return run_bench(line);
+    }
+}
+
+static const command *find_command(const char *name)
+{
+    char text[200];
+    const command *best = NULL;
+    int i, least = 4;
+    for (i = 0; i < N_COMMANDS; i++) {
+        int d = distance(name, commands[i].name);
+        if (d == 0) return &commands[i];
+        if (d < least) {
+            least = d;
+            best = &commands[i];
+        }
+    }
+    if (best) snprintf(text, sizeof text, "there is no command %.60s; did you mean %s?", name, best->name);
+    else snprintf(text, sizeof text, "there is no command %.60s; spurmem --help lists them", name);
+    wrong(text);
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    static cli line;
+    spm_context_desc desc = SPM_ZERO;
+    int rc;
+    if (argc < 2) {
+        help_all();
+        return 2;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+        help_all();
+        return 0;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        printf("spurmem %d.%d\n", SPURMEM_VERSION_MAJOR, SPURMEM_VERSION_MINOR);
+        return 0;
+    }
+    line.command = find_command(argv[1]);
+    if (!line.command) return 2;
+    line.operand = (const char **)malloc((size_t)argc * sizeof *line.operand);
+    if (!line.operand) return 1;
+    rc = parse(&line, argc, argv);
+    if (rc == 0) rc = check_model_options(&line);
+    if (rc) {
+        free((void *)line.operand);
+        return rc < 0 ? 0 : rc;
+    }
+    desc.log = on_log;
+    desc.threads = (int)integer(&line, O_THREADS);
+    (void)spm_isa_parse(line.value[O_ISA], &desc.isa);
+    progress_quiet = is_on(&line, O_QUIET);
+    line.ctx = spm_context_create(&desc);
+    if (!line.ctx) {
+        fprintf(stderr, "spurmem: no context: this machine or build lacks the instruction set %s (or memory); use --isa auto and check SPURMEM_ISA\n", line.value[O_ISA]);
+        free((void *)line.operand);
+        return 1;
+    }
+    catch_interrupts();
+    rc = run_command(&line);
+    spm_context_destroy(line.ctx);
+    free((void *)line.operand);
+    return rc;
+}
