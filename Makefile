@@ -22,22 +22,21 @@ SHARED = $(wildcard ../shared/data/*.tar)
 
 all: $(TOOLS)
 
-$(BUILD)/%: examples/%.c spurmem.h $(wildcard examples/*.h)
-	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -o $@ $< $(LDLIBS)
-
-$(BUILD)/%: data_tools/%.c spurmem.h
-	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -o $@ $< $(LDLIBS)
-
-# The tests link one prebuilt object; those that look inside include the implementation themselves.
-$(BUILD)/tests/spurmem.o: tests/spurmem.c spurmem.h
+# The implementation is compiled once; every program below is small beside it.  One program alone needs no object:
+# cc -O2 -DSPURMEM_THREADS examples/spurmem.c -lm -lpthread
+$(BUILD)/spurmem.o: tests/spurmem.c spurmem.h
 	@mkdir -p $(BUILD)/tests
 	$(CC) $(FLAGS) -c -o $@ $<
 
-$(BUILD)/tests/%: tests/%.c $(wildcard tests/*.h) spurmem.h $(BUILD)/tests/spurmem.o
-	@mkdir -p $(BUILD)/tests
-	$(CC) $(FLAGS) -Itests -o $@ $< $(BUILD)/tests/spurmem.o $(LDLIBS)
+$(BUILD)/%: examples/%.c $(wildcard examples/*.h) $(BUILD)/spurmem.o
+	$(CC) $(FLAGS) -DSPURMEM_LINKED -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
+
+$(BUILD)/%: data_tools/%.c $(BUILD)/spurmem.o
+	$(CC) $(FLAGS) -DSPURMEM_LINKED -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
+
+# Tests that look inside include the implementation themselves.
+$(BUILD)/tests/%: tests/%.c $(wildcard tests/*.h) $(BUILD)/spurmem.o
+	$(CC) $(FLAGS) -Itests -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
 
 demo: $(BUILD)/synth_birds $(BUILD)/repair
 	@rm -rf $(BUILD)/demo && mkdir -p $(BUILD)/demo

@@ -1,4 +1,126 @@
-/* spurmem.h - v0.1 - find, prove and remove the memory of spurious correlations in image classifiers.  One C header.
+/* spurmem.h - v0.1 - find, prove and remove the memory of spurious correlations in image classifiers
+ *
+ * One C header: tensor operations, SIMD kernels, autograd, ResNet and ViT, JPEG and PNG, data sets with groups,
+ * PyTorch checkpoints, attribution, localization, and the training that takes a memory away.  It needs libc and libm;
+ * threads are optional.  Licence: MIT or public domain, at the end of this file.
+ *
+ * SYNOPSIS.  In one C or C++ file:
+ *
+ *     #define SPURMEM_THREADS          // optional: use pthreads (Win32 threads on Windows)
+ *     #define SPURMEM_IMPLEMENTATION
+ *     #include "spurmem.h"
+ *
+ *     int main(void)
+ *     {
+ *         spm_error err = SPM_ZERO;
+ *         spm_context *ctx = spm_context_create(NULL);
+ *         spm_dataset_desc opening = SPM_ZERO;
+ *         spm_train_desc training = spm_train_desc_init(SPM_METHOD_ERM);
+ *         spm_train_result result;
+ *         spm_dataset *data;
+ *         opening.path = "waterbirds";                       // metadata.csv and pictures
+ *         data = spm_dataset_open(ctx, &opening, &err);
+ *         training.out = "run";
+ *         training.arch.classes = data ? spm_dataset_classes(data) : 0;
+ *         if (!data || spm_arch_parse(ctx, "resnet18", &training.arch, &err)) return 1;
+ *         training.reading.transform = spm_transform_make(training.arch.height, training.arch.width_px);
+ *         return spm_train(ctx, data, &training, &result, &err) != SPM_OK; // err.text says what went wrong
+ *     }
+ *
+ *     cc -O2 app.c -lm -lpthread
+ *
+ * Everywhere else include it without the two defines.  With SPURMEM_STATIC instead of SPURMEM_IMPLEMENTATION the file
+ * gets a private copy and exports nothing.
+ *
+ * ================================================================================================================
+ *                                                    MANUAL
+ * ================================================================================================================
+ *
+ * 1. THE QUESTION IT ANSWERS
+ *    A classifier that is trained on pictures where landbirds nearly always stand on land learns the land.  The few
+ *    landbirds on water contradict it; training still drives their loss to zero, so they are stored one by one: right
+ *    in training, wrong in the field.  You, Dai, Min, Sekhon, Joshi and Duncan (Nature Communications 16, 5424, 2025)
+ *    show that this memory sits in few units (output channels of convolutions, output units of linear layers), and
+ *    that training a network against its own copy without those units helps the groups that were memorized.
+ *    A *group* is a pair (class y, confounder a), numbered g = y * confounders + a.  *Worst-group accuracy* (WGA) is the
+ *    lowest accuracy of any group.  A group is *memorized* as far as its training accuracy exceeds its test accuracy.
+ *
+ * 2. CONTEXTS, ERRORS, MEMORY
+ *    Everything is made from a spm_context: allocator, log, threads, instruction set.  There are no globals, so two
+ *    libraries may embed this header, and a context may be shared between threads; runs and loaders belong to one
+ *    thread at a time.
+ *    Functions that can fail return a status, NULL or a negative number, and write one sentence into the spm_error they
+ *    are given: what, where, how much, and the mend.  With NULL for it the sentence goes to the context.  The first error
+ *    stays; what follows from it would only hide it.  The library never prints, exits or aborts.
+ *    Desc structs: zero always means off, 0 or automatic.  Where a default is anything else there is a
+ *    spm_*_desc_init().  SPM_ZERO initialises any of them in C and in C++.
+ *    All memory comes from the context's allocator, 64-byte aligned, and every size is checked before it is taken.  A
+ *    training step after the first allocates nothing.
+ *
+ * 3. OPERATIONS AND AUTOGRAD
+ *    Tensors are dense float arrays, channels last: pictures [N,H,W,C], tokens [N,T,D], convolution weights
+ *    [O][KH][KW][I].  An operation (section 08) is a forward and a backward function without any graph.  A *program*
+ *    (section 09) records operations once; a *model* adds parameter values; a *run* executes it and owns activations,
+ *    masks, batch statistics and random stream.  Several runs may share a model: that is how a network is trained
+ *    against a copy of itself without some units.  Losses are small programs of their own: read a run's output, bind it
+ *    as the loss's input, send the loss's gradient back with spm_run_set_gradient.  Batch norm never updates its running
+ *    statistics by itself: spm_run_commit_statistics does.
+ *
+ * 4. NETWORKS AND CHECKPOINTS
+ *    spm_arch_parse("resnet18:width=16,stem=cifar") or ("vit:patch=8,dim=96,depth=6,heads=3,mlp=2") and
+ *    spm_model_build make a network with PyTorch's parameter names; spm_checkpoint_load takes safetensors and torch files
+ *    (.pth, .pt, .th) and never executes what it reads; spm_checkpoint_save writes both.
+ *
+ * 5. PICTURES AND DATA SETS
+ *    JPEG decoding, PNG decoding and resizing give the bits that Pillow gives.  A data set is a folder or a tar file;
+ *    its groups come from its metadata.  A loader decodes on worker threads and delivers batches in an order that only
+ *    the seed decides.
+ *
+ * 6. EVALUATION, LOCALIZATION
+ *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes the
+ *    highest-ranked ones and measures every group before and after, next to matched controls: the same change of other
+ *    units of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).  Units are
+ *    chosen on one split and reported on others; results say which.
+ *
+ * 7. TRAINING AND THE INTERVENTION
+ *    spm_train writes a run folder: config.json, metrics.jsonl (a line per epoch and split), best.safetensors,
+ *    last.safetensors, and state.safetensors, from which a stopped run goes on to the same bits.  SPM_METHOD_INTERVENE
+ *    starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the pruned one lacks the
+ *    critical units; their features are pulled together (NT-Xent), and the dense branch keeps its cross-entropy.
+ *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
+ *
+ * 8. THE SAME BITS
+ *    On the same machine and instruction set, results are the same bits for any number of threads: work is cut by shape,
+ *    sums have a fixed tree, and a random number depends on (seed, epoch, example, draw) alone.
+ *
+ * 9. INSTRUCTION SETS
+ *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
+ *    The environment variable SPURMEM_ISA=c|avx2|avx512|neon or spm_context_desc.isa forces one.
+ *
+ * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
+ *    SPURMEM_THREADS            threads for computing and for reading pictures
+ *    SPURMEM_STATIC             a private copy: all functions static
+ *    SPURMEM_NO_SIMD            plain C only
+ *    SPURMEM_MINGW_AVX          wide kernels with MinGW's gcc, whose stack is aligned to 16 bytes only: at your own risk
+ *    SPURMEM_SELF               how this header includes itself for its kernels ("spurmem.h"); set it if you rename it
+ *    SPURMEM_MAX_IMAGE_BYTES    cap on a decoded picture (1 GiB)
+ *
+ * ================================================================================================================
+ *                                                   CONTENTS
+ * ================================================================================================================
+ * The API and the implementation have the same sections in the same order; a section calls only sections above it.
+ * Search for the anchor: >>API-NAME finds the declarations, >>NAME the code.
+ *
+ *   01  >>CORE     status, context, log, allocator, files          11  >>OPTIM    SGD, Adam, AdamW, schedules, clipping
+ *   02  >>CPU      feature detection, denormal mode                12  >>IMAGE    inflate, PNG, JPEG, resize, crop
+ *   03  >>POOL     threads, parallel-for                           13  >>PACK     JSON, CSV, safetensors, torch, tar, idx
+ *   04  >>RNG      counter-based random numbers                    14  >>DATA     data sets, groups, loaders
+ *   05  >>KERN     SIMD kernels                                    15  >>CKPT     checkpoints
+ *   06  >>GEMM     matrix products, tap convolutions               16  >>EVAL     evaluation, intervals, tests
+ *   07  >>TENSOR   tensors                                         17  >>ATTR     attribution: scores of units
+ *   08  >>OPS      operations, forward and backward                18  >>LOCAL    localization: change units, measure
+ *   09  >>TAPE     autograd: programs, models, runs                19  >>TRAIN    training, the intervention, run folders
+ *   10  >>NETS     ResNet and ViT                                  20  >>REPORT   the HTML page
  */
 #ifndef SPMI_PASS
 #ifndef SPURMEM_H
@@ -177,33 +299,51 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  * ============================================================================================================= */
 
 /* Every operation is called through one struct, spm_op_call, so that one table drives the tape, the gradient check, the
- * benches and the tests.  Inputs and outputs by operation (N batch; out[1..] are saved for the backward pass):
+ * benches and the tests.  Inputs, outputs and settings (attr) by operation; N is the batch, ? marks what may be absent,
+ * out[0] is y and out[1..] are saved for the backward pass:
  *
- *  op             in                                                        out                                  attr
- *  conv2d         x[N,H,W,C] w[O,KH,KW,C/g] b[O]?                           y[N,H',W',O]                         kernel stride padding dilation groups
- *  linear         x[N,I] or [N,T,I]  w[O,I] b[O]?                           y[N,O] or [N,T,O]
- *  batch_norm     x[N,H,W,C] w[C] b[C] running_mean[C] running_var[C] r?    y, mean[C], var[C] (biased)          eps relu
- *                 (y = relu?(bn(x) + r?), r a residual of x's shape)
- *  layer_norm     x[..,D] w[D] b[D]                                         y, mean[rows], rstd[rows]            eps
- *  relu, gelu     x                                                         y                                    (gelu: exact, by erf)
- *  softmax        x[..,D]                                                   y, over the last axis
- *  attention      qkv[N,T,3D] (q, k, v; each [heads][D/heads])              y[N,T,D], probs[N,heads,T,T]         heads; scale 1/sqrt(D/heads)
- *  max_pool       x[N,H,W,C]                                                y[N,H',W',C], argmax                 kernel stride padding
- *  avg_pool       x[N,H,W,C]                                                y[N,H',W',C] (pads count, as PyTorch) kernel stride padding
- *  global_pool    x[N,H,W,C]                                                y[N,C]
- *  add            a b (same shape)                                          y
- *  shortcut_a     x[N,H,W,C]                                                y[N,ceil(H/s),ceil(W/s),C'] strided, channels zero-padded on both sides (CIFAR option A)   stride, groups = C'
- *  dropout        x                                                         y (kept values / (1 - p))            p
- *  drop_path      x[N,..]                                                   y (whole examples dropped)           p
- *  tokens         x[N,H,W,D] class[K,D] position[K+L+H*W,D] distillation[L,D]?  y[N,K+L+H*W,D], distillation tokens (L = 1, else 0) behind the class token
- *  token          x[N,T,D]                                                  y[N,D]: token attr.index             index
- *  mean2          a b                                                       (a + b) / 2 (distilled heads)
- *  cross_entropy  logits[N,C] target[N,C] weight[N]?                        loss[1] = sum_n weight[n] * loss_n (weight: default 1/N),
- *                                                                           per_example[N], probs[N,C]           label_smoothing
- *  ntxent         a[N,D] b[N,D]                                             loss[1], rows[2N,D] (normalised), norms[2N], probs[2N,2N]   temperature
- *                 (2N rows, row i's positive is the other view of the same example; mean over rows of -log(e^pos / sum of the 2N-1 others))
+ *  conv2d         x[N,H,W,C] w[O,KH,KW,C/g] b[O]?  ->  y[N,H',W',O]
+ *                 attr: kernel (0: w's), stride, padding, dilation, groups.  Patch embedding: kernel = stride = patch.
+ *  linear         x[N,I] or [N,T,I], w[O,I] b[O]?  ->  y[N,O] or [N,T,O] = x w^T + b
+ *  batch_norm     x[N,..,C] w[C] b[C] running_mean[C] running_var[C] r[N,..,C]?  ->  y, mean[C], var[C] (biased)
+ *                 y = relu?((x - mean) / sqrt(var + eps) w + b + r?).  mean and var are the batch's in training (in
+ *                 double across short chains, so a large mean costs no digits) and the running ones otherwise; the
+ *                 running ones are only read: committing is the tape's business.  attr: eps, relu
+ *  layer_norm     x[..,D] w[D] b[D]  ->  y, mean[rows], rstd[rows], over the last axis.  attr: eps
+ *  relu, gelu     x  ->  y.  gelu is the exact x Phi(x), within 4 ulp also far out in the tail
+ *  softmax        x[..,D]  ->  y, over the last axis
+ *  attention      qkv[N,T,3D]: q, k, v one behind the other, each [heads][D/heads] (timm's layout)
+ *                 ->  y[N,T,D], probs[N,heads,T,T]; scores are scaled by 1 / sqrt(D / heads).  attr: heads
+ *  max_pool       x[N,H,W,C]  ->  y[N,H',W',C], places[N,H',W',ceil(C/4)].  attr: kernel, stride, padding (<= kernel
+ * / 2,
+ *                 seen as -infinity).  The first of equal entries wins; not-a-number comes through.  `places` holds
+ * bytes,
+ *                 not floats: the winner's index kh KW + kw, 4 ceil(C/4) of them for every output pixel.
+ *  avg_pool       x[N,H,W,C]  ->  y[N,H',W',C]; pads count as zeros (PyTorch's default).  attr as max_pool
+ *  global_pool    x[N,H,W,C]  ->  y[N,C], the mean over H and W
+ *  add, mean2     a b of one shape  ->  a + b, (a + b) / 2 (the heads of a distilled network)
+ *  shortcut_a     x[N,H,W,C]  ->  y[N,ceil(H/s),ceil(W/s),C']: every s-th pixel, (C' - C) / 2 zero channels in front,
+ * the rest
+ *                 behind (option A of the CIFAR ResNets).  attr: stride = s, groups = C'
+ *  dropout        x[N,..]  ->  y: each element 0 with probability p, else x / (1 - p).  attr: p.  Identity in
+ * evaluation mode
+ *  drop_path      x[N,..]  ->  y: the same by whole examples
+ *  tokens         x[N,H,W,D] class[K,D] position[K+L+H*W,D] distillation[L,D]?  ->  y[N,K+L+H*W,D]: class tokens, then
+ *                 distillation tokens, then the pixels of x, all plus their positions
+ *  token          x[N,T,D]  ->  y[N,D]: token attr.index
+ *  cross_entropy  logits[N,C] target[N,C] weight[N]?  ->  loss[1], per_example[N], probs[N,C]
+ *                 t = (1 - e) target + e / C; per_example = -sum_c t_c log softmax(logits)_c; loss = sum_n weight_n
+ *                 per_example_n (weight: 1/N each).  Targets need not sum to 1.  attr: label_smoothing = e
+ *  ntxent         a[N,D] b[N,D]  ->  loss[1], z[2N,D], norms[2N], probs[2N,2N]
+ *                 z = rows of a, then of b, divided by max(norm, 1e-12); the positive of row i is row i +- N; loss =
+ * mean over
+ *                 rows of -log(e^(z_i z_pos / tau) / sum over the 2N - 1 others).  A row of norm 0 gets gradient 0; N
+ * = 1
+ *                 gives loss 0.  attr: temperature = tau
  *
- * patch embedding is conv2d with kernel = stride = patch. */
+ * H' = floor((H + 2 padding - dilation (kernel - 1) - 1) / stride) + 1.  The backward formulas stand beside the code,
+ * with their sources.  Tests of all of this: tests/test_ops.c (PyTorch's numbers, plain double code, central
+ * differences). */
 typedef enum spm_op {
     SPM_OP_NONE, SPM_OP_CONV2D, SPM_OP_LINEAR, SPM_OP_BATCH_NORM, SPM_OP_LAYER_NORM, SPM_OP_RELU, SPM_OP_GELU,
     SPM_OP_SOFTMAX, SPM_OP_ATTENTION, SPM_OP_MAX_POOL, SPM_OP_AVG_POOL, SPM_OP_GLOBAL_POOL, SPM_OP_ADD,
@@ -225,14 +365,17 @@ typedef struct spm_op_attr {
 typedef struct spm_op_call {
     spm_op_attr attr;
     spm_tensor in[SPM_OP_MAX_IN];    /* an optional input that is not there has rank 0 and data NULL */
-    spm_tensor out[SPM_OP_MAX_OUT];  /* shapes are set by spm_op_infer, data by the caller */
+    spm_tensor out[SPM_OP_MAX_OUT];  /* shapes are set by spm_op_infer, data by the caller.  out[1..] may be left out
+                                        (data NULL) if no backward pass follows, but for ntxent and batch_norm in training */
     spm_tensor d_out;                /* backward: gradient of out[0] */
     spm_tensor d_in[SPM_OP_MAX_IN];  /* backward: data NULL means not wanted */
     int d_in_add[SPM_OP_MAX_IN];     /* 1: add to what is there; 0: overwrite */
     int n_in, n_out;
     int training;                    /* 1: batch statistics, dropout on; 0: evaluation mode.  Same for both passes. */
-    uint64_t seed, stream;           /* random draws of dropout and drop_path: element index counts from `example` */
-    const int64_t *example;          /* [N] ids of the batch's examples for keyed draws, or NULL: 0..N-1 */
+    uint64_t seed, stream;           /* dropout, drop_path: a draw depends on (seed, stream,
+                                                                               example's id, element within
+                                        the example) alone; the backward pass repeats it */
+    const int64_t *example;          /* [N] ids of the batch's examples, or NULL: 0..N-1 */
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
     int packed_ready;                /* 0: the weights have changed since `packed` was written; the op sets it to 1 */
@@ -243,12 +386,19 @@ SPMDEF int spm_op_differentiable(spm_op op, int input);    /* 1 if in[input] can
 /* 1 if the backward pass reads the values of in[index] (output = 0) or out[index] (output = 1): they must be kept until
  * then; all others may be overwritten after the forward pass.  Their shapes are always read. */
 SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output, int index);
-/* Checks in[] (shapes only) against attr and sets out[].shape, out[].rank, n_out.  Errors name the op and both shapes. */
+/* Checks in[] (shapes only) and attr, and sets out[].shape, out[].rank, n_out.  Absent inputs behind n_in are cleared.
+ * Errors: SPM_E_SHAPE, SPM_E_ARGUMENT, SPM_E_UNSUPPORTED with a sentence that names the op and both shapes; empty
+ * tensors and a batch of 0 are refused. */
 SPMDEF spm_status spm_op_infer(spm_context *ctx, spm_op op, spm_op_call *call, spm_error *err);
-SPMDEF size_t spm_op_scratch(spm_context *ctx, spm_op op, const spm_op_call *call, int backward); /* bytes, after infer */
-SPMDEF size_t spm_op_packed(spm_context *ctx, spm_op op, const spm_op_call *call);               /* bytes; 0: none */
-SPMDEF double spm_op_flops(spm_op op, const spm_op_call *call, int backward);  /* multiply and add count as two */
-/* No allocation, no failure once infer has passed. out[] must not overlap in[]; d_in may not overlap d_out. */
+/* Bytes of scratch memory for one pass, and of packed weights kept between calls (0: none); after infer.  Both depend
+ * on shapes and the context's number of threads. */
+SPMDEF size_t spm_op_scratch(spm_context *ctx, spm_op op, const spm_op_call *call, int backward);
+SPMDEF size_t spm_op_packed(spm_context *ctx, spm_op op, const spm_op_call *call);
+/* Arithmetic of one pass; multiply and add count as two, exp and erf as about 20 and 50. */
+SPMDEF double spm_op_flops(spm_op op, const spm_op_call *call, int backward);
+/* out[] from in[]; and d_in[i] = (or +=, by d_in_add) sum d_out * d out[0] / d in[i] for every d_in[i] with data.  No
+ * allocation, and no failure once infer has passed.  Same bits for any number of threads.  out[] must not overlap
+ * in[], and d_in must overlap neither d_out nor another d_in. */
 SPMDEF void spm_op_forward(spm_context *ctx, spm_op op, spm_op_call *call);
 SPMDEF void spm_op_backward(spm_context *ctx, spm_op op, spm_op_call *call);
 
@@ -457,38 +607,53 @@ SPMDEF void spm_run_clear_hooks(spm_run *run);
  * input).  `shapes` gives attr, n_in, training, seed and the inputs' shapes (rank 0: absent).  Returns the largest over
  * the inputs of ||g - d|| / max(||d||, tiny) (about 1e-3 or less in fp32), or -1 with an error set. */
 SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call *shapes, uint64_t seed, spm_error *err);
+
 /* ================================================================================================================
  * >>API-NETS  10  ResNet and ViT
  * ============================================================================================================= */
 
 typedef enum spm_family { SPM_RESNET, SPM_VIT } spm_family;
 
-/* An architecture, complete: spm_arch_parse fills it from text, spm_arch_text writes the canonical text back. */
+/* An architecture, complete: spm_arch_parse fills it from text. */
 typedef struct spm_arch {
-    char name[64];                 /* "resnet18:width=16,stem=cifar" */
+    char name[128];                /* canonical: "resnet18:width=16,stem=cifar" */
     spm_family family;
     int64_t height, width_px;      /* input size in pixels */
     int64_t classes;               /* outputs of the head */
     int softmax_head;              /* quirk Q1: the head ends in a softmax, losses see probabilities */
-    /* ResNet */
+    /* ResNet (He et al. 2015; torchvision's v1.5: the stride stands in the 3x3) */
     int64_t blocks[4];             /* 0 ends the list (CIFAR nets have three stages) */
-    int64_t width;                 /* channels of the first stage (64; CIFAR nets 16) */
-    int64_t groups, width_per_group;
+    int64_t width;                 /* channels of the first stage (64; CIFAR nets 16); every stage doubles them */
+    int64_t groups, width_per_group; /* of a bottleneck's 3x3: width * width_per_group / 64 * groups channels at first */
     int bottleneck, cifar_stem, option_a;
-    /* ViT */
+    /* ViT (Dosovitskiy et al. 2020; DeiT: Touvron et al. 2020), pre-norm */
     int64_t patch, dim, depth, heads, mlp_ratio;
-    int distilled;
+    int distilled;                 /* a second token and head; logits are the mean of both heads */
     float norm_eps;                /* ViT layer norms: 1e-6 */
-    float drop, drop_path;         /* rates, 0 */
+    float drop, drop_path;         /* rates, 0; drop_path grows linearly over the blocks up to this */
 } spm_arch;
 
-/* Parses "resnet18", "vit:patch=8,dim=96,depth=6,heads=3,mlp=2" ... (CLI.md lists all).  height, width_px and classes
- * become the architecture's defaults where they are 0. Errors name the option and the nearest known name. */
+/* Parses NAME[:option=value,...].  Names: spm_arch_name_at, and "vit" for a free one (dim 192, depth 12, heads 3).
+ * Options of ResNets: width, stem=imagenet|cifar, groups, width_per_group; of ViTs: patch, dim, depth, heads, mlp,
+ * distilled=0|1, eps, drop, drop_path.  *arch is an input as well: height, width_px and classes that are not 0 stay (else
+ * 224 px and 1000 classes; with a CIFAR stem 32 px and 10), softmax_head stays; the rest is overwritten.
+ * Errors name the option and the nearest known name.  Covered by test_nets. */
 SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err);
+/* The canonical text: the name and the options that differ from its defaults, in a fixed order; cut at size, returns
+ * text.  spm_arch_parse has put it into arch->name. */
+SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size);
 SPMDEF const char *spm_arch_name_at(int index); /* the known names, in order; NULL behind the last */
-/* Builds the network: parameters with PyTorch's names, initialised from seed.  Input "image" [N,H,W,3]; outputs
- * "features" [N,D] (penultimate), "logits" [N,classes], "outputs" (= logits, or their softmax for softmax_head),
- * and "block1", "block2", ... (the input of residual or transformer block i), usable with spm_run_forward_from. */
+
+/* Builds the network, initialised from seed.  Input "image" [N,H,W,3], normalised; outputs "features" [N,D] (penultimate: after
+ * the global pool, or the class token after the last norm), "logits" [N,classes], "outputs" (= logits, or their softmax
+ * for softmax_head).  Marks (readable after spm_run_keep; any can be the start of spm_run_forward_from): "block1",
+ * "block2", ... the input of residual or transformer block i; "last" [N,H',W',D] or [N,T,D], what the pool or
+ * the last norm reads.  A checkpoint segment begins at every block.
+ * Parameters bear the names of torchvision (conv1.weight, layer1.0.bn1.bias, layer2.0.downsample.0.weight, fc.weight), of
+ * timm (cls_token [1,D], pos_embed [T,D], blocks.0.attn.qkv.weight, head.weight, head_dist.weight), CIFAR nets end in
+ * `linear`.  Initial values: ResNet convolutions He fan-out, norms 1 and 0, the head uniform (PyTorch's default); ViT
+ * linear layers, tokens and positions truncated normal (.02), biases 0, the patch embedding PyTorch's default, which timm leaves.
+ * Errors: sizes that do not divide (image by patch, dim by heads, channels by groups).  Covered by test_nets. */
 SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64_t seed, spm_error *err);
 
 /* ================================================================================================================
@@ -497,56 +662,74 @@ SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64
 
 typedef enum spm_optimizer_kind { SPM_ADAM, SPM_ADAMW, SPM_SGD } spm_optimizer_kind;
 
-/* PyTorch's semantics and defaults. spm_optimizer_desc_init: adam, lr 1e-3, momentum 0, betas .9 .999, eps 1e-8. */
+/* PyTorch's semantics and defaults.  spm_optimizer_desc_init: Adam, lr 1e-3, momentum 0, betas .9 .999, eps 1e-8, decay 0
+ * on all parameters.  Numbers are taken for the shortest decimal that rounds to them, so .999f means .999 exactly. */
 typedef struct spm_optimizer_desc {
     float lr, momentum, beta1, beta2, eps, weight_decay;
-    int nesterov;
+    int nesterov;                /* SGD with momentum only */
     int decay_all;               /* 1: weight decay on biases and norms as well (PyTorch's default); 0 skips NO_DECAY */
     spm_optimizer_kind kind;
 } spm_optimizer_desc;
 typedef struct spm_optimizer spm_optimizer;
 SPMDEF spm_optimizer_desc spm_optimizer_desc_init(void);
+
+/* An optimizer for all parameters of a model that are no buffers, its state zero.  Per step, with g the gradient:
+ *   SGD    g += decay p;  m = momentum m + g;  p -= lr (nesterov ? g + momentum m : m)
+ *   Adam   g += decay p;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr/(1 - b1^t) m / (sqrt(v)/sqrt(1 - b2^t) + eps)
+ *   AdamW  p -= lr decay p, then as Adam without decay
+ * (Sutskever et al. 2013; Kingma and Ba 2015; Loshchilov and Hutter 2019.)  Elements in PyTorch's order of operations, bias
+ * corrections in double.  The model must outlive it.  NULL with an error for a desc that makes no sense (betas outside
+ * [0, 1), momentum with Adam, Nesterov without momentum, negative numbers).  Covered by test_optim. */
 SPMDEF spm_optimizer *spm_optimizer_create(spm_model *model, const spm_optimizer_desc *desc, spm_error *err);
-SPMDEF void spm_optimizer_destroy(spm_optimizer *optimizer);
-/* One step of all parameters that are neither buffers nor frozen, from model gradients (finished first); touches the model. */
+SPMDEF void spm_optimizer_destroy(spm_optimizer *optimizer); /* NULL is fine */
+/* One step of all parameters that are neither buffers nor frozen, from the model's gradients (finished first); touches the
+ * model.  One pass over the memory, no allocation, the same bits for any number of threads. */
 SPMDEF void spm_optimizer_step(spm_optimizer *optimizer);
 SPMDEF void spm_optimizer_set_lr(spm_optimizer *optimizer, float lr);
 SPMDEF float spm_optimizer_lr(const spm_optimizer *optimizer);
 SPMDEF int64_t spm_optimizer_steps(const spm_optimizer *optimizer);
-/* State for resuming: tensors in the order of the parameters (slot 0: momentum or first moment; slot 1: second moment). */
+/* State for resuming: one array of the parameter's count per slot (slot 0: momentum or first moment; slot 1: second
+ * moment).  NULL for buffers and for a slot that this kind lacks. */
 SPMDEF int spm_optimizer_slots(const spm_optimizer *optimizer);
-SPMDEF float *spm_optimizer_state(spm_optimizer *optimizer, int slot, int parameter); /* NULL if it has none */
+SPMDEF float *spm_optimizer_state(spm_optimizer *optimizer, int slot, int parameter);
 SPMDEF void spm_optimizer_set_steps(spm_optimizer *optimizer, int64_t steps);
-/* Global L2 norm of all gradients; scales them down to max_norm if larger (PyTorch's clip_grad_norm_).
- * max_norm 0 only measures. */
+
+/* Global L2 norm of the gradients of all parameters that are neither buffers nor frozen (finished first), summed in double by
+ * a fixed tree; scales them by max_norm / (norm + 1e-6) if that is below 1 (PyTorch's clip_grad_norm_).  max_norm 0 only
+ * measures; so does a norm that is not finite. */
 SPMDEF double spm_clip_gradients(spm_model *model, double max_norm);
 
 typedef enum spm_schedule_kind { SPM_SCHEDULE_NONE, SPM_SCHEDULE_PLATEAU, SPM_SCHEDULE_COSINE } spm_schedule_kind;
-/* Learning rate by epoch. PLATEAU: ReduceLROnPlateau(min, rel threshold 1e-4, factor, patience) on a watched number.
- * COSINE: to 0 over `epochs`.  warmup: linear from lr/warmup over that many epochs, before either. */
+
+/* Learning rate by epoch.
+ *   warm-up   epochs e < warmup: lr (e + 1) / warmup, before either of the others
+ *   PLATEAU   PyTorch's ReduceLROnPlateau(mode min, relative threshold 1e-4, factor, patience, eps 1e-8) on the watched number
+ *   COSINE    lr (1 + cos(pi t)) / 2, t = (e - warmup) / (epochs - warmup): CosineAnnealingLR's down to 0 over `epochs`
+ * A plain struct: what is saved and read back goes on as before. */
 typedef struct spm_schedule {
     float lr, factor;            /* base rate; .5 */
     int64_t epochs, warmup, patience;
-    double best;                 /* state: resumable as it is */
-    int64_t bad_epochs;
-    float scale;                 /* what plateau has multiplied so far */
+    double best;                 /* state: the lowest watched number (DBL_MAX at first) */
+    int64_t bad_epochs;          /* state: since then */
+    float scale;                 /* state: what plateau has multiplied so far, 1 at first */
     spm_schedule_kind kind;
 } spm_schedule;
 SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup, int64_t patience);
 SPMDEF float spm_schedule_lr(const spm_schedule *schedule, int64_t epoch);      /* for this epoch, from 0 */
-SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched);       /* after an epoch */
-
+SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched);       /* after an epoch; only plateau listens */
 /* ================================================================================================================
- * >>API-IMAGE  12  pictures: JPEG, PNG, PPM; resize, crop, flip
+ * >>API-IMAGE  12  pictures: JPEG, PNG, PPM; resize, crop, flip; deflate
  * ============================================================================================================= */
 
-/* 8-bit RGB, rows from the top, 3 bytes a pixel, no padding.  Free `pixels` with spm_image_free. */
+/* 8-bit RGB, rows from the top, 3 bytes a pixel, no padding.  Functions that hand out a picture set all three fields
+ * (to NULL and 0 when they fail); free it with spm_image_free.  A picture may also wrap memory of the caller's. */
 typedef struct spm_image {
     uint8_t *pixels;
     int width, height;
 } spm_image;
 
-/* Cap on the bytes of one decoded picture and of the memory used to decode it; define it before including to change. */
+/* Cap on the bytes that decoding one picture may take, checked before anything is allocated: a file of 1 KB can claim
+ * 65500 x 65500 pixels. Define it before the header is included to change it. */
 #ifndef SPURMEM_MAX_IMAGE_BYTES
   #define SPURMEM_MAX_IMAGE_BYTES ((size_t)1 << 30)
 #endif
@@ -555,33 +738,82 @@ typedef enum spm_image_format {
     SPM_IMAGE_UNKNOWN, SPM_IMAGE_JPEG, SPM_IMAGE_PNG, SPM_IMAGE_PPM, SPM_IMAGE_GIF, SPM_IMAGE_BMP, SPM_IMAGE_WEBP
 } spm_image_format;
 
+/* Pillow's resampling filters: reach in input pixels (times the shrinking factor) 1, -, 1/2, 2 and 3. */
 typedef enum spm_filter { SPM_FILTER_BILINEAR, SPM_FILTER_NEAREST, SPM_FILTER_BOX, SPM_FILTER_BICUBIC, SPM_FILTER_LANCZOS } spm_filter;
 
+/* How to decode.  All zero (or a NULL desc) is Pillow's behaviour. */
 typedef struct spm_decode_desc {
-    size_t max_bytes;    /* 0: SPURMEM_MAX_IMAGE_BYTES (1 GiB): cap on the decoded picture and the memory for it, before allocation */
-    int apply_exif;      /* 1: turn the picture as its EXIF orientation says (off, as in Pillow's open) */
-    int allow_truncated; /* 1: a cut-off file gives what is there instead of an error */
+    size_t max_bytes;    /* 0: SPURMEM_MAX_IMAGE_BYTES: cap on the decoded picture and the memory for it, before allocation */
+    int apply_exif;      /* JPEG only: 1 turns the picture as its EXIF orientation says (off, as in Pillow's open) */
+    int allow_truncated; /* 1: a cut-off file gives what is there instead of an error; the rest is black (colour 0) */
     int scale;           /* JPEG only: 0 or 1 full size; 2, 4, 8: that fraction, made in the DCT domain */
 } spm_decode_desc;
 
-SPMDEF spm_image_format spm_image_probe(const void *data, size_t size, int *width, int *height); /* width, height 0 if not known */
-/* Decodes JPEG, PNG or PPM/PGM to RGB exactly as Pillow's open().convert("RGB") does (gray is repeated, alpha is dropped,
- * palettes are applied, 16-bit keeps the high byte, CMYK/YCCK through Pillow's formula).  `name` appears in error sentences. */
+/* Tells the format from the first bytes (never from a name).  *width and *height (either may be NULL) become the size
+ * that the header claims, 0 where it is not known; nothing else is checked.  Reads at most to the size's place; no
+ * errors.  Test: test_png.c. */
+SPMDEF spm_image_format spm_image_probe(const void *data, size_t size, int *width, int *height);
+
+/* Decodes JPEG, PNG, PPM or PGM to RGB with the bytes of Pillow 9.4's open(...).convert("RGB"): gray is repeated, alpha
+ * and tRNS are dropped (not blended), palettes are applied (indices beyond the palette give their number as gray), 1, 2
+ * and 4 bits are spread over 0..255, CMYK and YCCK go through Pillow's formula, 16 bits keep their high byte.  The one
+ * wanted difference: 16-bit gray is clipped at 255 by Pillow, which turns almost everything white; here it keeps its high
+ * byte as well.
+ *
+ * Damage: JPEG as in Pillow.  PNG: wrong CRCs before the pixels, wrong Adler checksums, missing rows, reserved header
+ * values are errors; a wrong CRC of an IDAT chunk whose Adler checksum holds, a missing end behind complete pixels and
+ * surplus data are only logged (Pillow does not object either).  GIF, BMP, WebP, Apple's CgBI files: SPM_E_UNSUPPORTED.
+ *
+ *   name    stands at the head of error sentences (a path); NULL: "picture"
+ *   desc    NULL: all zero
+ *   image   set to the new picture; {NULL, 0, 0} on failure
+ *
+ * Memory: PNG takes the picture and its unfiltered rows, plus the compressed bytes once where they come in several
+ * chunks.  Errors: SPM_E_FORMAT names chunk or marker and byte offset; SPM_E_UNSUPPORTED (also: over the cap);
+ * SPM_E_MEMORY.  Source: ISO/IEC 15948 (PNG), ITU-T T.81 (JPEG), netpbm.  Tests: test_png.c, test_jpeg.c, fuzz/. */
 SPMDEF spm_status spm_image_decode(spm_context *ctx, const char *name, const void *data, size_t size,
                                    const spm_decode_desc *desc, spm_image *image, spm_error *err);
+
+/* spm_image_decode of a file; `path` is the name in error sentences.  Errors: as there, and SPM_E_IO. */
 SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image, spm_error *err);
-SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err); /* black */
-SPMDEF void spm_image_free(spm_context *ctx, spm_image *image);
-/* Encoders hand out memory (spm_free). quality 1..100 with libjpeg's tables; chroma_420: 1 halves the chroma planes. */
+
+/* A black picture of the given size.  Errors: SPM_E_FORMAT for a side below 1, SPM_E_UNSUPPORTED over the cap,
+ * SPM_E_MEMORY.  Test: test_resize.c. */
+SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err);
+SPMDEF void spm_image_free(spm_context *ctx, spm_image *image); /* and empties it; NULL and empty pictures are fine */
+
+/* Baseline JPEG.  quality 1..100 with libjpeg's tables; chroma_420: 1 halves the chroma planes in both directions.
+ * *data (free it with spm_free) gets *size bytes.  Errors: SPM_E_ARGUMENT, SPM_E_MEMORY.  Test: test_jpeg.c. */
 SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image, int quality, int chroma_420, uint8_t **data, size_t *size, spm_error *err);
+/* PNG, 8 bits: gray where all pixels are gray, else RGB.  Each row takes the filter with the least sum of absolute
+ * values; packed by spm_deflate: about as small as Pillow's. *data and errors as above.  Test: test_png.c. */
 SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err);
+/* Binary PPM (P6, maxval 255). *data and errors as above.  Test: test_png.c. */
 SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err);
-/* Antialiased resize, bit-exact with Pillow's 8-bit two-pass resize. `result` is a new image. */
+
+/* Resizes to width x height, bit-exact with Pillow's Image.resize((width, height), filter) of 8-bit pictures: each output
+ * pixel is the weighted mean of the input pixels under the filter, which is stretched by the shrinking factor
+ * (antialiasing); first along x, rounded to 8 bits, then along y; a direction whose size stays is left out; weights are
+ * rounded to 22 bits.  NEAREST takes the input pixel under the centre.  The same bits on every instruction set.
+ * `result` becomes a new picture; it may be the same struct as `image` only if the old pixels are held elsewhere.
+ * Cost: about 0.5 ms for 500 x 375 to 256 x 256, bilinear, on one AVX2 core; memory: the result and a few rows.
+ * Errors: SPM_E_ARGUMENT, SPM_E_FORMAT (a side below 1), SPM_E_UNSUPPORTED (over the cap), SPM_E_MEMORY.
+ * Test: test_resize.c. */
 SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int width, int height, spm_filter filter, spm_image *result, spm_error *err);
+
+/* Copies the rectangle of width x height pixels whose top left corner is (x, y) into the new picture `result` (aliasing
+ * as for spm_image_resize). Errors: SPM_E_ARGUMENT if it does not lie in the picture, SPM_E_MEMORY. Test: test_resize.c. */
 SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x, int y, int width, int height, spm_image *result, spm_error *err);
-SPMDEF void spm_image_flip(spm_image *image); /* left-right, in place */
-/* Raw zlib-wrapped or bare deflate, used by PNG, gz and zip (wrapper: 0 none, 1 zlib, 2 gzip). */
+SPMDEF void spm_image_flip(spm_image *image); /* left-right, in place.  Test: test_resize.c */
+
+/* Unpacks deflate data (RFC 1951): wrapper 0 bare, 1 zlib (RFC 1950, Adler-32 checked), 2 gzip (RFC 1952, all members,
+ * CRC-32 and sizes checked).  Bytes behind the end of the data are ignored.  *out (free it with spm_free; never NULL on
+ * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.  Memory: at most max_bytes, twice while growing.
+ * Errors: SPM_E_FORMAT with the byte offset, SPM_E_UNSUPPORTED over the cap, SPM_E_MEMORY.  Tests: test_png.c, fuzz/. */
 SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes, uint8_t **out, size_t *out_size, spm_error *err);
+/* Packs by deflate: hash chains with lazy matching; blocks stored, of the fixed or of their own Huffman code, whichever
+ * is shortest: about zlib's level 6.  Same wrappers; the same bytes on every machine.  Errors: SPM_E_ARGUMENT,
+ * SPM_E_MEMORY.  Test: test_png.c. */
 SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out, size_t *out_size, spm_error *err);
 
 /* ================================================================================================================
@@ -589,8 +821,8 @@ SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, i
  * ============================================================================================================= */
 
 /* Readers trust nothing: every size is checked against the file before memory is taken, and a damaged or hostile file
- * ends in one sentence that names the file and the place.  Nothing is mapped: a file that shrinks is an error, no signal.
- * Numbers in files are assembled byte by byte, so big-endian machines read them too.
+ * ends in one sentence that names the file and the place.  Nothing is mapped: a file that shrinks is an error, no
+ * signal. Numbers in files are assembled byte by byte, so big-endian machines read them too.
  * All of this section: tests/test_pack.c, tests/fuzz/fuzz_json.c, fuzz_csv.c, fuzz_archive.c, fuzz_tar.c. */
 
 /* ---- JSON writing (RFC 8259) ----
@@ -606,7 +838,8 @@ SPMDEF void spm_json_array_begin(spm_json *json, const char *key);
 SPMDEF void spm_json_array_end(spm_json *json);
 SPMDEF void spm_json_string(spm_json *json, const char *key, const char *value); /* NULL: null; invalid UTF-8: U+FFFD */
 SPMDEF void spm_json_int(spm_json *json, const char *key, int64_t value);
-SPMDEF void spm_json_number(spm_json *json, const char *key, double value);      /* 9 significant digits; NaN, inf: null */
+/* 9 significant digits; NaN, inf: null */
+SPMDEF void spm_json_number(spm_json *json, const char *key, double value);
 SPMDEF void spm_json_bool(spm_json *json, const char *key, int value);
 SPMDEF void spm_json_null(spm_json *json, const char *key);
 SPMDEF void spm_json_raw(spm_json *json, const char *key, const char *text);     /* text that is JSON already */
@@ -614,37 +847,46 @@ SPMDEF void spm_json_raw(spm_json *json, const char *key, const char *text);    
 SPMDEF const char *spm_json_finish(spm_json *json);
 
 /* ---- JSON reading ----
- * A tree in one allocation (about 40 bytes a value and the text).  Strict: no comments, no trailing commas, valid UTF-8,
- * at most 64 levels; a byte-order mark is skipped.  `text` may be freed afterwards.  `name` appears in error sentences. */
+ * A tree in one allocation (about 40 bytes a value and the text).  Strict: no comments, no trailing commas, valid
+ * UTF-8, at most 64 levels; a byte-order mark is skipped.  `text` may be freed afterwards.  `name` appears in error
+ * sentences. */
 typedef struct spm_json_value spm_json_value;
-typedef enum spm_json_type { SPM_JSON_NULL, SPM_JSON_BOOL, SPM_JSON_NUMBER, SPM_JSON_STRING, SPM_JSON_ARRAY, SPM_JSON_OBJECT } spm_json_type;
-SPMDEF spm_json_value *spm_json_parse(spm_context *ctx, const char *name, const char *text, size_t size, spm_error *err); /* the root */
+typedef enum spm_json_type { SPM_JSON_NULL, SPM_JSON_BOOL, SPM_JSON_NUMBER, SPM_JSON_STRING, SPM_JSON_ARRAY,
+    SPM_JSON_OBJECT } spm_json_type;
+/* Gives the root. */
+SPMDEF spm_json_value *spm_json_parse(spm_context *ctx, const char *name, const char *text, size_t size,
+                                      spm_error *err);
 SPMDEF void spm_json_free(spm_context *ctx, spm_json_value *root);
 /* All of these take NULL for a value that is not there, so that lookups can be chained. */
 SPMDEF spm_json_type spm_json_type_of(const spm_json_value *value);              /* NULL gives SPM_JSON_NULL */
 SPMDEF int64_t spm_json_length(const spm_json_value *value);                     /* elements or members */
 SPMDEF const spm_json_value *spm_json_at(const spm_json_value *value, int64_t index);
 SPMDEF const char *spm_json_key_at(const spm_json_value *object, int64_t index);
-SPMDEF const spm_json_value *spm_json_get(const spm_json_value *object, const char *key); /* NULL if absent; of equal keys the last */
+/* NULL if absent; of equal keys the last */
+SPMDEF const spm_json_value *spm_json_get(const spm_json_value *object, const char *key);
 SPMDEF double spm_json_as_number(const spm_json_value *value, double otherwise);
-SPMDEF int64_t spm_json_as_int(const spm_json_value *value, int64_t otherwise);  /* exact; booleans are 0 and 1; fractions: otherwise */
+/* exact; booleans are 0 and 1; fractions: otherwise */
+SPMDEF int64_t spm_json_as_int(const spm_json_value *value, int64_t otherwise);
 SPMDEF const char *spm_json_as_string(const spm_json_value *value, const char *otherwise);
 
 /* ---- CSV (RFC 4180: quoted fields, doubled quotes, CR LF, LF or CR, a byte-order mark; empty lines are skipped) ----
  * The first row names the columns; every row must have as many fields.  separator 0 means ','; ' ' means runs of blanks
  * and tabs, and then the first column may lack a name (it is "").  `text` may be freed afterwards. */
 typedef struct spm_csv spm_csv;
-SPMDEF spm_csv *spm_csv_parse(spm_context *ctx, const char *name, const char *text, size_t size, char separator, spm_error *err);
+SPMDEF spm_csv *spm_csv_parse(spm_context *ctx, const char *name, const char *text, size_t size, char separator,
+                              spm_error *err);
 SPMDEF void spm_csv_destroy(spm_csv *csv);
 SPMDEF int64_t spm_csv_rows(const spm_csv *csv);                                 /* without the header row */
 SPMDEF int spm_csv_columns(const spm_csv *csv);
 SPMDEF const char *spm_csv_header(const spm_csv *csv, int column);
 SPMDEF int spm_csv_column(const spm_csv *csv, const char *name);                 /* -1 if absent */
 SPMDEF const char *spm_csv_field(const spm_csv *csv, int64_t row, int column);   /* NULL outside the table */
-SPMDEF int64_t spm_csv_line(const spm_csv *csv, int64_t row);                    /* line of the file, from 1: for error sentences */
+/* line of the file, from 1: for error sentences */
+SPMDEF int64_t spm_csv_line(const spm_csv *csv, int64_t row);
 
 /* ---- named tensors of checkpoint files, read: safetensors, torch zip (since 1.6), torch legacy (before 1.6) ---- */
-typedef enum spm_dtype { SPM_DTYPE_NONE, SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8, SPM_U8, SPM_BOOL } spm_dtype;
+typedef enum spm_dtype { SPM_DTYPE_NONE, SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8,
+    SPM_U8, SPM_BOOL } spm_dtype;
 #define SPM_ARCHIVE_MAX_RANK 8
 typedef struct spm_archive_tensor {
     const char *name;
@@ -656,50 +898,64 @@ typedef struct spm_archive_tensor {
     spm_dtype dtype;
 } spm_archive_tensor;
 typedef struct spm_archive spm_archive;
-/* Opens by content, not by name.  Only headers are read; every tensor's bytes are known to lie inside the file when this
- * returns.  Torch files: the pickle is run by a closed machine that builds dicts, lists, tuples, numbers, strings and
- * tensors and refuses any other Python object by its name; nothing is executed.  Tensors of nested containers have the
- * keys joined by dots ("state_dict.layer1.0.conv1.weight", "optimizer.state.0.exp_avg"), in the file's order; what is no
- * tensor is left out; a lone tensor is called "tensor".  Big-endian and compressed torch files, sparse and quantized
- * tensors are refused.  An archive belongs to one thread at a time. */
+/* Opens by content, not by name.  Only headers are read; every tensor's bytes are known to lie inside the file when
+ * this returns.  Torch files: the pickle is run by a closed machine that builds dicts, lists, tuples, numbers,
+ * strings and tensors and refuses any other Python object by its name; nothing is executed.  Tensors of nested
+ * containers have the keys joined by dots ("state_dict.layer1.0.conv1.weight", "optimizer.state.0.exp_avg"), in the
+ * file's order; what is no tensor is left out; a lone tensor is called "tensor".  Big-endian and compressed torch
+ * files, sparse and quantized tensors are refused.  An archive belongs to one thread at a time. */
 SPMDEF spm_archive *spm_archive_open(spm_context *ctx, const char *path, spm_error *err);
 /* The same over memory, which must stay until the archive is closed. */
-SPMDEF spm_archive *spm_archive_open_memory(spm_context *ctx, const char *name, const void *data, size_t size, spm_error *err);
+SPMDEF spm_archive *spm_archive_open_memory(spm_context *ctx, const char *name, const void *data, size_t size,
+                                            spm_error *err);
 SPMDEF void spm_archive_close(spm_archive *archive);                             /* NULL is fine */
-SPMDEF const char *spm_dtype_name(spm_dtype dtype);                              /* "F32", "BF16", ... as in safetensors */
-SPMDEF const char *spm_archive_format(const spm_archive *archive);               /* "safetensors", "torch zip", "torch legacy" */
+/* "F32", "BF16", ... as in safetensors */
+SPMDEF const char *spm_dtype_name(spm_dtype dtype);
+/* "safetensors", "torch zip", "torch legacy" */
+SPMDEF const char *spm_archive_format(const spm_archive *archive);
 SPMDEF int64_t spm_archive_count(const spm_archive *archive);
 SPMDEF const spm_archive_tensor *spm_archive_tensor_at(const spm_archive *archive, int64_t index); /* NULL outside */
-SPMDEF const spm_archive_tensor *spm_archive_find(const spm_archive *archive, const char *name);   /* NULL if absent; hashed */
-SPMDEF const char *spm_archive_metadata(const spm_archive *archive, const char *key); /* safetensors __metadata__; NULL if absent */
+/* NULL if absent; hashed */
+SPMDEF const spm_archive_tensor *spm_archive_find(const spm_archive *archive, const char *name);
+/* safetensors __metadata__; NULL if absent */
+SPMDEF const char *spm_archive_metadata(const spm_archive *archive, const char *key);
 /* Reads one of the archive's tensors, row-major, converted to float or to int64; `out` holds tensor->count elements.
  * Exact wherever the target can hold the value; F64 and I64 to float round to nearest; a float that is no int64 is an
- * error.  Contiguous F32 (I64) goes straight from the file into `out`; other tensors pass a 64 KiB buffer, strided ones a
- * buffer of their span.  The CRC of a torch zip entry is checked before its values are used (0: torch left it out). */
-SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_tensor *tensor, float *out, spm_error *err);
-SPMDEF spm_status spm_archive_read_i64(spm_archive *archive, const spm_archive_tensor *tensor, int64_t *out, spm_error *err);
+ * error.  Contiguous F32 (I64) goes straight from the file into `out`; other tensors pass a 64 KiB buffer, strided
+ * ones a buffer of their span.  The CRC of a torch zip entry is checked before its values are used (0: torch left it
+ * out). */
+SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_tensor *tensor, float *out,
+                                       spm_error *err);
+SPMDEF spm_status spm_archive_read_i64(spm_archive *archive, const spm_archive_tensor *tensor, int64_t *out,
+                                       spm_error *err);
 
 /* ---- named tensors, written ----
  * Tensors and metadata are declared first (safetensors has its sizes up front), then the values are put in that order.
- * The first failure is kept and reported by commit; until then nothing stands under the final name.  The bytes depend on
- * nothing but the arguments: no clock, no version.
+ * The first failure is kept and reported by commit; until then nothing stands under the final name.  The bytes depend
+ * on nothing but the arguments: no clock, no version.
  * SPM_ARCHIVE_SAFETENSORS: data begin at a multiple of 64.  SPM_ARCHIVE_TORCH: an OrderedDict of tensors, every storage
  * at a multiple of 64, which torch.load(weights_only=True) reads; metadata has no place there and is dropped. */
 typedef struct spm_archive_writer spm_archive_writer;
 typedef enum spm_archive_kind { SPM_ARCHIVE_SAFETENSORS, SPM_ARCHIVE_TORCH } spm_archive_kind;
-SPMDEF spm_archive_writer *spm_archive_create(spm_context *ctx, const char *path, spm_archive_kind kind, spm_error *err);
+SPMDEF spm_archive_writer *spm_archive_create(spm_context *ctx, const char *path, spm_archive_kind kind,
+                                              spm_error *err);
 SPMDEF void spm_archive_add_metadata(spm_archive_writer *writer, const char *key, const char *value);
-SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dtype dtype, int rank, const int64_t *shape);
-SPMDEF void spm_archive_put(spm_archive_writer *writer, const void *values);     /* the next declared tensor, host order, row-major */
-SPMDEF spm_status spm_archive_commit(spm_archive_writer *writer, spm_error *err); /* flush, rename into place; frees the writer */
-SPMDEF void spm_archive_abort(spm_archive_writer *writer);                       /* frees; nothing is left; NULL is fine */
+SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dtype dtype, int rank,
+                            const int64_t *shape);
+/* the next declared tensor, host order, row-major */
+SPMDEF void spm_archive_put(spm_archive_writer *writer, const void *values);
+/* flush, rename into place; frees the writer */
+SPMDEF spm_status spm_archive_commit(spm_archive_writer *writer, spm_error *err);
+/* frees; nothing is left; NULL is fine */
+SPMDEF void spm_archive_abort(spm_archive_writer *writer);
 
 /* ---- tar (ustar, GNU and pax long names and sizes), read in place ----
  * Opening reads the headers (checksums are checked) and keeps names, offsets and sizes of the regular files; folders,
  * links and devices are left out.  Names have a leading "./" taken off; of equal names spm_tar_find gives the last. */
 typedef struct spm_tar spm_tar;
 SPMDEF spm_tar *spm_tar_open(spm_context *ctx, const char *path, spm_error *err);
-SPMDEF spm_tar *spm_tar_open_memory(spm_context *ctx, const char *name, const void *data, size_t size, spm_error *err); /* data must stay */
+/* data must stay */
+SPMDEF spm_tar *spm_tar_open_memory(spm_context *ctx, const char *name, const void *data, size_t size, spm_error *err);
 SPMDEF void spm_tar_close(spm_tar *tar);                                         /* NULL is fine */
 SPMDEF int64_t spm_tar_count(const spm_tar *tar);
 SPMDEF const char *spm_tar_name(const spm_tar *tar, int64_t index);              /* NULL outside */
@@ -718,10 +974,13 @@ typedef struct spm_array {
 } spm_array;
 SPMDEF void spm_array_free(spm_context *ctx, spm_array *array);
 SPMDEF spm_status spm_idx_load(spm_context *ctx, const char *path, spm_array *array, spm_error *err);
-SPMDEF spm_status spm_idx_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array, spm_error *err);
+SPMDEF spm_status spm_idx_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array,
+                                spm_error *err);
 SPMDEF spm_status spm_npy_load(spm_context *ctx, const char *path, spm_array *array, spm_error *err);
-SPMDEF spm_status spm_npy_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array, spm_error *err);
-SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const float *values, int rank, const int64_t *shape, spm_error *err);
+SPMDEF spm_status spm_npy_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array,
+                                spm_error *err);
+SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const float *values, int rank,
+                                   const int64_t *shape, spm_error *err);
 
 /* ================================================================================================================
  * >>API-DATA  14  data sets, groups, loaders
@@ -765,6 +1024,7 @@ SPMDEF int spm_dataset_classes(const spm_dataset *dataset);
 SPMDEF int spm_dataset_confounders(const spm_dataset *dataset);
 SPMDEF int spm_dataset_groups(const spm_dataset *dataset);
 SPMDEF const char *spm_dataset_class_name(const spm_dataset *dataset, int y);
+SPMDEF const char *spm_dataset_confounder_name(const spm_dataset *dataset, int confounder);
 SPMDEF const char *spm_dataset_group_name(const spm_dataset *dataset, int group);  /* "landbird on water" */
 SPMDEF int64_t spm_dataset_size(const spm_dataset *dataset);                        /* all splits */
 SPMDEF const spm_example *spm_dataset_example(const spm_dataset *dataset, int64_t id); /* ids follow the metadata's rows */
@@ -1205,6 +1465,41 @@ static int spmi_format(char *buffer, size_t size, const char *format, ...)
     return n;
 }
 
+/* Length of the well-formed UTF-8 sequence at `at` (Unicode table 3-7), or 0. */
+static int spmi_utf8_length(const char *at, size_t left)
+{
+    unsigned char a = (unsigned char)at[0], b, low = 0x80, high = 0xBF;
+    int length, i;
+    if (a < 0x80) return 1;
+    if (a < 0xC2 || a > 0xF4) return 0;
+    length = a < 0xE0 ? 2 : a < 0xF0 ? 3 : 4;
+    if (left < (size_t)length) return 0;
+    if (a == 0xE0) low = 0xA0;
+    if (a == 0xED) high = 0x9F;
+    if (a == 0xF0) low = 0x90;
+    if (a == 0xF4) high = 0x8F;
+    b = (unsigned char)at[1];
+    if (b < low || b > high) return 0;
+    for (i = 2; i < length; i++)
+        if (((unsigned char)at[i] & 0xC0) != 0x80) return 0;
+    return length;
+}
+
+/* Error sentences quote names out of files: control characters and broken UTF-8 (also where a name was cut) become '?'. */
+static void spmi_sentence_clean(char *text)
+{
+    size_t left = strlen(text);
+    while (left) {
+        int length = spmi_utf8_length(text, left);
+        if (!length || (unsigned char)*text < 0x20 || *text == 0x7F) {
+            *text = '?';
+            length = 1;
+        }
+        text += length;
+        left -= (size_t)length;
+    }
+}
+
 /* Records a failure in `err` (or in the context's own error if `err` is NULL) and returns its status.  The first one
  * stays: what follows from it would only hide it. */
 SPMI_FORMAT(4, 5)
@@ -1218,6 +1513,7 @@ static spm_status spmi_fail(spm_context *ctx, spm_error *err, spm_status status,
         va_start(list, format);
         (void)spmi_format_list(to->text, sizeof to->text, format, list);
         va_end(list);
+        spmi_sentence_clean(to->text);
     }
     if (!err) spmi_lock_leave(&ctx->lock);
     return status;
@@ -2314,6 +2610,9 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
  * written.  v_fma(a, b, c) = a * b + c, one rounding where the set has it. v_select_gt(a, b, x, y) = a > b ? x : y.
  * v_sum adds by a fixed tree. ---- */
 #if SPMI_PASS == 3
+  /* Zero-masked forms under a full mask are the plain instructions; the plain intrinsics of g++ start from an undefined
+   * register and warn about it in the caller's file. */
+  #define v_all ((__mmask16)0xffff)
   #define V_W 16
   #define v_t __m512
   #define v_load(p) _mm512_loadu_ps(p)
@@ -2328,14 +2627,15 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_mul(a, b) _mm512_mul_ps(a, b)
   #define v_div(a, b) _mm512_div_ps(a, b)
   #define v_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
-  #define v_max(a, b) _mm512_max_ps(a, b)
-  #define v_min(a, b) _mm512_min_ps(a, b)
-  #define v_sqrt(a) _mm512_sqrt_ps(a)
+  #define v_max(a, b) _mm512_maskz_max_ps(v_all, a, b)
+  #define v_min(a, b) _mm512_maskz_min_ps(v_all, a, b)
+  #define v_sqrt(a) _mm512_maskz_sqrt_ps(v_all, a)
   #define v_abs(a) _mm512_abs_ps(a)
-  #define v_round(a) _mm512_cvtepi32_ps(_mm512_cvtps_epi32(a)) /* |a| < 2^31 */
+  #define v_round(a) _mm512_maskz_cvtepi32_ps(v_all, _mm512_maskz_cvtps_epi32(v_all, a)) /* |a| < 2^31 */
   #define v_select_gt(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmplt_ps_mask(b, a), y, x)
   /* 2^k for integral k in [-126, 127] held as floats */
-  #define v_exp2i(k) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(k), _mm512_set1_epi32(127)), 23))
+  #define v_exp2i(k) _mm512_castsi512_ps(_mm512_maskz_slli_epi32(v_all, \
+      _mm512_add_epi32(_mm512_maskz_cvtps_epi32(v_all, k), _mm512_set1_epi32(127)), 23))
 #elif SPMI_PASS == 2
   #define V_W 8
   #define v_t __m256
@@ -2463,6 +2763,7 @@ typedef struct spmi_rows {
 
 typedef struct spmi_outer {
     const float *a;        /* panels [rows / R][blocks * k][R], zero-padded; R = spmi_outer_rows() */
+    int64_t a_panel;       /* floats from panel to panel */
     int64_t rows;          /* of C */
     int64_t blocks, k;     /* image rows, and pixels in each */
     const float *b;
@@ -2477,6 +2778,11 @@ typedef struct spmi_outer {
   #define SPMI_INLINE static inline __attribute__((always_inline))
 #else
   #define SPMI_INLINE static
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+  #define SPMI_PREFETCH(p) __builtin_prefetch(p)
+#else
+  #define SPMI_PREFETCH(p) ((void)(p))
 #endif
 #if defined(__clang__)
   #define SPMI_UNROLL _Pragma("clang loop unroll(full)")
@@ -2552,10 +2858,12 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         }
         for (i = 0; i < mr && i < used; i++) {
             float *c = g->c + c_at[i];
-            for (j = 0; j < g->columns; j++) {
-                float sum = tile[i * nv * V_W + j];
-                if (g->bias) sum += g->bias[j];
-                c[j] = g->accumulate ? c[j] + sum : sum;
+            for (j = 0; j * V_W < g->columns; j++) {
+                const int n = SPMI_MIN(g->columns - j * V_W, V_W);
+                v_t sum = v_load(tile + (i * nv + j) * V_W);
+                if (g->bias) sum = v_add(sum, v_loadn(g->bias + j * V_W, n));
+                if (g->accumulate) sum = v_add(v_loadn(c + j * V_W, n), sum);
+                v_storen(c + j * V_W, sum, n);
             }
         }
     }
@@ -2683,6 +2991,11 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
     SPMI_UNROLL for (i = 0; i < T_OR; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
+    if (g->accumulate) {
+        for (i = 0; i < rows; i++) {
+            for (j = 0; j < nv; j++) SPMI_PREFETCH(c + i * g->c_row + j * V_W);
+        }
+    }
     for (t = 0; t < g->blocks; t++) {
         const float *b = g->b + g->b_at[t];
         for (p = 0; p < g->k; p++) {
@@ -2714,12 +3027,11 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
 /* All rows of C, at most three vectors of columns. */
 static void SPMI_K(outer)(const spmi_outer *g)
 {
-    const int64_t panel = g->blocks * g->k * T_OR;
     const int nv = (int)((g->columns + V_W - 1) / V_W), last = (int)g->columns - (nv - 1) * V_W;
     const float *a = g->a;
     float *c = g->c;
     int64_t i;
-    for (i = 0; i < g->rows; i += T_OR, a += panel, c += T_OR * g->c_row) {
+    for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
         int rows = (int)SPMI_MIN(g->rows - i, T_OR);
         if (last == V_W) {
             if (nv == 3) SPMI_K(outer_tile)(g, a, c, rows, V_W, 3, 1);
@@ -2729,6 +3041,20 @@ static void SPMI_K(outer)(const spmi_outer *g)
             if (nv == 3) SPMI_K(outer_tile)(g, a, c, rows, last, 3, 0);
             else if (nv == 2) SPMI_K(outer_tile)(g, a, c, rows, last, 2, 0);
             else SPMI_K(outer_tile)(g, a, c, rows, last, 1, 0);
+        }
+    }
+}
+
+/* dy[pixels][columns] -> panels [columns / R][pixels][R], `panel` floats apart, the last one zero-padded. */
+static void SPMI_K(deal)(int64_t pixels, int64_t columns, const float *dy, int64_t dy_row, float *to, int64_t panel)
+{
+    const int64_t whole = columns / T_OR;
+    int64_t p, o;
+    int i;
+    for (p = 0; p < pixels; p++, dy += dy_row, to += T_OR) {
+        for (o = 0; o < whole; o++) memcpy(to + o * panel, dy + o * T_OR, T_OR * sizeof *to);
+        for (i = 0; whole * T_OR < columns && i < T_OR; i++) {
+            to[whole * panel + i] = whole * T_OR + i < columns ? dy[whole * T_OR + i] : 0.0f;
         }
     }
 }
@@ -2787,8 +3113,10 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
 #if SPMI_PASS == 3
   #define v_select_eq(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmpeq_ps_mask(a, b), y, x)
   #define v_select_nan(a, x, y) _mm512_mask_blend_ps(_mm512_cmpunord_ps_mask(a, a), y, x)
-  #define v_load_bytes(p) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))))
-  #define v_store_bytes(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)))
+  #define v_load_bytes(p) _mm512_maskz_cvtepi32_ps(v_all, \
+      _mm512_maskz_cvtepu8_epi32(v_all, _mm_loadu_si128((const __m128i *)(const void *)(p))))
+  #define v_store_bytes(p, v) _mm_storeu_si128((__m128i *)(void *)(p), \
+      _mm512_maskz_cvtepi32_epi8(v_all, _mm512_maskz_cvtps_epi32(v_all, v)))
 #elif SPMI_PASS == 2
   #define v_select_eq(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ))
   #define v_select_nan(a, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, a, _CMP_UNORD_Q))
@@ -2828,7 +3156,7 @@ static void SPMI_K(store_bytes)(unsigned char *p, v_t v)
 
 /* exp(high + low) for a sum in [-87.3, 88]; below that 0. `low` carries what `high` had no bits for; exact digits of
  * a product, or 0.  ln 2 is split so that k * (its upper part) is exact without FMA too; 1 ulp. */
-static v_t SPMI_K(exp2p)(v_t high, v_t low)
+SPMI_INLINE v_t SPMI_K(exp2p)(v_t high, v_t low)
 {
     const v_t x = v_add(high, low), bottom = v_set(-87.3f);
     const v_t k = v_round(v_mul(v_max(v_min(x, v_set(88.0f)), bottom), v_set(1.44269504f)));
@@ -2844,9 +3172,9 @@ static v_t SPMI_K(exp2p)(v_t high, v_t low)
 }
 
 /* With a = |x|: e = exp(-x^2/2), and the return value h = Phi(-a), the normal distribution's lower tail.
- * h = e * q(a), where (a + 3) q(a) is a polynomial of degree 10 in (a - 3) / (a + 3) (our minimax fit on [0, 14], 1e-9).
- * x^2 is formed in two parts, because an error of half an ulp in 80 is too much inside exp. */
-static v_t SPMI_K(tail)(v_t x, v_t *e)
+ * h = e * q(a), where (a + 3) q(a) is a polynomial of degree 10 in (a - 3) / (a + 3) (our minimax fit on [0, 14],
+ * 1e-9). x^2 is formed in two parts, because an error of half an ulp in 80 is too much inside exp. */
+SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
 {
     const v_t a = v_min(v_abs(x), v_set(14.0f));
     const v_t coarse = v_mul(v_round(v_mul(a, v_set(16.0f))), v_set(0.0625f));
@@ -3066,9 +3394,10 @@ static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const fl
     }
 }
 
-/* h = (x - mean) rstd, g = dy w:  dx = rstd (g - mean(g) - h mean(g h)), dw += dy h, db += dy.  dx, dw, db may be NULL. */
-static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, const float *w, const float *mean, const float *rstd,
-                                    const float *dy, float *dx, int add, float *dw, float *db)
+/* h = (x - mean) rstd, g = dy w:  dx = rstd (g - mean(g) - h mean(g h)), dw += dy h, db += dy.  dx, dw, db may be
+ * NULL. */
+static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, const float *w, const float *mean,
+                                    const float *rstd, const float *dy, float *dx, int add, float *dw, float *db)
 {
     int64_t row, at, i;
     int r;
@@ -3129,9 +3458,10 @@ static void SPMI_K(channel_sums)(int64_t rows, int64_t stride, int64_t width, co
 }
 
 /* Moments of each column: base[c], s1[c] = sum of (x - base), s2[c] = sum of (x - base)^2, with base near the mean: the
- * mean of the first chain.  Each chain gets its own mean in a first pass and its squares around that in a second one (it
- * is in cache by then); chains are joined in double. */
-static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width, const float *x, double *base, double *s1, double *s2)
+ * mean of the first chain.  Each chain gets its own mean in a first pass and its squares around that in a second one
+ * (it is in cache by then); chains are joined in double. */
+static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width, const float *x, double *base,
+                                    double *s1, double *s2)
 {
     int64_t c, p, at;
     int r, l;
@@ -3199,8 +3529,8 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
 
 /* dz = dy, or dy where y > 0 (y given: a ReLU stands behind).  s0[c] = sum dz, s1[c] = sum dz (x - mean) over rows that
  * lie `stride` apart; dz is stored as well if `dz` is given. */
-static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, const float *x, const float *y, const float *dy,
-                                 const float *mean, float *dz, double *s0, double *s1)
+static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, const float *x, const float *y,
+                                 const float *dy, const float *mean, float *dz, double *s0, double *s1)
 {
     int64_t c, p, at;
     int r, l;
@@ -3231,7 +3561,8 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
 
 /* dx = a dz + b (x - mean) + c per channel (x NULL: b = c = 0); d_residual = dz.  dx, dr may be NULL. */
 static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float *y, const float *dy, const float *mean,
-                            const float *a, const float *b, const float *c, float *dx, int dx_add, float *dr, int dr_add)
+                            const float *a, const float *b, const float *c, float *dx, int dx_add, float *dr,
+                            int dr_add)
 {
     int64_t row, i, j;
     int r;
@@ -3303,10 +3634,10 @@ static void SPMI_K(max_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
     }
 }
 
-/* Gradient of one input row: gathers from every output window that covers it.  max (arg given): dy where the window chose this pixel;
- * average: factor * dy. */
-static void SPMI_K(pool_back)(const spmi_pool_cut *cut, int64_t h, const float *dy, const unsigned char *arg, float factor,
-                              float *dx, int add)
+/* Gradient of one input row: gathers from every output window that covers it.  max (arg given): dy where the window
+ * chose this pixel; average: factor * dy. */
+static void SPMI_K(pool_back)(const spmi_pool_cut *cut, int64_t h, const float *dy, const unsigned char *arg,
+                              float factor, float *dx, int add)
 {
     const int64_t n = cut->channels, pitch = (n + 3) / 4 * 4;
     const v_t f = v_set(factor);
@@ -3492,11 +3823,218 @@ static void SPMI_K(fma_chains)(int64_t rounds, float *sink)
     sink[1] = (float)(12 * 2 * V_W); /* operations a round */
 }
 
+/* ---- picture resizing ----
+ * Pixels are sums of bytes times 22-bit fixed-point weights in 32-bit integers: every instruction set gives the same
+ * bits.  i_t holds I_W integers; i_bytes widens I_W bytes, i_clip divides by 2^22 and stores I_W bytes cut to 0..255,
+ * i_pixel adds up the lanes of equal colour (r g b r g b ...) and packs the pixel into the low bytes of a word. */
+#if SPMI_PASS == 1
+/* One direction of a resize: output x is the sum over k < count[x] of weight[x * taps + k] * input[start[x] + k]. */
+typedef struct spmi_resize_axis {
+    int64_t in, out, taps;
+    int64_t *start, *count;
+    int32_t *weight;
+    int64_t *lane_start;   /* NULL: no SIMD along this axis. Else windows of `groups` times I_W / 3 whole pixels, and */
+    int32_t *lane_weight;  /* [out][groups][I_W]: their weights, once per colour */
+    int64_t groups;
+} spmi_resize_axis;
+#define SPMI_RESIZE_BITS 22
+#define I_ROUND (1 << (SPMI_RESIZE_BITS - 1))
+
+static uint8_t spmi_resize_clip(uint32_t sum)
+{
+    int32_t value = (int32_t)sum >> SPMI_RESIZE_BITS;
+    return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+}
+
+static void spmi_resize_row_plain(const spmi_resize_axis *axis, const uint8_t *row, uint8_t *out)
+{
+    int64_t x, k;
+    for (x = 0; x < axis->out; x++, out += 3) {
+        const int32_t *weight = axis->weight + x * axis->taps;
+        const uint8_t *p = row + 3 * axis->start[x];
+        uint32_t r = I_ROUND, g = I_ROUND, b = I_ROUND;
+        for (k = 0; k < axis->count[x]; k++, p += 3) {
+            r += (uint32_t)(weight[k] * p[0]);
+            g += (uint32_t)(weight[k] * p[1]);
+            b += (uint32_t)(weight[k] * p[2]);
+        }
+        out[0] = spmi_resize_clip(r);
+        out[1] = spmi_resize_clip(g);
+        out[2] = spmi_resize_clip(b);
+    }
+}
+#endif
+
+#if SPMI_PASS == 3
+  #define I_W 16
+  #define I_ALL ((__mmask16)0xffff) /* the forms with a mask: gcc 12 warns inside its own header about the others */
+  #define i_t __m512i
+  #define i_set(x) _mm512_set1_epi32(x)
+  #define i_load(p) _mm512_loadu_si512(p)
+  #define i_bytes(p) _mm512_maskz_cvtepu8_epi32(I_ALL, _mm_loadu_si128((const __m128i *)(const void *)(p)))
+  #define i_mla(sum, a, b) _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b))
+  #define i_clip(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm512_maskz_cvtusepi32_epi8(I_ALL, \
+      _mm512_maskz_max_epi32(I_ALL, _mm512_maskz_srai_epi32(I_ALL, v, SPMI_RESIZE_BITS), _mm512_setzero_si512())))
+  #define i_pixel(v) spmi_resize_pixel_avx512(v)
+static uint32_t spmi_resize_pixel_avx512(__m512i v)
+{
+    __m512i two = _mm512_add_epi32(v, _mm512_maskz_alignr_epi32(I_ALL, v, v, 3));
+    __m512i four = _mm512_add_epi32(two, _mm512_maskz_alignr_epi32(I_ALL, two, two, 6));
+    __m512i five = _mm512_add_epi32(four, _mm512_maskz_alignr_epi32(I_ALL, v, v, 12));
+    __m128i one = _mm_add_epi32(_mm512_maskz_extracti32x4_epi32((__mmask8)0xff, five, 0), _mm_set1_epi32(I_ROUND));
+    one = _mm_srai_epi32(one, SPMI_RESIZE_BITS);
+    one = _mm_packs_epi32(one, one);
+    return (uint32_t)_mm_cvtsi128_si32(_mm_packus_epi16(one, one));
+}
+#elif SPMI_PASS == 2
+  #define I_W 8
+  #define i_t __m256i
+  #define i_set(x) _mm256_set1_epi32(x)
+  #define i_load(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+  #define i_bytes(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))
+  #define i_mla(sum, a, b) _mm256_add_epi32(sum, _mm256_mullo_epi32(a, b))
+  #define i_clip(p, v) spmi_resize_clip_avx2(p, v)
+  #define i_pixel(v) spmi_resize_pixel_avx2(v)
+static void spmi_resize_clip_avx2(uint8_t *p, __m256i v)
+{
+    __m256i wide = _mm256_srai_epi32(v, SPMI_RESIZE_BITS);
+    __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packus_epi16(half, half));
+}
+
+static uint32_t spmi_resize_pixel_avx2(__m256i v)
+{
+    __m256i other = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(3, 4, 5, 6, 7, 7, 7, 7));
+    __m128i one = _mm256_castsi256_si128(_mm256_add_epi32(v, other));
+    one = _mm_srai_epi32(_mm_add_epi32(one, _mm_set1_epi32(I_ROUND)), SPMI_RESIZE_BITS);
+    one = _mm_packs_epi32(one, one);
+    return (uint32_t)_mm_cvtsi128_si32(_mm_packus_epi16(one, one));
+}
+#elif SPMI_PASS == 4
+  #define I_W 8
+  #define i_t int32x4x2_t
+  #define i_set(x) spmi_resize_set_neon(x)
+  #define i_load(p) spmi_resize_load_neon(p)
+  #define i_bytes(p) spmi_resize_bytes_neon(p)
+  #define i_mla(sum, a, b) spmi_resize_mla_neon(sum, a, b)
+  #define i_clip(p, v) spmi_resize_clip_neon(p, v)
+  #define i_pixel(v) spmi_resize_pixel_neon(v)
+static int32x4x2_t spmi_resize_set_neon(int32_t x)
+{
+    int32x4x2_t v;
+    v.val[0] = v.val[1] = vdupq_n_s32(x);
+    return v;
+}
+
+static int32x4x2_t spmi_resize_load_neon(const int32_t *p)
+{
+    int32x4x2_t v;
+    v.val[0] = vld1q_s32(p);
+    v.val[1] = vld1q_s32(p + 4);
+    return v;
+}
+
+static int32x4x2_t spmi_resize_bytes_neon(const uint8_t *p)
+{
+    uint16x8_t half = vmovl_u8(vld1_u8(p));
+    int32x4x2_t v;
+    v.val[0] = vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(half)));
+    v.val[1] = vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(half)));
+    return v;
+}
+
+static int32x4x2_t spmi_resize_mla_neon(int32x4x2_t sum, int32x4x2_t a, int32x4x2_t b)
+{
+    sum.val[0] = vmlaq_s32(sum.val[0], a.val[0], b.val[0]);
+    sum.val[1] = vmlaq_s32(sum.val[1], a.val[1], b.val[1]);
+    return sum;
+}
+
+static void spmi_resize_clip_neon(uint8_t *p, int32x4x2_t v)
+{
+    int16x4_t low = vqmovn_s32(vshrq_n_s32(v.val[0], SPMI_RESIZE_BITS));
+    int16x4_t high = vqmovn_s32(vshrq_n_s32(v.val[1], SPMI_RESIZE_BITS));
+    vst1_u8(p, vqmovun_s16(vcombine_s16(low, high)));
+}
+
+static uint32_t spmi_resize_pixel_neon(int32x4x2_t v)
+{
+    int32x4_t other = vextq_s32(v.val[0], v.val[1], 3);
+    int32x4_t one = vshrq_n_s32(vaddq_s32(vaddq_s32(v.val[0], other), vdupq_n_s32(I_ROUND)), SPMI_RESIZE_BITS);
+    int16x4_t half = vqmovn_s32(one);
+    return vget_lane_u32(vreinterpret_u32_u8(vqmovun_s16(vcombine_s16(half, half))), 0);
+}
+#endif
+
+/* One row of RGB pixels along `axis`; up to two bytes behind `row` are read (and do not count). */
+static void SPMI_K(resize_row)(const spmi_resize_axis *axis, const uint8_t *row, uint8_t *out)
+{
+#ifdef I_W
+    const int32_t *weight = axis->lane_weight;
+    int64_t x, g;
+    for (x = 0; axis->lane_start && x < axis->out; x++, out += 3) {
+        const uint8_t *p = row + 3 * axis->lane_start[x];
+        i_t sum = i_set(0);
+        uint32_t pixel;
+        for (g = 0; g < axis->groups; g++, weight += I_W, p += I_W / 3 * 3) sum = i_mla(sum, i_bytes(p), i_load(weight));
+        pixel = i_pixel(sum);
+        out[0] = (uint8_t)pixel;
+        out[1] = (uint8_t)(pixel >> 8);
+        out[2] = (uint8_t)(pixel >> 16);
+    }
+    if (axis->lane_start) return;
+#endif
+    spmi_resize_row_plain(axis, row, out);
+}
+
+/* out[i] = sum over k < count of weight[k] * rows[k][i], n bytes. */
+static void SPMI_K(resize_blend)(const uint8_t **rows, const int32_t *weight, int64_t count, int64_t n, uint8_t *out)
+{
+    int64_t i = 0, k;
+#ifdef I_W
+    for (; i + 4 * I_W <= n; i += 4 * I_W) {
+        i_t a = i_set(I_ROUND), b = a, c = a, d = a;
+        for (k = 0; k < count; k++) {
+            const uint8_t *p = rows[k] + i;
+            i_t w = i_set(weight[k]);
+            a = i_mla(a, i_bytes(p), w);
+            b = i_mla(b, i_bytes(p + I_W), w);
+            c = i_mla(c, i_bytes(p + 2 * I_W), w);
+            d = i_mla(d, i_bytes(p + 3 * I_W), w);
+        }
+        i_clip(out + i, a);
+        i_clip(out + i + I_W, b);
+        i_clip(out + i + 2 * I_W, c);
+        i_clip(out + i + 3 * I_W, d);
+    }
+    for (; i + I_W <= n; i += I_W) {
+        i_t a = i_set(I_ROUND);
+        for (k = 0; k < count; k++) a = i_mla(a, i_bytes(rows[k] + i), i_set(weight[k]));
+        i_clip(out + i, a);
+    }
+#endif
+    for (; i < n; i++) {
+        uint32_t sum = I_ROUND;
+        for (k = 0; k < count; k++) sum += (uint32_t)(weight[k] * rows[k][i]);
+        out[i] = spmi_resize_clip(sum);
+    }
+}
+
+#undef I_W
+#undef I_ALL
+#undef i_t
+#undef i_set
+#undef i_load
+#undef i_bytes
+#undef i_mla
+#undef i_clip
+#undef i_pixel
 #undef V_W
 #undef v_t
 #undef v_load
 #undef v_store
 #undef v_mask
+#undef v_all
 #undef v_loadn
 #undef v_storen
 #undef v_set
@@ -3777,12 +4315,13 @@ static int64_t spmi_window_copy_floats(const spmi_window *s, int64_t rows)
 }
 
 /* One input row, columns as the kernel will see them, zeros where it is outside. */
-static void spmi_window_copy_row(const spmi_window *s, int64_t image, int64_t y, float *to)
+static void spmi_window_copy_row(spm_context *ctx, const spmi_window *s, int64_t image, int64_t y, float *to)
 {
     const spmi_axis *w = &s->w;
     const int64_t columns = s->at_row / s->at_pixel, step = w->taps == 1 ? w->stride : 1;
     const float *from = s->in + (image * s->h.size + y) * w->size * s->pixel;
-    int64_t x, first, end;
+    const int64_t start = 0;
+    int64_t first, end;
     if (y < 0 || y >= s->h.size) {
         memset(to, 0, (size_t)s->at_row * sizeof *to);
         return;
@@ -3798,12 +4337,12 @@ static void spmi_window_copy_row(const spmi_window *s, int64_t image, int64_t y,
         if (end > first) memcpy(to, from, (size_t)((end - first) * s->pixel) * sizeof *to);
         return;
     }
-    for (x = first; x < end; x++, to += s->at_pixel, from += step * s->pixel) memcpy(to, from, (size_t)s->depth * sizeof *to);
+    SPMI_KERNEL(ctx, collect, (1, end - first, from, &start, step * s->pixel, s->depth, to, s->at_pixel));
 }
 
 /* Makes output rows [row0, row1) readable: copies if need be, and writes the offset of each row's first pixel, counted
  * from what it returns, to row_at. */
-static const float *spmi_window_rows(const spmi_window *s, int64_t row0, int64_t row1, float *copy, int64_t *row_at)
+static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int64_t row0, int64_t row1, float *copy, int64_t *row_at)
 {
     const spmi_axis *h = &s->h;
     int64_t row = row0, used = 0;
@@ -3820,7 +4359,7 @@ static const float *spmi_window_rows(const spmi_window *s, int64_t row0, int64_t
         for (i = 0; i < rows; i++) row_at[row - row0 + i] = (used + i * s->h_stride) * s->at_row;
         for (i = 0; i < lines; i++) {
             int64_t y = h->taps == 1 ? (q0 + i) * h->stride + h->offset : q0 * h->stride + h->offset + i;
-            spmi_window_copy_row(s, image, y, copy + (used + i) * s->at_row);
+            spmi_window_copy_row(ctx, s, image, y, copy + (used + i) * s->at_row);
         }
         used += lines;
         row += rows;
@@ -3908,7 +4447,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     const float *in;
     int64_t row, i, n = 0, t, k0, j, panel;
     spmi_rows g;
-    in = spmi_window_rows(s, row0, row1, copy, row_at);
+    in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
         int64_t to = row / s->h.count * job->out_image + row % s->h.count * job->out_row;
@@ -3947,6 +4486,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
 /* After spmi_taps_plan; job->scratch has threads * slot_bytes. */
 static void spmi_taps_run(spmi_taps_job *job)
 {
+    if (job->window.taps == 0 && job->accumulate) return;
     spm_parallel(job->ctx, job->strips * job->groups, spmi_taps_task, job);
 }
 
@@ -3992,7 +4532,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     spmi_window_plan(s, 0);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
-    job->collect = job->outputs >= 32 || s->run % spmi_lanes(job->ctx) != 0;
+    job->collect = job->outputs >= 64 || s->run % spmi_lanes(job->ctx) != 0;
     job->block = SPMI_MIN(rows, SPMI_MAX(1, SPMI_WEIGHT_PIXELS / s->w.count));
     blocks = (rows + job->block - 1) / job->block;
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
@@ -4004,29 +4544,9 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->ranges = (job->outputs + job->range - 1) / job->range;
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
     job->panel_bytes = job->collect ? spmi_float_bytes(job->block * s->w.count * spmi_outer_columns(job->ctx, s->taps * s->run)) : 0;
-    job->slot_bytes = job->copy_bytes + job->panel_bytes + spmi_float_bytes(job->block * s->w.count * job->range)
+    job->slot_bytes = job->copy_bytes + job->panel_bytes + spmi_float_bytes((job->block * s->w.count + 4) * job->range)
                     + spmi_float_bytes(2 * (job->block + s->taps));
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
-}
-
-/* dy[pixels][count] -> panels [count / R][pixels][R], zero-padded. */
-static void spmi_weight_pack(const spm_context *ctx, const float *dy, int64_t dy_pixel, int64_t pixels, int64_t count, float *to)
-{
-    const int64_t r = spmi_outer_rows(ctx);
-    int64_t o, p;
-    for (o = 0; o < count; o += r) {
-        const float *from = dy + o;
-        if (count - o >= 8 && r == 8) {
-            for (p = 0; p < pixels; p++, from += dy_pixel, to += 8) memcpy(to, from, 8 * sizeof *to);
-        } else if (count - o >= 4 && r == 4) {
-            for (p = 0; p < pixels; p++, from += dy_pixel, to += 4) memcpy(to, from, 4 * sizeof *to);
-        } else {
-            for (p = 0; p < pixels; p++, from += dy_pixel, to += r) {
-                memset(to, 0, (size_t)r * sizeof *to);
-                memcpy(to, from, (size_t)(count - o) * sizeof *to);
-            }
-        }
-    }
 }
 
 /* dw (+)= dy x input over the pixels of g, the input read where it lies. */
@@ -4081,7 +4601,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     char *at = job->scratch + (size_t)slot * job->slot_bytes;
     float *copy = (float *)(void *)at, *panel = (float *)(void *)(at + job->copy_bytes);
     float *dy_panels = (float *)(void *)(at + job->copy_bytes + job->panel_bytes), *dw = job->dw, *db = job->db;
-    int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + spmi_float_bytes(job->block * s->w.count * job->range));
+    int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + spmi_float_bytes((job->block * s->w.count + 4) * job->range));
     int64_t *tap_at = row_at + job->block, row;
     int add_dw = job->add_dw, add_db = job->add_db;
     spmi_outer g;
@@ -4098,8 +4618,9 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         const float *dy = job->dy + row * s->w.count * job->dy_pixel + o0;
         if (db) SPMI_KERNEL(ctx, column_sums, (rows * s->w.count, count, dy, job->dy_pixel, db + o0));
         if (!dw) continue;
-        spmi_weight_pack(ctx, dy, job->dy_pixel, rows * s->w.count, count, dy_panels);
-        g.b = spmi_window_rows(s, row, row + rows, copy, row_at);
+        g.a_panel = rows * s->w.count * spmi_outer_rows(ctx) + 16;
+        SPMI_KERNEL(ctx, deal, (rows * s->w.count, count, dy, job->dy_pixel, dy_panels, g.a_panel));
+        g.b = spmi_window_rows(ctx, s, row, row + rows, copy, row_at);
         g.a = dy_panels;
         g.rows = count;
         g.blocks = rows;
@@ -4249,15 +4770,15 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b)
 /* ================================================================================================================
  * >>OPS  08  operations: shape checks and work sharing that they have in common
  * ----------------------------------------------------------------------------------------------------------------
- * Each operation X has spmi_X_infer, _forward, _backward, _flops and, where it needs memory, _scratch and _packed; the table
- * at the end of the section makes the public functions of them.  Work is cut into tasks by shape alone, and every sum
- * over tasks is taken in a fixed order, so results do not depend on the number of threads.
+ * Each operation X has spmi_X_infer, _forward, _backward, _flops and, where it needs memory, _scratch and _packed;
+ * the table at the end of the section makes the public functions of them.  Work is cut into tasks by shape alone, and
+ * every sum over tasks is taken in a fixed order, so results do not depend on the number of threads.
  * ============================================================================================================= */
 
 #define SPMI_GRAIN 16384 /* floats per task of memory-bound work: 64 KiB */
 
-/* Bytes of a * b items, rounded up so that what follows stays aligned.  Overflow cannot come here: infer has checked the
- * tensors these sizes derive from. */
+/* Bytes of a * b items, rounded up so that what follows stays aligned.  Overflow cannot come here: infer has checked
+ * the tensors these sizes derive from. */
 static size_t spmi_bytes(int64_t a, int64_t b, size_t item)
 {
     return (size_t)spmi_round_up(a * b * (int64_t)item, SPMI_ALIGN);
@@ -4271,16 +4792,18 @@ static void *spmi_carve(void **at, size_t bytes)
     return memory;
 }
 
-static spm_status spmi_op_fail(spm_context *ctx, spm_error *err, const char *op, const char *what, const spm_tensor *got,
-                               const char *rule)
+static spm_status spmi_op_fail(spm_context *ctx, spm_error *err, const char *op, const char *what,
+                               const spm_tensor *got, const char *rule)
 {
     char text[96];
-    return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: %s is %s, but must be %s", op, what, spm_tensor_shape_text(got, text, sizeof text), rule);
+    return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: %s is %s, but must be %s", op, what,
+                     spm_tensor_shape_text(got, text, sizeof text), rule);
 }
 
 /* Fails unless `got` has exactly the wanted shape, which follows from `from`. */
-static spm_status spmi_op_want(spm_context *ctx, spm_error *err, const char *op, const char *what, const spm_tensor *got,
-                               const spm_tensor *from, int rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3)
+static spm_status spmi_op_want(spm_context *ctx, spm_error *err, const char *op, const char *what,
+                               const spm_tensor *got, const spm_tensor *from, int rank,
+                               int64_t d0, int64_t d1, int64_t d2, int64_t d3)
 {
     const spm_tensor want = spm_tensor_make(NULL, rank, d0, d1, d2, d3);
     char a[96], b[96], c[96];
@@ -4290,10 +4813,11 @@ static spm_status spmi_op_want(spm_context *ctx, spm_error *err, const char *op,
                      spm_tensor_shape_text(from, c, sizeof c));
 }
 
-static spm_status spmi_op_want_like(spm_context *ctx, spm_error *err, const char *op, const char *what, const spm_tensor *got,
-                                    const spm_tensor *from)
+static spm_status spmi_op_want_like(spm_context *ctx, spm_error *err, const char *op, const char *what,
+                                    const spm_tensor *got, const spm_tensor *from)
 {
-    return spmi_op_want(ctx, err, op, what, got, from, from->rank, from->shape[0], from->shape[1], from->shape[2], from->shape[3]);
+    return spmi_op_want(ctx, err, op, what, got, from, from->rank, from->shape[0], from->shape[1], from->shape[2],
+                        from->shape[3]);
 }
 
 /* Adds an output of this shape to the call; the caller's data pointer stays. */
@@ -4368,7 +4892,8 @@ static void spmi_each_task(void *arg, int64_t task, int slot)
 }
 
 /* y = f(a, b) (or y += f where the kernel can) for n floats. */
-static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, float s, const float *a, const float *b, float *y, int add)
+static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, float s, const float *a, const float *b,
+                          float *y, int add)
 {
     spmi_each each = SPM_ZERO;
     each.ctx = ctx;
@@ -4386,8 +4911,8 @@ static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, floa
 static void spmi_op_pass_gradient(spm_context *ctx, spm_op_call *call, int index, float s)
 {
     if (!call->d_in[index].data) return;
-    spmi_each_run(ctx, SPMI_EACH_SCALE, spm_tensor_count(&call->out[0]), s, call->d_out.data, NULL, call->d_in[index].data,
-                  call->d_in_add[index]);
+    spmi_each_run(ctx, SPMI_EACH_SCALE, spm_tensor_count(&call->out[0]), s, call->d_out.data, NULL,
+                  call->d_in[index].data, call->d_in_add[index]);
 }
 
 /* ---- conv2d and linear ----
@@ -4399,10 +4924,24 @@ typedef struct spmi_conv {
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     int64_t groups, ci, co;  /* input and output channels of a group */
     int64_t k;               /* floats of one filter */
+    int64_t joined;          /* groups of the layer in one group of this: see spmi_conv_join */
 } spmi_conv;
 
+/* Groups with few channels would leave most of a vector empty. Up to a vector's worth of them are taken together as one
+ * dense group, with zeros where a filter has no weights: the same number of vector operations, in longer runs. */
+static void spmi_conv_join(const spm_context *ctx, spmi_conv *v)
+{
+    const int64_t most = SPMI_MAX(spmi_lanes(ctx), 8) / SPMI_MAX(v->ci, v->co);
+    int64_t n = SPMI_MIN(most, v->groups);
+    while (n > 1 && v->groups % n) n--;
+    v->joined = SPMI_MAX(n, 1);
+    v->groups /= v->joined;
+    v->ci *= v->joined;
+    v->co *= v->joined;
+}
+
 /* The geometry of a call that infer has passed. */
-static spmi_conv spmi_conv_of(const spm_op_call *call, int linear)
+static spmi_conv spmi_conv_of(const spm_context *ctx, const spm_op_call *call, int linear)
 {
     const spm_tensor *x = &call->in[0], *w = &call->in[1];
     spmi_conv v = SPM_ZERO;
@@ -4435,6 +4974,7 @@ static spmi_conv spmi_conv_of(const spm_op_call *call, int linear)
     }
     v.ci = v.c / v.groups;
     v.co = v.o / v.groups;
+    spmi_conv_join(ctx, &v);
     v.k = v.kernel[0] * v.kernel[1] * v.ci;
     return v;
 }
@@ -4520,6 +5060,37 @@ static spm_status spmi_linear_infer(spm_context *ctx, spm_op_call *call, spm_err
 }
 
 /* ---- packed weights ---- */
+
+/* Floats of the weights with joined groups written out; 0 if none are joined. */
+static int64_t spmi_conv_wide_floats(const spmi_conv *v)
+{
+    return v->joined > 1 ? spmi_round_up(v->o * v->k, 16) : 0;
+}
+
+/* Writes joined groups out: to[o][tap][joined * ci], zero but for o's own group. */
+static void spmi_conv_widen(const spmi_conv *v, const float *w, float *to)
+{
+    const int64_t ci = v->ci / v->joined, co = v->co / v->joined, taps = v->kernel[0] * v->kernel[1];
+    int64_t o, t;
+    memset(to, 0, (size_t)(v->o * v->k) * sizeof *to);
+    for (o = 0; o < v->o; o++) {
+        for (t = 0; t < taps; t++) memcpy(to + o * v->k + t * v->ci + o / co % v->joined * ci, w + (o * taps + t) * ci, (size_t)ci * sizeof *to);
+    }
+}
+
+/* The gradient of the weights from the gradient of the wide ones. */
+static void spmi_conv_narrow(const spmi_conv *v, const float *wide, float *dw, int add)
+{
+    const int64_t ci = v->ci / v->joined, co = v->co / v->joined, taps = v->kernel[0] * v->kernel[1];
+    int64_t o, t, i;
+    for (o = 0; o < v->o; o++) {
+        for (t = 0; t < taps; t++) {
+            const float *from = wide + o * v->k + t * v->ci + o / co % v->joined * ci;
+            float *to = dw + (o * taps + t) * ci;
+            for (i = 0; i < ci; i++) to[i] = add ? to[i] + from[i] : from[i];
+        }
+    }
+}
 
 /* Packs taps [0, taps) of one group's product: B[tap][k][columns] panels from b + tap_at(tap). */
 typedef struct spmi_conv_pack {
@@ -4616,7 +5187,7 @@ static spmi_taps_job spmi_conv_forward_job(spm_context *ctx, const spmi_conv *v)
 
 static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
 {
-    const spmi_conv v = spmi_conv_of(call, linear);
+    const spmi_conv v = spmi_conv_of(ctx, call, linear);
     const float *bias = call->n_in > 2 ? call->in[2].data : NULL;
     float *packed = (float *)call->packed;
     char *scratch = (char *)call->scratch;
@@ -4626,7 +5197,14 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
         packed = (float *)call->scratch;
         scratch += (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float);
     }
-    if (!call->packed || !call->packed_ready) spmi_conv_pack_forward(ctx, &v, call->in[1].data, packed);
+    if (!call->packed || !call->packed_ready) {
+        const float *w = call->in[1].data;
+        if (v.joined > 1) {
+            spmi_conv_widen(&v, w, (float *)(void *)scratch);
+            w = (const float *)(void *)scratch;
+        }
+        spmi_conv_pack_forward(ctx, &v, w, packed);
+    }
     if (call->packed) call->packed_ready = 1;
     job.scratch = scratch;
     for (g = 0; g < v.groups; g++) {
@@ -4700,7 +5278,14 @@ static int64_t spmi_conv_data_floats(spm_context *ctx, const spmi_conv *v)
 static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op_call *call)
 {
     const int64_t phases_h = SPMI_MIN(v->stride[0], v->h), phases_w = SPMI_MIN(v->stride[1], v->w);
+    const float *weights = call->in[1].data;
+    float *packed = (float *)call->scratch;
     int64_t h, w, g;
+    if (v->joined > 1) {
+        spmi_conv_widen(v, weights, packed);
+        weights = packed;
+        packed += spmi_conv_wide_floats(v);
+    }
     for (h = 0; h < phases_h; h++) {
         const spmi_conv_phase ph = spmi_conv_phase_of(v, 0, h);
         for (w = 0; w < phases_w; w++) {
@@ -4716,12 +5301,12 @@ static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op
             pack.k_at = v->k;
             pack.columns = v->ci;
             pack.column_at = 1;
-            pack.to = (float *)call->scratch;
+            pack.to = packed;
             job.packed = pack.to;
             job.accumulate = call->d_in_add[0];
-            job.scratch = (char *)call->scratch + (size_t)spmi_conv_data_floats(ctx, v) * sizeof(float);
+            job.scratch = (char *)(packed + spmi_conv_data_floats(ctx, v));
             for (g = 0; g < v->groups; g++) {
-                pack.w = call->in[1].data + g * v->co * v->k + (ph.last * v->kernel[1] + pw.last) * v->ci;
+                pack.w = weights + g * v->co * v->k + (ph.last * v->kernel[1] + pw.last) * v->ci;
                 if (pack.taps_h * pack.taps_w > 0) spmi_conv_pack_run(&pack);
                 job.window.in = call->d_out.data + g * v->co;
                 job.out = call->d_in[0].data + (h * v->w + w) * v->c + g * v->ci;
@@ -4744,22 +5329,25 @@ static spmi_weight_job spmi_conv_weight_job(spm_context *ctx, const spmi_conv *v
 
 static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
 {
-    const spmi_conv v = spmi_conv_of(call, linear);
+    const spmi_conv v = spmi_conv_of(ctx, call, linear);
     float *db = call->n_in > 2 && call->in[2].data ? call->d_in[2].data : NULL;
     int64_t g;
     if (call->d_in[0].data) spmi_conv_backward_data(ctx, &v, call);
     if (call->d_in[1].data || db) {
         spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
-        job.scratch = (char *)call->scratch;
-        job.add_dw = call->d_in_add[1];
+        float *dw = call->d_in[1].data, *wide = (float *)call->scratch;
+        if (dw && v.joined > 1) dw = wide;
+        job.scratch = (char *)(wide + spmi_conv_wide_floats(&v));
+        job.add_dw = call->d_in_add[1] && v.joined == 1;
         job.add_db = call->d_in_add[2];
         for (g = 0; g < v.groups; g++) {
             job.window.in = call->in[0].data + g * v.ci;
             job.dy = call->d_out.data + g * v.co;
-            job.dw = call->d_in[1].data ? call->d_in[1].data + g * v.co * v.k : NULL;
+            job.dw = dw ? dw + g * v.co * v.k : NULL;
             job.db = db ? db + g * v.co : NULL;
             spmi_weight_run(&job);
         }
+        if (dw && v.joined > 1) spmi_conv_narrow(&v, wide, call->d_in[1].data, call->d_in_add[1]);
     }
 }
 
@@ -4767,12 +5355,13 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
 
 static size_t spmi_conv_scratch(spm_context *ctx, const spm_op_call *call, int backward, int linear)
 {
-    const spmi_conv v = spmi_conv_of(call, linear);
+    const spmi_conv v = spmi_conv_of(ctx, call, linear);
     size_t most = 0, bytes;
     int64_t h, w;
     if (!backward) {
         const spmi_taps_job job = spmi_conv_forward_job(ctx, &v);
-        return (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float) + (size_t)ctx->threads * job.slot_bytes;
+        return (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float)
+             + SPMI_MAX((size_t)ctx->threads * job.slot_bytes, (size_t)spmi_conv_wide_floats(&v) * sizeof(float));
     }
     for (h = 0; h < SPMI_MIN(v.stride[0], v.h); h++) {
         const spmi_conv_phase ph = spmi_conv_phase_of(&v, 0, h);
@@ -4787,20 +5376,21 @@ static size_t spmi_conv_scratch(spm_context *ctx, const spm_op_call *call, int b
         const spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
         bytes = spmi_weight_scratch(&job);
     }
-    return SPMI_MAX(most, bytes);
+    return SPMI_MAX(most, bytes) + (size_t)spmi_conv_wide_floats(&v) * sizeof(float);
 }
 
 static size_t spmi_conv_packed(spm_context *ctx, const spm_op_call *call, int linear)
 {
-    const spmi_conv v = spmi_conv_of(call, linear);
+    const spmi_conv v = spmi_conv_of(ctx, call, linear);
     return (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float);
 }
 
 /* A forward pass or one gradient is one product; the backward pass counts the gradients that are wanted. */
 static double spmi_conv_flops(const spm_op_call *call, int backward, int linear)
 {
-    const spmi_conv v = spmi_conv_of(call, linear);
-    const double product = 2.0 * (double)(v.n * v.oh * v.ow) * (double)v.o * (double)v.k;
+    const spm_tensor *w = &call->in[1];
+    const double filter = linear ? (double)w->shape[1] : (double)w->shape[1] * (double)w->shape[2] * (double)w->shape[3];
+    const double product = 2.0 * (double)spm_tensor_count(&call->out[0]) * filter;
     return backward ? product * ((call->d_in[0].data != NULL) + (call->d_in[1].data != NULL)) : product;
 }
 
@@ -4855,8 +5445,8 @@ static double spmi_linear_flops(const spm_op_call *call, int backward)
 }
 
 /* ---- batch norm --------------------------------------------------------------------------------------------------
- * Rows are the N H W pixels.  y = relu?((x - mean) rstd w + b + r?), rstd = 1 / sqrt(var + eps), mean and var of the batch
- * (training) or the running ones.  Backward, with dz = dy where y > 0 (all of it without ReLU), P pixels:
+ * Rows are the N H W pixels.  y = relu?((x - mean) rstd w + b + r?), rstd = 1 / sqrt(var + eps), mean and var of the
+ * batch (training) or the running ones.  Backward, with dz = dy where y > 0 (all of it without ReLU), P pixels:
  *     db = sum dz,  dw = rstd sum dz (x - mean),  dr = dz,
  *     dx = w rstd (dz - db / P - (x - mean) rstd dw / P)     in training, w rstd dz in evaluation mode.
  * Ioffe and Szegedy 2015. */
@@ -4923,7 +5513,9 @@ static spm_status spmi_batch_norm_infer(spm_context *ctx, spm_op_call *call, spm
         || spmi_op_want(ctx, err, "batch_norm", "bias", &call->in[2], x, 1, c, 0, 0, 0)
         || spmi_op_want(ctx, err, "batch_norm", "running_mean", &call->in[3], x, 1, c, 0, 0, 0)
         || spmi_op_want(ctx, err, "batch_norm", "running_var", &call->in[4], x, 1, c, 0, 0, 0)
-        || (call->in[5].rank && spmi_op_want_like(ctx, err, "batch_norm", "residual", &call->in[5], x))) return SPM_E_SHAPE;
+        || (call->in[5].rank && spmi_op_want_like(ctx, err, "batch_norm", "residual", &call->in[5], x))) {
+        return SPM_E_SHAPE;
+    }
     spmi_op_out_like(call, x);
     spmi_op_out(call, 1, c, 0, 0, 0);
     spmi_op_out(call, 1, c, 0, 0, 0);
@@ -4936,9 +5528,9 @@ static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
     const int64_t chunk = task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
     const int64_t at = chunk * bn->channels + c;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, channel_moments, (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
-                                          bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at,
-                                          bn->part[2] + at));
+    SPMI_KERNEL(bn->ctx, channel_moments,
+                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
+                 bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at, bn->part[2] + at));
 }
 
 /* Joins the chunks' moments, in their order, around the first chunk's base. */
@@ -4966,8 +5558,9 @@ static void spmi_bn_apply_task(void *arg, int64_t task, int slot)
     const spm_op_call *call = bn->call;
     const int64_t row = task * bn->grain, n = SPMI_MIN(bn->grain, bn->rows - row), at = row * bn->channels;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, bn_apply, (n, bn->channels, call->in[0].data + at, call->in[5].data ? call->in[5].data + at : NULL, bn->mean,
-                                    bn->coefficient[0], call->in[2].data, call->attr.relu, call->out[0].data + at));
+    SPMI_KERNEL(bn->ctx, bn_apply,
+                (n, bn->channels, call->in[0].data + at, call->in[5].data ? call->in[5].data + at : NULL, bn->mean,
+                 bn->coefficient[0], call->in[2].data, call->attr.relu, call->out[0].data + at));
 }
 
 static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
@@ -4999,9 +5592,10 @@ static void spmi_bn_sums_task(void *arg, int64_t task, int slot)
     const int64_t chunk = task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
     const int64_t at = chunk * bn->channels + c, from = row * bn->channels + c;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, bn_back_sums, (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
-                                        bn->call->in[0].data + from, bn->y ? bn->y + from : NULL, bn->dz + from, bn->mean + c,
-                                        bn->store ? bn->store + from : NULL, bn->part[0] + at, bn->part[1] + at));
+    SPMI_KERNEL(bn->ctx, bn_back_sums,
+                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
+                 bn->call->in[0].data + from, bn->y ? bn->y + from : NULL, bn->dz + from, bn->mean + c,
+                 bn->store ? bn->store + from : NULL, bn->part[0] + at, bn->part[1] + at));
 }
 
 static void spmi_bn_back_task(void *arg, int64_t task, int slot)
@@ -5010,9 +5604,10 @@ static void spmi_bn_back_task(void *arg, int64_t task, int slot)
     const spm_op_call *call = bn->call;
     const int64_t row = task * bn->grain, n = SPMI_MIN(bn->grain, bn->rows - row), at = row * bn->channels;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, bn_back, (n, bn->channels, bn->x ? bn->x + at : NULL, bn->y ? bn->y + at : NULL, bn->dz + at, bn->mean,
-                                   bn->coefficient[0], bn->coefficient[1], bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
-                                   call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5]));
+    SPMI_KERNEL(bn->ctx, bn_back,
+                (n, bn->channels, bn->x ? bn->x + at : NULL, bn->y ? bn->y + at : NULL, bn->dz + at, bn->mean,
+                 bn->coefficient[0], bn->coefficient[1], bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
+                 call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5]));
 }
 
 /* Two passes over the data; the first one stores dz where a residual wants it, and the second reads it from there. */
@@ -5111,9 +5706,10 @@ static void spmi_ln_forward_task(void *arg, int64_t task, int slot)
     const spm_op_call *call = ln->call;
     const int64_t row = task * ln->chunk, rows = SPMI_MIN(ln->chunk, ln->rows - row);
     (void)slot;
-    SPMI_KERNEL(ln->ctx, layer_norm, (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->in[2].data, call->attr.eps,
-                                      call->out[0].data + row * ln->n, call->out[1].data ? call->out[1].data + row : NULL,
-                                      call->out[2].data ? call->out[2].data + row : NULL));
+    SPMI_KERNEL(ln->ctx, layer_norm,
+                (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->in[2].data, call->attr.eps,
+                 call->out[0].data + row * ln->n, call->out[1].data ? call->out[1].data + row : NULL,
+                 call->out[2].data ? call->out[2].data + row : NULL));
 }
 
 static void spmi_layer_norm_forward(spm_context *ctx, spm_op_call *call)
@@ -5133,9 +5729,10 @@ static void spmi_ln_backward_task(void *arg, int64_t task, int slot)
     (void)slot;
     if (dw) memset(dw, 0, (size_t)ln->n * sizeof(float));
     if (db) memset(db, 0, (size_t)ln->n * sizeof(float));
-    SPMI_KERNEL(ln->ctx, layer_norm_back, (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->out[1].data + row,
-                                           call->out[2].data + row, call->d_out.data + row * ln->n,
-                                           call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], dw, db));
+    SPMI_KERNEL(ln->ctx, layer_norm_back,
+                (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->out[1].data + row,
+                 call->out[2].data + row, call->d_out.data + row * ln->n,
+                 call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], dw, db));
 }
 
 /* One task: 128 columns of both sums, chunk by chunk. */
@@ -5181,7 +5778,8 @@ static spm_status spmi_relu_infer(spm_context *ctx, spm_op_call *call, spm_error
 
 static void spmi_relu_forward(spm_context *ctx, spm_op_call *call)
 {
-    spmi_each_run(ctx, SPMI_EACH_RELU, spm_tensor_count(&call->in[0]), 0.0f, call->in[0].data, NULL, call->out[0].data, 0);
+    spmi_each_run(ctx, SPMI_EACH_RELU, spm_tensor_count(&call->in[0]), 0.0f, call->in[0].data, NULL,
+                  call->out[0].data, 0);
 }
 
 static void spmi_relu_backward(spm_context *ctx, spm_op_call *call)
@@ -5205,7 +5803,8 @@ static spm_status spmi_gelu_infer(spm_context *ctx, spm_op_call *call, spm_error
 
 static void spmi_gelu_forward(spm_context *ctx, spm_op_call *call)
 {
-    spmi_each_run(ctx, SPMI_EACH_GELU, spm_tensor_count(&call->in[0]), 0.0f, call->in[0].data, NULL, call->out[0].data, 0);
+    spmi_each_run(ctx, SPMI_EACH_GELU, spm_tensor_count(&call->in[0]), 0.0f, call->in[0].data, NULL,
+                  call->out[0].data, 0);
 }
 
 static void spmi_gelu_backward(spm_context *ctx, spm_op_call *call)
@@ -5286,7 +5885,8 @@ static spm_status spmi_add_infer(spm_context *ctx, spm_op_call *call, spm_error 
 
 static void spmi_add_forward(spm_context *ctx, spm_op_call *call)
 {
-    spmi_each_run(ctx, SPMI_EACH_SUM, spm_tensor_count(&call->in[0]), 1.0f, call->in[0].data, call->in[1].data, call->out[0].data, 0);
+    spmi_each_run(ctx, SPMI_EACH_SUM, spm_tensor_count(&call->in[0]), 1.0f, call->in[0].data, call->in[1].data,
+                  call->out[0].data, 0);
 }
 
 static void spmi_add_backward(spm_context *ctx, spm_op_call *call)
@@ -5309,7 +5909,8 @@ static spm_status spmi_mean2_infer(spm_context *ctx, spm_op_call *call, spm_erro
 
 static void spmi_mean2_forward(spm_context *ctx, spm_op_call *call)
 {
-    spmi_each_run(ctx, SPMI_EACH_SUM, spm_tensor_count(&call->in[0]), 0.5f, call->in[0].data, call->in[1].data, call->out[0].data, 0);
+    spmi_each_run(ctx, SPMI_EACH_SUM, spm_tensor_count(&call->in[0]), 0.5f, call->in[0].data, call->in[1].data,
+                  call->out[0].data, 0);
 }
 
 static void spmi_mean2_backward(spm_context *ctx, spm_op_call *call)
@@ -5324,7 +5925,7 @@ static double spmi_mean2_flops(const spm_op_call *call, int backward)
     return 2.0 * (double)spm_tensor_count(&call->in[0]);
 }
 
-/* ---- dropout (Srivastava et al. 2014), drop path (Huang et al. 2016) --------------------------------------------------
+/* ---- dropout (Srivastava et al. 2014), drop path (Huang et al. 2016) -----------------------------------------------
  * Draws are keyed by (seed, stream, example id, element), so they are the same for any batching, and the backward pass
  * draws again instead of storing a mask. */
 
@@ -5341,7 +5942,9 @@ typedef struct spmi_drop {
 static spm_status spmi_drop_infer(spm_context *ctx, spm_op_call *call, spm_error *err, const char *op)
 {
     const float p = call->attr.p;
-    if (!(p >= 0.0f && p <= 1.0f)) return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: p is %g, but must lie in 0..1", op, (double)p);
+    if (!(p >= 0.0f && p <= 1.0f)) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: p is %g, but must lie in 0..1", op, (double)p);
+    }
     spmi_op_out_like(call, &call->in[0]);
     return SPM_OK;
 }
@@ -5437,9 +6040,10 @@ static double spmi_drop_path_flops(const spm_op_call *call, int backward)
 }
 
 /* ---- pooling -------------------------------------------------------------------------------------------------------
- * H' = floor((H + 2 padding - kernel) / stride) + 1, as PyTorch without ceil_mode.  max_pool sees pads as -infinity, keeps the
- * first of equal entries and lets not-a-number through; avg_pool counts pads as zeros.  out[1] of max_pool holds bytes:
- * for every output pixel the window position (kh KW + kw) of each channel's maximum, padded to whole floats. */
+ * H' = floor((H + 2 padding - kernel) / stride) + 1, as PyTorch without ceil_mode.  max_pool sees pads as -infinity,
+ * keeps the first of equal entries and lets not-a-number through; avg_pool counts pads as zeros.  out[1] of max_pool
+ * holds bytes: for every output pixel the window position (kh KW + kw) of each channel's maximum, padded to whole
+ * floats. */
 
 typedef struct spmi_pooling_job {
     spm_context *ctx;
@@ -5475,19 +6079,23 @@ static spm_status spmi_pooling_infer(spm_context *ctx, spm_op_call *call, spm_er
     for (i = 0; i < 2; i++) {
         const int64_t k = attr->kernel[i], s = SPMI_MAX(attr->stride[i], (int64_t)1), p = attr->padding[i];
         if (k < 1 || attr->stride[i] < 0 || p < 0 || p > k / 2) {
-            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: kernel %lld, stride %lld, padding %lld; the kernel must be at least 1 and "
-                             "the padding at most half of it", op, (long long)k, (long long)attr->stride[i], (long long)p);
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT,
+                             "%s: kernel %lld, stride %lld, padding %lld; the kernel must be at least 1 and "
+                             "the padding at most half of it", op, (long long)k, (long long)attr->stride[i],
+                             (long long)p);
         }
         if (x->shape[1 + i] + 2 * p < k) {
             char text[96];
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: a window of [%lld,%lld] with padding [%lld,%lld] does not fit into x %s", op,
+            return spmi_fail(ctx, err, SPM_E_SHAPE,
+                             "%s: a window of [%lld,%lld] with padding [%lld,%lld] does not fit into x %s", op,
                              (long long)attr->kernel[0], (long long)attr->kernel[1], (long long)attr->padding[0],
                              (long long)attr->padding[1], spm_tensor_shape_text(x, text, sizeof text));
         }
         size[i] = (x->shape[1 + i] + 2 * p - k) / s + 1;
     }
     if (max && (attr->kernel[0] > 256 || attr->kernel[1] > 256 || attr->kernel[0] * attr->kernel[1] > 256)) {
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: a window of [%lld,%lld] has more than 256 pixels; pool in two steps", op,
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: a window of [%lld,%lld] has more than 256 pixels; pool in two steps", op,
                          (long long)attr->kernel[0], (long long)attr->kernel[1]);
     }
     spmi_op_out(call, 4, x->shape[0], size[0], size[1], x->shape[3]);
@@ -5505,16 +6113,20 @@ static void spmi_pooling_task(void *arg, int64_t task, int slot)
     const int64_t out_row = cut->out[1] * cut->channels, in_row = cut->in[1] * cut->channels;
     const int64_t arg_row = cut->out[1] * ((cut->channels + 3) / 4 * 4);
     const float factor = 1.0f / (float)(cut->kernel[0] * cut->kernel[1]);
-    unsigned char *place = job->max && call->out[1].data ? (unsigned char *)(void *)call->out[1].data + n * cut->out[0] * arg_row : NULL;
+    unsigned char *place = NULL;
     (void)slot;
+    if (job->max && call->out[1].data) {
+        place = (unsigned char *)(void *)call->out[1].data + n * cut->out[0] * arg_row;
+    }
     if (job->backward) {
         SPMI_KERNEL(job->ctx, pool_back, (cut, row, call->d_out.data + n * cut->out[0] * out_row, place, factor,
                                           call->d_in[0].data + task * in_row, call->d_in_add[0]));
     } else if (job->max) {
-        SPMI_KERNEL(job->ctx, max_pool, (cut, row, call->in[0].data + n * cut->in[0] * in_row, call->out[0].data + task * out_row,
-                                         place ? place + row * arg_row : NULL));
+        SPMI_KERNEL(job->ctx, max_pool, (cut, row, call->in[0].data + n * cut->in[0] * in_row,
+                                         call->out[0].data + task * out_row, place ? place + row * arg_row : NULL));
     } else {
-        SPMI_KERNEL(job->ctx, avg_pool, (cut, row, call->in[0].data + n * cut->in[0] * in_row, factor, call->out[0].data + task * out_row));
+        SPMI_KERNEL(job->ctx, avg_pool, (cut, row, call->in[0].data + n * cut->in[0] * in_row, factor,
+                                         call->out[0].data + task * out_row));
     }
 }
 
@@ -5601,11 +6213,13 @@ static void spmi_global_forward_task(void *arg, int64_t task, int slot)
     const spmi_global *job = (const spmi_global *)arg;
     const int64_t n = task / job->slabs, c = task % job->slabs * SPMI_POOL_SLAB;
     const int64_t width = SPMI_MIN((int64_t)SPMI_POOL_SLAB, job->channels - c);
+    const spm_tensor *x = &job->call->in[0];
     float *y = job->call->out[0].data + n * job->channels + c;
     double sum[SPMI_POOL_SLAB];
     int64_t i;
     (void)slot;
-    SPMI_KERNEL(job->ctx, channel_sums, (job->pixels, job->channels, width, job->call->in[0].data + n * job->pixels * job->channels + c, sum));
+    SPMI_KERNEL(job->ctx, channel_sums,
+                (job->pixels, job->channels, width, x->data + n * job->pixels * job->channels + c, sum));
     for (i = 0; i < width; i++) y[i] = (float)(sum[i] / (double)job->pixels);
 }
 
@@ -5622,8 +6236,9 @@ static void spmi_global_backward_task(void *arg, int64_t task, int slot)
     int64_t p;
     (void)slot;
     for (p = 0; p < job->pixels; p++) {
-        SPMI_KERNEL(job->ctx, scale, (job->channels, s, job->call->d_out.data + task * job->channels,
-                                      job->call->d_in[0].data + (task * job->pixels + p) * job->channels, job->call->d_in_add[0]));
+        SPMI_KERNEL(job->ctx, scale,
+                    (job->channels, s, job->call->d_out.data + task * job->channels,
+                     job->call->d_in[0].data + (task * job->pixels + p) * job->channels, job->call->d_in_add[0]));
     }
 }
 
@@ -5655,10 +6270,12 @@ static spm_status spmi_shortcut_a_infer(spm_context *ctx, spm_op_call *call, spm
     const int64_t sh = SPMI_MAX(call->attr.stride[0], (int64_t)1), sw = SPMI_MAX(call->attr.stride[1], (int64_t)1);
     if (x->rank != 4) return spmi_op_fail(ctx, err, "shortcut_a", "x", x, "[N,H,W,C]");
     if (call->attr.groups < x->shape[3]) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "shortcut_a: x has %lld channels, y would have %lld (attr.groups); it must not have less",
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT,
+                         "shortcut_a: x has %lld channels, y would have %lld (attr.groups); it must not have less",
                          (long long)x->shape[3], (long long)call->attr.groups);
     }
-    spmi_op_out(call, 4, x->shape[0], spmi_ceil_div(x->shape[1], sh), spmi_ceil_div(x->shape[2], sw), call->attr.groups);
+    spmi_op_out(call, 4, x->shape[0], spmi_ceil_div(x->shape[1], sh), spmi_ceil_div(x->shape[2], sw),
+                call->attr.groups);
     return SPM_OK;
 }
 
@@ -5675,11 +6292,14 @@ static void spmi_shortcut_task(void *arg, int64_t task, int slot)
         const float *from = x->data + (task / y->shape[1] * x->shape[1] + task % y->shape[1] * sh) * x->shape[2] * c;
         float *to = y->data + task * y->shape[2] * wide;
         memset(to, 0, (size_t)(y->shape[2] * wide) * sizeof(float));
-        for (w = 0; w < y->shape[2]; w++) memcpy(to + w * wide + job->front, from + w * sw * c, (size_t)c * sizeof(float));
+        for (w = 0; w < y->shape[2]; w++) {
+            memcpy(to + w * wide + job->front, from + w * sw * c, (size_t)c * sizeof(float));
+        }
     } else {
         const int64_t h = task % x->shape[1];
         float *to = call->d_in[0].data + task * x->shape[2] * c;
-        const float *from = call->d_out.data + (task / x->shape[1] * y->shape[1] + h / sh) * y->shape[2] * wide + job->front;
+        const float *from = call->d_out.data + job->front
+                          + (task / x->shape[1] * y->shape[1] + h / sh) * y->shape[2] * wide;
         if (!call->d_in_add[0]) memset(to, 0, (size_t)(x->shape[2] * c) * sizeof(float));
         if (h % sh) return;
         for (w = 0; w < y->shape[2]; w++) SPMI_KERNEL(job->ctx, scale, (c, 1.0f, from + w * wide, to + w * sw * c, 1));
@@ -5695,7 +6315,8 @@ static void spmi_shortcut_run(spm_context *ctx, spm_op_call *call, int backward)
     job.stride[1] = SPMI_MAX(call->attr.stride[1], (int64_t)1);
     job.front = (call->out[0].shape[3] - call->in[0].shape[3]) / 2;
     job.backward = backward;
-    spm_parallel(ctx, call->in[0].shape[0] * (backward ? call->in[0].shape[1] : call->out[0].shape[1]), spmi_shortcut_task, &job);
+    spm_parallel(ctx, call->in[0].shape[0] * (backward ? call->in[0].shape[1] : call->out[0].shape[1]),
+                 spmi_shortcut_task, &job);
 }
 
 static void spmi_shortcut_a_forward(spm_context *ctx, spm_op_call *call)
@@ -5715,7 +6336,7 @@ static double spmi_shortcut_a_flops(const spm_op_call *call, int backward)
     return 0.0;
 }
 
-/* ---- multi-head self-attention (Vaswani et al. 2017) --------------------------------------------------------------------
+/* ---- multi-head self-attention (Vaswani et al. 2017) ---------------------------------------------------------------
  * Per example and head, with d = D / heads and s = 1 / sqrt(d):  P = softmax(s q k^T),  y = P v.  Backward:
  *     dv = P^T dy,  dP = dy v^T,  dS = s P (dP - rowsum(dP P)),  dq = dS k,  dk = dS^T q.
  * One task does one head of one example; its products run inside the task. */
@@ -5760,7 +6381,8 @@ static spm_status spmi_attention_infer(spm_context *ctx, spm_op_call *call, spm_
     if (x->rank != 3 || x->shape[2] % 3) return spmi_op_fail(ctx, err, "attention", "qkv", x, "[N,T,3D]");
     d = x->shape[2] / 3;
     if (heads < 1 || d % heads) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "attention: %lld heads do not divide the width %lld", (long long)heads, (long long)d);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "attention: %lld heads do not divide the width %lld",
+                         (long long)heads, (long long)d);
     }
     spmi_op_out(call, 3, x->shape[0], x->shape[1], d, 0);
     spmi_op_out(call, 4, x->shape[0], heads, x->shape[1], x->shape[1]);
@@ -5768,8 +6390,9 @@ static spm_status spmi_attention_infer(spm_context *ctx, spm_op_call *call, spm_
 }
 
 /* c[m,n] = (or +=) a b in `scratch`; (row, column) strides of a and b. */
-static void spmi_attention_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col,
-                                   const float *b, int64_t b_row, int64_t b_col, float *c, int64_t c_row, int add, void *scratch)
+static void spmi_attention_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
+                                   int64_t a_col, const float *b, int64_t b_row, int64_t b_col, float *c,
+                                   int64_t c_row, int add, void *scratch)
 {
     spmi_gemm g = SPM_ZERO;
     g.m = m;
@@ -5841,12 +6464,13 @@ static void spmi_attention_backward(spm_context *ctx, spm_op_call *call)
 
 static double spmi_attention_flops(const spm_op_call *call, int backward)
 {
-    const double n = (double)call->in[0].shape[0], t = (double)call->in[0].shape[1], d = (double)(call->in[0].shape[2] / 3);
+    const double n = (double)call->in[0].shape[0], t = (double)call->in[0].shape[1];
+    const double d = (double)(call->in[0].shape[2] / 3);
     return n * t * t * ((backward ? 8.0 : 4.0) * d + (backward ? 4.0 : 20.0) * (double)call->attr.heads);
 }
 
-/* ---- tokens: class tokens in front of the patches, positions added to all.  The position's gradient is the sum of dy over
- * the batch, the gradients of the class tokens and of the distillation tokens behind them its first rows. ---- */
+/* ---- tokens: class tokens in front of the patches, positions added to all.  The position's gradient is the sum of
+ * dy over the batch, the gradients of the class tokens and of the distillation tokens behind them its first rows. */
 
 typedef struct spmi_tokens {
     spm_context *ctx;
@@ -5872,8 +6496,9 @@ static spm_status spmi_tokens_infer(spm_context *ctx, spm_op_call *call, spm_err
     const spm_tensor *x = &call->in[0];
     int64_t all;
     if (x->rank != 4) return spmi_op_fail(ctx, err, "tokens", "x", x, "[N,H,W,D]");
-    if (spmi_op_want(ctx, err, "tokens", "class", &call->in[1], x, 2, call->in[1].shape[0], x->shape[3], 0, 0)) return SPM_E_SHAPE;
-    if (call->in[3].rank && spmi_op_want(ctx, err, "tokens", "distillation", &call->in[3], x, 2, call->in[3].shape[0], x->shape[3], 0, 0)) return SPM_E_SHAPE;
+    if (spmi_op_want(ctx, err, "tokens", "class", &call->in[1], x, 2, call->in[1].shape[0], x->shape[3], 0, 0)
+        || (call->in[3].rank && spmi_op_want(ctx, err, "tokens", "distillation", &call->in[3], x, 2,
+                                             call->in[3].shape[0], x->shape[3], 0, 0))) return SPM_E_SHAPE;
     all = spmi_tokens_plan(ctx, call).extra + x->shape[1] * x->shape[2];
     if (spmi_op_want(ctx, err, "tokens", "position", &call->in[2], x, 2, all, x->shape[3], 0, 0)) return SPM_E_SHAPE;
     spmi_op_out(call, 3, x->shape[0], all, x->shape[3], 0);
@@ -5889,7 +6514,9 @@ static void spmi_tokens_forward_task(void *arg, int64_t task, int slot)
     float *y = call->out[0].data + task * (head + rest);
     (void)slot;
     SPMI_KERNEL(job->ctx, sum_of, (first, 1.0f, call->in[1].data, position, y));
-    if (head > first) SPMI_KERNEL(job->ctx, sum_of, (head - first, 1.0f, call->in[3].data, position + first, y + first));
+    if (head > first) {
+        SPMI_KERNEL(job->ctx, sum_of, (head - first, 1.0f, call->in[3].data, position + first, y + first));
+    }
     SPMI_KERNEL(job->ctx, sum_of, (rest, 1.0f, call->in[0].data + task * rest, position + head, y + head));
 }
 
@@ -5905,16 +6532,17 @@ static void spmi_tokens_copy_task(void *arg, int64_t task, int slot)
     const spm_op_call *call = job->call;
     const int64_t head = job->extra * job->width, rest = job->patches * job->width;
     (void)slot;
-    SPMI_KERNEL(job->ctx, scale, (rest, 1.0f, call->d_out.data + task * (head + rest) + head, call->d_in[0].data + task * rest,
-                                  call->d_in_add[0]));
+    SPMI_KERNEL(job->ctx, scale, (rest, 1.0f, call->d_out.data + task * (head + rest) + head,
+                                  call->d_in[0].data + task * rest, call->d_in_add[0]));
 }
 
-/* One task: 128 columns of [K + H W] x D, summed over the batch. */
+/* One task: 128 columns of [K + L + H W] x D, summed over the batch. */
 static void spmi_tokens_sum_task(void *arg, int64_t task, int slot)
 {
     const spmi_tokens *job = (const spmi_tokens *)arg;
     const spm_op_call *call = job->call;
-    const int64_t first = job->classes * job->width, head = job->extra * job->width, all = head + job->patches * job->width;
+    const int64_t first = job->classes * job->width, head = job->extra * job->width;
+    const int64_t all = head + job->patches * job->width;
     const int64_t at = task * 128, width = SPMI_MIN((int64_t)128, all - at);
     float *d_class = call->d_in[1].data, *d_position = call->d_in[2].data, *d_distillation = call->d_in[3].data;
     double sum[128];
@@ -5936,7 +6564,9 @@ static void spmi_tokens_backward(spm_context *ctx, spm_op_call *call)
     spmi_tokens job = spmi_tokens_plan(ctx, call);
     const int64_t summed = (call->d_in[2].data ? job.extra + job.patches : job.extra) * job.width;
     if (call->d_in[0].data) spm_parallel(ctx, job.batch, spmi_tokens_copy_task, &job);
-    if (call->d_in[1].data || call->d_in[2].data || call->d_in[3].data) spm_parallel(ctx, spmi_ceil_div(summed, 128), spmi_tokens_sum_task, &job);
+    if (call->d_in[1].data || call->d_in[2].data || call->d_in[3].data) {
+        spm_parallel(ctx, spmi_ceil_div(summed, 128), spmi_tokens_sum_task, &job);
+    }
 }
 
 static double spmi_tokens_flops(const spm_op_call *call, int backward)
@@ -5952,8 +6582,8 @@ static spm_status spmi_token_infer(spm_context *ctx, spm_op_call *call, spm_erro
     const spm_tensor *x = &call->in[0];
     if (x->rank != 3) return spmi_op_fail(ctx, err, "token", "x", x, "[N,T,D]");
     if (call->attr.index < 0 || call->attr.index >= x->shape[1]) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: index %lld is outside of 0..%lld", (long long)call->attr.index,
-                         (long long)x->shape[1] - 1);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: index %lld is outside of 0..%lld",
+                         (long long)call->attr.index, (long long)x->shape[1] - 1);
     }
     spmi_op_out(call, 2, x->shape[0], x->shape[2], 0, 0);
     return SPM_OK;
@@ -5988,10 +6618,10 @@ static double spmi_token_flops(const spm_op_call *call, int backward)
     return 0.0;
 }
 
-/* ---- cross-entropy of soft targets ---------------------------------------------------------------------------------------
+/* ---- cross-entropy of soft targets ---------------------------------------------------------------------------------
  * t' = (1 - e) target + e / C with e = label_smoothing;  loss_n = sum_c t'_c (log sum_j e^x_j - x_c);
- * loss = sum_n weight_n loss_n;  dx_c = dloss weight_n (probs_c sum_j t'_j - t'_c).  Rows are shifted by their largest logit, and
- * the sums run in double. */
+ * loss = sum_n weight_n loss_n;  dx_c = dloss weight_n (probs_c sum_j t'_j - t'_c).  Rows are shifted by their
+ * largest logit, and the sums run in double. */
 
 static spm_status spmi_cross_entropy_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
 {
@@ -5999,9 +6629,13 @@ static spm_status spmi_cross_entropy_infer(spm_context *ctx, spm_op_call *call, 
     const float e = call->attr.label_smoothing;
     if (x->rank != 2) return spmi_op_fail(ctx, err, "cross_entropy", "logits", x, "[N,C]");
     if (spmi_op_want_like(ctx, err, "cross_entropy", "target", &call->in[1], x)
-        || (call->in[2].rank && spmi_op_want(ctx, err, "cross_entropy", "weight", &call->in[2], x, 1, x->shape[0], 0, 0, 0))) return SPM_E_SHAPE;
+        || (call->in[2].rank
+            && spmi_op_want(ctx, err, "cross_entropy", "weight", &call->in[2], x, 1, x->shape[0], 0, 0, 0))) {
+        return SPM_E_SHAPE;
+    }
     if (!(e >= 0.0f && e <= 1.0f)) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "cross_entropy: label_smoothing is %g, but must lie in 0..1", (double)e);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "cross_entropy: label_smoothing is %g, but must lie in 0..1",
+                         (double)e);
     }
     spmi_op_out(call, 1, 1, 0, 0, 0);
     spmi_op_out(call, 1, x->shape[0], 0, 0, 0);
@@ -6042,10 +6676,11 @@ static void spmi_cross_entropy_forward(spm_context *ctx, spm_op_call *call)
 {
     const int64_t rows = call->in[0].shape[0];
     const double *loss = (const double *)call->scratch;
+    const float *weight = call->in[2].data;
     double total = 0.0;
     int64_t n;
     spm_parallel(ctx, rows, spmi_cross_entropy_forward_task, call);
-    for (n = 0; n < rows; n++) total += call->in[2].data ? (double)call->in[2].data[n] * loss[n] : loss[n] / (double)rows;
+    for (n = 0; n < rows; n++) total += weight ? (double)weight[n] * loss[n] : loss[n] / (double)rows;
     call->out[0].data[0] = (float)total;
 }
 
@@ -6053,13 +6688,14 @@ static void spmi_cross_entropy_backward(spm_context *ctx, spm_op_call *call)
 {
     const int64_t rows = call->in[0].shape[0], classes = call->in[0].shape[1];
     const double e = (double)call->attr.label_smoothing;
+    const float *weight = call->in[2].data;
     float *dx = call->d_in[0].data;
     int64_t n, c;
     (void)ctx;
     if (!dx) return;
     for (n = 0; n < rows; n++) {
         const float *target = call->in[1].data + n * classes, *probs = call->out[2].data + n * classes;
-        const double s = (double)call->d_out.data[0] * (call->in[2].data ? (double)call->in[2].data[n] : 1.0 / (double)rows);
+        const double s = (double)call->d_out.data[0] * (weight ? (double)weight[n] : 1.0 / (double)rows);
         double sum = e;
         for (c = 0; c < classes; c++) sum += (1.0 - e) * (double)target[c];
         for (c = 0; c < classes; c++, dx++) {
@@ -6075,7 +6711,7 @@ static double spmi_cross_entropy_flops(const spm_op_call *call, int backward)
     return (backward ? 6.0 : 50.0) * (double)spm_tensor_count(&call->in[0]);
 }
 
-/* ---- NT-Xent (Chen et al. 2020, "A simple framework for contrastive learning of visual representations") -----------------
+/* ---- NT-Xent (Chen et al. 2020, "A simple framework for contrastive learning of visual representations") -----------
  * z_i = x_i / max(|x_i|, 1e-12) for the 2N rows of a and b; S = z z^T / tau; P_ij = softmax of S_i over j != i;
  * loss = mean_i -log P_i,pos(i), pos(i) = i +- N.  With G = (P - [j = pos(i)]) dloss / 2N (0 on the diagonal):
  *     dz = (G + G^T) z / tau,   dx_i = (dz_i - z_i (z_i . dz_i)) / |x_i|,
@@ -6108,7 +6744,8 @@ static spm_status spmi_ntxent_infer(spm_context *ctx, spm_op_call *call, spm_err
     if (a->rank != 2) return spmi_op_fail(ctx, err, "ntxent", "a", a, "[N,D]");
     if (spmi_op_want_like(ctx, err, "ntxent", "b", &call->in[1], a)) return SPM_E_SHAPE;
     if (!(call->attr.temperature > 0.0f)) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "ntxent: temperature is %g, but must be above 0", (double)call->attr.temperature);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "ntxent: temperature is %g, but must be above 0",
+                         (double)call->attr.temperature);
     }
     spmi_op_out(call, 1, 1, 0, 0, 0);
     spmi_op_out(call, 2, 2 * a->shape[0], a->shape[1], 0, 0);
@@ -6241,7 +6878,8 @@ SPMDEF const char *spm_op_name(spm_op op)
     return "none";
 }
 
-/* What the operations need and give: inputs that must be there, inputs at most, and the inputs that have gradients (bit i). */
+/* What the operations need and give: inputs that must be there, inputs at most, and the inputs that have gradients
+ * (bit i). */
 typedef struct spmi_op_facts {
     int required, most, gradients;
 } spmi_op_facts;
@@ -6286,12 +6924,14 @@ SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output,
     case SPM_OP_CROSS_ENTROPY: return output ? index == 2 : index == 1 || index == 2;
     case SPM_OP_NTXENT: return output && index > 0;
     case SPM_OP_AVG_POOL: case SPM_OP_GLOBAL_POOL: case SPM_OP_ADD: case SPM_OP_SHORTCUT_A: case SPM_OP_DROPOUT:
-    case SPM_OP_DROP_PATH: case SPM_OP_TOKENS: case SPM_OP_TOKEN: case SPM_OP_MEAN2: case SPM_OP_NONE: case SPM_OP_COUNT: break;
+    case SPM_OP_DROP_PATH: case SPM_OP_TOKENS: case SPM_OP_TOKEN: case SPM_OP_MEAN2: case SPM_OP_NONE:
+    case SPM_OP_COUNT: break;
     }
     return 0;
 }
 
-/* Every input that is there has 1 to 4 axes of at least 1, and fits into memory with room for what scratch derives from it. */
+/* Every input that is there has 1 to 4 axes of at least 1, and fits into memory with room for what scratch derives
+ * from it. */
 static spm_status spmi_op_check_inputs(spm_context *ctx, spm_op op, spm_op_call *call, spm_error *err)
 {
     const spmi_op_facts info = spmi_op_info(op);
@@ -6303,25 +6943,28 @@ static spm_status spmi_op_check_inputs(spm_context *ctx, spm_op op, spm_op_call 
         char text[96];
         if (i >= call->n_in || i >= info.most) {
             if (i < call->n_in && x->rank) {
-                return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: takes at most %d inputs, but got %d", spm_op_name(op), info.most, call->n_in);
+                return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: takes at most %d inputs, but got %d", spm_op_name(op),
+                                 info.most, call->n_in);
             }
             call->in[i] = absent;
         }
         if (!x->rank && i >= info.required) continue;
         if (!x->rank) {
-            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: input %d is missing; it needs %d inputs", spm_op_name(op), i, info.required);
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: input %d is missing; it needs %d inputs", spm_op_name(op),
+                             i, info.required);
         }
         if (x->rank < 0 || x->rank > SPM_MAX_RANK) {
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d has %d axes, but must have 1 to %d", spm_op_name(op), i, x->rank, SPM_MAX_RANK);
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d has %d axes, but must have 1 to %d",
+                             spm_op_name(op), i, x->rank, SPM_MAX_RANK);
         }
         for (k = 0; k < x->rank; k++) {
             if (x->shape[k] < 1) {
-                return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s; no size may be below 1", spm_op_name(op), i,
-                                 spm_tensor_shape_text(x, text, sizeof text));
+                return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s; no size may be below 1", spm_op_name(op),
+                                 i, spm_tensor_shape_text(x, text, sizeof text));
             }
             if (!spmi_mul_dim(count, x->shape[k], &count) || (uint64_t)count > SIZE_MAX / 2) {
-                return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s, which does not fit into memory", spm_op_name(op), i,
-                                 spm_tensor_shape_text(x, text, sizeof text));
+                return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s, which does not fit into memory",
+                                 spm_op_name(op), i, spm_tensor_shape_text(x, text, sizeof text));
             }
         }
     }
@@ -8590,6 +9233,880 @@ SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call 
     spmi_free(ctx, check.memory);
     return worst;
 }
+
+/* ================================================================================================================
+ * >>NETS  10  architectures by name, ResNet and ViT builders
+ * ============================================================================================================= */
+
+/* ---- names ---- */
+
+typedef struct spmi_arch_row {
+    char name[24];
+    unsigned char family, bottleneck, cifar, distilled;
+    short blocks[4]; /* ResNet */
+    short width, groups, width_per_group;
+    short dim, depth, heads; /* ViT */
+} spmi_arch_row;
+
+static const spmi_arch_row spmi_arch_rows[] = {
+    { "resnet18",             0, 0, 0, 0, { 2, 2, 2, 2 },   64, 1, 64,      0, 0, 0 },
+    { "resnet34",             0, 0, 0, 0, { 3, 4, 6, 3 },   64, 1, 64,      0, 0, 0 },
+    { "resnet50",             0, 1, 0, 0, { 3, 4, 6, 3 },   64, 1, 64,      0, 0, 0 },
+    { "resnet101",            0, 1, 0, 0, { 3, 4, 23, 3 },  64, 1, 64,      0, 0, 0 },
+    { "resnet152",            0, 1, 0, 0, { 3, 8, 36, 3 },  64, 1, 64,      0, 0, 0 },
+    { "wide_resnet50_2",      0, 1, 0, 0, { 3, 4, 6, 3 },   64, 1, 128,     0, 0, 0 },
+    { "resnext50_32x4d",      0, 1, 0, 0, { 3, 4, 6, 3 },   64, 32, 4,      0, 0, 0 },
+    { "resnet20",             0, 0, 1, 0, { 3, 3, 3, 0 },   16, 1, 64,      0, 0, 0 },
+    { "resnet32",             0, 0, 1, 0, { 5, 5, 5, 0 },   16, 1, 64,      0, 0, 0 },
+    { "resnet44",             0, 0, 1, 0, { 7, 7, 7, 0 },   16, 1, 64,      0, 0, 0 },
+    { "resnet56",             0, 0, 1, 0, { 9, 9, 9, 0 },   16, 1, 64,      0, 0, 0 },
+    { "resnet110",            0, 0, 1, 0, { 18, 18, 18, 0 }, 16, 1, 64,     0, 0, 0 },
+    { "deit_tiny",            1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        192, 12, 3 },
+    { "deit_small",           1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        384, 12, 6 },
+    { "deit_base",            1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        768, 12, 12 },
+    { "deit_tiny_distilled",  1, 0, 0, 1, { 0, 0, 0, 0 },   0, 0, 0,        192, 12, 3 },
+    { "deit_small_distilled", 1, 0, 0, 1, { 0, 0, 0, 0 },   0, 0, 0,        384, 12, 6 },
+    { "deit_base_distilled",  1, 0, 0, 1, { 0, 0, 0, 0 },   0, 0, 0,        768, 12, 12 },
+    { "vit_base",             1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        768, 12, 12 },
+    { "vit_large",            1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        1024, 24, 16 },
+    { "vit",                  1, 0, 0, 0, { 0, 0, 0, 0 },   0, 0, 0,        192, 12, 3 }
+};
+
+SPMDEF const char *spm_arch_name_at(int index)
+{
+    return index >= 0 && index < SPMI_COUNT(spmi_arch_rows) ? spmi_arch_rows[index].name : NULL;
+}
+
+/* The options, for both families, in the order of the canonical text. */
+typedef enum spmi_arch_option {
+    SPMI_ARCH_WIDTH, SPMI_ARCH_STEM, SPMI_ARCH_GROUPS, SPMI_ARCH_WIDTH_PER_GROUP,
+    SPMI_ARCH_PATCH, SPMI_ARCH_DIM, SPMI_ARCH_DEPTH, SPMI_ARCH_HEADS, SPMI_ARCH_MLP, SPMI_ARCH_DISTILLED,
+    SPMI_ARCH_EPS, SPMI_ARCH_DROP, SPMI_ARCH_DROP_PATH, SPMI_ARCH_OPTIONS
+} spmi_arch_option;
+
+static const char *spmi_arch_option_name(int option)
+{
+    static const char names[SPMI_ARCH_OPTIONS][16] = {
+        "width", "stem", "groups", "width_per_group", "patch", "dim", "depth", "heads", "mlp", "distilled", "eps", "drop", "drop_path"
+    };
+    return names[option];
+}
+
+static int spmi_arch_option_family(int option)
+{
+    return option >= SPMI_ARCH_PATCH;
+}
+
+/* Where an option's whole number is kept; NULL for the others. */
+static int64_t *spmi_arch_integer(spm_arch *arch, int option)
+{
+    switch (option) {
+    case SPMI_ARCH_WIDTH: return &arch->width;
+    case SPMI_ARCH_GROUPS: return &arch->groups;
+    case SPMI_ARCH_WIDTH_PER_GROUP: return &arch->width_per_group;
+    case SPMI_ARCH_PATCH: return &arch->patch;
+    case SPMI_ARCH_DIM: return &arch->dim;
+    case SPMI_ARCH_DEPTH: return &arch->depth;
+    case SPMI_ARCH_HEADS: return &arch->heads;
+    case SPMI_ARCH_MLP: return &arch->mlp_ratio;
+    default: return NULL;
+    }
+}
+
+static float *spmi_arch_rate(spm_arch *arch, int option)
+{
+    return option == SPMI_ARCH_EPS ? &arch->norm_eps : option == SPMI_ARCH_DROP ? &arch->drop
+        : option == SPMI_ARCH_DROP_PATH ? &arch->drop_path : NULL;
+}
+
+/* Letters to change, add or drop until `a` (of n letters, at most 31 looked at) is `b` (Levenshtein). */
+static int spmi_edit_distance(const char *a, size_t n, const char *b)
+{
+    int row[32];
+    size_t i, j, m = SPMI_MIN(strlen(b), (size_t)31);
+    for (j = 0; j <= m; j++) row[j] = (int)j;
+    for (i = 1; i <= SPMI_MIN(n, (size_t)31); i++) {
+        int corner = row[0];
+        row[0] = (int)i;
+        for (j = 1; j <= m; j++) {
+            const int change = corner + (a[i - 1] != b[j - 1]), edge = SPMI_MIN(row[j], row[j - 1]) + 1;
+            corner = row[j];
+            row[j] = SPMI_MIN(change, edge);
+        }
+    }
+    return row[m];
+}
+
+/* The defaults of a known name. */
+static void spmi_arch_from_row(const spmi_arch_row *row, spm_arch *arch)
+{
+    int i;
+    arch->family = row->family ? SPM_VIT : SPM_RESNET;
+    for (i = 0; i < 4; i++) arch->blocks[i] = row->blocks[i];
+    arch->width = row->width;
+    arch->groups = row->groups;
+    arch->width_per_group = row->width_per_group;
+    arch->bottleneck = row->bottleneck;
+    arch->cifar_stem = arch->option_a = row->cifar;
+    arch->patch = row->family ? 16 : 0;
+    arch->dim = row->dim;
+    arch->depth = row->depth;
+    arch->heads = row->heads;
+    arch->mlp_ratio = row->family ? 4 : 0;
+    arch->distilled = row->distilled;
+    arch->norm_eps = row->family ? 1e-6f : 0.0f;
+}
+
+/* The row of a name of n letters; NULL if it is not known, with the nearest one's index in *nearest. */
+static const spmi_arch_row *spmi_arch_find(const char *name, size_t n, int *nearest)
+{
+    static const char alias[][2][24] = { { "vit_b_16", "vit_base" }, { "vit_l_16", "vit_large" } };
+    static const char tail[] = "_patch16_224";
+    int i, best = INT_MAX;
+    for (i = 0; i < SPMI_COUNT(alias); i++) {
+        if (strlen(alias[i][0]) == n && memcmp(alias[i][0], name, n) == 0) {
+            name = alias[i][1];
+            n = strlen(name);
+        }
+    }
+    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1; /* timm's long names */
+    *nearest = 0;
+    for (i = 0; i < SPMI_COUNT(spmi_arch_rows); i++) {
+        const int distance = spmi_edit_distance(name, n, spmi_arch_rows[i].name);
+        if (strlen(spmi_arch_rows[i].name) == n && memcmp(spmi_arch_rows[i].name, name, n) == 0) return &spmi_arch_rows[i];
+        if (distance < best) {
+            best = distance;
+            *nearest = i;
+        }
+    }
+    return NULL;
+}
+
+SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size)
+{
+    const size_t n = strcspn(arch->name, ":");
+    spm_arch now = *arch, plain = SPM_ZERO;
+    const spmi_arch_row *row;
+    size_t used;
+    int nearest, option, separator = ':';
+    if (!size) return text;
+    row = spmi_arch_find(arch->name, n, &nearest);
+    if (row) spmi_arch_from_row(row, &plain);
+    (void)spmi_format(text, size, "%.*s", (int)n, row ? row->name : arch->name);
+    for (option = 0; row && option < SPMI_ARCH_OPTIONS; option++) {
+        const int64_t *a = spmi_arch_integer(&now, option), *b = spmi_arch_integer(&plain, option);
+        const float *x = spmi_arch_rate(&now, option), *y = spmi_arch_rate(&plain, option);
+        const char *name = spmi_arch_option_name(option);
+        used = strlen(text);
+        if (a && *a != *b) (void)spmi_format(text + used, size - used, "%c%s=%lld", separator, name, (long long)*a);
+        else if (x && (*x < *y || *x > *y)) (void)spmi_format(text + used, size - used, "%c%s=%.6g", separator, name, (double)*x);
+        else if (option == SPMI_ARCH_STEM && arch->cifar_stem != plain.cifar_stem) {
+            (void)spmi_format(text + used, size - used, "%cstem=%s", separator, arch->cifar_stem ? "cifar" : "imagenet");
+        } else if (option == SPMI_ARCH_DISTILLED && arch->distilled != plain.distilled) {
+            (void)spmi_format(text + used, size - used, "%cdistilled=%d", separator, arch->distilled);
+        } else continue;
+        separator = ',';
+    }
+    return text;
+}
+
+/* One option=value of n letters. */
+static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *text, size_t n, spm_error *err)
+{
+    const int length = (int)SPMI_MIN(n, (size_t)64);
+    size_t name = 0;
+    int option, nearest = 0, best = INT_MAX;
+    char value[32], *end = value;
+    while (name < n && text[name] != '=') name++;
+    for (option = 0; option < SPMI_ARCH_OPTIONS; option++) {
+        const char *known = spmi_arch_option_name(option);
+        int distance;
+        if (spmi_arch_option_family(option) != (arch->family == SPM_VIT)) continue;
+        if (strlen(known) == name && memcmp(known, text, name) == 0) break;
+        distance = spmi_edit_distance(text, name, known);
+        if (distance < best) {
+            best = distance;
+            nearest = option;
+        }
+    }
+    if (option == SPMI_ARCH_OPTIONS) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: \"%.*s\" is no option of a %s; the nearest is %s", arch->name, (int)SPMI_MIN(name, (size_t)64), text,
+                         arch->family == SPM_VIT ? "ViT" : "ResNet", spmi_arch_option_name(nearest));
+    }
+    value[0] = 0;
+    if (name < n && n - name - 1 < sizeof value) {
+        memcpy(value, text + name + 1, n - name - 1);
+        value[n - name - 1] = 0;
+    }
+    if (option == SPMI_ARCH_STEM) {
+        arch->cifar_stem = spmi_string_equal(value, "cifar");
+        if (arch->cifar_stem || spmi_string_equal(value, "imagenet")) return SPM_OK;
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: the stem is imagenet or cifar", arch->name, length, text);
+    }
+    if (spmi_arch_rate(arch, option)) {
+        const double number = strtod(value, &end);
+        *spmi_arch_rate(arch, option) = (float)number;
+        if (end > value && *end == 0 && number >= 0.0 && number < 1.0) return SPM_OK;
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a number from 0 to below 1", arch->name, length, text);
+    } else {
+        const long number = strtol(value, &end, 10);
+        const int flag = option == SPMI_ARCH_DISTILLED;
+        if (end == value || *end != 0 || number < (flag ? 0 : 1) || number > (flag ? 1 : 65536)) {
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a whole number from %d to %d", arch->name, length, text, flag ? 0 : 1, flag ? 1 : 65536);
+        }
+        if (flag) arch->distilled = (int)number;
+        else *spmi_arch_integer(arch, option) = number;
+    }
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err)
+{
+    const size_t n = strcspn(text, ":");
+    const char *at = text + n;
+    spm_arch made = SPM_ZERO;
+    char canonical[sizeof made.name];
+    int nearest;
+    const spmi_arch_row *row = spmi_arch_find(text, n, &nearest);
+    if (!row) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "\"%.*s\" is no known architecture; the nearest is %s", (int)SPMI_MIN(n, (size_t)64), text,
+                         spmi_arch_rows[nearest].name);
+    }
+    memcpy(made.name, row->name, strlen(row->name));
+    spmi_arch_from_row(row, &made);
+    while (*at) {
+        const size_t length = strcspn(at + 1, ",");
+        if (spmi_arch_set(ctx, &made, at + 1, length, err)) return SPM_E_ARGUMENT;
+        at += 1 + length;
+    }
+    made.height = arch->height > 0 ? arch->height : made.cifar_stem ? 32 : 224;
+    made.width_px = arch->width_px > 0 ? arch->width_px : made.cifar_stem ? 32 : 224;
+    made.classes = arch->classes > 0 ? arch->classes : made.cifar_stem ? 10 : 1000;
+    made.softmax_head = arch->softmax_head;
+    (void)spm_arch_text(&made, canonical, sizeof canonical);
+    memcpy(made.name, canonical, sizeof canonical);
+    *arch = made;
+    return SPM_OK;
+}
+
+/* ---- building ---- */
+
+/* What a builder carries along. `name` puts a parameter's name together: prefix, then the rest. */
+typedef struct spmi_build {
+    spm_program *program;
+    const spm_arch *arch;
+    char prefix[48], name[96];
+    int block;
+} spmi_build;
+
+static spm_value spmi_build_parameter(spmi_build *build, const char *rest, int rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3, spm_init init, unsigned flags)
+{
+    int64_t shape[4];
+    shape[0] = d0;
+    shape[1] = d1;
+    shape[2] = d2;
+    shape[3] = d3;
+    (void)spmi_format(build->name, sizeof build->name, "%s%s", build->prefix, rest);
+    return spm_program_parameter(build->program, build->name, rank, shape, init, flags);
+}
+
+/* A batch norm's four parameters, recorded before the operation, so that they stand in the order of a state dict. */
+typedef struct spmi_build_norm {
+    spm_value weight, bias, mean, var;
+} spmi_build_norm;
+
+static spmi_build_norm spmi_build_batch_norm(spmi_build *build, const char *layer, int64_t channels)
+{
+    spmi_build_norm norm;
+    char rest[32];
+    (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
+    norm.weight = spmi_build_parameter(build, rest, 1, channels, 0, 0, 0, SPM_INIT_ONE, SPM_PARAMETER_NO_DECAY);
+    (void)spmi_format(rest, sizeof rest, "%s.bias", layer);
+    norm.bias = spmi_build_parameter(build, rest, 1, channels, 0, 0, 0, SPM_INIT_ZERO, SPM_PARAMETER_NO_DECAY);
+    (void)spmi_format(rest, sizeof rest, "%s.running_mean", layer);
+    norm.mean = spmi_build_parameter(build, rest, 1, channels, 0, 0, 0, SPM_INIT_ZERO, SPM_PARAMETER_BUFFER);
+    (void)spmi_format(rest, sizeof rest, "%s.running_var", layer);
+    norm.var = spmi_build_parameter(build, rest, 1, channels, 0, 0, 0, SPM_INIT_ONE, SPM_PARAMETER_BUFFER);
+    return norm;
+}
+
+static spm_value spmi_build_norm_op(spmi_build *build, spm_value x, const spmi_build_norm *norm, spm_value residual, int relu)
+{
+    return spm_batch_norm(build->program, x, norm->weight, norm->bias, norm->mean, norm->var, residual, 1e-5f, relu);
+}
+
+static spm_value spmi_build_conv_weight(spmi_build *build, const char *layer, int64_t out, int64_t kernel, int64_t in, unsigned flags)
+{
+    char rest[32];
+    (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
+    return spmi_build_parameter(build, rest, 4, out, kernel, kernel, in, SPM_INIT_HE_FAN_OUT, SPM_PARAMETER_PRUNABLE | flags);
+}
+
+/* A linear layer with bias. */
+static spm_value spmi_build_linear(spmi_build *build, const char *layer, spm_value x, int64_t out, int64_t in, spm_init weight, spm_init bias, unsigned flags)
+{
+    spm_value w, b;
+    char rest[32];
+    (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
+    w = spmi_build_parameter(build, rest, 2, out, in, 0, 0, weight, flags);
+    (void)spmi_format(rest, sizeof rest, "%s.bias", layer);
+    b = spmi_build_parameter(build, rest, 1, out, 0, 0, 0, bias, (flags & (unsigned)SPM_PARAMETER_HEAD) | SPM_PARAMETER_NO_DECAY);
+    return spm_linear(build->program, x, w, b);
+}
+
+/* Marks the input of the next block and begins its checkpoint segment. */
+static void spmi_build_block(spmi_build *build, spm_value x)
+{
+    char name[24];
+    (void)spmi_format(name, sizeof name, "block%d", ++build->block);
+    spm_program_mark(build->program, name, x);
+    spm_program_segment(build->program);
+    spm_program_block(build->program, build->block);
+}
+
+/* The end of every network: outputs by name. */
+static void spmi_build_outputs(spmi_build *build, spm_value features, spm_value logits)
+{
+    spm_program *program = build->program;
+    spm_program_output(program, "features", features);
+    spm_program_output(program, "logits", logits);
+    spm_program_output(program, "outputs", build->arch->softmax_head ? spm_softmax(program, logits) : logits);
+}
+
+/* One residual block: two 3x3, or 1x1 3x3 1x1 (channels of the middle: `middle`, in `groups`); x has `in` channels, the
+ * result `out`.  The last norm adds the shortcut and then applies the ReLU. */
+static spm_value spmi_build_residual(spmi_build *build, spm_value x, int64_t in, int64_t middle, int64_t out, int64_t stride)
+{
+    spm_program *program = build->program;
+    const spm_arch *arch = build->arch;
+    spmi_build_norm norm, last;
+    spm_value y, w, shortcut = x;
+    if (arch->bottleneck) {
+        w = spmi_build_conv_weight(build, "conv1", middle, 1, in, 0);
+        norm = spmi_build_batch_norm(build, "bn1", middle);
+        y = spmi_build_norm_op(build, spm_conv2d(program, x, w, 0, 1, 0, 1, 1), &norm, 0, 1);
+        w = spmi_build_conv_weight(build, "conv2", middle, 3, middle / arch->groups, 0);
+        norm = spmi_build_batch_norm(build, "bn2", middle);
+        y = spmi_build_norm_op(build, spm_conv2d(program, y, w, 0, stride, 1, 1, arch->groups), &norm, 0, 1);
+        w = spmi_build_conv_weight(build, "conv3", out, 1, middle, 0);
+        last = spmi_build_batch_norm(build, "bn3", out);
+        y = spm_conv2d(program, y, w, 0, 1, 0, 1, 1);
+    } else {
+        w = spmi_build_conv_weight(build, "conv1", middle, 3, in, 0);
+        norm = spmi_build_batch_norm(build, "bn1", middle);
+        y = spmi_build_norm_op(build, spm_conv2d(program, x, w, 0, stride, 1, 1, 1), &norm, 0, 1);
+        w = spmi_build_conv_weight(build, "conv2", out, 3, middle, 0);
+        last = spmi_build_batch_norm(build, "bn2", out);
+        y = spm_conv2d(program, y, w, 0, 1, 1, 1, 1);
+    }
+    if (stride != 1 || in != out) {
+        if (arch->option_a) {
+            spm_op_attr attr = SPM_ZERO;
+            attr.stride[0] = attr.stride[1] = stride;
+            attr.groups = out;
+            shortcut = spm_program_op(program, SPM_OP_SHORTCUT_A, &x, 1, &attr);
+        } else {
+            w = spmi_build_conv_weight(build, "downsample.0", out, 1, in, SPM_PARAMETER_DOWNSAMPLE);
+            norm = spmi_build_batch_norm(build, "downsample.1", out);
+            shortcut = spmi_build_norm_op(build, spm_conv2d(program, x, w, 0, stride, 0, 1, 1), &norm, 0, 0);
+        }
+    }
+    return spmi_build_norm_op(build, y, &last, shortcut, 1);
+}
+
+static void spmi_build_resnet(spmi_build *build, spm_value x)
+{
+    spm_program *program = build->program;
+    const spm_arch *arch = build->arch;
+    const int64_t expansion = arch->bottleneck ? 4 : 1;
+    int64_t in = arch->width, b;
+    spmi_build_norm norm;
+    spm_value w, features;
+    int stage;
+    w = spmi_build_conv_weight(build, "conv1", in, arch->cifar_stem ? 3 : 7, 3, 0);
+    norm = spmi_build_batch_norm(build, "bn1", in);
+    x = spm_conv2d(program, x, w, 0, arch->cifar_stem ? 1 : 2, arch->cifar_stem ? 1 : 3, 1, 1);
+    x = spmi_build_norm_op(build, x, &norm, 0, 1);
+    if (!arch->cifar_stem) x = spm_max_pool(program, x, 3, 2, 1);
+    for (stage = 0; stage < 4 && arch->blocks[stage]; stage++) {
+        const int64_t planes = arch->width << stage;
+        const int64_t middle = arch->bottleneck ? planes * arch->width_per_group / 64 * arch->groups : planes;
+        for (b = 0; b < arch->blocks[stage]; b++) {
+            spmi_build_block(build, x);
+            (void)spmi_format(build->prefix, sizeof build->prefix, "layer%d.%d.", stage + 1, (int)b);
+            x = spmi_build_residual(build, x, in, middle, planes * expansion, stage && !b ? 2 : 1);
+            in = planes * expansion;
+        }
+    }
+    build->prefix[0] = 0;
+    spm_program_block(program, 0);
+    spm_program_mark(program, "last", x);
+    features = spm_global_pool(program, x);
+    x = spmi_build_linear(build, arch->option_a ? "linear" : "fc", features, arch->classes, in, SPM_INIT_UNIFORM_FAN_IN, SPM_INIT_UNIFORM_FAN_IN,
+                          SPM_PARAMETER_HEAD);
+    spmi_build_outputs(build, features, x);
+}
+
+static spm_value spmi_build_layer_norm(spmi_build *build, const char *layer, spm_value x)
+{
+    spm_value w, b;
+    char rest[32];
+    (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
+    w = spmi_build_parameter(build, rest, 1, build->arch->dim, 0, 0, 0, SPM_INIT_ONE, SPM_PARAMETER_NO_DECAY);
+    (void)spmi_format(rest, sizeof rest, "%s.bias", layer);
+    b = spmi_build_parameter(build, rest, 1, build->arch->dim, 0, 0, 0, SPM_INIT_ZERO, SPM_PARAMETER_NO_DECAY);
+    return spm_layer_norm(build->program, x, w, b, build->arch->norm_eps);
+}
+
+static spm_value spmi_build_dropped(spmi_build *build, spm_value x, float path)
+{
+    if (build->arch->drop > 0.0f) x = spm_dropout(build->program, x, build->arch->drop);
+    if (path > 0.0f) x = spm_drop_path(build->program, x, path);
+    return x;
+}
+
+/* x += attention(norm1(x));  x += mlp(norm2(x)), mlp = fc2(gelu(fc1(.))). */
+static spm_value spmi_build_transformer(spmi_build *build, spm_value x, float path)
+{
+    spm_program *program = build->program;
+    const spm_arch *arch = build->arch;
+    const int64_t d = arch->dim;
+    spm_value y = spmi_build_layer_norm(build, "norm1", x);
+    y = spmi_build_linear(build, "attn.qkv", y, 3 * d, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    y = spm_attention(program, y, arch->heads);
+    y = spmi_build_linear(build, "attn.proj", y, d, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    x = spm_add(program, x, spmi_build_dropped(build, y, path));
+    y = spmi_build_layer_norm(build, "norm2", x);
+    y = spmi_build_linear(build, "mlp.fc1", y, d * arch->mlp_ratio, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    y = spmi_build_dropped(build, spm_gelu(program, y), 0.0f);
+    y = spmi_build_linear(build, "mlp.fc2", y, d, d * arch->mlp_ratio, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    return spm_add(program, x, spmi_build_dropped(build, y, path));
+}
+
+static void spmi_build_vit(spmi_build *build, spm_value x)
+{
+    spm_program *program = build->program;
+    const spm_arch *arch = build->arch;
+    const int64_t d = arch->dim, extra = arch->distilled ? 2 : 1;
+    const int64_t tokens = extra + (arch->height / arch->patch) * (arch->width_px / arch->patch);
+    spm_value in[4], w, b, features, logits;
+    int64_t i;
+    in[1] = spmi_build_parameter(build, "cls_token", 2, 1, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY);
+    in[3] = arch->distilled ? spmi_build_parameter(build, "dist_token", 2, 1, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY) : 0;
+    in[2] = spmi_build_parameter(build, "pos_embed", 2, tokens, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY);
+    w = spmi_build_parameter(build, "patch_embed.proj.weight", 4, d, arch->patch, arch->patch, 3, SPM_INIT_UNIFORM_FAN_IN, 0);
+    b = spmi_build_parameter(build, "patch_embed.proj.bias", 1, d, 0, 0, 0, SPM_INIT_UNIFORM_FAN_IN, SPM_PARAMETER_NO_DECAY);
+    in[0] = spm_conv2d(program, x, w, b, arch->patch, 0, 1, 1);
+    x = spmi_build_dropped(build, spm_program_op(program, SPM_OP_TOKENS, in, 4, NULL), 0.0f);
+    for (i = 0; i < arch->depth; i++) {
+        spmi_build_block(build, x);
+        (void)spmi_format(build->prefix, sizeof build->prefix, "blocks.%d.", (int)i);
+        x = spmi_build_transformer(build, x, arch->depth > 1 ? arch->drop_path * (float)i / (float)(arch->depth - 1) : arch->drop_path);
+    }
+    build->prefix[0] = 0;
+    spm_program_block(program, 0);
+    spm_program_mark(program, "last", x);
+    x = spmi_build_layer_norm(build, "norm", x);
+    features = spm_token(program, x, 0);
+    logits = spmi_build_linear(build, "head", features, arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_HEAD);
+    if (arch->distilled) {
+        in[0] = logits;
+        in[1] = spmi_build_linear(build, "head_dist", spm_token(program, x, 1), arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_HEAD);
+        logits = spm_program_op(program, SPM_OP_MEAN2, in, 2, NULL);
+    }
+    spmi_build_outputs(build, features, logits);
+}
+
+/* Sizes that must divide each other, with sentences better than an operation's. */
+static spm_status spmi_arch_check(spm_context *ctx, const spm_arch *arch, spm_error *err)
+{
+    const char *name = arch->name;
+    if (arch->height < 1 || arch->width_px < 1 || arch->height > 65536 || arch->width_px > 65536 || arch->classes < 1 || arch->classes > 1000000) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %lldx%lld pixels and %lld classes cannot be built", name, (long long)arch->height,
+                         (long long)arch->width_px, (long long)arch->classes);
+    }
+    if (arch->family == SPM_VIT) {
+        if (arch->patch < 1 || arch->dim < 1 || arch->depth < 1 || arch->heads < 1 || arch->mlp_ratio < 1 || arch->depth > 1000
+            || arch->dim > 65536 || arch->mlp_ratio > 65536) {
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: patch, dim, depth, heads and mlp must be at least 1", name);
+        }
+        if (arch->height % arch->patch || arch->width_px % arch->patch) {
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: the image size %lldx%lld is no multiple of the patch size %lld", name, (long long)arch->height,
+                             (long long)arch->width_px, (long long)arch->patch);
+        }
+        if (arch->dim % arch->heads) {
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: dim %lld is no multiple of heads %lld", name, (long long)arch->dim, (long long)arch->heads);
+        }
+        return SPM_OK;
+    }
+    if (arch->width < 1 || arch->width > 8192 || arch->groups < 1 || arch->width_per_group < 1 || arch->blocks[0] < 1) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: width, groups, width_per_group and the number of blocks must be at least 1 (and width at most 8192)", name);
+    }
+    if (arch->bottleneck && arch->width * arch->width_per_group / 64 < 1) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: width %lld leaves no channel for a group; it must be at least %lld", name, (long long)arch->width,
+                         (long long)((63 + arch->width_per_group) / arch->width_per_group));
+    }
+    if (!arch->bottleneck && (arch->groups != 1 || arch->width_per_group != 64)) {
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: only bottleneck networks (resnet50 and up) have groups", name);
+    }
+    return SPM_OK;
+}
+
+SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64_t seed, spm_error *err)
+{
+    spmi_build build = SPM_ZERO;
+    int64_t shape[4];
+    spm_value image;
+    if (spmi_arch_check(ctx, arch, err)) return NULL;
+    build.program = spm_program_create(ctx);
+    if (!build.program) {
+        (void)spmi_fail_memory(ctx, err, arch->name);
+        return NULL;
+    }
+    build.arch = arch;
+    shape[0] = 0;
+    shape[1] = arch->height;
+    shape[2] = arch->width_px;
+    shape[3] = 3;
+    image = spm_program_input(build.program, "image", 4, shape, 0);
+    if (arch->family == SPM_VIT) spmi_build_vit(&build, image);
+    else spmi_build_resnet(&build, image);
+    return spm_model_create(build.program, seed, err);
+}
+
+/* ================================================================================================================
+ * >>OPTIM  11  optimizers, clipping, schedules
+ * ============================================================================================================= */
+
+#define SPMI_OPTIM_CHUNK 16384 /* elements per task */
+
+/* A piece of one parameter. */
+typedef struct spmi_optim_chunk {
+    int parameter;
+    int64_t start, count;
+} spmi_optim_chunk;
+
+struct spm_optimizer {
+    spm_model *model;
+    spm_optimizer_desc desc;
+    double lr, momentum, beta1, beta2, eps, decay; /* as decimals */
+    int64_t steps;
+    int slots;
+    float *state[2];         /* like the model's arena */
+    spmi_optim_chunk *chunks;
+    int64_t n_chunks;
+    float constants[2][9];   /* of this step, for the kernels: with and without decay */
+};
+
+/* The decimal that a float was written as: the shortest one that rounds to it. */
+static double spmi_decimal(float x)
+{
+    char text[32];
+    int digits;
+    for (digits = 1; digits < 9; digits++) {
+        (void)spmi_format(text, sizeof text, "%.*g", digits, (double)x);
+        if ((float)strtod(text, NULL) >= x && (float)strtod(text, NULL) <= x) return strtod(text, NULL);
+    }
+    return (double)x;
+}
+
+SPMDEF spm_optimizer_desc spm_optimizer_desc_init(void)
+{
+    spm_optimizer_desc desc = SPM_ZERO;
+    desc.lr = 1e-3f;
+    desc.beta1 = 0.9f;
+    desc.beta2 = 0.999f;
+    desc.eps = 1e-8f;
+    desc.decay_all = 1;
+    desc.kind = SPM_ADAM;
+    return desc;
+}
+
+/* The sentence about what is wrong with a desc, or NULL. */
+static const char *spmi_optimizer_fault(const spm_optimizer_desc *d)
+{
+    if (!(d->lr >= 0.0f) || !(d->eps >= 0.0f) || !(d->weight_decay >= 0.0f)) return "the learning rate, eps and weight decay must be 0 or more";
+    if (d->kind == SPM_SGD) {
+        if (!(d->momentum >= 0.0f && d->momentum < 1.0f)) return "momentum must be at least 0 and below 1";
+        if (d->nesterov && !(d->momentum > 0.0f)) return "Nesterov needs a momentum above 0";
+        return NULL;
+    }
+    if (d->momentum > 0.0f || d->momentum < 0.0f || d->nesterov) return "Adam takes no momentum setting; use sgd, or leave it at 0";
+    if (!(d->beta1 >= 0.0f && d->beta1 < 1.0f && d->beta2 >= 0.0f && d->beta2 < 1.0f)) return "betas must be at least 0 and below 1";
+    return NULL;
+}
+
+SPMDEF void spm_optimizer_destroy(spm_optimizer *optimizer)
+{
+    spm_context *ctx;
+    if (!optimizer) return;
+    ctx = optimizer->model->ctx;
+    spmi_free(ctx, optimizer->state[0]);
+    spmi_free(ctx, optimizer->state[1]);
+    spmi_free(ctx, optimizer->chunks);
+    spmi_free(ctx, optimizer);
+}
+
+/* The pieces of all parameters that are no buffers, in their order; chunks NULL: only counts them. */
+static int64_t spmi_optim_cut(const spm_model *model, spmi_optim_chunk *chunks)
+{
+    int64_t n = 0, at;
+    int i;
+    for (i = 0; i < model->n_parameters; i++) {
+        const int64_t count = spm_tensor_count(&model->parameters[i].value);
+        if (model->parameters[i].flags & SPM_PARAMETER_BUFFER) continue;
+        for (at = 0; at < count; at += SPMI_OPTIM_CHUNK, n++) {
+            if (!chunks) continue;
+            chunks[n].parameter = i;
+            chunks[n].start = at;
+            chunks[n].count = SPMI_MIN(count - at, (int64_t)SPMI_OPTIM_CHUNK);
+        }
+    }
+    return n;
+}
+
+SPMDEF spm_optimizer *spm_optimizer_create(spm_model *model, const spm_optimizer_desc *desc, spm_error *err)
+{
+    spm_context *ctx = model->ctx;
+    const spm_optimizer_desc start = desc ? *desc : spm_optimizer_desc_init();
+    const char *fault = spmi_optimizer_fault(&start);
+    spm_optimizer *optimizer;
+    int64_t total = 0;
+    int i, good;
+    if (fault) {
+        (void)spmi_fail(ctx, err, SPM_E_ARGUMENT, "optimizer: %s", fault);
+        return NULL;
+    }
+    optimizer = (spm_optimizer *)spmi_alloc_zero(ctx, sizeof *optimizer);
+    if (!optimizer) {
+        (void)spmi_fail_memory(ctx, err, "an optimizer");
+        return NULL;
+    }
+    optimizer->model = model;
+    optimizer->desc = start;
+    optimizer->lr = spmi_decimal(start.lr);
+    optimizer->momentum = spmi_decimal(start.momentum);
+    optimizer->beta1 = spmi_decimal(start.beta1);
+    optimizer->beta2 = spmi_decimal(start.beta2);
+    optimizer->eps = spmi_decimal(start.eps);
+    optimizer->decay = spmi_decimal(start.weight_decay);
+    optimizer->slots = start.kind != SPM_SGD ? 2 : start.momentum > 0.0f ? 1 : 0;
+    for (i = 0; i < model->n_parameters; i++) total += spmi_line_floats(spm_tensor_count(&model->parameters[i].value));
+    optimizer->n_chunks = spmi_optim_cut(model, NULL);
+    optimizer->chunks = (spmi_optim_chunk *)spmi_alloc_array(ctx, optimizer->n_chunks, sizeof *optimizer->chunks);
+    good = optimizer->chunks != NULL;
+    for (i = 0; i < optimizer->slots; i++) {
+        optimizer->state[i] = (float *)spmi_alloc_array(ctx, total, sizeof(float));
+        good = good && optimizer->state[i];
+    }
+    if (!good) {
+        spm_optimizer_destroy(optimizer);
+        (void)spmi_fail_memory(ctx, err, "an optimizer's state");
+        return NULL;
+    }
+    (void)spmi_optim_cut(model, optimizer->chunks);
+    return optimizer;
+}
+
+/* Where a parameter's state stands in the state arrays: as its value in the model's arena. */
+static int64_t spmi_optim_offset(const spm_optimizer *optimizer, int parameter)
+{
+    return optimizer->model->parameters[parameter].value.data - optimizer->model->values;
+}
+
+static void spmi_optim_task(void *arg, int64_t task, int slot)
+{
+    const spm_optimizer *o = (const spm_optimizer *)arg;
+    const spmi_optim_chunk *chunk = &o->chunks[task];
+    const spm_parameter *p = &o->model->parameters[chunk->parameter];
+    const float *k = o->constants[(p->flags & SPM_PARAMETER_NO_DECAY) && !o->desc.decay_all];
+    const int64_t at = spmi_optim_offset(o, chunk->parameter) + chunk->start;
+    const float *g = p->gradient + chunk->start;
+    float *value = p->value.data + chunk->start;
+    (void)slot;
+    if (p->flags & SPM_PARAMETER_FROZEN) return;
+    if (o->desc.kind == SPM_SGD) {
+        SPMI_KERNEL(o->model->ctx, optim_sgd, (chunk->count, k, o->desc.nesterov, g, value, o->slots ? o->state[0] + at : NULL));
+    } else {
+        SPMI_KERNEL(o->model->ctx, optim_adam, (chunk->count, k, g, value, o->state[0] + at, o->state[1] + at));
+    }
+}
+
+SPMDEF void spm_optimizer_step(spm_optimizer *optimizer)
+{
+    spm_optimizer *o = optimizer;
+    const int adamw = o->desc.kind == SPM_ADAMW;
+    int plain;
+    spm_model_finish_gradients(o->model);
+    o->steps++;
+    for (plain = 0; plain < 2; plain++) {
+        const double decay = plain ? 0.0 : o->decay, t = (double)o->steps;
+        float *k = o->constants[plain];
+        if (o->desc.kind == SPM_SGD) {
+            k[0] = (float)decay;
+            k[1] = (float)o->momentum;
+            k[2] = (float)-o->lr;
+            continue;
+        }
+        k[0] = adamw ? 0.0f : (float)decay;
+        k[1] = adamw ? (float)(1.0 - o->lr * decay) : 1.0f;
+        k[2] = (float)o->beta1;
+        k[3] = (float)(1.0 - o->beta1);
+        k[4] = (float)o->beta2;
+        k[5] = (float)(1.0 - o->beta2);
+        k[6] = (float)sqrt(1.0 - pow(o->beta2, t));
+        k[7] = (float)o->eps;
+        k[8] = (float)(-o->lr / (1.0 - pow(o->beta1, t)));
+    }
+    spm_parallel(o->model->ctx, o->n_chunks, spmi_optim_task, o);
+    spm_model_touch(o->model);
+}
+
+SPMDEF void spm_optimizer_set_lr(spm_optimizer *optimizer, float lr)
+{
+    optimizer->desc.lr = lr;
+    optimizer->lr = spmi_decimal(lr);
+}
+
+SPMDEF float spm_optimizer_lr(const spm_optimizer *optimizer)
+{
+    return optimizer->desc.lr;
+}
+
+SPMDEF int64_t spm_optimizer_steps(const spm_optimizer *optimizer)
+{
+    return optimizer->steps;
+}
+
+SPMDEF int spm_optimizer_slots(const spm_optimizer *optimizer)
+{
+    return optimizer->slots;
+}
+
+SPMDEF float *spm_optimizer_state(spm_optimizer *optimizer, int slot, int parameter)
+{
+    if (slot < 0 || slot >= optimizer->slots || parameter < 0 || parameter >= optimizer->model->n_parameters) return NULL;
+    if (optimizer->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER) return NULL;
+    return optimizer->state[slot] + spmi_optim_offset(optimizer, parameter);
+}
+
+SPMDEF void spm_optimizer_set_steps(spm_optimizer *optimizer, int64_t steps)
+{
+    optimizer->steps = steps;
+}
+
+/* ---- clipping ---- */
+
+typedef struct spmi_clip {
+    spm_context *ctx;
+    spm_parameter *parameter;
+    double sums[64]; /* of the current parameter's pieces, 64 at a time */
+    int64_t first, count;
+    float factor;
+} spmi_clip;
+
+static void spmi_clip_sum_task(void *arg, int64_t task, int slot)
+{
+    spmi_clip *clip = (spmi_clip *)arg;
+    const int64_t at = (clip->first + task) * SPMI_OPTIM_CHUNK, n = SPMI_MIN(clip->count - at, (int64_t)SPMI_OPTIM_CHUNK);
+    const float *g = clip->parameter->gradient + at;
+    double lane[8] = { 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0 };
+    int64_t i;
+    int k;
+    (void)slot;
+    for (i = 0; i + 8 <= n; i += 8) {
+        for (k = 0; k < 8; k++) lane[k] += (double)g[i + k] * (double)g[i + k];
+    }
+    for (k = 0; i < n; i++, k++) lane[k] += (double)g[i] * (double)g[i];
+    clip->sums[task] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+static void spmi_clip_scale_task(void *arg, int64_t task, int slot)
+{
+    spmi_clip *clip = (spmi_clip *)arg;
+    const int64_t at = task * SPMI_OPTIM_CHUNK, n = SPMI_MIN(clip->count - at, (int64_t)SPMI_OPTIM_CHUNK);
+    (void)slot;
+    SPMI_KERNEL(clip->ctx, optim_scale, (n, clip->factor, clip->parameter->gradient + at));
+}
+
+SPMDEF double spm_clip_gradients(spm_model *model, double max_norm)
+{
+    spmi_clip clip;
+    double sum = 0.0, norm, factor;
+    int i, scale;
+    memset(&clip, 0, sizeof clip);
+    clip.ctx = model->ctx;
+    spm_model_finish_gradients(model);
+    for (scale = 0; scale < 2; scale++) {
+        for (i = 0; i < model->n_parameters; i++) {
+            int64_t pieces;
+            clip.parameter = &model->parameters[i];
+            if (clip.parameter->flags & (unsigned)(SPM_PARAMETER_BUFFER | SPM_PARAMETER_FROZEN)) continue;
+            clip.count = spm_tensor_count(&clip.parameter->value);
+            pieces = (clip.count + SPMI_OPTIM_CHUNK - 1) / SPMI_OPTIM_CHUNK;
+            if (scale) {
+                spm_parallel(model->ctx, pieces, spmi_clip_scale_task, &clip);
+                continue;
+            }
+            for (clip.first = 0; clip.first < pieces; clip.first += 64) {
+                const int64_t n = SPMI_MIN(pieces - clip.first, (int64_t)64);
+                int64_t k;
+                spm_parallel(model->ctx, n, spmi_clip_sum_task, &clip);
+                for (k = 0; k < n; k++) sum += clip.sums[k];
+            }
+        }
+        norm = sqrt(sum);
+        factor = max_norm / (norm + 1e-6);
+        if (!(max_norm > 0.0) || !(norm <= DBL_MAX) || !(factor < 1.0)) break;
+        clip.factor = (float)factor;
+    }
+    return sqrt(sum);
+}
+
+/* ---- schedules ---- */
+
+SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup, int64_t patience)
+{
+    spm_schedule schedule = SPM_ZERO;
+    schedule.kind = kind;
+    schedule.lr = lr;
+    schedule.factor = 0.5f;
+    schedule.epochs = epochs;
+    schedule.warmup = warmup;
+    schedule.patience = patience;
+    schedule.best = DBL_MAX;
+    schedule.scale = 1.0f;
+    return schedule;
+}
+
+SPMDEF float spm_schedule_lr(const spm_schedule *schedule, int64_t epoch)
+{
+    const double lr = spmi_decimal(schedule->lr);
+    if (epoch < schedule->warmup) return (float)(lr * (double)(epoch + 1) / (double)schedule->warmup);
+    if (schedule->kind == SPM_SCHEDULE_PLATEAU) return (float)(lr * (double)schedule->scale);
+    if (schedule->kind == SPM_SCHEDULE_COSINE && schedule->epochs > schedule->warmup) {
+        const double t = (double)(SPMI_MIN(epoch, schedule->epochs) - schedule->warmup) / (double)(schedule->epochs - schedule->warmup);
+        return (float)(lr * 0.5 * (1.0 + cos(3.14159265358979323846 * t)));
+    }
+    return schedule->lr;
+}
+
+SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched)
+{
+    double before, after;
+    if (schedule->kind != SPM_SCHEDULE_PLATEAU) return;
+    if (watched < schedule->best * (1.0 - 1e-4)) {
+        schedule->best = watched;
+        schedule->bad_epochs = 0;
+    } else {
+        schedule->bad_epochs++;
+    }
+    if (schedule->bad_epochs <= schedule->patience) return;
+    before = (double)schedule->lr * (double)schedule->scale;
+    after = before * (double)schedule->factor;
+    if (before - after > 1e-8) schedule->scale *= schedule->factor;
+    schedule->bad_epochs = 0;
+}
 /* ================================================================================================================
  * >>IMAGE  12  pictures: memory, resize, crop, flip; deflate; JPEG, PNG, PPM
  * ============================================================================================================= */
@@ -8677,6 +10194,1163 @@ SPMDEF void spm_image_flip(spm_image *image)
         }
     }
 }
+
+/* ---- checksums ---- */
+
+/* CRC-32 of PNG, gzip and zip (polynomial 0xEDB88320), continued from `crc` (0 at the start). Short data goes by
+ * half-bytes; long data by eight bytes at a time with tables that cost 2,048 steps to make. */
+static uint32_t spmi_crc32(uint32_t crc, const uint8_t *data, size_t size)
+{
+    static const uint32_t half[16] = {
+        0x00000000u, 0x1db71064u, 0x3b6e20c8u, 0x26d930acu, 0x76dc4190u, 0x6b6b51f4u, 0x4db26158u, 0x5005713cu,
+        0xedb88320u, 0xf00f9344u, 0xd6d6a3e8u, 0xcb61b38cu, 0x9b64c2b0u, 0x86d3d2d4u, 0xa00ae278u, 0xbdbdf21cu
+    };
+    crc = ~crc;
+    if (size >= 4096) {
+        uint32_t table[8][256], low, high;
+        int i, k;
+        for (i = 0; i < 256; i++) {
+            uint32_t c = (uint32_t)i;
+            c = half[c & 15] ^ (c >> 4);
+            table[0][i] = half[c & 15] ^ (c >> 4);
+        }
+        for (k = 1; k < 8; k++) {
+            for (i = 0; i < 256; i++) table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
+        }
+        for (; size >= 8; data += 8, size -= 8) {
+            low = crc ^ ((uint32_t)data[0] | (uint32_t)data[1] << 8 | (uint32_t)data[2] << 16 | (uint32_t)data[3] << 24);
+            high = (uint32_t)data[4] | (uint32_t)data[5] << 8 | (uint32_t)data[6] << 16 | (uint32_t)data[7] << 24;
+            crc = table[7][low & 255] ^ table[6][low >> 8 & 255] ^ table[5][low >> 16 & 255] ^ table[4][low >> 24]
+                ^ table[3][high & 255] ^ table[2][high >> 8 & 255] ^ table[1][high >> 16 & 255] ^ table[0][high >> 24];
+        }
+    }
+    for (; size; data++, size--) {
+        crc ^= *data;
+        crc = half[crc & 15] ^ (crc >> 4);
+        crc = half[crc & 15] ^ (crc >> 4);
+    }
+    return ~crc;
+}
+
+/* Adler-32 of zlib: 5552 bytes are the most that cannot overflow the second sum. */
+static uint32_t spmi_adler32(const uint8_t *data, size_t size)
+{
+    uint32_t a = 1, b = 0;
+    while (size) {
+        size_t n = SPMI_MIN(size, 5552), i;
+        for (i = 0; i < n; i++) {
+            a += data[i];
+            b += a;
+        }
+        a %= 65521;
+        b %= 65521;
+        data += n;
+        size -= n;
+    }
+    return b << 16 | a;
+}
+
+/* ---- deflate, reading (RFC 1951) ---- */
+
+/* Lengths 3..258 have symbols 257..285, distances 1..32768 symbols 0..29: base value and extra bits of each. */
+static const uint16_t spmi_length_base[29] = {
+    3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258
+};
+static const uint8_t spmi_length_extra[29] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0
+};
+static const uint16_t spmi_distance_base[30] = {
+    1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513, 769, 1025, 1537, 2049, 3073, 4097, 6145,
+    8193, 12289, 16385, 24577
+};
+static const uint8_t spmi_distance_extra[30] = {
+    0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13
+};
+/* The order in which the lengths of the code-length code are sent. */
+static const uint8_t spmi_code_order[19] = { 16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15 };
+
+typedef enum spmi_inflate_result {
+    SPMI_INFLATE_OK, SPMI_INFLATE_CUT, SPMI_INFLATE_FULL, SPMI_INFLATE_BLOCK, SPMI_INFLATE_STORED, SPMI_INFLATE_LENGTHS,
+    SPMI_INFLATE_CODE, SPMI_INFLATE_DISTANCE, SPMI_INFLATE_HEADER, SPMI_INFLATE_CHECKSUM, SPMI_INFLATE_MEMORY
+} spmi_inflate_result;
+
+static const char *spmi_inflate_text(spmi_inflate_result result)
+{
+    switch (result) {
+    case SPMI_INFLATE_OK: break;
+    case SPMI_INFLATE_CUT: return "the data ends too early; the file is cut off";
+    case SPMI_INFLATE_FULL: return "it unpacks to more bytes than are allowed; raise the cap if the data is to be trusted";
+    case SPMI_INFLATE_BLOCK: return "a block has an unknown type; the file is damaged";
+    case SPMI_INFLATE_STORED: return "a stored block's length does not match its complement; the file is damaged";
+    case SPMI_INFLATE_LENGTHS: return "a block's Huffman code is impossible; the file is damaged";
+    case SPMI_INFLATE_CODE: return "a code stands for nothing; the file is damaged";
+    case SPMI_INFLATE_DISTANCE: return "a copy reaches back before the start of the data; the file is damaged";
+    case SPMI_INFLATE_HEADER: return "the header is not that of zlib or gzip data";
+    case SPMI_INFLATE_CHECKSUM: return "the checksum does not match; the file is damaged";
+    case SPMI_INFLATE_MEMORY: return "out of memory for the unpacked bytes";
+    }
+    return "ok";
+}
+
+/* A decoding table entry: bits 0-3 code length, 8-12 extra bits, 13-15 what it is, 16-31 literal byte or base value. */
+#define SPMI_INFLATE_LITERAL 0x8000u
+#define SPMI_INFLATE_END 0x4000u
+#define SPMI_INFLATE_NOTHING 0x2000u
+#define SPMI_INFLATE_FAST 10
+
+typedef enum spmi_inflate_alphabet { SPMI_ALPHABET_LENGTHS, SPMI_ALPHABET_LITERALS, SPMI_ALPHABET_DISTANCES } spmi_inflate_alphabet;
+
+/* A Huffman code: codes of up to SPMI_INFLATE_FAST bits through `fast`, longer ones (rare by nature) bit by bit. */
+typedef struct spmi_inflate_code {
+    uint32_t fast[1 << SPMI_INFLATE_FAST]; /* 0: a longer code, or none */
+    uint16_t count[16];                    /* codes of each length */
+    uint16_t sorted[288];                  /* symbols by (length, value) */
+    spmi_inflate_alphabet alphabet;
+} spmi_inflate_code;
+
+/* What is being unpacked.  `out` grows up to `limit` bytes where `ctx` is set; otherwise `capacity` is the limit. */
+typedef struct spmi_inflater {
+    const spm_context *ctx;
+    const uint8_t *in;
+    size_t size, at;        /* bytes of input, bytes taken into `bits` */
+    uint64_t bits;
+    int count;              /* valid bits in `bits` */
+    uint8_t *out;
+    size_t used, capacity, limit;
+    size_t start;           /* of this stream in `out`: copies do not reach before it */
+    spmi_inflate_code literals, distances;
+} spmi_inflater;
+
+static uint32_t spmi_inflate_entry(spmi_inflate_alphabet alphabet, int symbol, int length)
+{
+    uint32_t low = (uint32_t)length;
+    if (alphabet == SPMI_ALPHABET_LENGTHS) return low | (uint32_t)symbol << 16;
+    if (alphabet == SPMI_ALPHABET_DISTANCES) {
+        if (symbol >= 30) return low | SPMI_INFLATE_NOTHING;
+        return low | (uint32_t)spmi_distance_extra[symbol] << 8 | (uint32_t)spmi_distance_base[symbol] << 16;
+    }
+    if (symbol < 256) return low | SPMI_INFLATE_LITERAL | (uint32_t)symbol << 16;
+    if (symbol == 256) return low | SPMI_INFLATE_END;
+    if (symbol >= 286) return low | SPMI_INFLATE_NOTHING;
+    return low | (uint32_t)spmi_length_extra[symbol - 257] << 8 | (uint32_t)spmi_length_base[symbol - 257] << 16;
+}
+
+/* Builds the canonical code of `n` code lengths; 0 if no such code exists.  As in zlib, a code that leaves bit patterns
+ * unused is accepted only if it has at most one symbol of one bit. */
+static int spmi_inflate_build(spmi_inflate_code *code, spmi_inflate_alphabet alphabet, const uint8_t *lengths, int n)
+{
+    int offset[16], next[16], left = 1, longest = 0, length, symbol;
+    memset(code->fast, 0, sizeof code->fast);
+    memset(code->count, 0, sizeof code->count);
+    code->alphabet = alphabet;
+    for (symbol = 0; symbol < n; symbol++) code->count[lengths[symbol]]++;
+    code->count[0] = 0;
+    offset[0] = next[0] = 0;
+    for (length = 1; length <= 15; length++) {
+        left = left * 2 - code->count[length];
+        if (left < 0) return 0;
+        if (code->count[length]) longest = length;
+        offset[length] = offset[length - 1] + code->count[length - 1];
+        next[length] = (next[length - 1] + code->count[length - 1]) * 2;
+    }
+    if (left > 0 && (longest > 1 || alphabet == SPMI_ALPHABET_LENGTHS)) return 0;
+    for (symbol = 0; symbol < n; symbol++) {
+        uint32_t reversed = 0, entry, at;
+        int k, value;
+        length = lengths[symbol];
+        if (!length) continue;
+        code->sorted[offset[length]++] = (uint16_t)symbol;
+        value = next[length]++;
+        if (length > SPMI_INFLATE_FAST) continue;
+        for (k = 0; k < length; k++) reversed |= (uint32_t)(value >> k & 1) << (length - 1 - k);
+        entry = spmi_inflate_entry(alphabet, symbol, length);
+        for (at = reversed; at < 1u << SPMI_INFLATE_FAST; at += 1u << length) code->fast[at] = entry;
+    }
+    return 1;
+}
+
+/* The entry of a code that is longer than the table, by canonical counting; 0 if the bits are no code. */
+static uint32_t spmi_inflate_slow(const spmi_inflate_code *code, uint64_t bits)
+{
+    int value = 0, first = 0, index = 0, length;
+    for (length = 1; length <= 15; length++, bits >>= 1) {
+        value |= (int)(bits & 1);
+        if (value - first < code->count[length]) {
+            return spmi_inflate_entry(code->alphabet, code->sorted[index + value - first], length);
+        }
+        index += code->count[length];
+        first = (first + code->count[length]) * 2;
+        value *= 2;
+    }
+    return 0;
+}
+
+static uint64_t spmi_load64(const uint8_t *p)
+{
+    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24
+         | (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+}
+
+/* Tops `bits` up to 56 or more while there is input. */
+static void spmi_inflate_refill(spmi_inflater *s)
+{
+    if (s->size - s->at >= 8) {
+        s->bits |= spmi_load64(s->in + s->at) << s->count;
+        s->at += (size_t)(63 - s->count) >> 3;
+        s->count |= 56;
+    }
+    else while (s->count <= 55 && s->at < s->size) {
+        s->bits |= (uint64_t)s->in[s->at++] << s->count;
+        s->count += 8;
+    }
+}
+
+/* Takes n <= 16 bits; *ok becomes 0 where the input ends before. */
+static uint32_t spmi_inflate_take(spmi_inflater *s, int n, int *ok)
+{
+    uint32_t value;
+    if (s->count < n) spmi_inflate_refill(s);
+    if (s->count < n) {
+        *ok = 0;
+        return 0;
+    }
+    value = (uint32_t)(s->bits & ((1u << n) - 1));
+    s->bits >>= n;
+    s->count -= n;
+    return value;
+}
+
+/* Room for `more` bytes, as far as the limit allows. */
+static spmi_inflate_result spmi_inflate_room(spmi_inflater *s, size_t more)
+{
+    size_t capacity;
+    uint8_t *bigger;
+    if (s->capacity - s->used >= more) return SPMI_INFLATE_OK;
+    if (!s->ctx || s->limit - s->used < more) return SPMI_INFLATE_FULL;
+    capacity = s->capacity < s->limit / 2 ? s->capacity * 2 : s->limit;
+    capacity = SPMI_MAX(capacity, s->used + more);
+    bigger = (uint8_t *)spmi_alloc(s->ctx, capacity);
+    if (!bigger) return SPMI_INFLATE_MEMORY;
+    if (s->used) memcpy(bigger, s->out, s->used);
+    spmi_free(s->ctx, s->out);
+    s->out = bigger;
+    s->capacity = capacity;
+    return SPMI_INFLATE_OK;
+}
+
+/* The symbols of one Huffman block.  Two loops: the first runs where neither end is near, so that it needs no checks
+ * but the distance's; the second, with every check, takes what is left.  One function, for the compiler's registers. */
+static spmi_inflate_result spmi_inflate_symbols(spmi_inflater *s)
+{
+    const uint32_t mask = (1u << SPMI_INFLATE_FAST) - 1;
+    for (;;) {
+        uint32_t entry, length, distance;
+        int ok = 1;
+        while (s->size - s->at >= 16 && s->capacity - s->used >= 272) {
+            uint64_t bits = s->bits;
+            int count = s->count;
+            uint8_t *out;
+            const uint8_t *from;
+            if (count < 48) {
+                bits |= spmi_load64(s->in + s->at) << count;
+                s->at += (size_t)(63 - count) >> 3;
+                count |= 56;
+            }
+            entry = s->literals.fast[bits & mask];
+            if (entry & SPMI_INFLATE_LITERAL) {
+                bits >>= entry & 15;
+                count -= (int)(entry & 15);
+                s->out[s->used++] = (uint8_t)(entry >> 16);
+                entry = s->literals.fast[bits & mask];
+                if (entry & SPMI_INFLATE_LITERAL) {
+                    s->bits = bits >> (entry & 15);
+                    s->count = count - (int)(entry & 15);
+                    s->out[s->used++] = (uint8_t)(entry >> 16);
+                    continue;
+                }
+                if (count < 48) {
+                    bits |= spmi_load64(s->in + s->at) << count;
+                    s->at += (size_t)(63 - count) >> 3;
+                    count |= 56;
+                }
+            }
+            if (!entry) entry = spmi_inflate_slow(&s->literals, bits);
+            if (!entry || (entry & SPMI_INFLATE_NOTHING)) return SPMI_INFLATE_CODE;
+            bits >>= entry & 15;
+            count -= (int)(entry & 15);
+            if (entry & SPMI_INFLATE_LITERAL) {
+                s->out[s->used++] = (uint8_t)(entry >> 16);
+                s->bits = bits;
+                s->count = count;
+                continue;
+            }
+            if (entry & SPMI_INFLATE_END) {
+                s->bits = bits;
+                s->count = count;
+                return SPMI_INFLATE_OK;
+            }
+            length = (entry >> 16) + (uint32_t)(bits & ((1u << (entry >> 8 & 15)) - 1));
+            bits >>= entry >> 8 & 15;
+            count -= (int)(entry >> 8 & 15);
+            entry = s->distances.fast[bits & mask];
+            if (!entry) entry = spmi_inflate_slow(&s->distances, bits);
+            if (!entry || (entry & SPMI_INFLATE_NOTHING)) return SPMI_INFLATE_CODE;
+            bits >>= entry & 15;
+            distance = (entry >> 16) + (uint32_t)(bits & ((1u << (entry >> 8 & 15)) - 1));
+            s->bits = bits >> (entry >> 8 & 15);
+            s->count = count - (int)(entry & 15) - (int)(entry >> 8 & 15);
+            if (distance > s->used - s->start) return SPMI_INFLATE_DISTANCE;
+            out = s->out + s->used;
+            from = out - distance;
+            s->used += length;
+            if (distance >= 8) { /* eight at a time, past the end: there is room */
+                uint8_t *end = out + length;
+                do {
+                    memcpy(out, from, 8);
+                    out += 8;
+                    from += 8;
+                } while (out < end);
+            }
+            else if (distance == 1) memset(out, *from, length);
+            else while (length--) *out++ = *from++;
+        }
+        spmi_inflate_refill(s);
+        entry = s->literals.fast[s->bits & mask];
+        if (!entry) entry = spmi_inflate_slow(&s->literals, s->bits);
+        if ((int)(entry & 15) > s->count) return SPMI_INFLATE_CUT;
+        if (!entry && s->count < 15) return SPMI_INFLATE_CUT;
+        if (!entry || (entry & SPMI_INFLATE_NOTHING)) return SPMI_INFLATE_CODE;
+        s->bits >>= entry & 15;
+        s->count -= (int)(entry & 15);
+        if (entry & SPMI_INFLATE_END) return SPMI_INFLATE_OK;
+        if (entry & SPMI_INFLATE_LITERAL) {
+            spmi_inflate_result room = spmi_inflate_room(s, 1);
+            if (room) return room;
+            s->out[s->used++] = (uint8_t)(entry >> 16);
+            continue;
+        }
+        length = (entry >> 16) + spmi_inflate_take(s, (int)(entry >> 8 & 15), &ok);
+        if (!ok) return SPMI_INFLATE_CUT;
+        spmi_inflate_refill(s);
+        entry = s->distances.fast[s->bits & mask];
+        if (!entry) entry = spmi_inflate_slow(&s->distances, s->bits);
+        if ((int)(entry & 15) > s->count || (!entry && s->count < 15)) return SPMI_INFLATE_CUT;
+        if (!entry || (entry & SPMI_INFLATE_NOTHING)) return SPMI_INFLATE_CODE;
+        s->bits >>= entry & 15;
+        s->count -= (int)(entry & 15);
+        distance = (entry >> 16) + spmi_inflate_take(s, (int)(entry >> 8 & 15), &ok);
+        if (!ok) return SPMI_INFLATE_CUT;
+        if (distance > s->used - s->start) return SPMI_INFLATE_DISTANCE;
+        while (length) { /* in pieces, so that a fixed buffer is filled to its last byte */
+            spmi_inflate_result room = spmi_inflate_room(s, length);
+            uint32_t n = length;
+            if (room == SPMI_INFLATE_FULL) n = (uint32_t)(s->capacity - s->used);
+            else if (room) return room;
+            for (length -= n; n; n--, s->used++) s->out[s->used] = s->out[s->used - distance];
+            if (room) return room;
+        }
+    }
+}
+
+/* The two codes of a dynamic block. */
+static spmi_inflate_result spmi_inflate_codes(spmi_inflater *s)
+{
+    uint8_t lengths[320];
+    int ok = 1, i, n;
+    int literals = 257 + (int)spmi_inflate_take(s, 5, &ok);
+    int distances = 1 + (int)spmi_inflate_take(s, 5, &ok);
+    int given = 4 + (int)spmi_inflate_take(s, 4, &ok);
+    memset(lengths, 0, sizeof lengths);
+    for (i = 0; i < given; i++) lengths[spmi_code_order[i]] = (uint8_t)spmi_inflate_take(s, 3, &ok);
+    if (!ok) return SPMI_INFLATE_CUT;
+    if (literals > 286 || distances > 30) return SPMI_INFLATE_LENGTHS;
+    if (!spmi_inflate_build(&s->distances, SPMI_ALPHABET_LENGTHS, lengths, 19)) return SPMI_INFLATE_LENGTHS;
+    memset(lengths, 0, sizeof lengths);
+    for (n = 0; n < literals + distances;) {
+        uint32_t entry, symbol;
+        int repeat = 1;
+        uint8_t value;
+        spmi_inflate_refill(s);
+        entry = s->distances.fast[s->bits & ((1u << SPMI_INFLATE_FAST) - 1)];
+        if ((int)(entry & 15) > s->count || (!entry && s->count < 15)) return SPMI_INFLATE_CUT;
+        if (!entry) return SPMI_INFLATE_CODE;
+        s->bits >>= entry & 15;
+        s->count -= (int)(entry & 15);
+        symbol = entry >> 16;
+        value = (uint8_t)(symbol < 16 ? symbol : 0);
+        if (symbol == 16) {
+            if (!n) return SPMI_INFLATE_LENGTHS;
+            value = lengths[n - 1];
+            repeat = 3 + (int)spmi_inflate_take(s, 2, &ok);
+        }
+        else if (symbol == 17) repeat = 3 + (int)spmi_inflate_take(s, 3, &ok);
+        else if (symbol == 18) repeat = 11 + (int)spmi_inflate_take(s, 7, &ok);
+        if (!ok) return SPMI_INFLATE_CUT;
+        if (n + repeat > literals + distances) return SPMI_INFLATE_LENGTHS;
+        while (repeat--) lengths[n++] = value;
+    }
+    if (!lengths[256] || !spmi_inflate_build(&s->literals, SPMI_ALPHABET_LITERALS, lengths, literals)
+        || !spmi_inflate_build(&s->distances, SPMI_ALPHABET_DISTANCES, lengths + literals, distances)) {
+        return SPMI_INFLATE_LENGTHS;
+    }
+    return SPMI_INFLATE_OK;
+}
+
+/* Back to whole bytes: the rest of a started byte is dropped, whole ones return to the input. */
+static void spmi_inflate_align(spmi_inflater *s)
+{
+    s->at -= (size_t)(s->count >> 3);
+    s->bits = 0;
+    s->count = 0;
+}
+
+static spmi_inflate_result spmi_inflate_stored(spmi_inflater *s)
+{
+    uint32_t length;
+    spmi_inflate_result room;
+    size_t n;
+    spmi_inflate_align(s);
+    if (s->size - s->at < 4) return SPMI_INFLATE_CUT;
+    length = (uint32_t)s->in[s->at] | (uint32_t)s->in[s->at + 1] << 8;
+    if ((length ^ 0xffffu) != ((uint32_t)s->in[s->at + 2] | (uint32_t)s->in[s->at + 3] << 8)) return SPMI_INFLATE_STORED;
+    s->at += 4;
+    n = SPMI_MIN((size_t)length, s->size - s->at);
+    room = spmi_inflate_room(s, n);
+    if (room == SPMI_INFLATE_MEMORY) return room;
+    if (room) n = SPMI_MIN(n, s->capacity - s->used);
+    if (n) memcpy(s->out + s->used, s->in + s->at, n);
+    s->used += n;
+    s->at += n;
+    return room ? room : n < length ? SPMI_INFLATE_CUT : SPMI_INFLATE_OK;
+}
+
+/* Unpacks bare deflate data from s->at on, to behind its last block. */
+static spmi_inflate_result spmi_inflate_blocks(spmi_inflater *s)
+{
+    uint32_t last = 0;
+    s->start = s->used;
+    while (!last) {
+        spmi_inflate_result result = SPMI_INFLATE_OK;
+        int ok = 1;
+        uint32_t type;
+        last = spmi_inflate_take(s, 1, &ok);
+        type = spmi_inflate_take(s, 2, &ok);
+        if (!ok) return SPMI_INFLATE_CUT;
+        if (type == 3) return SPMI_INFLATE_BLOCK;
+        if (type == 0) result = spmi_inflate_stored(s);
+        else {
+            if (type == 2) result = spmi_inflate_codes(s);
+            else {
+                uint8_t lengths[320];
+                memset(lengths, 8, 144);
+                memset(lengths + 144, 9, 112);
+                memset(lengths + 256, 7, 24);
+                memset(lengths + 280, 8, 8);
+                memset(lengths + 288, 5, 32);
+                (void)spmi_inflate_build(&s->literals, SPMI_ALPHABET_LITERALS, lengths, 288);
+                (void)spmi_inflate_build(&s->distances, SPMI_ALPHABET_DISTANCES, lengths + 288, 32);
+            }
+            if (!result) result = spmi_inflate_symbols(s);
+        }
+        if (result) return result;
+    }
+    spmi_inflate_align(s);
+    return SPMI_INFLATE_OK;
+}
+
+/* Steps over a gzip member's header; SPMI_INFLATE_HEADER if there is none. */
+static spmi_inflate_result spmi_inflate_gzip_header(spmi_inflater *s)
+{
+    const uint8_t *p = s->in + s->at;
+    size_t n = s->size - s->at, at = 10;
+    int strings;
+    if (n < 2) return n && p[0] != 0x1f ? SPMI_INFLATE_HEADER : SPMI_INFLATE_CUT;
+    if (p[0] != 0x1f || p[1] != 0x8b) return SPMI_INFLATE_HEADER;
+    if (n < 10) return SPMI_INFLATE_CUT;
+    if (p[2] != 8 || (p[3] & 0xe0)) return SPMI_INFLATE_HEADER;
+    if (p[3] & 4) { /* extra field */
+        if (n < 12) return SPMI_INFLATE_CUT;
+        at = 12 + (size_t)(p[10] | p[11] << 8);
+    }
+    for (strings = (p[3] >> 3 & 1) + (p[3] >> 4 & 1); strings; strings--) { /* file name, comment */
+        while (at < n && p[at]) at++;
+        at++;
+    }
+    if (p[3] & 2) at += 2; /* checksum of the header */
+    if (at > n) return SPMI_INFLATE_CUT;
+    s->at += at;
+    return SPMI_INFLATE_OK;
+}
+
+/* Unpacks bare (0), zlib (1) or gzip data (2; all members) with its checksums. */
+static spmi_inflate_result spmi_inflate_stream(spmi_inflater *s, int wrapper)
+{
+    spmi_inflate_result result;
+    const uint8_t *p = s->in;
+    if (wrapper == 0) return spmi_inflate_blocks(s);
+    if (wrapper == 1) {
+        if (s->size < 2) return SPMI_INFLATE_CUT;
+        if ((p[0] & 15) != 8 || p[0] >> 4 > 7 || (p[0] * 256 + p[1]) % 31 || (p[1] & 32)) return SPMI_INFLATE_HEADER;
+        s->at = 2;
+        result = spmi_inflate_blocks(s);
+        if (result) return result;
+        if (s->size - s->at < 4) return SPMI_INFLATE_CUT;
+        p += s->at;
+        s->at += 4;
+        if (((uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3]) != spmi_adler32(s->out, s->used)) {
+            return SPMI_INFLATE_CHECKSUM;
+        }
+        return SPMI_INFLATE_OK;
+    }
+    do {
+        result = spmi_inflate_gzip_header(s);
+        if (result) return result;
+        result = spmi_inflate_blocks(s);
+        if (result) return result;
+        if (s->size - s->at < 8) return SPMI_INFLATE_CUT;
+        p = s->in + s->at;
+        s->at += 8;
+        if (((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24)
+                != spmi_crc32(0, s->out + s->start, s->used - s->start)
+            || ((uint32_t)p[4] | (uint32_t)p[5] << 8 | (uint32_t)p[6] << 16 | (uint32_t)p[7] << 24)
+                != (uint32_t)((s->used - s->start) & 0xffffffffu)) {
+            return SPMI_INFLATE_CHECKSUM;
+        }
+    } while (s->size - s->at >= 2 && s->in[s->at] == 0x1f && s->in[s->at + 1] == 0x8b);
+    return SPMI_INFLATE_OK;
+}
+
+SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes, uint8_t **out,
+                              size_t *out_size, spm_error *err)
+{
+    spmi_inflater *s;
+    spmi_inflate_result result;
+    spm_status status;
+    *out = NULL;
+    *out_size = 0;
+    if (wrapper < 0 || wrapper > 2) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_inflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 (gzip)", wrapper);
+    }
+    s = (spmi_inflater *)spmi_alloc_zero(ctx, sizeof *s);
+    if (!s) return spmi_fail_memory(ctx, err, "unpacking deflate data");
+    s->ctx = ctx;
+    s->in = (const uint8_t *)data;
+    s->size = size;
+    s->limit = max_bytes ? max_bytes : SPURMEM_MAX_IMAGE_BYTES;
+    s->capacity = SPMI_MIN(s->limit, size < SIZE_MAX / 8 ? size * 4 + 64 : size); /* a guess */
+    s->out = (uint8_t *)spmi_alloc(ctx, s->capacity);
+    result = s->out ? spmi_inflate_stream(s, wrapper) : SPMI_INFLATE_MEMORY;
+    if (!result) {
+        *out = s->out;
+        *out_size = s->used;
+        spmi_free(ctx, s);
+        return SPM_OK;
+    }
+    status = result == SPMI_INFLATE_MEMORY ? SPM_E_MEMORY : result == SPMI_INFLATE_FULL ? SPM_E_UNSUPPORTED : SPM_E_FORMAT;
+    status = spmi_fail(ctx, err, status, "%s data at byte %.0f of %.0f: %s", wrapper == 1 ? "zlib" : wrapper == 2 ? "gzip" : "deflate",
+                       (double)s->at, (double)size, spmi_inflate_text(result));
+    spmi_free(ctx, s->out);
+    spmi_free(ctx, s);
+    return status;
+}
+
+/* ---- deflate, writing ---- */
+
+#define SPMI_DEFLATE_WINDOW 32768u
+#define SPMI_DEFLATE_BLOCK 32768  /* symbols of one block */
+#define SPMI_DEFLATE_CHAIN 96     /* candidates that one match search looks at */
+#define SPMI_DEFLATE_NICE 130     /* a match this long is taken without a further look */
+#define SPMI_DEFLATE_LAZY 24      /* a match this long is not compared with the next position's */
+
+/* Positions are kept modulo 2^32 and every match is verified byte by byte, so stale and empty entries do no harm. */
+typedef struct spmi_deflater {
+    const spm_context *ctx;
+    const uint8_t *in;
+    size_t size;
+    uint8_t *out;
+    size_t used, capacity;
+    uint64_t bits;
+    int count, failed;
+    int symbols;
+    uint32_t shortest;                        /* match that is taken: 3; 6 for filtered rows, whose short matches are chance */
+    uint32_t symbol[SPMI_DEFLATE_BLOCK];      /* a literal, or 2^31 | length << 16 | distance */
+    uint32_t head[32768], before[32768];      /* newest position of a hash; the one before with the same hash */
+    uint32_t literal_uses[286], distance_uses[30];
+    uint8_t lengths[320];
+    uint16_t codes[320];
+} spmi_deflater;
+
+static void spmi_deflate_byte(spmi_deflater *d, unsigned byte)
+{
+    if (d->used == d->capacity) {
+        void *memory = d->out;
+        if (d->failed || !spmi_grow(d->ctx, &memory, d->used, &d->capacity, d->used + 1)) {
+            d->failed = 1;
+            return;
+        }
+        d->out = (uint8_t *)memory;
+    }
+    d->out[d->used++] = (uint8_t)byte;
+}
+
+static void spmi_deflate_put(spmi_deflater *d, uint32_t value, int n)
+{
+    d->bits |= (uint64_t)value << d->count;
+    for (d->count += n; d->count >= 8; d->count -= 8, d->bits >>= 8) spmi_deflate_byte(d, (unsigned)(d->bits & 255));
+}
+
+static void spmi_deflate_align(spmi_deflater *d)
+{
+    if (d->count) spmi_deflate_put(d, 0, 8 - d->count);
+}
+
+static int spmi_log2(uint32_t value)
+{
+    int n = 0;
+    while (value >>= 1) n++;
+    return n;
+}
+
+/* Symbol of a length 3..258 and of a distance 1..32768: groups of four (two) symbols share their extra bits. */
+static int spmi_length_symbol(uint32_t length)
+{
+    int n;
+    if (length == 258) return 285;
+    length -= 3;
+    if (length < 8) return 257 + (int)length;
+    n = spmi_log2(length);
+    return 257 + 4 * (n - 1) + (int)(length >> (n - 2) & 3);
+}
+
+static int spmi_distance_symbol(uint32_t distance)
+{
+    int n;
+    distance--;
+    if (distance < 2) return (int)distance;
+    n = spmi_log2(distance);
+    return 2 * n + (int)(distance >> (n - 1) & 1);
+}
+
+static int spmi_deflate_compare(const void *a, const void *b)
+{
+    uint32_t x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    return x < y ? -1 : x > y;
+}
+
+/* Code lengths of at most `limit` bits for symbols used `uses` times (n <= 286, uses < 2^22), and the canonical codes,
+ * bits reversed as deflate sends them.  A Huffman tree by two queues; lengths over the limit are cut and the Kraft sum
+ * is mended by lengthening the shorter codes.  At least two symbols get a code: some readers refuse less. */
+static void spmi_huffman_make(const uint32_t *uses, int n, int limit, uint8_t *lengths, uint16_t *codes)
+{
+    uint32_t key[286], weight[2 * 286], total = 0;
+    int parent[2 * 286], depth[2 * 286], at_length[33], next[16], used = 0, leaf, node, top, i, k;
+    memset(at_length, 0, sizeof at_length);
+    memset(lengths, 0, (size_t)n);
+    for (i = 0; i < n; i++) {
+        if (uses[i]) key[used++] = uses[i] << 9 | (uint32_t)i;
+    }
+    for (i = 0; used < 2; i++) {
+        if (!uses[i]) key[used++] = (uint32_t)i;
+    }
+    qsort(key, (size_t)used, sizeof key[0], spmi_deflate_compare);
+    for (i = 0; i < used; i++) weight[i] = key[i] >> 9;
+    top = 2 * used - 1;
+    for (leaf = 0, node = used, i = used; i < top; i++) { /* the two lightest of both queues */
+        weight[i] = 0;
+        for (k = 0; k < 2; k++) {
+            int least = leaf < used && (node >= i || weight[leaf] <= weight[node]) ? leaf++ : node++;
+            weight[i] += weight[least];
+            parent[least] = i;
+        }
+    }
+    depth[top - 1] = 0;
+    for (i = top - 2; i >= 0; i--) {
+        depth[i] = depth[parent[i]] + 1;
+        if (i < used) at_length[SPMI_MIN(depth[i], limit)]++;
+    }
+    for (i = 1; i <= limit; i++) total += (uint32_t)at_length[i] << (limit - i);
+    for (; total > 1u << limit; total--) {
+        for (i = limit - 1; !at_length[i]; i--) { }
+        at_length[limit]--;
+        at_length[i]--;
+        at_length[i + 1] += 2;
+    }
+    for (i = limit, k = 0; i > 0; i--) {
+        int m;
+        for (m = 0; m < at_length[i]; m++) lengths[key[k++] & 511] = (uint8_t)i;
+    }
+    for (next[0] = 0, at_length[0] = 0, i = 1; i <= limit; i++) next[i] = (next[i - 1] + at_length[i - 1]) << 1;
+    for (i = 0; i < n; i++) {
+        int code = lengths[i] ? next[lengths[i]]++ : 0, reversed = 0;
+        for (k = 0; k < lengths[i]; k++) reversed |= (code >> k & 1) << (lengths[i] - 1 - k);
+        codes[i] = (uint16_t)reversed;
+    }
+}
+
+/* Run-length form of code lengths: symbols 0..18 with their repeat counts in bits 8 and up. Returns how many. */
+static int spmi_deflate_runs(const uint8_t *lengths, int n, uint16_t *runs)
+{
+    int made = 0, i, run;
+    for (i = 0; i < n; i += run) {
+        for (run = 1; i + run < n && lengths[i + run] == lengths[i]; ) run++;
+        if (lengths[i] == 0 && run >= 3) {
+            run = SPMI_MIN(run, 138);
+            runs[made++] = (uint16_t)(run <= 10 ? 17 | (run - 3) << 8 : 18 | (run - 11) << 8);
+        }
+        else if (run >= 4) { /* the length itself, then a repeat of the rest */
+            run = SPMI_MIN(run, 7);
+            runs[made++] = lengths[i];
+            runs[made++] = (uint16_t)(16 | (run - 4) << 8);
+        }
+        else {
+            int k;
+            for (k = 0; k < run; k++) runs[made++] = lengths[i];
+        }
+    }
+    return made;
+}
+
+/* Bits of the block's symbols under given code lengths, extra bits included. */
+static uint64_t spmi_deflate_cost(const spmi_deflater *d, const uint8_t *literals, const uint8_t *distances)
+{
+    uint64_t bits = 0;
+    int i;
+    for (i = 0; i < 286; i++) bits += (uint64_t)d->literal_uses[i] * (uint64_t)(literals[i] + (i > 256 ? spmi_length_extra[i - 257] : 0));
+    for (i = 0; i < 30; i++) bits += (uint64_t)d->distance_uses[i] * (uint64_t)(distances[i] + spmi_distance_extra[i]);
+    return bits;
+}
+
+/* Sends the block's symbols by d->codes (distance codes from 288 on). */
+static void spmi_deflate_symbols(spmi_deflater *d)
+{
+    int i;
+    for (i = 0; i < d->symbols; i++) {
+        uint32_t symbol = d->symbol[i];
+        if (symbol >> 31) {
+            uint32_t length = symbol >> 16 & 0x7fff, distance = symbol & 0xffff;
+            int a = spmi_length_symbol(length), b = spmi_distance_symbol(distance);
+            spmi_deflate_put(d, d->codes[a], d->lengths[a]);
+            spmi_deflate_put(d, length - spmi_length_base[a - 257], spmi_length_extra[a - 257]);
+            spmi_deflate_put(d, d->codes[288 + b], d->lengths[288 + b]);
+            spmi_deflate_put(d, distance - spmi_distance_base[b], spmi_distance_extra[b]);
+        }
+        else spmi_deflate_put(d, d->codes[symbol], d->lengths[symbol]);
+    }
+    spmi_deflate_put(d, d->codes[256], d->lengths[256]);
+}
+
+/* Ends a block that covers in[from, to): stored, with the fixed code or with its own, whichever is shortest. */
+static void spmi_deflate_block(spmi_deflater *d, size_t from, size_t to, int last)
+{
+    uint8_t fixed[320], together[320], run_lengths[19];
+    uint16_t fixed_codes[320], runs[320], run_codes[19];
+    uint32_t run_uses[19];
+    uint64_t cost_fixed, cost_own = 0, cost_stored;
+    int literals = 286, distances = 30, given = 19, n, i;
+    d->literal_uses[256] = 1;
+    spmi_huffman_make(d->literal_uses, 286, 15, d->lengths, d->codes);
+    spmi_huffman_make(d->distance_uses, 30, 15, d->lengths + 288, d->codes + 288);
+    while (literals > 257 && !d->lengths[literals - 1]) literals--;
+    while (distances > 1 && !d->lengths[288 + distances - 1]) distances--;
+    memcpy(together, d->lengths, (size_t)literals);
+    memcpy(together + literals, d->lengths + 288, (size_t)distances);
+    n = spmi_deflate_runs(together, literals + distances, runs);
+    memset(run_uses, 0, sizeof run_uses);
+    for (i = 0; i < n; i++) {
+        static const uint8_t extra[3] = { 2, 3, 7 };
+        run_uses[runs[i] & 255]++;
+        if ((runs[i] & 255) >= 16) cost_own += extra[(runs[i] & 255) - 16];
+    }
+    spmi_huffman_make(run_uses, 19, 7, run_lengths, run_codes);
+    while (given > 4 && !run_lengths[spmi_code_order[given - 1]]) given--;
+    for (i = 0; i < 19; i++) cost_own += (uint64_t)run_uses[i] * run_lengths[i];
+    cost_own += 17 + 3 * (uint64_t)given + spmi_deflate_cost(d, d->lengths, d->lengths + 288);
+    memset(fixed, 8, 144);
+    memset(fixed + 144, 9, 112);
+    memset(fixed + 256, 7, 24);
+    memset(fixed + 280, 8, 8);
+    memset(fixed + 288, 5, 32);
+    cost_fixed = 3 + spmi_deflate_cost(d, fixed, fixed + 288);
+    cost_stored = 8 * (uint64_t)(to - from) + 40 * (uint64_t)((to - from) / 65535 + 1);
+    if (cost_stored < cost_own && cost_stored < cost_fixed) {
+        do {
+            size_t part = SPMI_MIN(to - from, 65535);
+            spmi_deflate_put(d, last && from + part == to, 3);
+            spmi_deflate_align(d);
+            spmi_deflate_put(d, (uint32_t)part | ((uint32_t)part ^ 0xffffu) << 16, 32);
+            for (; part; part--) spmi_deflate_byte(d, d->in[from++]);
+        } while (from < to);
+    }
+    else if (cost_fixed <= cost_own) {
+        for (i = 0; i < 320; i++) {
+            int code = i < 144 ? 0x30 + i : i < 256 ? 0x190 + i - 144 : i < 280 ? i - 256 : i < 288 ? 0xc0 + i - 280 : i - 288, k;
+            for (fixed_codes[i] = 0, k = 0; k < fixed[i]; k++) {
+                fixed_codes[i] = (uint16_t)(fixed_codes[i] | (code >> k & 1) << (fixed[i] - 1 - k));
+            }
+        }
+        memcpy(d->lengths, fixed, sizeof fixed);
+        memcpy(d->codes, fixed_codes, sizeof fixed_codes);
+        spmi_deflate_put(d, (uint32_t)last | 1 << 1, 3);
+        spmi_deflate_symbols(d);
+    }
+    else {
+        spmi_deflate_put(d, (uint32_t)last | 2 << 1, 3);
+        spmi_deflate_put(d, (uint32_t)(literals - 257) | (uint32_t)(distances - 1) << 5 | (uint32_t)(given - 4) << 10, 14);
+        for (i = 0; i < given; i++) spmi_deflate_put(d, run_lengths[spmi_code_order[i]], 3);
+        for (i = 0; i < n; i++) {
+            int symbol = runs[i] & 255;
+            spmi_deflate_put(d, run_codes[symbol], run_lengths[symbol]);
+            if (symbol >= 16) spmi_deflate_put(d, (uint32_t)runs[i] >> 8, symbol == 16 ? 2 : symbol == 17 ? 3 : 7);
+        }
+        spmi_deflate_symbols(d);
+    }
+    memset(d->literal_uses, 0, sizeof d->literal_uses);
+    memset(d->distance_uses, 0, sizeof d->distance_uses);
+    d->symbols = 0;
+}
+
+static uint32_t spmi_deflate_hash(const uint8_t *p)
+{
+    return (((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16) * 2654435761u) >> 17;
+}
+
+/* Enters position `at` (three bytes must follow) and returns the candidate that was newest before. */
+static uint32_t spmi_deflate_enter(spmi_deflater *d, size_t at)
+{
+    uint32_t hash = spmi_deflate_hash(d->in + at), newest = d->head[hash];
+    d->before[at & (SPMI_DEFLATE_WINDOW - 1)] = newest;
+    d->head[hash] = (uint32_t)at;
+    return newest;
+}
+
+/* The longest match at `at` longer than `best`; its length, or `best` if there is none. */
+static uint32_t spmi_deflate_match(const spmi_deflater *d, size_t at, uint32_t candidate, uint32_t best, uint32_t *distance)
+{
+    const uint8_t *here = d->in + at;
+    uint32_t most = (uint32_t)SPMI_MIN(d->size - at, 258), previous = 0;
+    int tries = best >= 8 ? SPMI_DEFLATE_CHAIN / 4 : SPMI_DEFLATE_CHAIN;
+    if (best >= most) return best;
+    for (; tries; tries--) {
+        uint32_t back = (uint32_t)at - candidate, n = 0;
+        const uint8_t *there;
+        if (back <= previous || back > SPMI_DEFLATE_WINDOW || back > at) break; /* older entries only lie farther back */
+        there = here - back;
+        if (there[best] == here[best] && there[0] == here[0]) {
+            while (n < most && there[n] == here[n]) n++;
+            if (n > best && n >= d->shortest && (n > 3 || back <= 4096)) { /* 3 bytes from far away cost more than literals */
+                best = n;
+                *distance = back;
+                if (n == most || n >= SPMI_DEFLATE_NICE) break;
+            }
+        }
+        previous = back;
+        candidate = d->before[candidate & (SPMI_DEFLATE_WINDOW - 1)];
+    }
+    return best;
+}
+
+static void spmi_deflate_literal(spmi_deflater *d, unsigned byte)
+{
+    d->literal_uses[byte]++;
+    d->symbol[d->symbols++] = byte;
+}
+
+/* Bare deflate: hash chains with lazy matching (a match waits one byte for a longer one). */
+static void spmi_deflate_run(spmi_deflater *d)
+{
+    size_t at = 0, begun = 0;
+    uint32_t held = 0, held_distance = 0; /* a match that starts one byte back */
+    int pending = 0;                      /* the byte one back is not sent yet */
+    while (at < d->size) {
+        uint32_t length = 2, distance = 0;
+        if (d->size - at >= 3) {
+            uint32_t candidate = spmi_deflate_enter(d, at);
+            if (held < SPMI_DEFLATE_LAZY) length = spmi_deflate_match(d, at, candidate, SPMI_MAX(held, 2), &distance);
+        }
+        if (held >= 3 && !distance) { /* nothing longer here: the held match it is */
+            size_t end = at - 1 + held;
+            d->literal_uses[spmi_length_symbol(held)]++;
+            d->distance_uses[spmi_distance_symbol(held_distance)]++;
+            d->symbol[d->symbols++] = 1u << 31 | held << 16 | held_distance;
+            for (at++; at < end; at++) {
+                if (d->size - at >= 3) (void)spmi_deflate_enter(d, at);
+            }
+            held = 0;
+            pending = 0;
+        }
+        else {
+            if (pending) spmi_deflate_literal(d, d->in[at - 1]);
+            pending = 1;
+            held = distance ? length : 0;
+            held_distance = distance;
+            at++;
+        }
+        if (d->symbols >= SPMI_DEFLATE_BLOCK - 1) {
+            size_t covered = at - (size_t)pending;
+            spmi_deflate_block(d, begun, covered, 0);
+            begun = covered;
+        }
+    }
+    if (pending) spmi_deflate_literal(d, d->in[d->size - 1]);
+    spmi_deflate_block(d, begun, d->size, 1);
+    spmi_deflate_align(d);
+}
+
+/* spm_deflate that leaves matches below `shortest` alone. */
+static spm_status spmi_deflate_pack(spm_context *ctx, const void *data, size_t size, int wrapper, uint32_t shortest,
+                                    uint8_t **out, size_t *out_size, spm_error *err)
+{
+    static const uint8_t gzip[10] = { 0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255 };
+    spmi_deflater *d;
+    uint32_t sum;
+    int i;
+    *out = NULL;
+    *out_size = 0;
+    if (wrapper < 0 || wrapper > 2) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_deflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 (gzip)", wrapper);
+    }
+    d = (spmi_deflater *)spmi_alloc_zero(ctx, sizeof *d);
+    if (!d) return spmi_fail_memory(ctx, err, "packing by deflate");
+    d->ctx = ctx;
+    d->in = (const uint8_t *)data;
+    d->size = size;
+    d->shortest = shortest;
+    if (wrapper == 1) {
+        spmi_deflate_byte(d, 0x78);
+        spmi_deflate_byte(d, 0x9c);
+    }
+    for (i = 0; wrapper == 2 && i < 10; i++) spmi_deflate_byte(d, gzip[i]);
+    spmi_deflate_run(d);
+    if (wrapper == 1) {
+        sum = spmi_adler32(d->in, size);
+        for (i = 24; i >= 0; i -= 8) spmi_deflate_byte(d, sum >> i & 255);
+    }
+    if (wrapper == 2) {
+        sum = spmi_crc32(0, d->in, size);
+        for (i = 0; i < 32; i += 8) spmi_deflate_byte(d, sum >> i & 255);
+        for (i = 0; i < 32; i += 8) spmi_deflate_byte(d, (unsigned)((uint64_t)size >> i & 255));
+    }
+    if (d->failed) {
+        spmi_free(ctx, d->out);
+        spmi_free(ctx, d);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for packing %.0f bytes by deflate", (double)size);
+    }
+    *out = d->out;
+    *out_size = d->used;
+    spmi_free(ctx, d);
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out, size_t *out_size,
+                              spm_error *err)
+{
+    return spmi_deflate_pack(ctx, data, size, wrapper, 3, out, out_size, err);
+}
+
+/* ---- resize ---- */
+
+/* a * b, rounded: a compiler that fuses multiplication and addition would give other weights than Pillow's. */
+static double spmi_product(double a, double b)
+{
+    volatile double product = a * b;
+    return product;
+}
+
+static double spmi_filter_sinc(double x)
+{
+    if (x == 0.0) return 1.0;
+    x = spmi_product(x, 3.14159265358979323846);
+    return sin(x) / x;
+}
+
+/* Value of a filter at distance x, and how far it reaches; both in the arithmetic of Pillow's resampling. */
+static double spmi_filter_value(spm_filter filter, double x)
+{
+    double y = fabs(x);
+    switch (filter) {
+    case SPM_FILTER_BOX: return x > -0.5 && x <= 0.5 ? 1.0 : 0.0;
+    case SPM_FILTER_BICUBIC: /* Keys (1981) with a = -1/2 */
+        if (y < 1.0) return spmi_product(spmi_product(spmi_product(1.5, y) - 2.5, y), y) + 1.0;
+        if (y < 2.0) return spmi_product(spmi_product(spmi_product(y - 5.0, y) + 8.0, y) - 4.0, -0.5);
+        return 0.0;
+    case SPM_FILTER_LANCZOS: return x >= -3.0 && x < 3.0 ? spmi_product(spmi_filter_sinc(x), spmi_filter_sinc(x / 3.0)) : 0.0;
+    case SPM_FILTER_BILINEAR:
+    case SPM_FILTER_NEAREST: break;
+    }
+    return y < 1.0 ? 1.0 - y : 0.0;
+}
+
+static double spmi_filter_support(spm_filter filter)
+{
+    return filter == SPM_FILTER_BOX ? 0.5 : filter == SPM_FILTER_BICUBIC ? 2.0 : filter == SPM_FILTER_LANCZOS ? 3.0 : 1.0;
+}
+
+static void spmi_resize_axis_free(spm_context *ctx, spmi_resize_axis *axis)
+{
+    spmi_free(ctx, axis->start);
+    spmi_free(ctx, axis->count);
+    spmi_free(ctx, axis->weight);
+    spmi_free(ctx, axis->lane_start);
+    spmi_free(ctx, axis->lane_weight);
+}
+
+/* The weights once more, each for the three colours of its pixel, in windows that lie within the row. A load of a whole
+ * vector reads a byte or two more than its window. Left out where a row is shorter than a window. */
+static int spmi_resize_lanes(spm_context *ctx, spmi_resize_axis *axis)
+{
+    const int64_t width = ctx->isa == SPM_ISA_AVX512 ? 16 : ctx->isa == SPM_ISA_C ? 0 : 8, each = width / 3;
+    int64_t window, x, k;
+    if (!width) return 1;
+    axis->groups = (axis->taps + each - 1) / each;
+    window = axis->groups * each;
+    if (window > axis->in) return 1;
+    axis->lane_start = (int64_t *)spmi_alloc_array(ctx, axis->out, sizeof *axis->lane_start);
+    axis->lane_weight = (int32_t *)spmi_alloc_array(ctx, axis->out, (size_t)(axis->groups * width) * sizeof *axis->lane_weight);
+    if (!axis->lane_start || !axis->lane_weight) return 0;
+    for (x = 0; x < axis->out; x++) {
+        int64_t start = SPMI_MIN(axis->start[x], axis->in - window), shift = axis->start[x] - start;
+        axis->lane_start[x] = start;
+        for (k = 0; k < axis->count[x]; k++) {
+            int32_t *lane = axis->lane_weight + (x * axis->groups + (k + shift) / each) * width + (k + shift) % each * 3;
+            lane[0] = lane[1] = lane[2] = axis->weight[x * axis->taps + k];
+        }
+    }
+    return 1;
+}
+
+/* Weights of one direction.  The window of output x is centred at (x + 1/2) * in / out; when shrinking, the filter is
+ * stretched by that factor (antialiasing).  Weights are normalised in double, then rounded to 22 bits, as Pillow does. */
+static int spmi_resize_axis_make(spm_context *ctx, spmi_resize_axis *axis, spm_filter filter, int64_t in, int64_t out, int lanes)
+{
+    const double scale = (double)in / (double)out, stretch = scale < 1.0 ? 1.0 : scale;
+    const double support = spmi_product(spmi_filter_support(filter), stretch), inverse = 1.0 / stretch;
+    double *value;
+    int64_t x, k;
+    memset(axis, 0, sizeof *axis);
+    axis->in = in;
+    axis->out = out;
+    axis->taps = SPMI_MIN((int64_t)ceil(support) * 2 + 1, in);
+    axis->start = (int64_t *)spmi_alloc_array(ctx, out, sizeof *axis->start);
+    axis->count = (int64_t *)spmi_alloc_array(ctx, out, sizeof *axis->count);
+    axis->weight = (int32_t *)spmi_alloc_array(ctx, out, (size_t)axis->taps * sizeof *axis->weight);
+    value = (double *)spmi_alloc_array(ctx, axis->taps, sizeof *value);
+    if (!axis->start || !axis->count || !axis->weight || !value) {
+        spmi_free(ctx, value);
+        return 0;
+    }
+    for (x = 0; x < out; x++) {
+        const double center = spmi_product((double)x + 0.5, scale);
+        double sum = 0.0, first = center - support + 0.5, last = center + support + 0.5;
+        int64_t begin = first < 0.0 ? 0 : (int64_t)first, end = last > (double)in ? in : (int64_t)last;
+        for (k = 0; k < end - begin; k++) {
+            value[k] = spmi_filter_value(filter, spmi_product((double)(k + begin) - center + 0.5, inverse));
+            sum += value[k];
+        }
+        for (k = 0; k < end - begin; k++) {
+            double w = sum != 0.0 ? value[k] / sum : value[k];
+            w = spmi_product(w, (double)(1 << SPMI_RESIZE_BITS));
+            axis->weight[x * axis->taps + k] = (int32_t)(w < 0.0 ? w - 0.5 : w + 0.5);
+        }
+        axis->start[x] = begin;
+        axis->count[x] = end - begin;
+    }
+    spmi_free(ctx, value);
+    return lanes ? spmi_resize_lanes(ctx, axis) : 1;
+}
+
+/* Both directions in one sweep: rows are shrunk along x when the first output row that needs them comes, into a ring
+ * of as many rows as one output row can need. */
+static spm_status spmi_resize_sweep(spm_context *ctx, const spm_image *image, const spmi_resize_axis *across,
+                                    const spmi_resize_axis *down, spm_image *result, spm_error *err)
+{
+    const size_t in_row = (size_t)image->width * 3, out_row = (size_t)result->width * 3;
+    const int64_t ring = down ? down->taps : 1;
+    int64_t made = 0, y, k;
+    uint8_t *rows = NULL, *last = NULL; /* `last`: the last row of all with room behind it for loads of whole vectors */
+    const uint8_t **window = (const uint8_t **)spmi_alloc_array(ctx, ring, sizeof *window);
+    if (across) {
+        rows = (uint8_t *)spmi_alloc_array(ctx, ring, out_row);
+        last = (uint8_t *)spmi_alloc_array(ctx, 1, in_row + 16);
+    }
+    if (!window || (across && (!rows || !last))) {
+        spmi_free(ctx, (void *)window);
+        spmi_free(ctx, rows);
+        spmi_free(ctx, last);
+        return spmi_fail_memory(ctx, err, "resizing a picture");
+    }
+    if (last) memcpy(last, image->pixels + (size_t)(image->height - 1) * in_row, in_row);
+    for (y = 0; y < result->height; y++) {
+        const int64_t start = down ? down->start[y] : y, count = down ? down->count[y] : 1;
+        uint8_t *out = result->pixels + (size_t)y * out_row;
+        for (made = SPMI_MAX(made, start); across && made < start + count; made++) {
+            const uint8_t *row = made == image->height - 1 ? last : image->pixels + (size_t)made * in_row;
+            SPMI_KERNEL(ctx, resize_row, (across, row, rows + (size_t)(made % ring) * out_row));
+        }
+        for (k = 0; k < count; k++) {
+            window[k] = across ? rows + (size_t)((start + k) % ring) * out_row : image->pixels + (size_t)(start + k) * in_row;
+        }
+        if (down) SPMI_KERNEL(ctx, resize_blend, (window, down->weight + y * down->taps, count, (int64_t)out_row, out));
+        else memcpy(out, window[0], out_row);
+    }
+    spmi_free(ctx, (void *)window);
+    spmi_free(ctx, rows);
+    spmi_free(ctx, last);
+    return SPM_OK;
+}
+
+/* Takes the pixel at the centre of each output pixel; positions are summed up step by step, as Pillow does. */
+static spm_status spmi_resize_nearest(spm_context *ctx, const spm_image *image, spm_image *result, spm_error *err)
+{
+    const double step_x = (double)image->width / (double)result->width, step_y = (double)image->height / (double)result->height;
+    double at = spmi_product(step_x, 0.5);
+    int64_t *column = (int64_t *)spmi_alloc_array(ctx, result->width, sizeof *column), x, y;
+    uint8_t *out = result->pixels;
+    if (!column) return spmi_fail_memory(ctx, err, "resizing a picture");
+    for (x = 0; x < result->width; x++, at += step_x) column[x] = SPMI_MIN((int64_t)at, image->width - 1) * 3;
+    at = spmi_product(step_y, 0.5);
+    for (y = 0; y < result->height; y++, at += step_y) {
+        const uint8_t *row = image->pixels + SPMI_MIN((int64_t)at, image->height - 1) * image->width * 3;
+        for (x = 0; x < result->width; x++, out += 3) memcpy(out, row + column[x], 3);
+    }
+    spmi_free(ctx, column);
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int width, int height, spm_filter filter,
+                                   spm_image *result, spm_error *err)
+{
+    const int across = width != image->width, down = height != image->height;
+    spmi_resize_axis x, y;
+    spm_image made = SPM_ZERO;
+    spm_status status;
+    int fits = 1;
+    if ((int)filter < SPM_FILTER_BILINEAR || (int)filter > SPM_FILTER_LANCZOS) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_image_resize: there is no filter %d", (int)filter);
+    }
+    status = spmi_image_check_size(ctx, "picture to be resized", image->width, image->height, SIZE_MAX, err);
+    if (!status) status = spm_image_create(ctx, width, height, &made, err);
+    if (status) return status;
+    if (!across && !down) memcpy(made.pixels, image->pixels, (size_t)width * (size_t)height * 3);
+    else if (filter == SPM_FILTER_NEAREST) status = spmi_resize_nearest(ctx, image, &made, err);
+    else {
+        memset(&x, 0, sizeof x);
+        memset(&y, 0, sizeof y);
+        if (across) fits = spmi_resize_axis_make(ctx, &x, filter, image->width, width, 1);
+        if (down && fits) fits = spmi_resize_axis_make(ctx, &y, filter, image->height, height, 0);
+        if (!fits) status = spmi_fail_memory(ctx, err, "the weights of a resize");
+        if (fits) status = spmi_resize_sweep(ctx, image, across ? &x : NULL, down ? &y : NULL, &made, err);
+        spmi_resize_axis_free(ctx, &x);
+        spmi_resize_axis_free(ctx, &y);
+    }
+    if (status) {
+        spm_image_free(ctx, &made);
+        return status;
+    }
+    *result = made;
+    return SPM_OK;
+}
 /* ---- JPEG (ITU-T T.81, JFIF) ----------------------------------------------------------------------------------
  * Pixel for pixel what Pillow makes through libjpeg-turbo, also for damaged files: where the standard leaves room, the
  * comments name the choice.  The order below: tables, bit reader, Huffman codes, file segments, block decoding, inverse
@@ -8722,7 +11396,9 @@ static const uint8_t spmi_jpeg_ac_values[2][162] = {
      0xe2, 0xe3, 0xe4, 0xe5, 0xe6, 0xe7, 0xe8, 0xe9, 0xea, 0xf2, 0xf3, 0xf4, 0xf5, 0xf6, 0xf7, 0xf8, 0xf9, 0xfa}
 };
 
-typedef enum spmi_jpeg_color { SPMI_JPEG_GRAY, SPMI_JPEG_YCC, SPMI_JPEG_RGB, SPMI_JPEG_CMYK, SPMI_JPEG_YCCK } spmi_jpeg_color;
+typedef enum spmi_jpeg_color {
+    SPMI_JPEG_GRAY, SPMI_JPEG_YCC, SPMI_JPEG_RGB, SPMI_JPEG_CMYK, SPMI_JPEG_YCCK
+} spmi_jpeg_color;
 
 /* How a component reaches the full size; the fancy ones are triangle filters. */
 typedef enum spmi_jpeg_up {
@@ -8836,7 +11512,7 @@ static int spmi_jpeg_segment(spmi_jpeg *d, const uint8_t **payload, int *length,
 }
 
 /* The readers of segments fail on the first wrong field, even where the file ends inside the segment: what is wrong is
- * an error, what is only missing may be forgiven.  They return 0 failed, 1 fine (d->ended: up to the end of the file). */
+ * an error, what is only missing may be forgiven.  They return 0 if that failed; d->ended tells of a missing rest. */
 static int spmi_jpeg_read_quant(spmi_jpeg *d, const uint8_t *p, int length, int have)
 {
     while (length > 0) {
@@ -8845,7 +11521,8 @@ static int spmi_jpeg_read_quant(spmi_jpeg *d, const uint8_t *p, int length, int 
         index = p[0] & 15;
         wide = p[0] >> 4;
         if (index > 3)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: quantization table %d is out of range; the file is damaged", d->name, index);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: quantization table %d is out of range; the file is damaged",
+                                  d->name, index);
         bytes = wide ? 129 : 65;
         if (have < bytes) break;
         for (i = 0; i < 64; i++)
@@ -8857,7 +11534,8 @@ static int spmi_jpeg_read_quant(spmi_jpeg *d, const uint8_t *p, int length, int 
     }
     if (length > have) d->ended = 1;
     else if (length != 0)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a quantization table has the wrong length; the file is damaged", d->name);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a quantization table has the wrong length; the file is damaged",
+                              d->name);
     return 1;
 }
 
@@ -8880,8 +11558,8 @@ static int spmi_jpeg_read_huffman(spmi_jpeg *d, const uint8_t *p, int length, in
         is_ac = p[0] >> 4 & 1;
         for (i = 1; i <= 16; i++) count += p[i];
         if (count > 256 || count > length - 17 || p[0] > 0x1f || index > 3)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: Huffman table %d with %d codes is not valid; the file is damaged",
-                                  d->name, index, count);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: Huffman table %d with %d codes is not valid; the file is "
+                                  "damaged", d->name, index, count);
         if (have < 17 + count) break;
         spmi_jpeg_set_huffman(is_ac ? &d->ac[index] : &d->dc[index], p + 1, p + 17, count);
         p += 17 + count;
@@ -8890,7 +11568,8 @@ static int spmi_jpeg_read_huffman(spmi_jpeg *d, const uint8_t *p, int length, in
     }
     if (length > have) d->ended = 1;
     else if (length != 0)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has the wrong length; the file is damaged", d->name);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has the wrong length; the file is damaged",
+                              d->name);
     return 1;
 }
 
@@ -8909,16 +11588,17 @@ static int spmi_jpeg_read_frame(spmi_jpeg *d, int marker, const uint8_t *p, int 
     d->components = p[5];
     d->progressive = marker == 0xc2;
     if (marker == 0xc9 || marker == 0xca)
-        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: arithmetic-coded JPEG is not supported; save it with Huffman coding "
-                              "(jpegtran does so without loss)", d->name);
+        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: arithmetic-coded JPEG is not supported; save it with Huffman "
+                              "coding (jpegtran does so without loss)", d->name);
     if (p[0] != 8)
-        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: JPEG with %d bits a sample is not supported; save it with 8", d->name, p[0]);
+        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: JPEG with %d bits a sample is not supported; save it with 8",
+                              d->name, p[0]);
     if (d->width < 1 || d->height < 1 || d->width > 65500 || d->height > 65500)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a picture of %d x %d pixels is not possible; 1 to 65500 are", d->name,
-                              d->width, d->height);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a picture of %d x %d pixels is not possible; 1 to 65500 are",
+                              d->name, d->width, d->height);
     if (d->components != 1 && d->components != 3 && d->components != 4)
-        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: JPEG with %d components is not supported; 1, 3 and 4 are", d->name,
-                              d->components);
+        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: JPEG with %d components is not supported; 1, 3 and 4 are",
+                              d->name, d->components);
     if (length > have) {
         d->ended = 1;
         return 1;
@@ -8930,8 +11610,8 @@ static int spmi_jpeg_read_frame(spmi_jpeg *d, int marker, const uint8_t *p, int 
         c->v = p[7 + 3 * i] & 15;
         c->quant_index = p[8 + 3 * i];
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: sampling factors %dx%d are not possible; the file is damaged", d->name,
-                                  c->h, c->v);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: sampling factors %dx%d are not possible; the file is damaged",
+                                  d->name, c->h, c->v);
     }
     d->seen_frame = 1;
     return 1;
@@ -8958,14 +11638,15 @@ static int spmi_jpeg_read_scan(spmi_jpeg *d, const uint8_t *p, int length, int h
         /* Scans keep the frame's order, so the search starts at i: that also resolves repeated ids as libjpeg does. */
         for (j = i; j < d->components && d->component[j].id != id; j++) {}
         if (j == d->components)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan names component %d, which the frame lacks; the file is damaged",
-                                  d->name, id);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan names component %d, which the frame lacks; the file is "
+                                  "damaged", d->name, id);
         d->scan[i] = j;
         d->component[j].dc_index = p[2 + 2 * i] >> 4;
         d->component[j].ac_index = p[2 + 2 * i] & 15;
         for (j = 0; j < i; j++) {
             if (d->scan[j] == d->scan[i])
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan names component %d twice; the file is damaged", d->name, id);
+                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan names component %d twice; the file is damaged",
+                                      d->name, id);
         }
     }
     p += 1 + 2 * n;
@@ -9004,6 +11685,15 @@ static int spmi_jpeg_exif_orientation(const uint8_t *p, int length)
     return 1;
 }
 
+/* Frame types of the standard's other processes: lossless, differential, hierarchical. */
+static int spmi_jpeg_is_exotic(int marker)
+{
+    switch (marker) {
+    case 0xc3: case 0xc5: case 0xc6: case 0xc7: case 0xc8: case 0xcb: case 0xcd: case 0xce: case 0xcf: return 1;
+    default: return 0;
+    }
+}
+
 /* Reads segments up to the next scan or the end of the image.  Returns 0 failed, 1 a scan follows, 2 the end. */
 static int spmi_jpeg_read_segments(spmi_jpeg *d)
 {
@@ -9012,15 +11702,17 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
         int length, have, marker = d->marker ? d->marker : spmi_jpeg_next_marker(d);
         d->marker = 0;
         if (marker == 0xd9) return 2;
-        if ((marker >= 0xd0 && marker <= 0xd7) || (marker == 0x01 && d->scans)) continue; /* stray ones without payload */
+        if ((marker >= 0xd0 && marker <= 0xd7) || (marker == 0x01 && d->scans)) continue; /* stray ones */
         if (marker == 0xd8)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a second picture starts inside the first; the file is damaged", d->name);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a second picture starts inside the first; the file is "
+                                  "damaged", d->name);
         if (marker < 0xc0 || marker == 0xde || marker == 0xdf || (marker >= 0xf0 && marker != 0xfe))
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: marker FF%02X at byte %lu is not valid; the file is damaged", d->name,
-                                  (unsigned)marker, (unsigned long)(d->at - d->data));
-        if (marker == 0xc3 || marker == 0xc8 || (marker >= 0xc5 && marker <= 0xcf && marker % 4 != 0 && marker != 0xc9 && marker != 0xca))
-            return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: this is a lossless or hierarchical JPEG (frame type %d), which is not "
-                                  "supported; save it as baseline or progressive JPEG", d->name, marker - 0xc0);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: marker FF%02X at byte %lu is not valid; the file is damaged",
+                                  d->name, (unsigned)marker, (unsigned long)(d->at - d->data));
+        if (spmi_jpeg_is_exotic(marker))
+            return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: this is a lossless or hierarchical JPEG (frame type %d), "
+                                  "which is not supported; save it as baseline or progressive JPEG", d->name, marker -
+                                  0xc0);
         if (!spmi_jpeg_segment(d, &p, &length, &have)) return 2;
         if (marker == 0xdb) {
             if (!spmi_jpeg_read_quant(d, p, length, have)) return 0;
@@ -9031,7 +11723,8 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
             return d->ended ? 2 : 1;
         } else if (marker == 0xdd) {
             if (length != 2)
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the restart interval has the wrong length; the file is damaged", d->name);
+                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the restart interval has the wrong length; the file is "
+                                      "damaged", d->name);
             if (have == 2) d->restart_interval = p[0] << 8 | p[1];
         } else if (marker <= 0xcf && marker != 0xcc) {
             if (!spmi_jpeg_read_frame(d, marker, p, length, have)) return 0;
@@ -9148,7 +11841,8 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
     int n, i, next = 0;
     uint32_t code = 0;
     if (!h || !h->present)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan uses Huffman table %d, which is missing; the file is damaged", d->name, index);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan uses Huffman table %d, which is missing; the file is "
+                              "damaged", d->name, index);
     if (h->made == kind) return 1;
     memset(h->look, 0, sizeof h->look);
     for (n = 1; n <= 16; n++) {
@@ -9157,7 +11851,8 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
             int symbol = h->values[next], size = symbol & 15;
             uint32_t entry = (uint32_t)n | (uint32_t)(symbol >> 4) << 8 | (uint32_t)size << 12, at, last;
             if (is_dc && symbol > 15)
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has a wrong DC symbol; the file is damaged", d->name);
+                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has a wrong DC symbol; the file is "
+                                      "damaged", d->name);
             if (n > SPMI_JPEG_LOOK || code >> n) continue;
             at = code << (SPMI_JPEG_LOOK - n);
             last = at + (1u << (SPMI_JPEG_LOOK - n));
@@ -9171,7 +11866,8 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
             }
         }
         if (h->bits[n] && code >= 1u << n)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has more codes than fit; the file is damaged", d->name);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has more codes than fit; the file is damaged",
+                                  d->name);
         h->limit[n] = code << (16 - n);
         code <<= 1;
     }
@@ -9241,8 +11937,8 @@ static int spmi_jpeg_block(spmi_jpeg *d, spmi_jpeg_component *c, int16_t *block)
     return last;
 }
 
-/* Starts the next restart interval: finds its marker, or decides as libjpeg's resynchronisation does whether a wrong one
- * is skipped (the restart was lost earlier) or left for later (data is missing up to it). */
+/* Starts the next restart interval: finds its marker, or decides, as libjpeg's resynchronisation does, whether a wrong
+ * one is skipped (the restart was lost earlier) or left for later (data is missing up to it). */
 static void spmi_jpeg_restart(spmi_jpeg *d)
 {
     int wanted = 0xd0 + d->restart_next, i;
@@ -9268,10 +11964,11 @@ static void spmi_jpeg_restart(spmi_jpeg *d)
     for (i = 0; i < d->components; i++) d->component[i].dc = 0;
 }
 
-/* Whether all that is left of this scan would stay as it is: no more data, and no restart marker to resume at. */
+/* Whether all that is left of this scan would stay as it is: no more data, and no marker at which it
+ * could resume. */
 static int spmi_jpeg_scan_is_over(const spmi_jpeg *d)
 {
-    return d->starved && d->marker && (!d->restart_interval || d->marker < 0xd0 || d->marker > 0xd7);
+    return d->starved && (!d->restart_interval || (d->marker >= 0xc0 && (d->marker < 0xd0 || d->marker > 0xd7)));
 }
 
 /* ---- inverse transforms: coefficients and quantiser row-major, `out` gets size x size samples ----
@@ -9283,12 +11980,12 @@ static int spmi_jpeg_scan_is_over(const spmi_jpeg *d)
 #define SPMI_JPEG_MUL(x, c) ((uint32_t)((int32_t)(x) * (c)))
 #define SPMI_JPEG_DESCALE(x, n) ((int32_t)((x) + (1u << ((n) - 1))) >> (n))
 
-/* What the pass over the columns left, in 16 bits; `flat`: no column had more than its first coefficient. */
-static void spmi_jpeg_saturate(int32_t *work, int count, int flat)
+/* What the pass over the columns left, n values in 16 bits; `flat`: no column had more than its first coefficient. */
+static void spmi_jpeg_saturate(const int32_t *work, int n, int flat, int16_t *out)
 {
     int i;
-    for (i = 0; i < count; i++)
-        work[i] = flat ? (int16_t)work[i] : work[i] < -32768 ? -32768 : work[i] > 32767 ? 32767 : work[i];
+    for (i = 0; i < n; i++)
+        out[i] = (int16_t)(flat ? work[i] : work[i] < -32768 ? -32768 : work[i] > 32767 ? 32767 : work[i]);
 }
 
 static inline uint8_t spmi_jpeg_sample(int32_t v)
@@ -9297,70 +11994,86 @@ static inline uint8_t spmi_jpeg_sample(int32_t v)
     return SPMI_JPEG_CLAMP(v);
 }
 
-/* One 8-point inverse transform with results scaled up by 2^13: x in order of frequency, y in order of place. */
-static inline void spmi_jpeg_idct_line(const int32_t *x, uint32_t *y)
+/* Eight 8-point inverse transforms side by side, down the columns of `x`; the results lose `shift` of 13 extra bits.
+ * One loop of fixed length without branches: compilers make vector code of it. */
+static inline void spmi_jpeg_idct_columns(const int16_t *SPMI_RESTRICT x, int32_t *SPMI_RESTRICT y, int shift)
 {
-    uint32_t e0 = (uint32_t)(int16_t)(x[0] + x[4]) << 13, e1 = (uint32_t)(int16_t)(x[0] - x[4]) << 13;
-    uint32_t e2 = SPMI_JPEG_MUL(x[2], 4433) + SPMI_JPEG_MUL(x[6], 4433 - 15137);
-    uint32_t e3 = SPMI_JPEG_MUL(x[2], 4433 + 6270) + SPMI_JPEG_MUL(x[6], 4433);
-    int32_t s3 = (int16_t)(x[7] + x[3]), s4 = (int16_t)(x[5] + x[1]);
-    uint32_t o3 = SPMI_JPEG_MUL(s3, 9633 - 16069) + SPMI_JPEG_MUL(s4, 9633);
-    uint32_t o4 = SPMI_JPEG_MUL(s3, 9633) + SPMI_JPEG_MUL(s4, 9633 - 3196);
-    uint32_t t0 = SPMI_JPEG_MUL(x[7], 2446 - 7373) - SPMI_JPEG_MUL(x[1], 7373) + o3;
-    uint32_t t1 = SPMI_JPEG_MUL(x[5], 16819 - 20995) - SPMI_JPEG_MUL(x[3], 20995) + o4;
-    uint32_t t2 = SPMI_JPEG_MUL(x[3], 25172 - 20995) - SPMI_JPEG_MUL(x[5], 20995) + o3;
-    uint32_t t3 = SPMI_JPEG_MUL(x[1], 12299 - 7373) - SPMI_JPEG_MUL(x[7], 7373) + o4;
-    uint32_t a0 = e0 + e3, a3 = e0 - e3, a1 = e1 + e2, a2 = e1 - e2;
-    y[0] = a0 + t3;
-    y[7] = a0 - t3;
-    y[1] = a1 + t2;
-    y[6] = a1 - t2;
-    y[2] = a2 + t1;
-    y[5] = a2 - t1;
-    y[3] = a3 + t0;
-    y[4] = a3 - t0;
+    const uint32_t round = 1u << (shift - 1);
+    int c;
+    for (c = 0; c < 8; c++) {
+        const int16_t x1 = x[8 + c], x2 = x[16 + c], x3 = x[24 + c], x5 = x[40 + c], x6 = x[48 + c], x7 = x[56 + c];
+        const int16_t s3 = (int16_t)(x7 + x3), s4 = (int16_t)(x5 + x1);
+        uint32_t e0 = (uint32_t)(int16_t)(x[c] + x[32 + c]) << 13, e1 = (uint32_t)(int16_t)(x[c] - x[32 + c]) << 13;
+        uint32_t e2 = SPMI_JPEG_MUL(x2, 4433) + SPMI_JPEG_MUL(x6, 4433 - 15137);
+        uint32_t e3 = SPMI_JPEG_MUL(x2, 4433 + 6270) + SPMI_JPEG_MUL(x6, 4433);
+        uint32_t o3 = SPMI_JPEG_MUL(s3, 9633 - 16069) + SPMI_JPEG_MUL(s4, 9633);
+        uint32_t o4 = SPMI_JPEG_MUL(s3, 9633) + SPMI_JPEG_MUL(s4, 9633 - 3196);
+        uint32_t t0 = SPMI_JPEG_MUL(x7, 2446 - 7373) - SPMI_JPEG_MUL(x1, 7373) + o3;
+        uint32_t t1 = SPMI_JPEG_MUL(x5, 16819 - 20995) - SPMI_JPEG_MUL(x3, 20995) + o4;
+        uint32_t t2 = SPMI_JPEG_MUL(x3, 25172 - 20995) - SPMI_JPEG_MUL(x5, 20995) + o3;
+        uint32_t t3 = SPMI_JPEG_MUL(x1, 12299 - 7373) - SPMI_JPEG_MUL(x7, 7373) + o4;
+        uint32_t a0 = e0 + e3 + round, a3 = e0 - e3 + round, a1 = e1 + e2 + round, a2 = e1 - e2 + round;
+        y[c] = (int32_t)(a0 + t3) >> shift;
+        y[8 + c] = (int32_t)(a1 + t2) >> shift;
+        y[16 + c] = (int32_t)(a2 + t1) >> shift;
+        y[24 + c] = (int32_t)(a3 + t0) >> shift;
+        y[32 + c] = (int32_t)(a3 - t0) >> shift;
+        y[40 + c] = (int32_t)(a2 - t1) >> shift;
+        y[48 + c] = (int32_t)(a1 - t2) >> shift;
+        y[56 + c] = (int32_t)(a0 - t3) >> shift;
+    }
 }
 
 static void spmi_jpeg_idct8(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
 {
-    int32_t work[64], x[8];
-    uint32_t y[8], over = 0;
-    int r, c, flat = 1;
-    for (c = 0; c < 8; c++) {
-        if (!(coef[8 + c] | coef[16 + c] | coef[24 + c] | coef[32 + c] | coef[40 + c] | coef[48 + c] | coef[56 + c])) {
-            int32_t v = SPMI_JPEG_DEQUANT(c) * 4;
-            over |= (uint32_t)(v + 32768);
-            for (r = 0; r < 8; r++) work[8 * r + c] = v;
-            continue;
-        }
-        flat = 0;
-        for (r = 0; r < 8; r++) x[r] = SPMI_JPEG_DEQUANT(8 * r + c);
-        spmi_jpeg_idct_line(x, y);
-        for (r = 0; r < 8; r++) {
-            int32_t v = SPMI_JPEG_DESCALE(y[r], 11);
-            over |= (uint32_t)v + 32768u;
-            work[8 * r + c] = v;
-        }
+    int16_t x[64], t[64];
+    int32_t y[64];
+    uint8_t samples[64];
+    uint32_t over = 0;
+    int i, r;
+    for (i = 0; i < 64; i++) x[i] = SPMI_JPEG_DEQUANT(i);
+    spmi_jpeg_idct_columns(x, y, 11);
+    for (i = 0; i < 64; i++) over |= (uint32_t)y[i] + 32768u;
+    if (over >> 16) {
+        int any = 0;
+        for (i = 8; i < 64; i++) any |= coef[i];
+        spmi_jpeg_saturate(y, 64, !any, t);
+    } else {
+        for (i = 0; i < 64; i++) t[i] = (int16_t)y[i];
     }
-    if (over >> 16) spmi_jpeg_saturate(work, 64, flat);
+    for (i = 0; i < 8; i++) {
+        x[i] = t[8 * i];
+        x[8 + i] = t[8 * i + 1];
+        x[16 + i] = t[8 * i + 2];
+        x[24 + i] = t[8 * i + 3];
+        x[32 + i] = t[8 * i + 4];
+        x[40 + i] = t[8 * i + 5];
+        x[48 + i] = t[8 * i + 6];
+        x[56 + i] = t[8 * i + 7];
+    }
+    spmi_jpeg_idct_columns(x, y, 18);
+    for (i = 0; i < 64; i++) samples[i] = spmi_jpeg_sample(y[i]);
     for (r = 0; r < 8; r++, out += stride) {
-        const int32_t *w = work + 8 * r;
-        if (!(w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7])) {
-            memset(out, spmi_jpeg_sample((w[0] + 16) >> 5), 8);
-            continue;
-        }
-        spmi_jpeg_idct_line(w, y);
-        for (c = 0; c < 8; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 18));
+        out[0] = samples[r];
+        out[1] = samples[8 + r];
+        out[2] = samples[16 + r];
+        out[3] = samples[24 + r];
+        out[4] = samples[32 + r];
+        out[5] = samples[40 + r];
+        out[6] = samples[48 + r];
+        out[7] = samples[56 + r];
     }
 }
 
 /* Half size: the four lowest output frequencies of each axis; the eighth-rate coefficient 4 does not take part. */
-static inline void spmi_jpeg_idct4_line(const int32_t *x, uint32_t *y)
+static inline void spmi_jpeg_idct4_line(const int16_t *x, uint32_t *y)
 {
     uint32_t e = (uint32_t)x[0] << 14;
     uint32_t e2 = SPMI_JPEG_MUL(x[2], 15137) - SPMI_JPEG_MUL(x[6], 6270);
-    uint32_t o0 = SPMI_JPEG_MUL(x[7], -1730) + SPMI_JPEG_MUL(x[5], 11893) + SPMI_JPEG_MUL(x[3], -17799) + SPMI_JPEG_MUL(x[1], 8697);
-    uint32_t o2 = SPMI_JPEG_MUL(x[7], -4176) + SPMI_JPEG_MUL(x[5], -4926) + SPMI_JPEG_MUL(x[3], 7373) + SPMI_JPEG_MUL(x[1], 20995);
+    uint32_t o0 = SPMI_JPEG_MUL(x[7], -1730) + SPMI_JPEG_MUL(x[5], 11893) + SPMI_JPEG_MUL(x[3], -17799)
+                + SPMI_JPEG_MUL(x[1], 8697);
+    uint32_t o2 = SPMI_JPEG_MUL(x[7], -4176) + SPMI_JPEG_MUL(x[5], -4926) + SPMI_JPEG_MUL(x[3], 7373)
+                + SPMI_JPEG_MUL(x[1], 20995);
     y[0] = e + e2 + o2;
     y[3] = e + e2 - o2;
     y[1] = e - e2 + o0;
@@ -9369,7 +12082,8 @@ static inline void spmi_jpeg_idct4_line(const int32_t *x, uint32_t *y)
 
 static void spmi_jpeg_idct4(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
 {
-    int32_t work[32], x[8];
+    int16_t x[8], t[32];
+    int32_t work[32];
     uint32_t y[4];
     int r, c, flat = 1;
     for (c = 0; c < 8; c++) {
@@ -9380,25 +12094,27 @@ static void spmi_jpeg_idct4(const int16_t *coef, const uint16_t *quant, uint8_t 
         spmi_jpeg_idct4_line(x, y);
         for (r = 0; r < 4; r++) work[8 * r + c] = SPMI_JPEG_DESCALE(y[r], 12);
     }
-    spmi_jpeg_saturate(work, 32, flat);
+    spmi_jpeg_saturate(work, 32, flat, t);
     for (r = 0; r < 4; r++, out += stride) {
-        spmi_jpeg_idct4_line(work + 8 * r, y);
+        spmi_jpeg_idct4_line(t + 8 * r, y);
         for (c = 0; c < 4; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 19));
     }
 }
 
 /* A quarter: only the first and the odd coefficients take part. */
-static inline void spmi_jpeg_idct2_line(const int32_t *x, uint32_t *y)
+static inline void spmi_jpeg_idct2_line(const int16_t *x, uint32_t *y)
 {
     uint32_t e = (uint32_t)x[0] << 15;
-    uint32_t o = SPMI_JPEG_MUL(x[7], -5906) + SPMI_JPEG_MUL(x[5], 6967) + SPMI_JPEG_MUL(x[3], -10426) + SPMI_JPEG_MUL(x[1], 29692);
+    uint32_t o = SPMI_JPEG_MUL(x[7], -5906) + SPMI_JPEG_MUL(x[5], 6967) + SPMI_JPEG_MUL(x[3], -10426)
+               + SPMI_JPEG_MUL(x[1], 29692);
     y[0] = e + o;
     y[1] = e - o;
 }
 
 static void spmi_jpeg_idct2(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
 {
-    int32_t work[16], x[8];
+    int16_t x[8], t[16];
+    int32_t work[16];
     uint32_t y[2];
     int r, c;
     for (c = 0; c < 8; c++) {
@@ -9409,9 +12125,9 @@ static void spmi_jpeg_idct2(const int16_t *coef, const uint16_t *quant, uint8_t 
         work[c] = SPMI_JPEG_DESCALE(y[0], 13);
         work[8 + c] = SPMI_JPEG_DESCALE(y[1], 13);
     }
-    spmi_jpeg_saturate(work, 16, 0);
+    spmi_jpeg_saturate(work, 16, 0, t);
     for (r = 0; r < 2; r++, out += stride) {
-        spmi_jpeg_idct2_line(work + 8 * r, y);
+        spmi_jpeg_idct2_line(t + 8 * r, y);
         for (c = 0; c < 2; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 20));
     }
 }
@@ -9445,35 +12161,38 @@ static void spmi_jpeg_idct(const spmi_jpeg_component *c, const int16_t *coef, in
 
 /* ---- upsampling and colour: one row of the picture at a time ---- */
 
-/* in[0 .. n) to out[0 .. 2n): each output is 3/4 of its own sample and 1/4 of the neighbour on its side; rounding
- * alternates.  n > 2. */
-static void spmi_jpeg_widen_2(const uint8_t *SPMI_RESTRICT in, int n, uint8_t *SPMI_RESTRICT out)
+/* The rows below are worked on in chunks of this many samples: loops of fixed length that compilers turn into vector
+ * code.  Component rows, and the scratch rows, have room for whole chunks. */
+#define SPMI_JPEG_CHUNK 32
+
+/* in[0 .. n) to out[0 .. 2n): each output is 3/4 of its own sample and 1/4 of the neighbour on its side; at the ends
+ * the sample itself is its neighbour.  The rounding (even, odd, then >> shift) alternates.  Sets in[-1] and in[n]. */
+static inline void spmi_jpeg_widen(uint16_t *SPMI_RESTRICT in, int n, int even, int odd, int shift,
+                                   uint8_t *SPMI_RESTRICT out)
 {
-    int i;
-    out[0] = in[0];
-    out[1] = (uint8_t)((3 * in[0] + in[1] + 2) >> 2);
-    for (i = 1; i < n - 1; i++) {
-        out[2 * i] = (uint8_t)((3 * in[i] + in[i - 1] + 1) >> 2);
-        out[2 * i + 1] = (uint8_t)((3 * in[i] + in[i + 1] + 2) >> 2);
+    int i, j;
+    in[-1] = in[0];
+    in[n] = in[n - 1];
+    for (i = 0; i < n; i += SPMI_JPEG_CHUNK, in += SPMI_JPEG_CHUNK, out += 2 * SPMI_JPEG_CHUNK) {
+        for (j = 0; j < SPMI_JPEG_CHUNK; j++) {
+            out[2 * j] = (uint8_t)((3 * in[j] + in[j - 1] + even) >> shift);
+            out[2 * j + 1] = (uint8_t)((3 * in[j] + in[j + 1] + odd) >> shift);
+        }
     }
-    out[2 * n - 2] = (uint8_t)((3 * in[n - 1] + in[n - 2] + 1) >> 2);
-    out[2 * n - 1] = in[n - 1];
 }
 
-/* The same in both directions: `near` weighs 3/4, `far` (the row above or below) 1/4.  `sum` is scratch for n values. */
-static void spmi_jpeg_widen_2x2(const uint8_t *near_row, const uint8_t *far_row, int n, uint16_t *SPMI_RESTRICT sum,
-                                uint8_t *SPMI_RESTRICT out)
+/* sum[0 .. n) = 3 near_row + far_row, the vertical half of the filters; without far_row a copy of near_row. */
+static void spmi_jpeg_sum_rows(const uint8_t *SPMI_RESTRICT near_row, const uint8_t *SPMI_RESTRICT far_row, int n,
+                               uint16_t *SPMI_RESTRICT sum)
 {
-    int i;
-    for (i = 0; i < n; i++) sum[i] = (uint16_t)(3 * near_row[i] + far_row[i]);
-    out[0] = (uint8_t)((4 * sum[0] + 8) >> 4);
-    out[1] = (uint8_t)((3 * sum[0] + sum[1] + 7) >> 4);
-    for (i = 1; i < n - 1; i++) {
-        out[2 * i] = (uint8_t)((3 * sum[i] + sum[i - 1] + 8) >> 4);
-        out[2 * i + 1] = (uint8_t)((3 * sum[i] + sum[i + 1] + 7) >> 4);
+    int i, j;
+    for (i = 0; i < n; i += SPMI_JPEG_CHUNK) {
+        if (far_row) {
+            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = (uint16_t)(3 * near_row[i + j] + far_row[i + j]);
+        } else {
+            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = near_row[i + j];
+        }
     }
-    out[2 * n - 2] = (uint8_t)((3 * sum[n - 1] + sum[n - 2] + 8) >> 4);
-    out[2 * n - 1] = (uint8_t)((4 * sum[n - 1] + 7) >> 4);
 }
 
 /* Row y of the picture, of one component, at full width.  `first`: the component's row that rows[0] holds. */
@@ -9483,7 +12202,8 @@ static const uint8_t *spmi_jpeg_component_row(spmi_jpeg *d, spmi_jpeg_component 
     const uint8_t *in = c->rows + (size_t)(row - first) * c->stride;
     if (c->up == SPMI_JPEG_UP_NONE) return in;
     if (c->up == SPMI_JPEG_UP_H2V1) {
-        spmi_jpeg_widen_2(in, c->width, c->wide);
+        spmi_jpeg_sum_rows(in, NULL, c->width, d->filter + 1);
+        spmi_jpeg_widen(d->filter + 1, c->width, 1, 2, 2, c->wide);
     } else if (c->up == SPMI_JPEG_UP_COPY) {
         if (c->expand_h == 1) return in;
         for (i = 0; i * c->expand_h < d->out_width; i++)
@@ -9492,24 +12212,36 @@ static const uint8_t *spmi_jpeg_component_row(spmi_jpeg *d, spmi_jpeg_component 
         const uint8_t *far_row = in;
         if (part == 0 && row > 0) far_row = in - c->stride;
         if (part == 1 && row < c->height - 1) far_row = in + c->stride;
-        if (c->up == SPMI_JPEG_UP_H2V2) spmi_jpeg_widen_2x2(in, far_row, c->width, d->filter, c->wide);
-        else for (i = 0; i < c->width; i++) c->wide[i] = (uint8_t)((3 * in[i] + far_row[i] + 1 + part) >> 2);
+        spmi_jpeg_sum_rows(in, far_row, c->width, d->filter + 1);
+        if (c->up == SPMI_JPEG_UP_H2V2) spmi_jpeg_widen(d->filter + 1, c->width, 8, 7, 4, c->wide);
+        else for (i = 0; i < c->width; i++) c->wide[i] = (uint8_t)((d->filter[1 + i] + 1 + part) >> 2);
     }
     return c->wide;
 }
 
-/* YCbCr to RGB with 16-bit fixed point: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb. */
+/* YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb in 16-bit fixed point, the factors
+ * split so that products of 16-bit numbers do: in units of 1/65536 they are 65536 + 26345, 65536 - 18734 (and
+ * 22554) and 2 * 65536 - 14942. */
 static void spmi_jpeg_ycc_row(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int n, uint8_t *SPMI_RESTRICT out)
 {
-    int i;
-    for (i = 0; i < n; i++) {
-        int l = y[i], b = cb[i] - 128, r = cr[i] - 128;
-        int red = l + ((91881 * r + 32768) >> 16);
-        int green = l + ((-22554 * b - 46802 * r + 32768) >> 16);
-        int blue = l + ((116130 * b + 32768) >> 16);
-        out[3 * i] = SPMI_JPEG_CLAMP(red);
-        out[3 * i + 1] = SPMI_JPEG_CLAMP(green);
-        out[3 * i + 2] = SPMI_JPEG_CLAMP(blue);
+    uint8_t rgb[3][SPMI_JPEG_CHUNK];
+    int i, j;
+    for (i = 0; i < n; i += SPMI_JPEG_CHUNK, y += SPMI_JPEG_CHUNK, cb += SPMI_JPEG_CHUNK, cr += SPMI_JPEG_CHUNK) {
+        int count = SPMI_MIN(n - i, SPMI_JPEG_CHUNK);
+        for (j = 0; j < SPMI_JPEG_CHUNK; j++) {
+            int16_t l = y[j], b = (int16_t)(cb[j] - 128), r = (int16_t)(cr[j] - 128);
+            int16_t red = (int16_t)(l + r + ((r * 26345 + 32768) >> 16));
+            int16_t green = (int16_t)(l - r + ((r * 18734 - b * 22554 + 32768) >> 16));
+            int16_t blue = (int16_t)(l + b + b + ((32768 - b * 14942) >> 16));
+            rgb[0][j] = SPMI_JPEG_CLAMP(red);
+            rgb[1][j] = SPMI_JPEG_CLAMP(green);
+            rgb[2][j] = SPMI_JPEG_CLAMP(blue);
+        }
+        for (j = 0; j < count; j++, out += 3) {
+            out[0] = rgb[0][j];
+            out[1] = rgb[1][j];
+            out[2] = rgb[2][j];
+        }
     }
 }
 
@@ -9599,7 +12331,8 @@ static int spmi_jpeg_set_up(spmi_jpeg *d)
 {
     int i, scale = d->desc->scale;
     if (scale != 0 && scale != 1 && scale != 2 && scale != 4 && scale != 8)
-        return SPMI_JPEG_FAIL(d, SPM_E_ARGUMENT, "%s: cannot decode at 1/%d; the scale is 1, 2, 4 or 8", d->name, scale);
+        return SPMI_JPEG_FAIL(d, SPM_E_ARGUMENT, "%s: cannot decode at 1/%d; the scale is 1, 2, 4 or 8", d->name,
+                              scale);
     d->min_size = scale > 1 ? 8 / scale : 8;
     d->color = spmi_jpeg_guess_color(d);
     if (!d->desc->apply_exif) d->orientation = 1;
@@ -9629,8 +12362,8 @@ static int spmi_jpeg_set_up(spmi_jpeg *d)
         h_in = c->h * c->size / d->min_size;
         v_in = c->v * c->size / d->min_size;
         if (d->max_h % h_in || d->max_v % v_in)
-            return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: sampling factors %dx%d beside %dx%d are not supported; whole ratios are",
-                                  d->name, c->h, c->v, d->max_h, d->max_v);
+            return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: sampling factors %dx%d beside %dx%d are not supported; "
+                                  "whole ratios are", d->name, c->h, c->v, d->max_h, d->max_v);
         c->expand_h = d->max_h / h_in;
         c->expand_v = d->max_v / v_in;
         c->up = SPMI_JPEG_UP_COPY;
@@ -9648,18 +12381,20 @@ static int spmi_jpeg_set_up(spmi_jpeg *d)
 /* Memory for the picture, one row of MCUs and, with `whole`, all coefficients; the sum is checked first. */
 static int spmi_jpeg_allocate(spmi_jpeg *d, int whole)
 {
-    int turned = d->orientation >= 5, width = turned ? d->out_height : d->out_width, height = turned ? d->out_width : d->out_height;
+    int turned = d->orientation >= 5;
+    int width = turned ? d->out_height : d->out_width, height = turned ? d->out_width : d->out_height;
     uint64_t total = (uint64_t)width * (uint64_t)height * 3;
+    uint64_t limit = d->desc->max_bytes ? d->desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
     size_t wide = (size_t)d->mcus_wide * (size_t)(d->max_h * d->min_size) + 64;
     int i, ok = 1;
     d->status = spmi_image_check_size(d->ctx, d->name, width, height, d->desc->max_bytes, d->err);
     if (d->status) return 0;
     for (i = 0; i < d->components && whole; i++)
         total += (uint64_t)d->component[i].stride_blocks * (uint64_t)d->component[i].rows_blocks * 128;
-    if (total > d->desc->max_bytes)
-        return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: %d x %d pixels of a JPEG in several scans need %llu bytes, the limit is %llu; "
-                              "raise max_bytes", d->name, d->width, d->height, (unsigned long long)total,
-                              (unsigned long long)d->desc->max_bytes);
+    if (total > limit)
+        return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: %d x %d pixels of a JPEG in several scans need %.0f bytes, the "
+                              "limit is %.0f; raise max_bytes", d->name, d->width, d->height, (double)total,
+                              (double)limit);
     d->status = spm_image_create(d->ctx, width, height, d->image, d->err);
     if (d->status) return 0;
     for (i = 0; i < d->components; i++) {
@@ -9669,17 +12404,19 @@ static int spmi_jpeg_allocate(spmi_jpeg *d, int whole)
         if (whole) c->coefficients = (int16_t *)spmi_alloc_array(d->ctx, c->stride_blocks * c->rows_blocks, 128);
         ok = ok && c->rows && (c->wide || c->up == SPMI_JPEG_UP_NONE) && (c->coefficients || !whole);
     }
-    d->filter = (uint16_t *)spmi_alloc_array(d->ctx, (int64_t)wide, sizeof(uint16_t));
+    d->filter = (uint16_t *)spmi_alloc_array(d->ctx, (int64_t)wide + 64, sizeof(uint16_t));
     d->line = (uint8_t *)spmi_alloc_array(d->ctx, d->out_width, 3);
     if (!ok || !d->filter || !d->line)
-        return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: out of memory for decoding %d x %d pixels", d->name, d->width, d->height);
+        return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: out of memory for decoding %d x %d pixels", d->name, d->width,
+                              d->height);
     return 1;
 }
 
 static int spmi_jpeg_truncated(spmi_jpeg *d)
 {
-    return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the image file is truncated: its %lu bytes end before the picture does; copy it again, "
-                          "or allow truncated files", d->name, (unsigned long)(d->end - d->data));
+    return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the image file is truncated: its %lu bytes end before the picture "
+                          "does; copy it again, or allow truncated files", d->name, (unsigned long)(d->end -
+                          d->data));
 }
 
 /* ---- scans ---- */
@@ -9691,8 +12428,8 @@ static int spmi_jpeg_check_band(spmi_jpeg *d)
     int start = d->spectral_start, end = d->spectral_end, high = d->bit_high, low = d->bit_low, i, k;
     if (start == 0 ? end != 0 : start > end || end > 63 || d->scan_count != 1) low = 99;
     if (low > 13 || (high != 0 && low != high - 1))
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a progressive scan of coefficients %d to %d, bits %d to %d, is not possible; the "
-                              "file is damaged", d->name, start, end, high, d->bit_low);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a progressive scan of coefficients %d to %d, bits %d to %d, is "
+                              "not possible; the file is damaged", d->name, start, end, high, d->bit_low);
     for (i = 0; i < d->scan_count; i++) {
         spmi_jpeg_component *c = &d->component[d->scan[i]];
         for (k = SPMI_MIN(start, 1); k <= SPMI_MAX(end, 9); k++) c->known_before[k] = d->scans > 1 ? c->known[k] : 0;
@@ -9711,18 +12448,20 @@ static int spmi_jpeg_start_scan(spmi_jpeg *d)
         c->dc = 0;
         if (!c->quant_known) {
             if (c->quant_index > 3 || !d->quant_present[c->quant_index])
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: quantization table %d is missing; the file is damaged", d->name,
-                                      c->quant_index);
+                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: quantization table %d is missing; the file is damaged",
+                                      d->name, c->quant_index);
             memcpy(c->quant, d->quant[c->quant_index], sizeof c->quant);
             c->quant_known = 1;
         }
         if ((!d->progressive || (d->spectral_start == 0 && d->bit_high == 0))
             && !spmi_jpeg_make_huffman(d, d->dc, c->dc_index, 1, 1))
             return 0;
-        if ((!d->progressive || d->spectral_start > 0) && !spmi_jpeg_make_huffman(d, d->ac, c->ac_index, 0, kind)) return 0;
+        if ((!d->progressive || d->spectral_start > 0) && !spmi_jpeg_make_huffman(d, d->ac, c->ac_index, 0, kind))
+            return 0;
     }
     if (d->scan_count > 1 && blocks > 10)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan of %d blocks in each unit is not possible; at most 10 are", d->name, blocks);
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan of %d blocks in each unit is not possible; at most 10 are",
+                              d->name, blocks);
     if (d->progressive && !spmi_jpeg_check_band(d)) return 0;
     d->bits = 0;
     d->count = d->marker = d->starved = d->restart_next = 0;
@@ -9817,13 +12556,14 @@ static int spmi_jpeg_read_coefficients(spmi_jpeg *d)
 {
     int single = d->scan_count == 1, i, x, y;
     spmi_jpeg_component *only = &d->component[d->scan[0]];
-    int64_t rows = single ? only->blocks_high : d->mcus_high, columns = single ? only->blocks_wide : d->mcus_wide, row, column;
+    int64_t rows = single ? only->blocks_high : d->mcus_high;
+    int64_t columns = single ? only->blocks_wide : d->mcus_wide, row, column;
     for (row = 0; row < rows; row++) {
         int group = (int)(single ? row / only->group : row);
         d->work_left -= columns;
         if (d->work_left < 0)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: more scans (%d) than any real picture of this size has; the file is damaged "
-                                  "or hostile", d->name, d->scans);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: more scans (%d) than any real picture of this size has; the "
+                                  "file is damaged or hostile", d->name, d->scans);
         for (column = 0; column < columns; column++) {
             if (d->restart_interval && d->restart_left == 0) spmi_jpeg_restart(d);
             if (d->restart_interval) d->restart_left--;
@@ -9903,8 +12643,8 @@ static void spmi_jpeg_smooth_rows(const spmi_jpeg_component *c, int64_t row, con
 
 /* The estimates for one block, into a copy of it.  rows[0..4]: first coefficients of the block rows two above to two
  * below (edge rows repeated). */
-static void spmi_jpeg_smooth(const spmi_jpeg_component *c, const int16_t *known, int dc_only, const int16_t *const rows[5],
-                             int64_t column, int16_t *block)
+static void spmi_jpeg_smooth(const spmi_jpeg_component *c, const int16_t *known, int dc_only,
+                             const int16_t *const rows[5], int64_t column, int16_t *block)
 {
     int dc[25], i, k;
     for (i = 0; i < 25; i++) {
@@ -10009,7 +12749,8 @@ static int spmi_jpeg_decode_scans(spmi_jpeg *d)
         }
         more = spmi_jpeg_read_segments(d);
         if (more == 1)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan follows after the picture is complete; the file is damaged", d->name);
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan follows after the picture is complete; the file is "
+                                  "damaged", d->name);
         return more; /* with all rows there, a missing end marker is forgiven */
     }
     d->work_left = (1 << 24) + 256 * blocks; /* hostile files repeat scans without end */
@@ -10182,7 +12923,8 @@ static void spmi_jpeg_put_header(spmi_jpeg_writer *w, const spm_image *image, in
     }
     for (t = 0; t < 2; t++) {
         spmi_jpeg_put_table(w, t, spmi_jpeg_dc_bits[t], spmi_jpeg_dc_values, 12, w->dc_code[t], w->dc_length[t]);
-        spmi_jpeg_put_table(w, 0x10 | t, spmi_jpeg_ac_bits[t], spmi_jpeg_ac_values[t], 162, w->ac_code[t], w->ac_length[t]);
+        spmi_jpeg_put_table(w, 0x10 | t, spmi_jpeg_ac_bits[t], spmi_jpeg_ac_values[t], 162, w->ac_code[t],
+                            w->ac_length[t]);
     }
     spmi_jpeg_put_marker(w, 0xda, 12);
     spmi_jpeg_put_byte(w, 3);
@@ -10195,7 +12937,8 @@ static void spmi_jpeg_put_header(spmi_jpeg_writer *w, const spm_image *image, in
     spmi_jpeg_put_byte(w, 0);
 }
 
-/* One 8-point forward transform, in place, elements `step` apart.  The first pass keeps 2 extra bits, the second drops them. */
+/* One 8-point forward transform, in place, elements `step` apart.  The first pass keeps 2 extra bits, the second drops
+ * them. */
 static inline void spmi_jpeg_fdct_line(int32_t *x, int step, int first)
 {
     int shift = first ? 11 : 15;
@@ -10273,8 +13016,10 @@ static void spmi_jpeg_split_row(const spm_image *image, int y, int width, uint8_
         out[stride + (size_t)i] = (uint8_t)((-11059 * r - 21709 * g + 32768 * b + 8421375) >> 16);
         out[2 * stride + (size_t)i] = (uint8_t)((32768 * r - 27439 * g - 5329 * b + 8421375) >> 16);
     }
-    for (i = 0; i < 3; i++)
-        memset(out + (size_t)i * stride + image->width, out[(size_t)i * stride + (size_t)image->width - 1], (size_t)(width - image->width));
+    for (i = 0; i < 3; i++) {
+        uint8_t *rest = out + (size_t)i * stride + image->width;
+        memset(rest, rest[-1], (size_t)(width - image->width));
+    }
 }
 
 /* Means of 2 x 2 samples; halves are rounded down and up in turn. */
@@ -10285,19 +13030,22 @@ static void spmi_jpeg_halve(const uint8_t *a, const uint8_t *b, int n, uint8_t *
 }
 
 /* Codes one row of MCUs.  Blocks that hold no pixels at all repeat the DC value before them. */
-static void spmi_jpeg_put_mcu_row(spmi_jpeg_writer *w, const spm_image *image, int mcu_row, int halved, uint8_t *rows, size_t stride)
+static void spmi_jpeg_put_mcu_row(spmi_jpeg_writer *w, const spm_image *image, int mcu_row, int halved, uint8_t *rows,
+                                  size_t stride)
 {
     int side = halved ? 16 : 8, mcus = (image->width + side - 1) / side, width = mcus * side, column, x, y, i;
     int real_wide = (image->width + 7) / 8, real_high = (image->height + 7) / 8;
     uint8_t *small = rows + 3 * (size_t)side * stride; /* after the full-size rows of all three: 2 x 8 chroma rows */
     for (y = 0; y < side; y++)
-        spmi_jpeg_split_row(image, SPMI_MIN(mcu_row * side + y, image->height - 1), width, rows + (size_t)y * stride, (size_t)side * stride);
+        spmi_jpeg_split_row(image, SPMI_MIN(mcu_row * side + y, image->height - 1), width, rows + (size_t)y * stride,
+                            (size_t)side * stride);
     for (i = 1; i < 3 && halved; i++) {
         const uint8_t *in = rows + (size_t)(side * i) * stride;
         int filled = SPMI_MIN(8, (image->height + 1) / 2 - mcu_row * 8);
         for (y = 0; y < 8; y++) {
             uint8_t *out = small + (size_t)(8 * (i - 1) + y) * stride;
-            if (y < filled) spmi_jpeg_halve(in + (size_t)(2 * y) * stride, in + (size_t)(2 * y + 1) * stride, mcus * 8, out);
+            const uint8_t *pair = in + (size_t)(2 * y) * stride;
+            if (y < filled) spmi_jpeg_halve(pair, pair + stride, mcus * 8, out);
             else memcpy(out, out - stride, stride);
         }
     }
@@ -10330,10 +13078,11 @@ SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image
     size_t stride;
     *data = NULL;
     *size = 0;
-    if (quality < 1 || quality > 100) return spmi_fail(ctx, err, SPM_E_ARGUMENT, "JPEG quality %d is out of range; 1 to 100 are possible", quality);
+    if (quality < 1 || quality > 100) return spmi_fail(ctx, err, SPM_E_ARGUMENT, "JPEG quality %d is out of range; 1 "
+                                                       "to 100 are possible", quality);
     if (image->width < 1 || image->height < 1 || image->width > 65500 || image->height > 65500)
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "a picture of %d x %d pixels cannot be a JPEG file; both sides must be 1 to 65500",
-                         image->width, image->height);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "a picture of %d x %d pixels cannot be a JPEG file; both sides "
+                         "must be 1 to 65500", image->width, image->height);
     stride = ((size_t)image->width + 15) & ~(size_t)15;
     w = (spmi_jpeg_writer *)spmi_alloc_zero(ctx, sizeof *w);
     rows = (uint8_t *)spmi_alloc_array(ctx, 3 * side + 16, stride);
@@ -10357,12 +13106,692 @@ SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image
     row = w && rows && !w->failed;
     spmi_free(ctx, w);
     spmi_free(ctx, rows);
-    return row ? SPM_OK : spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a JPEG file of %d x %d pixels", image->width, image->height);
+    return row ? SPM_OK : spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a JPEG file of %d x %d pixels",
+                                    image->width, image->height);
 }
 
+#undef SPMI_JPEG_CHUNK
 #undef SPMI_JPEG_CLAMP
 #undef SPMI_JPEG_FAIL
 #undef SPMI_JPEG_LOOK
+/* ---- PNG (ISO/IEC 15948) ---- */
+
+typedef struct spmi_png {
+    spm_context *ctx;
+    const char *name;
+    spm_error *err;
+    const uint8_t *data;
+    size_t size;
+    size_t first;          /* offset of the first IDAT chunk */
+    size_t idat_bytes;     /* of all IDAT chunks together */
+    size_t bad_crc;        /* offset of an IDAT chunk whose CRC does not match, or 0 */
+    int64_t width, height;
+    int depth, color, interlaced, idat_count, palette_count;
+    int cut;               /* the file ends inside the IDAT chunks */
+    uint8_t palette[256][3];
+} spmi_png;
+
+/* Adam7: first column and row of each pass and the steps; the last line is a picture without interlacing. */
+static const uint8_t spmi_png_passes[8][4] = {
+    { 0, 0, 8, 8 }, { 4, 0, 8, 8 }, { 0, 4, 4, 8 }, { 2, 0, 4, 4 }, { 0, 2, 2, 4 }, { 1, 0, 2, 2 }, { 0, 1, 1, 2 }, { 0, 0, 1, 1 }
+};
+
+static uint32_t spmi_load32_big(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
+static int spmi_png_is(const uint8_t *chunk, const char *type)
+{
+    return memcmp(chunk + 4, type, 4) == 0;
+}
+
+static int spmi_png_probe(const uint8_t *data, size_t size, int *width, int *height)
+{
+    static const uint8_t signature[8] = { 0x89, 'P', 'N', 'G', 0x0d, 0x0a, 0x1a, 0x0a };
+    if (size < 8 || memcmp(data, signature, 8) != 0) return 0;
+    if (size >= 33 && spmi_png_is(data + 8, "IHDR")) {
+        uint32_t w = spmi_load32_big(data + 16), h = spmi_load32_big(data + 20);
+        *width = w <= INT_MAX ? (int)w : 0;
+        *height = h <= INT_MAX ? (int)h : 0;
+    }
+    return 1;
+}
+
+static int spmi_png_channels(int color)
+{
+    return color == 2 ? 3 : color == 4 ? 2 : color == 6 ? 4 : 1;
+}
+
+static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t length, size_t at)
+{
+    int depth, color, known;
+    if (length < 13) {
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IHDR at byte %.0f: it has %.0f bytes instead of 13; the file is damaged",
+                         png->name, (double)at, (double)length);
+    }
+    png->width = spmi_load32_big(body);
+    png->height = spmi_load32_big(body + 4);
+    png->depth = depth = body[8];
+    png->color = color = body[9];
+    png->interlaced = body[12];
+    known = depth == 8 || depth == 16 ? color == 0 || color == 2 || color == 4 || color == 6 || (color == 3 && depth == 8)
+                                      : (depth == 1 || depth == 2 || depth == 4) && (color == 0 || color == 3);
+    if (!known || body[10] != 0 || body[11] != 0 || png->interlaced > 1) {
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
+                         "%s: chunk IHDR at byte %.0f: colour type %d with %d bits, compression %d, filter %d, interlacing %d "
+                         "do not exist in PNG; the file is damaged",
+                         png->name, (double)at, color, depth, body[10], body[11], png->interlaced);
+    }
+    return SPM_OK;
+}
+
+/* Walks the chunks up to the last IDAT and a little beyond.  As in Pillow, a wrong CRC before the pixels is an error,
+ * also in a chunk nobody needs; unknown chunks are stepped over; what follows the pixels is not judged but for a chunk
+ * that the file cuts off.  A wrong CRC of the pixels is only noted: their own Adler checksum decides. */
+static spm_status spmi_png_chunks(spmi_png *png)
+{
+    const uint8_t *data = png->data;
+    size_t at = 8;
+    int seen_header = 0, after = 0;
+    for (;;) {
+        const uint8_t *chunk = data + at;
+        size_t length, rest = png->size - at;
+        int i, is_idat, critical = 1;
+        spm_status status = SPM_OK;
+        if (rest < 8) break;
+        length = spmi_load32_big(chunk);
+        for (i = 4; i < 8; i++) {
+            critical = critical && ((chunk[i] >= 'a' && chunk[i] <= 'z') || (chunk[i] >= 'A' && chunk[i] <= 'Z')
+                                    || (chunk[i] >= '0' && chunk[i] <= '9') || chunk[i] == '_');
+        }
+        if (!critical) {
+            if (png->idat_count) break;
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: byte %.0f: a chunk's name should stand here; the file is damaged",
+                             png->name, (double)at);
+        }
+        if (png->idat_count && spmi_png_is(chunk, "IEND")) break;
+        is_idat = spmi_png_is(chunk, "IDAT");
+        if (length > rest - 8 && is_idat && !after) { /* whether the pixels are complete is seen when they are unpacked */
+            png->cut = 1;
+            length = rest - 8;
+            if (!png->idat_count++) png->first = at;
+            png->idat_bytes += length;
+            break;
+        }
+        if (length > rest - 8) {
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
+                             "%s: chunk %.4s at byte %.0f: it claims %.0f bytes, the file has %.0f more; the file is cut off or damaged",
+                             png->name, (const char *)chunk + 4, (double)at, (double)length, (double)(rest - 8));
+        }
+        if (png->idat_count && !is_idat) after = 1;
+        if (spmi_png_is(chunk, "IEND")) break;
+        if (!after) {
+            int matches = length + 12 <= rest && spmi_crc32(0, chunk + 4, length + 4) == spmi_load32_big(chunk + 8 + length);
+            if (!matches && is_idat && !png->bad_crc) png->bad_crc = at;
+            if (!matches && !is_idat) {
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: CRC does not match; the file is damaged",
+                                 png->name, (const char *)chunk + 4, (double)at);
+            }
+        }
+        if (spmi_png_is(chunk, "CgBI")) {
+            return spmi_fail(png->ctx, png->err, SPM_E_UNSUPPORTED,
+                             "%s: chunk CgBI at byte %.0f: this is Apple's private variant of PNG; convert it to a standard PNG",
+                             png->name, (double)at);
+        }
+        if (!seen_header && !spmi_png_is(chunk, "IHDR")) {
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: the first chunk must be IHDR; the file is damaged",
+                             png->name, (const char *)chunk + 4, (double)at);
+        }
+        if (is_idat && !after) {
+            if (!png->idat_count++) png->first = at;
+            png->idat_bytes += length;
+        }
+        else if (spmi_png_is(chunk, "IHDR") && !png->idat_count) {
+            status = spmi_png_header(png, chunk + 8, length, at);
+            seen_header = 1;
+        }
+        else if (spmi_png_is(chunk, "PLTE") && !png->idat_count && png->color == 3) {
+            if (length > 768) {
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk PLTE at byte %.0f: %.0f bytes are more than 256 colours; the file is damaged",
+                                 png->name, (double)at, (double)length);
+            }
+            png->palette_count = (int)(length / 3);
+            if (length >= 3) memcpy(png->palette, chunk + 8, length / 3 * 3);
+        }
+        if (status) return status;
+        if (length + 12 > rest) break;
+        at += length + 12;
+    }
+    if (!png->idat_count) {
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: the file ends at byte %.0f without an IDAT chunk, so it has no pixels; it is cut off or damaged",
+                         png->name, (double)at);
+    }
+    return SPM_OK;
+}
+
+/* Bytes of a row of `width` pixels without its filter byte. */
+static int64_t spmi_png_row_bytes(const spmi_png *png, int64_t width)
+{
+    return (width * png->depth * spmi_png_channels(png->color) + 7) / 8;
+}
+
+/* Columns or rows that a pass has. */
+static int64_t spmi_png_pass_size(int64_t size, int first, int step)
+{
+    return size > first ? (size - first + step - 1) / step : 0;
+}
+
+/* All rows as they are in the deflate data: each with a filter byte before it. */
+static int64_t spmi_png_raw_bytes(const spmi_png *png)
+{
+    int64_t bytes = 0;
+    int pass;
+    for (pass = png->interlaced ? 0 : 7; pass < (png->interlaced ? 7 : 8); pass++) {
+        int64_t w = spmi_png_pass_size(png->width, spmi_png_passes[pass][0], spmi_png_passes[pass][2]);
+        int64_t h = spmi_png_pass_size(png->height, spmi_png_passes[pass][1], spmi_png_passes[pass][3]);
+        if (w) bytes += h * (1 + spmi_png_row_bytes(png, w));
+    }
+    return bytes;
+}
+
+/* a + b - c's nearest neighbour among a (left), b (above), c (above left); ties in that order. */
+static int spmi_png_paeth(int a, int b, int c)
+{
+    int pa = b - c, pb = a - c, pc = pa + pb;
+    pa = pa < 0 ? -pa : pa;
+    pb = pb < 0 ? -pb : pb;
+    pc = pc < 0 ? -pc : pc;
+    return pa <= pb && pa <= pc ? a : pb <= pc ? b : c;
+}
+
+/* Undoes a row's filter in place; `above` is the row before (zeros for the first), `step` the bytes of a pixel. */
+static int spmi_png_unfilter(int filter, uint8_t *row, const uint8_t *above, int64_t n, int step)
+{
+    int64_t i;
+    switch (filter) {
+    case 0: break;
+    case 1:
+        for (i = step; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - step]);
+        break;
+    case 2:
+        for (i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + above[i]);
+        break;
+    case 3:
+        for (i = 0; i < n && i < step; i++) row[i] = (uint8_t)(row[i] + (above[i] >> 1));
+        for (; i < n; i++) row[i] = (uint8_t)(row[i] + ((row[i - step] + above[i]) >> 1));
+        break;
+    case 4:
+        for (i = 0; i < n && i < step; i++) row[i] = (uint8_t)(row[i] + above[i]);
+        for (; i < n; i++) row[i] = (uint8_t)(row[i] + spmi_png_paeth(row[i - step], above[i], above[i - step]));
+        break;
+    default: return 0;
+    }
+    return 1;
+}
+
+/* One row of `n` pixels to RGB: 16-bit samples keep their high byte, alpha is left out, small gray samples are spread
+ * over 0..255, palette entries beyond PLTE are a gray ramp (Pillow's default palette). */
+static void spmi_png_convert(const spmi_png *png, const uint8_t *row, int64_t n, uint8_t *rgb)
+{
+    const int bytes = png->depth == 16 ? 2 : 1;
+    const int step = spmi_png_channels(png->color) * bytes;
+    int64_t i;
+    if (png->depth < 8) {
+        const int depth = png->depth, most = (1 << depth) - 1, factor = 255 / most;
+        for (i = 0; i < n; i++, rgb += 3) {
+            int64_t bit = i * depth;
+            int value = row[bit >> 3] >> (8 - depth - (int)(bit & 7)) & most;
+            if (png->color == 3) memcpy(rgb, png->palette[value], 3);
+            else memset(rgb, value * factor, 3);
+        }
+    }
+    else if (png->color == 3) for (i = 0; i < n; i++) memcpy(rgb + 3 * i, png->palette[row[i]], 3);
+    else if (png->color == 2 && bytes == 1) memcpy(rgb, row, (size_t)n * 3);
+    else if (png->color & 2) {
+        for (i = 0; i < n; i++, row += step, rgb += 3) {
+            rgb[0] = row[0];
+            rgb[1] = row[bytes];
+            rgb[2] = row[2 * bytes];
+        }
+    }
+    else {
+        for (i = 0; i < n; i++, row += step, rgb += 3) rgb[0] = rgb[1] = rgb[2] = row[0];
+    }
+}
+
+/* Unfilters `raw` and writes the picture; `line` holds one RGB row and one raw row of zeros. */
+static spm_status spmi_png_pixels(spmi_png *png, uint8_t *raw, uint8_t *line, uint8_t *pixels)
+{
+    int pass, step = SPMI_MAX(1, spmi_png_channels(png->color) * png->depth / 8);
+    for (pass = png->interlaced ? 0 : 7; pass < (png->interlaced ? 7 : 8); pass++) {
+        const uint8_t *p = spmi_png_passes[pass], *above = line + png->width * 3;
+        int64_t w = spmi_png_pass_size(png->width, p[0], p[2]), h = spmi_png_pass_size(png->height, p[1], p[3]);
+        int64_t n = spmi_png_row_bytes(png, w), x, y;
+        if (!w) continue;
+        for (y = 0; y < h; y++, above = raw + 1, raw += n + 1) {
+            uint8_t *to = pixels + ((p[1] + y * p[3]) * png->width + p[0]) * 3;
+            if (!spmi_png_unfilter(raw[0], raw + 1, above, n, step)) {
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: row %.0f has filter %d, which PNG does not know; the file is damaged",
+                                 png->name, (double)png->first, (double)(p[1] + y * p[3]), raw[0]);
+            }
+            if (p[2] == 1) {
+                spmi_png_convert(png, raw + 1, w, to);
+                continue;
+            }
+            spmi_png_convert(png, raw + 1, w, line);
+            for (x = 0; x < w; x++) memcpy(to + x * p[2] * 3, line + x * 3, 3);
+        }
+    }
+    return SPM_OK;
+}
+
+/* Unpacks the IDAT chunks into `raw`, which has exactly the room that the header asks for. */
+static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes, int allow_truncated)
+{
+    spmi_inflater *s = (spmi_inflater *)spmi_alloc_zero(png->ctx, sizeof *s);
+    uint8_t *joined = NULL;
+    spmi_inflate_result result;
+    size_t filled;
+    if (!s) return spmi_fail_memory(png->ctx, png->err, png->name);
+    s->in = png->data + png->first + 8;
+    if (png->idat_count > 1) { /* the deflate data runs through all of them */
+        const uint8_t *chunk = png->data + png->first;
+        size_t used = 0;
+        int i;
+        joined = (uint8_t *)spmi_alloc(png->ctx, png->idat_bytes + 1);
+        if (!joined) {
+            spmi_free(png->ctx, s);
+            return spmi_fail_memory(png->ctx, png->err, png->name);
+        }
+        for (i = 0; i < png->idat_count; i++) {
+            size_t length = SPMI_MIN((size_t)spmi_load32_big(chunk), png->idat_bytes - used);
+            memcpy(joined + used, chunk + 8, length);
+            used += length;
+            if (i + 1 < png->idat_count) chunk += length + 12;
+        }
+        s->in = joined;
+    }
+    s->size = png->idat_bytes;
+    s->out = raw;
+    s->capacity = s->limit = raw_bytes;
+    result = spmi_inflate_stream(s, 1);
+    filled = s->used;
+    spmi_free(png->ctx, joined);
+    spmi_free(png->ctx, s);
+    if (filled == raw_bytes && (result == SPMI_INFLATE_OK || result == SPMI_INFLATE_FULL || result == SPMI_INFLATE_CUT)) {
+        if (result || png->bad_crc) {
+            spmi_log(png->ctx, SPM_LOG_WARNING, "%s: chunk IDAT at byte %.0f: %s; the picture itself is complete", png->name,
+                     (double)(png->bad_crc ? png->bad_crc : png->first),
+                     result == SPMI_INFLATE_FULL ? "it holds more than the picture" : result ? "its checksum is cut off" : "CRC does not match");
+        }
+        return SPM_OK;
+    }
+    if (allow_truncated && (result == SPMI_INFLATE_CUT || result == SPMI_INFLATE_OK)) return SPM_OK;
+    if (result == SPMI_INFLATE_OK || result == SPMI_INFLATE_CUT) {
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: the pixels end after %.0f of %.0f bytes; the file is cut off or damaged",
+                         png->name, (double)png->first, (double)filled, (double)raw_bytes);
+    }
+    return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: %s%s", png->name,
+                     (double)(png->bad_crc ? png->bad_crc : png->first), png->bad_crc ? "CRC does not match, and " : "",
+                     spmi_inflate_text(result));
+}
+
+static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint8_t *data, size_t size,
+                                  const spm_decode_desc *desc, spm_image *image, spm_error *err)
+{
+    spmi_png png = SPM_ZERO;
+    uint8_t *raw, *line, *pixels;
+    size_t cap = desc->max_bytes ? desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
+    int64_t raw_bytes, line_bytes;
+    spm_status status;
+    int i;
+    png.ctx = ctx;
+    png.name = name;
+    png.err = err;
+    png.data = data;
+    png.size = size;
+    for (i = 0; i < 256; i++) memset(png.palette[i], i, 3);
+    status = spmi_png_chunks(&png);
+    if (!status) status = spmi_image_check_size(ctx, name, png.width, png.height, cap, err);
+    if (status) return status;
+    raw_bytes = spmi_png_raw_bytes(&png);
+    line_bytes = png.width * 3 + spmi_png_row_bytes(&png, png.width);
+    if ((uint64_t)raw_bytes + (uint64_t)line_bytes > cap - (size_t)(png.width * png.height) * 3) {
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: decoding %.0f x %.0f pixels of %d bits needs more than the cap of %.0f bytes; raise max_bytes (or "
+                         "SPURMEM_MAX_IMAGE_BYTES) if the picture is to be trusted",
+                         name, (double)png.width, (double)png.height, png.depth * spmi_png_channels(png.color), (double)cap);
+    }
+    if (!desc->allow_truncated && (uint64_t)raw_bytes / 1032 > png.idat_bytes) { /* deflate packs 1032 : 1 at best */
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: chunk IDAT at byte %.0f: %.0f bytes cannot hold the %.0f x %.0f pixels of the header; the file is cut off or damaged",
+                         name, (double)png.first, (double)png.idat_bytes, (double)png.width, (double)png.height);
+    }
+    raw = (uint8_t *)(desc->allow_truncated ? spmi_alloc_zero(ctx, (size_t)raw_bytes) : spmi_alloc(ctx, (size_t)raw_bytes));
+    line = (uint8_t *)spmi_alloc_zero(ctx, (size_t)line_bytes);
+    pixels = NULL;
+    if (!raw || !line) {
+        status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)png.width, (double)png.height);
+    }
+    if (!status) status = spmi_png_unpack(&png, raw, (size_t)raw_bytes, desc->allow_truncated);
+    if (!status) {
+        pixels = (uint8_t *)spmi_alloc(ctx, (size_t)(png.width * png.height) * 3);
+        if (!pixels) status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)png.width, (double)png.height);
+    }
+    if (!status) status = spmi_png_pixels(&png, raw, line, pixels);
+    spmi_free(ctx, raw);
+    spmi_free(ctx, line);
+    if (status) {
+        spmi_free(ctx, pixels);
+        return status;
+    }
+    image->pixels = pixels;
+    image->width = (int)png.width;
+    image->height = (int)png.height;
+    return SPM_OK;
+}
+
+/* ---- PNG, writing ---- */
+
+/* Sum of the absolute values of bytes as signed numbers: the usual guess at how well a filtered row packs. */
+static int64_t spmi_png_weight(const uint8_t *row, int64_t n)
+{
+    int64_t sum = 0, i;
+    for (i = 0; i < n; i++) sum += row[i] < 128 ? row[i] : 256 - row[i];
+    return sum;
+}
+
+static void spmi_png_filter(int filter, const uint8_t *row, const uint8_t *above, int64_t n, int step, uint8_t *out)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        int a = i < step ? 0 : row[i - step], b = above[i], c = i < step ? 0 : above[i - step];
+        int guess = filter == 0 ? 0 : filter == 1 ? a : filter == 2 ? b : filter == 3 ? (a + b) >> 1 : spmi_png_paeth(a, b, c);
+        out[i] = (uint8_t)(row[i] - guess);
+    }
+}
+
+static uint8_t *spmi_png_put(uint8_t *at, const char *type, const uint8_t *body, size_t length)
+{
+    uint32_t crc;
+    int i;
+    for (i = 0; i < 4; i++) at[i] = (uint8_t)(length >> (24 - 8 * i));
+    memcpy(at + 4, type, 4);
+    if (length) memcpy(at + 8, body, length);
+    crc = spmi_crc32(0, at + 4, length + 4);
+    at += 8 + length;
+    for (i = 0; i < 4; i++) at[i] = (uint8_t)(crc >> (24 - 8 * i));
+    return at + 4;
+}
+
+SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err)
+{
+    const int64_t w = image->width, h = image->height;
+    int gray = 1, step;
+    int64_t n, i, y;
+    uint8_t header[13], *raw, *rows, *above, *row, *trial, *packed = NULL, *file, *at;
+    size_t packed_size = 0, pixels, used;
+    spm_status status;
+    *data = NULL;
+    *size = 0;
+    status = spmi_image_check_size(ctx, "PNG", w, h, 0, err);
+    if (status) return status;
+    pixels = (size_t)(w * h);
+    for (i = 0; i < w * h && gray; i++) gray = image->pixels[3 * i] == image->pixels[3 * i + 1] && image->pixels[3 * i] == image->pixels[3 * i + 2];
+    step = gray ? 1 : 3;
+    n = w * step;
+    raw = (uint8_t *)spmi_alloc(ctx, pixels * (size_t)step + (size_t)h);
+    rows = (uint8_t *)spmi_alloc_array(ctx, 3, (size_t)n);
+    if (!raw || !rows) {
+        spmi_free(ctx, raw);
+        spmi_free(ctx, rows);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width, image->height);
+    }
+    above = rows;
+    row = rows + n;
+    trial = rows + 2 * n;
+    for (y = 0, used = 0; y < h; y++, used += (size_t)n + 1) {
+        const uint8_t *from = image->pixels + y * w * 3;
+        uint8_t *swap = above;
+        int64_t least = INT64_MAX;
+        int filter;
+        for (i = 0; i < n; i++) row[i] = gray ? from[3 * i] : from[i];
+        for (filter = 0; filter < 5; filter++) {
+            int64_t weight;
+            spmi_png_filter(filter, row, above, n, step, trial);
+            weight = spmi_png_weight(trial, n);
+            if (weight >= least) continue;
+            least = weight;
+            raw[used] = (uint8_t)filter;
+            memcpy(raw + used + 1, trial, (size_t)n);
+        }
+        above = row;
+        row = swap;
+    }
+    status = spmi_deflate_pack(ctx, raw, used, 1, 6, &packed, &packed_size, err);
+    spmi_free(ctx, raw);
+    spmi_free(ctx, rows);
+    if (status) return status;
+    if (packed_size > 0x7fffffffu) {
+        spmi_free(ctx, packed);
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "a PNG of %d x %d pixels would need a chunk over 2 GiB; write smaller pictures",
+                         image->width, image->height);
+    }
+    file = (uint8_t *)spmi_alloc(ctx, packed_size + 57);
+    if (!file) {
+        spmi_free(ctx, packed);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width, image->height);
+    }
+    memset(header, 0, sizeof header);
+    for (i = 0; i < 4; i++) {
+        header[i] = (uint8_t)(w >> (24 - 8 * i));
+        header[4 + i] = (uint8_t)(h >> (24 - 8 * i));
+    }
+    header[8] = 8;
+    header[9] = gray ? 0 : 2;
+    memcpy(file, "\x89PNG\r\n\x1a\n", 8);
+    at = spmi_png_put(file + 8, "IHDR", header, sizeof header);
+    at = spmi_png_put(at, "IDAT", packed, packed_size);
+    at = spmi_png_put(at, "IEND", NULL, 0);
+    spmi_free(ctx, packed);
+    *data = file;
+    *size = (size_t)(at - file);
+    return SPM_OK;
+}
+/* ---- PPM and PGM (netpbm) ---- */
+
+typedef struct spmi_ppm {
+    spm_context *ctx;
+    const char *name;
+    spm_error *err;
+    const uint8_t *data;
+    size_t size, at;
+} spmi_ppm;
+
+static int spmi_ppm_space(int c)
+{
+    return c == ' ' || (c >= 9 && c <= 13);
+}
+
+/* The next decimal number, white space and comments before it skipped; -1 where there is none below 2^30. */
+static int64_t spmi_ppm_number(spmi_ppm *ppm)
+{
+    int64_t value = -1;
+    while (ppm->at < ppm->size) {
+        int c = ppm->data[ppm->at];
+        if (c == '#') while (ppm->at < ppm->size && ppm->data[ppm->at] != '\n' && ppm->data[ppm->at] != '\r') ppm->at++;
+        else if (spmi_ppm_space(c)) ppm->at++;
+        else break;
+    }
+    for (; ppm->at < ppm->size && ppm->data[ppm->at] >= '0' && ppm->data[ppm->at] <= '9'; ppm->at++) {
+        value = (value < 0 ? 0 : value * 10) + (ppm->data[ppm->at] - '0');
+        if (value >= (int64_t)1 << 30) return -1;
+    }
+    return value;
+}
+
+static int spmi_ppm_probe(const uint8_t *data, size_t size, int *width, int *height)
+{
+    spmi_ppm ppm = SPM_ZERO;
+    int64_t w, h;
+    if (size < 3 || data[0] != 'P' || data[1] < '1' || data[1] > '6' || !spmi_ppm_space(data[2])) return 0;
+    ppm.data = data;
+    ppm.size = size;
+    ppm.at = 2;
+    w = spmi_ppm_number(&ppm);
+    h = spmi_ppm_number(&ppm);
+    *width = w > 0 && h > 0 ? (int)w : 0;
+    *height = w > 0 && h > 0 ? (int)h : 0;
+    return 1;
+}
+
+/* P5, P6 (binary) and P2, P3 (plain), gray and RGB, maxval up to 65535.  Samples are scaled to 0..255 and rounded half
+ * to even, as Pillow does for RGB. */
+static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint8_t *data, size_t size,
+                                  const spm_decode_desc *desc, spm_image *image, spm_error *err)
+{
+    spmi_ppm ppm = SPM_ZERO;
+    int64_t width, height, most, i, samples, step;
+    const int kind = data[1] - '0', channels = kind == 3 || kind == 6 ? 3 : 1, plain = kind < 4;
+    uint8_t *pixels;
+    spm_status status;
+    if (kind == 1 || kind == 4) {
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: a one-bit netpbm picture (P%d) is not read; convert it to PGM, PNG or JPEG", name, kind);
+    }
+    ppm.data = data;
+    ppm.size = size;
+    ppm.at = 2;
+    width = spmi_ppm_number(&ppm);
+    height = spmi_ppm_number(&ppm);
+    most = spmi_ppm_number(&ppm);
+    if (width < 0 || height < 0 || most < 1 || most > 65535 || ppm.at >= size || !spmi_ppm_space(data[ppm.at])) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: the header of a P%d picture should give width, height and a largest value up to 65535; the file is damaged",
+                         name, (double)ppm.at, kind);
+    }
+    ppm.at++;
+    status = spmi_image_check_size(ctx, name, width, height, desc->max_bytes, err);
+    if (status) return status;
+    samples = width * height * channels;
+    step = plain ? 1 : most > 255 ? 2 : 1; /* a plain sample has a digit at least */
+    if (samples * step > (int64_t)(size - ppm.at) && !desc->allow_truncated) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: %.0f x %.0f pixels need at least %.0f bytes after the header, the file has %.0f; it is cut off",
+                         name, (double)width, (double)height, (double)(samples * step), (double)(size - ppm.at));
+    }
+    pixels = (uint8_t *)spmi_alloc_zero(ctx, (size_t)(width * height) * 3);
+    if (!pixels) return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)width, (double)height);
+    for (i = 0; i < samples; i++) {
+        int64_t value, twice;
+        if (plain) {
+            value = spmi_ppm_number(&ppm);
+            if ((value < 0 && !(desc->allow_truncated && ppm.at >= size)) || value > most) {
+                spmi_free(ctx, pixels);
+                return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: sample %.0f of %.0f is not a number from 0 to %.0f; the file is cut off or damaged",
+                                 name, (double)ppm.at, (double)i, (double)samples, (double)most);
+            }
+            if (value < 0) break;
+        }
+        else {
+            if (size - ppm.at < (size_t)step) break; /* allow_truncated */
+            value = step == 2 ? data[ppm.at] << 8 | data[ppm.at + 1] : data[ppm.at];
+            ppm.at += (size_t)step;
+            value = SPMI_MIN(value, most);
+        }
+        if (most != 255) {
+            twice = value * 510 + most; /* floor(value * 255 / most + 1/2), a half to the even side */
+            value = twice / (2 * most);
+            if (twice % (2 * most) == 0 && (value & 1)) value--;
+        }
+        if (channels == 3) pixels[i] = (uint8_t)value;
+        else memset(pixels + 3 * i, (int)value, 3);
+    }
+    image->pixels = pixels;
+    image->width = (int)width;
+    image->height = (int)height;
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err)
+{
+    char header[64];
+    size_t head, body;
+    spm_status status;
+    *data = NULL;
+    *size = 0;
+    status = spmi_image_check_size(ctx, "PPM", image->width, image->height, 0, err);
+    if (status) return status;
+    head = (size_t)spmi_format(header, sizeof header, "P6\n%d %d\n255\n", image->width, image->height);
+    body = (size_t)image->width * (size_t)image->height * 3;
+    *data = (uint8_t *)spmi_alloc(ctx, head + body);
+    if (!*data) return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PPM of %d x %d pixels", image->width, image->height);
+    memcpy(*data, header, head);
+    memcpy(*data + head, image->pixels, body);
+    *size = head + body;
+    return SPM_OK;
+}
+
+/* ---- any format ---- */
+
+SPMDEF spm_image_format spm_image_probe(const void *data, size_t size, int *width, int *height)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    int w = 0, h = 0;
+    spm_image_format format = SPM_IMAGE_UNKNOWN;
+    if (spmi_png_probe(p, size, &w, &h)) format = SPM_IMAGE_PNG;
+    else if (spmi_jpeg_probe(p, size, &w, &h)) format = SPM_IMAGE_JPEG;
+    else if (spmi_ppm_probe(p, size, &w, &h)) format = SPM_IMAGE_PPM;
+    else if (size >= 6 && (memcmp(p, "GIF87a", 6) == 0 || memcmp(p, "GIF89a", 6) == 0)) {
+        format = SPM_IMAGE_GIF;
+        if (size >= 10) {
+            w = p[6] | p[7] << 8;
+            h = p[8] | p[9] << 8;
+        }
+    }
+    else if (size >= 2 && p[0] == 'B' && p[1] == 'M') format = SPM_IMAGE_BMP;
+    else if (size >= 12 && memcmp(p, "RIFF", 4) == 0 && memcmp(p + 8, "WEBP", 4) == 0) format = SPM_IMAGE_WEBP;
+    if (width) *width = w;
+    if (height) *height = h;
+    return format;
+}
+
+SPMDEF spm_status spm_image_decode(spm_context *ctx, const char *name, const void *data, size_t size,
+                                   const spm_decode_desc *desc, spm_image *image, spm_error *err)
+{
+    const uint8_t *bytes = (const uint8_t *)data;
+    spm_decode_desc none = SPM_ZERO;
+    spm_image_format format = spm_image_probe(data, size, NULL, NULL);
+    image->pixels = NULL;
+    image->width = image->height = 0;
+    if (!name) name = "picture";
+    if (!desc) desc = &none;
+    switch (format) {
+    case SPM_IMAGE_JPEG: return spmi_jpeg_decode(ctx, name, bytes, size, desc, image, err);
+    case SPM_IMAGE_PNG: return spmi_png_decode(ctx, name, bytes, size, desc, image, err);
+    case SPM_IMAGE_PPM: return spmi_ppm_decode(ctx, name, bytes, size, desc, image, err);
+    case SPM_IMAGE_GIF:
+    case SPM_IMAGE_BMP:
+    case SPM_IMAGE_WEBP:
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: %s pictures are not read; convert it to PNG or JPEG", name,
+                         format == SPM_IMAGE_GIF ? "GIF" : format == SPM_IMAGE_BMP ? "BMP" : "WebP");
+    case SPM_IMAGE_UNKNOWN: break;
+    }
+    if (!size) return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: the file is empty", name);
+    return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its first bytes are those of no picture known here; JPEG, PNG, PPM and PGM are read", name);
+}
+
+SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image, spm_error *err)
+{
+    uint8_t *data;
+    size_t size;
+    spm_status status;
+    image->pixels = NULL;
+    image->width = image->height = 0;
+    status = spm_file_read(ctx, path, &data, &size, err);
+    if (status) return status;
+    status = spm_image_decode(ctx, path, data, size, desc, image, err);
+    spmi_free(ctx, data);
+    return status;
+}
 
 /* ================================================================================================================
  * >>PACK  13  file formats: JSON, CSV, safetensors, torch files, tar, idx, npy
@@ -10415,26 +13844,6 @@ static int spmi_number_parse(const char *text, size_t length, double *value)
     end = buffer + used;
     *value = strtod(buffer, &stop);
     return stop == end;
-}
-
-/* Length of the well-formed UTF-8 sequence at `at` (Unicode table 3-7), or 0. */
-static int spmi_utf8_length(const char *at, size_t left)
-{
-    unsigned char a = (unsigned char)at[0], b, low = 0x80, high = 0xBF;
-    int length, i;
-    if (a < 0x80) return 1;
-    if (a < 0xC2 || a > 0xF4) return 0;
-    length = a < 0xE0 ? 2 : a < 0xF0 ? 3 : 4;
-    if (left < (size_t)length) return 0;
-    if (a == 0xE0) low = 0xA0;
-    if (a == 0xED) high = 0x9F;
-    if (a == 0xF0) low = 0x90;
-    if (a == 0xF4) high = 0x8F;
-    b = (unsigned char)at[1];
-    if (b < low || b > high) return 0;
-    for (i = 2; i < length; i++)
-        if (((unsigned char)at[i] & 0xC0) != 0x80) return 0;
-    return length;
 }
 
 /* Writes code point `code` (< 0x110000, no surrogate) as UTF-8; returns the bytes used. */
@@ -10674,14 +14083,18 @@ static int32_t spmi_json_hex(const spmi_json_parser *p, size_t at)
     if (p->size - at < 4) return -1;
     for (i = 0; i < 4; i++) {
         char c = p->text[at + (size_t)i];
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int digit = -1;
+        if (c >= '0' && c <= '9') digit = c - '0';
+        else if (c >= 'a' && c <= 'f') digit = c - 'a' + 10;
+        else if (c >= 'A' && c <= 'F') digit = c - 'A' + 10;
         if (digit < 0) return -1;
         code = code * 16 + digit;
     }
     return code;
 }
 
-/* The escape whose backslash is at p->at; decoded bytes go to `out`, which lies at or below it.  Returns their number. */
+/* The escape whose backslash is at p->at; decoded bytes go to `out`, which lies at or below it.  Returns their
+ * number. */
 static int spmi_json_escape(spmi_json_parser *p, char *out)
 {
     size_t from = p->at;
@@ -10706,7 +14119,8 @@ static int spmi_json_escape(spmi_json_parser *p, char *out)
         return 0;
     }
     p->at += 4;
-    if (code >= 0xD800 && code < 0xDC00 && p->size - p->at >= 6 && p->text[p->at] == '\\' && p->text[p->at + 1] == 'u') {
+    if (code >= 0xD800 && code < 0xDC00 && p->size - p->at >= 6 && p->text[p->at] == '\\'
+        && p->text[p->at + 1] == 'u') {
         second = spmi_json_hex(p, p->at + 2);
         if (second >= 0xDC00 && second < 0xE000) {
             code = 0x10000 + ((code - 0xD800) << 10) + (second - 0xDC00);
@@ -10877,7 +14291,8 @@ static void spmi_json_read(spmi_json_parser *p, const char *key, int depth)
     value->integer = (int64_t)count;
 }
 
-/* spm_json_parse with a cap on the number of values, so that a hostile text cannot claim more memory than is sensible. */
+/* spm_json_parse with a cap on the number of values, so that a hostile text cannot claim more memory than is
+ * sensible. */
 static spm_json_value *spmi_json_parse_limited(spm_context *ctx, const char *name, const char *text, size_t size,
                                                size_t most, spm_error *err)
 {
@@ -10895,7 +14310,8 @@ static spm_json_value *spmi_json_parse_limited(spm_context *ctx, const char *nam
         else if (!quoted && (c == ',' || c == '[' || c == '{')) room++;
     }
     if (room > most) {
-        (void)spmi_fail(ctx, err, SPM_E_FORMAT, "%s: JSON with more than %lu values in %lu bytes; the file is damaged", name,
+        (void)spmi_fail(ctx, err, SPM_E_FORMAT,
+                        "%s: JSON with more than %lu values in %lu bytes; the file is damaged", name,
                         (unsigned long)most, (unsigned long)size);
         return NULL;
     }
@@ -11010,7 +14426,8 @@ static int spmi_csv_add_field(spm_csv *csv, char *field)
 {
     void *memory = csv->fields;
     size_t size = sizeof(char *);
-    if (!spmi_grow(csv->ctx, &memory, csv->fields_used * size, &csv->fields_room, (csv->fields_used + 1) * size)) return 0;
+    if (!spmi_grow(csv->ctx, &memory, csv->fields_used * size, &csv->fields_room, (csv->fields_used + 1) * size))
+        return 0;
     csv->fields = (char **)memory;
     csv->fields[csv->fields_used++] = field;
     return 1;
@@ -11038,7 +14455,8 @@ static spm_status spmi_csv_end_row(spm_csv *csv, char separator, int64_t line, c
         csv->fields[0] = empty;
         csv->columns++;
     } else if (count != csv->columns) {
-        return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: line %lld has %lu fields, but the header has %lu columns", csv->name,
+        return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: line %lld has %lu fields, but the header has %lu columns",
+                         csv->name,
                          (long long)line, (unsigned long)count, (unsigned long)csv->columns);
     }
     csv->rows++;
@@ -11050,8 +14468,8 @@ static int spmi_csv_blank(char c)
     return c == ' ' || c == '\t';
 }
 
-/* Decodes the quoted field whose opening quote is at *at: doubled quotes become one.  *at ends behind the closing quote,
- * *out behind the decoded text. */
+/* Decodes the quoted field whose opening quote is at *at: doubled quotes become one.  *at ends behind the closing
+ * quote, *out behind the decoded text. */
 static spm_status spmi_csv_quoted(spm_csv *csv, size_t size, size_t *at, size_t *out, int64_t *line, spm_error *err)
 {
     char *text = csv->text;
@@ -11059,7 +14477,8 @@ static spm_status spmi_csv_quoted(spm_csv *csv, size_t size, size_t *at, size_t 
     int64_t start = *line;
     for (;;) {
         if (i >= size)
-            return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: line %lld: a quoted field is never closed", csv->name, (long long)start);
+            return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: line %lld: a quoted field is never closed", csv->name,
+                             (long long)start);
         if (text[i] == '"') {
             if (i + 1 >= size || text[i + 1] != '"') break;
             i++;
@@ -11091,7 +14510,7 @@ static spm_status spmi_csv_read(spm_csv *csv, size_t size, char separator, spm_e
         }
         if (at >= size) break;
         while (open) {
-            size_t start = at, out;
+            size_t start = at, out = at;
             char stop;
             if (at < size && text[at] == '"') {
                 spm_status status = spmi_csv_quoted(csv, size, &at, &out, &line, err);
@@ -11112,7 +14531,8 @@ static spm_status spmi_csv_read(spm_csv *csv, size_t size, char separator, spm_e
             } else if (stop == separator) {
                 at++;
             } else if (separator != ' ') {
-                return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: line %lld: there is text behind the closing quote of a field",
+                return spmi_fail(csv->ctx, err, SPM_E_FORMAT,
+                                 "%s: line %lld: there is text behind the closing quote of a field",
                                  csv->name, (long long)line);
             }
             text[out] = 0; /* last: it may overwrite the separator or the end of the line */
@@ -11123,11 +14543,13 @@ static spm_status spmi_csv_read(spm_csv *csv, size_t size, char separator, spm_e
         }
     }
     if (!csv->rows)
-        return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: is empty; a header row with the column names is expected", csv->name);
+        return spmi_fail(csv->ctx, err, SPM_E_FORMAT, "%s: is empty; a header row with the column names is expected",
+                         csv->name);
     return SPM_OK;
 }
 
-SPMDEF spm_csv *spm_csv_parse(spm_context *ctx, const char *name, const char *text, size_t size, char separator, spm_error *err)
+SPMDEF spm_csv *spm_csv_parse(spm_context *ctx, const char *name, const char *text, size_t size, char separator,
+                              spm_error *err)
 {
     spm_csv *csv;
     const void *nul = size ? memchr(text, 0, size) : NULL;
@@ -11246,7 +14668,8 @@ static void spmi_source_close(spmi_source *source)
     source->name = NULL;
 }
 
-static spm_status spmi_source_memory(spmi_source *source, spm_context *ctx, const char *name, const void *data, size_t size,
+static spm_status spmi_source_memory(spmi_source *source, spm_context *ctx, const char *name, const void *data,
+                                     size_t size,
                                      spm_error *err)
 {
     memset(source, 0, sizeof *source);
@@ -11306,7 +14729,8 @@ static spm_status spmi_source_open(spmi_source *source, spm_context *ctx, const 
     source->name = end < 0 ? NULL : spmi_string_copy(ctx, path, strlen(path));
     if (!source->name) {
         fclose(source->file);
-        return end < 0 ? spmi_fail(ctx, err, SPM_E_IO, "%s: its size cannot be found", path) : spmi_fail_memory(ctx, err, path);
+        return end < 0 ? spmi_fail(ctx, err, SPM_E_IO, "%s: its size cannot be found", path)
+            : spmi_fail_memory(ctx, err, path);
     }
     source->size = (uint64_t)end;
     spmi_lock_init(&source->lock);
@@ -11320,8 +14744,10 @@ static spm_status spmi_source_read(spmi_source *source, uint64_t offset, void *o
     size_t done = 0;
     int reason = 0;
     if (offset > source->size || bytes > source->size - offset)
-        return spmi_fail(source->ctx, err, SPM_E_FORMAT, "%s: %lu bytes are wanted at offset %llu, but the file ends at %llu",
-                         source->name, (unsigned long)bytes, (unsigned long long)offset, (unsigned long long)source->size);
+        return spmi_fail(source->ctx, err, SPM_E_FORMAT,
+                         "%s: %lu bytes are wanted at offset %llu, but the file ends at %llu",
+                         source->name, (unsigned long)bytes, (unsigned long long)offset,
+                             (unsigned long long)source->size);
     if (source->memory) {
         if (bytes) memcpy(out, source->memory + (size_t)offset, bytes);
         return SPM_OK;
@@ -11346,48 +14772,8 @@ static spm_status spmi_source_read(spmi_source *source, uint64_t offset, void *o
 #endif
     if (done == bytes) return SPM_OK;
     return spmi_fail(source->ctx, err, SPM_E_IO, "%s: reading %lu bytes at offset %llu failed: %s", source->name,
-                     (unsigned long)bytes, (unsigned long long)offset, reason ? strerror(reason) : "the file was cut while it was read");
-}
-
-/* CRC-32 of zip (polynomial 0xEDB88320, reflected), sixteen bytes a step (after Kounavis and Berry 2005).  The tables
- * are made where they are needed: the library has no mutable globals. */
-typedef struct spmi_crc {
-    uint32_t table[16][256];
-} spmi_crc;
-
-static void spmi_crc_init(spmi_crc *crc)
-{
-    uint32_t i, j;
-    for (i = 0; i < 256; i++) {
-        uint32_t c = i;
-        for (j = 0; j < 8; j++) c = (c >> 1) ^ (0xEDB88320u & (0u - (c & 1)));
-        crc->table[0][i] = c;
-    }
-    for (i = 0; i < 256; i++)
-        for (j = 1; j < 16; j++)
-            crc->table[j][i] = (crc->table[j - 1][i] >> 8) ^ crc->table[0][crc->table[j - 1][i] & 255];
-}
-
-/* Four bytes through the tables `row` to `row` - 3. */
-static uint32_t spmi_crc_word(const spmi_crc *crc, uint32_t word, int row)
-{
-    return crc->table[row][word & 255] ^ crc->table[row - 1][(word >> 8) & 255] ^ crc->table[row - 2][(word >> 16) & 255]
-           ^ crc->table[row - 3][word >> 24];
-}
-
-/* Continues `value` (0 at the start) over `bytes` bytes. */
-static uint32_t spmi_crc_add(const spmi_crc *crc, uint32_t value, const void *data, size_t bytes)
-{
-    const uint8_t *at = (const uint8_t *)data;
-    uint32_t c = ~value;
-    while (bytes >= 16) {
-        c = spmi_crc_word(crc, c ^ spmi_pack_u32(at), 15) ^ spmi_crc_word(crc, spmi_pack_u32(at + 4), 11)
-            ^ spmi_crc_word(crc, spmi_pack_u32(at + 8), 7) ^ spmi_crc_word(crc, spmi_pack_u32(at + 12), 3);
-        at += 16;
-        bytes -= 16;
-    }
-    while (bytes--) c = (c >> 8) ^ crc->table[0][(c ^ *at++) & 255];
-    return ~c;
+                     (unsigned long)bytes, (unsigned long long)offset, reason ? strerror(reason)
+                         : "the file was cut while it was read");
 }
 
 /* A hash table over records whose first member is their name; `slots` hold index + 1. */
@@ -11417,7 +14803,8 @@ static size_t spmi_names_slot(const spmi_names *names, const char *name)
     return slot;
 }
 
-/* Indexes `count` records; of equal names the last one wins, and *repeated (if not NULL) is the later of a pair or -1. */
+/* Indexes `count` records; of equal names the last one wins, and *repeated (if not NULL) is the later of a pair or
+ * -1. */
 static int spmi_names_build(spm_context *ctx, spmi_names *names, const void *records, size_t stride, int64_t count,
                             int64_t *repeated)
 {
@@ -11468,7 +14855,6 @@ struct spm_archive {
     spm_json_value *header;   /* safetensors: names and metadata live in it */
     char *text;               /* torch: the names */
     uint8_t *buffer;          /* SPMI_ARCHIVE_BUFFER bytes */
-    spmi_crc crc;
     spmi_archive_format format;
 };
 
@@ -11526,7 +14912,8 @@ static const char *spmi_torch_storage_name(spm_dtype dtype)
 
 static spm_dtype spmi_dtype_parse(const char *name)
 {
-    static const spm_dtype all[] = { SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8, SPM_U8, SPM_BOOL };
+    static const spm_dtype all[] = { SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8, SPM_U8,
+        SPM_BOOL };
     int i;
     for (i = 0; i < SPMI_COUNT(all); i++)
         if (spmi_string_equal(spm_dtype_name(all[i]), name)) return all[i];
@@ -11552,43 +14939,51 @@ static spm_status spmi_archive_check_crc(spm_archive *archive, const spm_archive
                                          uint32_t crc, spm_error *err)
 {
     if (crc != storage->crc)
-        return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: the CRC of its bytes at offset %llu does not match; the file is damaged",
+        return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                         "%s: %.100s: the CRC of its bytes at offset %llu does not match; the file is damaged",
                          archive->source.name, tensor->name, (unsigned long long)storage->offset);
     storage->check = 0;
     return SPM_OK;
 }
 
 /* One member of a safetensors header: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}. */
-static spm_status spmi_safetensors_tensor(spm_archive *archive, const char *name, const spm_json_value *value, uint64_t data,
+static spm_status spmi_safetensors_tensor(spm_archive *archive, const char *name, const spm_json_value *value,
+                                          uint64_t data,
                                           spm_archive_tensor *tensor, spm_error *err)
 {
     const spm_json_value *shape = spm_json_get(value, "shape"), *offsets = spm_json_get(value, "data_offsets");
     const char *dtype = spm_json_as_string(spm_json_get(value, "dtype"), NULL), *file = archive->source.name;
-    int64_t begin = spm_json_as_int(spm_json_at(offsets, 0), -1), end = spm_json_as_int(spm_json_at(offsets, 1), -1), bytes;
+    int64_t begin = spm_json_as_int(spm_json_at(offsets, 0), -1), end = spm_json_as_int(spm_json_at(offsets, 1), -1),
+        bytes;
     int axis;
     tensor->name = name;
     if (!dtype || spm_json_type_of(shape) != SPM_JSON_ARRAY || spm_json_length(offsets) != 2)
-        return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: its header entry lacks dtype, shape or data_offsets", file, name);
+        return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                         "%s: %.100s: its header entry lacks dtype, shape or data_offsets", file, name);
     tensor->dtype = spmi_dtype_parse(dtype);
     if (tensor->dtype == SPM_DTYPE_NONE)
-        return spmi_fail(archive->ctx, err, SPM_E_UNSUPPORTED, "%s: %.100s: the number type %.20s is not supported; convert it to F32",
+        return spmi_fail(archive->ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: %.100s: the number type %.20s is not supported; convert it to F32",
                          file, name, dtype);
     if (spm_json_length(shape) > SPM_ARCHIVE_MAX_RANK)
-        return spmi_fail(archive->ctx, err, SPM_E_UNSUPPORTED, "%s: %.100s: has %lld axes, at most %d are supported", file, name,
+        return spmi_fail(archive->ctx, err, SPM_E_UNSUPPORTED, "%s: %.100s: has %lld axes, at most %d are supported",
+                         file, name,
                          (long long)spm_json_length(shape), SPM_ARCHIVE_MAX_RANK);
     tensor->rank = (int)spm_json_length(shape);
     for (axis = 0; axis < tensor->rank; axis++) {
         tensor->shape[axis] = spm_json_as_int(spm_json_at(shape, axis), -1);
         if (tensor->shape[axis] < 0)
-            return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: axis %d of its shape is not a size", file, name, axis);
+            return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: axis %d of its shape is not a size", file,
+                             name, axis);
     }
     if (!spmi_archive_row_major(tensor) || !spmi_mul_dim(tensor->count, spmi_dtype_size(tensor->dtype), &bytes)
         || begin < 0 || end < begin || end - begin != bytes)
-        return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: its data_offsets [%lld, %lld] do not fit its shape and dtype",
+        return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                         "%s: %.100s: its data_offsets [%lld, %lld] do not fit its shape and dtype",
                          file, name, (long long)begin, (long long)end);
     if ((uint64_t)end > archive->source.size - data)
         return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
-                         "%s: %.100s: its data end at byte %llu, but the file ends at byte %llu; it was cut short or damaged", file,
+                         "%s: %.100s: its data end at byte %llu, the file at byte %llu; it was cut short", file,
                          name, (unsigned long long)end + data, (unsigned long long)archive->source.size);
     tensor->offset = data + (uint64_t)begin;
     return SPM_OK;
@@ -11596,7 +14991,8 @@ static spm_status spmi_safetensors_tensor(spm_archive *archive, const char *name
 
 static int spmi_safetensors_order(const void *a, const void *b)
 {
-    const spm_archive_tensor *const *left = (const spm_archive_tensor *const *)a, *const *right = (const spm_archive_tensor *const *)b;
+    const spm_archive_tensor *const *left = (const spm_archive_tensor *const *)a,
+        *const *right = (const spm_archive_tensor *const *)b;
     if ((*left)->offset != (*right)->offset) return (*left)->offset < (*right)->offset ? -1 : 1;
     return (*left)->count == (*right)->count ? 0 : (*left)->count < (*right)->count ? -1 : 1;
 }
@@ -11614,7 +15010,8 @@ static spm_status spmi_safetensors_overlap(spm_archive *archive, spm_error *err)
     for (i = 1; i < archive->count && !status; i++) {
         const spm_archive_tensor *t = order[i - 1];
         if (order[i]->offset < t->offset + (uint64_t)t->count * (uint64_t)spmi_dtype_size(t->dtype))
-            status = spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: the data of %.100s and %.100s overlap; the file is damaged",
+            status = spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                               "%s: the data of %.100s and %.100s overlap; the file is damaged",
                                archive->source.name, t->name, order[i]->name);
     }
     spmi_free(archive->ctx, (void *)order);
@@ -11632,7 +15029,8 @@ static spm_status spmi_safetensors_open(spm_archive *archive, uint64_t length, s
     if (!text) return spmi_fail_memory(ctx, err, name);
     status = spmi_source_read(&archive->source, 8, text, (size_t)length, err);
     /* A tensor's entry takes at least 50 bytes and at most 14 values: one value in four bytes is ample. */
-    if (!status && !(archive->header = spmi_json_parse_limited(ctx, name, text, (size_t)length, (size_t)length / 4 + 16, err)))
+    if (!status && !(archive->header = spmi_json_parse_limited(ctx, name, text, (size_t)length, (size_t)length / 4
+                                                               + 16, err)))
         status = SPM_E_FORMAT;
     spmi_free(ctx, text);
     if (status) return status;
@@ -11655,8 +15053,8 @@ static spm_status spmi_safetensors_open(spm_archive *archive, uint64_t length, s
 /* ---- torch files: the pickle machine ----
  * A closed interpreter of the opcodes that torch.save emits (protocols 2 to 5).  It builds numbers, strings, tuples,
  * lists and dicts as plain data; the few globals below are recognised by name and never looked up; every other one ends
- * the reading.  A tensor is only its argument tuple until the tree is walked; nothing is executed and no size is trusted.
- * Memory grows with the bytes read: each opcode makes at most a few small records, and their sum is capped. */
+ * the reading.  A tensor is only its argument tuple until the tree is walked; nothing is executed and no size is
+ * trusted. Memory grows with the bytes read: each opcode makes at most a few small records, and their sum is capped. */
 
 typedef enum spmi_pickle_type {
     SPMI_P_NONE, SPMI_P_BOOL, SPMI_P_INT, SPMI_P_FLOAT, SPMI_P_STRING, SPMI_P_BIG, SPMI_P_MARK,
@@ -11730,7 +15128,8 @@ static void *spmi_pickle_reserve(spmi_pickle *p, void *array, size_t used, size_
 {
     size_t total = p->stack_room + p->memo_room + p->cells_room + p->objects_room + p->storages_room;
     if (p->status || (used + 1) * size <= *room) return array;
-    if (total / 64 > p->have + 65536) spmi_pickle_fail(p, SPM_E_FORMAT, "more objects than a checkpoint can have; the file is damaged", "");
+    if (total / 64 > p->have + 65536)
+        spmi_pickle_fail(p, SPM_E_FORMAT, "more objects than a checkpoint can have; the file is damaged", "");
     else if (!spmi_grow(p->archive->ctx, &array, used * size, room, (used + 1) * size)) spmi_pickle_no_memory(p);
     return array;
 }
@@ -11811,7 +15210,8 @@ static void spmi_pickle_push_bytes(spmi_pickle *p, spmi_pickle_type type, uint64
 
 static uint32_t spmi_pickle_object_new(spmi_pickle *p)
 {
-    p->objects = (spmi_pickle_object *)spmi_pickle_reserve(p, p->objects, p->objects_used, &p->objects_room, sizeof *p->objects);
+    p->objects = (spmi_pickle_object *)spmi_pickle_reserve(p, p->objects, p->objects_used, &p->objects_room,
+                                                           sizeof *p->objects);
     if (p->status) return 0;
     memset(&p->objects[p->objects_used], 0, sizeof *p->objects);
     return (uint32_t)p->objects_used++;
@@ -11855,7 +15255,8 @@ static void spmi_pickle_collect(spmi_pickle *p, uint32_t object, size_t first, s
 {
     size_t i;
     for (i = first; i < p->stack_used && !p->status; i++) {
-        if (p->stack[i].type == SPMI_P_MARK) spmi_pickle_fail(p, SPM_E_FORMAT, "a mark inside a container; the file is damaged", "");
+        if (p->stack[i].type == SPMI_P_MARK)
+            spmi_pickle_fail(p, SPM_E_FORMAT, "a mark inside a container; the file is damaged", "");
         spmi_pickle_append(p, object, p->stack[i]);
     }
     if (!p->status) p->stack_used = first - drop;
@@ -11866,7 +15267,8 @@ static void spmi_pickle_tuple(spmi_pickle *p, size_t first, size_t drop, spmi_pi
     uint32_t object = spmi_pickle_object_new(p);
     if (p->status) return;
     spmi_pickle_collect(p, object, first, drop);
-    if (type == SPMI_P_DICT && p->objects[object].count % 2) spmi_pickle_fail(p, SPM_E_FORMAT, "a dict key without a value; the file is damaged", "");
+    if (type == SPMI_P_DICT && p->objects[object].count % 2)
+        spmi_pickle_fail(p, SPM_E_FORMAT, "a dict key without a value; the file is damaged", "");
     spmi_pickle_push(p, type, object, 0);
 }
 
@@ -11876,7 +15278,8 @@ static void spmi_pickle_extend(spmi_pickle *p, size_t first, size_t drop, spmi_p
     if (p->status) return;
     if (first < drop + 1 || p->stack[first - drop - 1].type != (uint32_t)type
         || (type == SPMI_P_DICT && (p->stack_used - first) % 2)) {
-        spmi_pickle_fail(p, SPM_E_FORMAT, type == SPMI_P_DICT ? "items for something that is no dict" : "items for something that is no list", "");
+        spmi_pickle_fail(p, SPM_E_FORMAT, type == SPMI_P_DICT ? "items for something that is no dict"
+                         : "items for something that is no list", "");
         return;
     }
     spmi_pickle_collect(p, (uint32_t)p->stack[first - drop - 1].bits, first, drop);
@@ -11915,12 +15318,15 @@ static void spmi_pickle_push_global(spmi_pickle *p, const char *module, const ch
     size_t i;
     if (p->status) return;
     if (spmi_string_equal(module, "torch") || spmi_string_equal(module, "torch.cuda")) {
-        static const spm_dtype all[] = { SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8, SPM_U8, SPM_BOOL };
+        static const spm_dtype all[] = { SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8,
+            SPM_U8, SPM_BOOL };
         for (i = 0; i < (size_t)SPMI_COUNT(all); i++)
-            if (spmi_string_equal(name, spmi_torch_storage_name(all[i]))) global = (uint64_t)SPMI_G_STORAGE + (uint64_t)all[i];
+            if (spmi_string_equal(name, spmi_torch_storage_name(all[i])))
+                global = (uint64_t)SPMI_G_STORAGE + (uint64_t)all[i];
         if (spmi_string_equal(name, "Size")) global = SPMI_G_SIZE;
     } else if (spmi_string_equal(module, "torch._utils")) {
-        if (spmi_string_equal(name, "_rebuild_tensor") || spmi_string_equal(name, "_rebuild_tensor_v2")) global = SPMI_G_TENSOR;
+        if (spmi_string_equal(name, "_rebuild_tensor") || spmi_string_equal(name, "_rebuild_tensor_v2"))
+            global = SPMI_G_TENSOR;
         else if (spmi_string_equal(name, "_rebuild_parameter")) global = SPMI_G_PARAMETER;
     } else if (spmi_string_equal(module, "collections") && spmi_string_equal(name, "OrderedDict")) {
         global = SPMI_G_DICT;
@@ -11930,9 +15336,8 @@ static void spmi_pickle_push_global(spmi_pickle *p, const char *module, const ch
         return;
     }
     (void)spmi_format(full, sizeof full, "%.90s.%.90s", module, name);
-    for (i = 0; full[i]; i++)
-        if ((unsigned char)full[i] < 0x20 || (unsigned char)full[i] >= 0x7F) full[i] = '?';
-    spmi_pickle_fail(p, SPM_E_UNSUPPORTED, "wants a Python object that is not plain data (save model.state_dict() alone): ", full);
+    spmi_pickle_fail(p, SPM_E_UNSUPPORTED,
+                     "wants a Python object that is not plain data (save model.state_dict() alone): ", full);
 }
 
 /* A line of at most 127 bytes, without its newline. */
@@ -12000,7 +15405,8 @@ static void spmi_pickle_call(spmi_pickle *p)
             for (cell = p->objects[first.bits].head; cell && !p->status; cell = p->cells[cell - 1].next) {
                 spmi_pickle_value pair = p->cells[cell - 1].value;
                 if ((pair.type != SPMI_P_LIST && pair.type != SPMI_P_TUPLE) || p->objects[pair.bits].count != 2) {
-                    spmi_pickle_fail(p, SPM_E_FORMAT, "an OrderedDict of something that is no pair; the file is damaged", "");
+                    spmi_pickle_fail(p, SPM_E_FORMAT,
+                                     "an OrderedDict of something that is no pair; the file is damaged", "");
                     return;
                 }
                 spmi_pickle_append(p, object, spmi_pickle_at(p, (uint32_t)pair.bits, 0));
@@ -12021,7 +15427,8 @@ static void spmi_pickle_persistent(spmi_pickle *p)
         spmi_pickle_fail(p, SPM_E_FORMAT, "a persistent id that names no storage; the file is damaged", "");
         return;
     }
-    p->storages = (uint32_t *)spmi_pickle_reserve(p, p->storages, p->storages_used, &p->storages_room, sizeof *p->storages);
+    p->storages = (uint32_t *)spmi_pickle_reserve(p, p->storages, p->storages_used, &p->storages_room,
+                                                  sizeof *p->storages);
     if (p->status) return;
     p->storages[p->storages_used++] = (uint32_t)id.bits;
     spmi_pickle_push(p, SPMI_P_STORAGE, id.bits, 0);
@@ -12050,7 +15457,8 @@ static void spmi_pickle_long(spmi_pickle *p, uint64_t length)
 /* The operands of one tuple opcode of fixed size. */
 static void spmi_pickle_fixed_tuple(spmi_pickle *p, size_t count)
 {
-    if (p->stack_used < count) spmi_pickle_fail(p, SPM_E_FORMAT, "the pickle's stack is empty; the file is damaged", "");
+    if (p->stack_used < count)
+        spmi_pickle_fail(p, SPM_E_FORMAT, "the pickle's stack is empty; the file is damaged", "");
     else spmi_pickle_tuple(p, p->stack_used - count, 0, SPMI_P_TUPLE);
 }
 
@@ -12076,7 +15484,8 @@ static spmi_pickle_value spmi_pickle_run(spmi_pickle *p)
             if (mark) p->stack_used = mark - 1;
             break;
         case '2':                                                                             /* DUP */
-            if (p->stack_used && p->stack[p->stack_used - 1].type != SPMI_P_MARK) spmi_pickle_push_value(p, p->stack[p->stack_used - 1]);
+            if (p->stack_used && p->stack[p->stack_used - 1].type != SPMI_P_MARK)
+                spmi_pickle_push_value(p, p->stack[p->stack_used - 1]);
             else (void)spmi_pickle_fail(p, SPM_E_FORMAT, "nothing to repeat; the file is damaged", "");
             break;
         case 'N': spmi_pickle_push(p, SPMI_P_NONE, 0, 0); break;                              /* NONE */
@@ -12088,25 +15497,31 @@ static spmi_pickle_value spmi_pickle_run(spmi_pickle *p)
         case 0x8A: spmi_pickle_long(p, spmi_pickle_number(p, 1)); break;                      /* LONG1 */
         case 0x8B: spmi_pickle_long(p, spmi_pickle_number(p, 4)); break;                      /* LONG4 */
         case 'G': spmi_pickle_float(p); break;                                                /* BINFLOAT */
-        case 'U': case 0x8C: case 'C':                                /* SHORT_BINSTRING, SHORT_BINUNICODE, SHORT_BINBYTES */
+        /* SHORT_BINSTRING, SHORT_BINUNICODE, SHORT_BINBYTES */
+        case 'U': case 0x8C: case 'C':
             spmi_pickle_push_bytes(p, SPMI_P_STRING, spmi_pickle_number(p, 1));
             break;
-        case 'T': case 'X': case 'B':                                                 /* BINSTRING, BINUNICODE, BINBYTES */
+        /* BINSTRING, BINUNICODE, BINBYTES */
+        case 'T': case 'X': case 'B':
             spmi_pickle_push_bytes(p, SPMI_P_STRING, spmi_pickle_number(p, 4));
             break;
-        case 0x8D: case 0x8E:                                                                 /* BINUNICODE8, BINBYTES8 */
+        /* BINUNICODE8, BINBYTES8 */
+        case 0x8D: case 0x8E:
             spmi_pickle_push_bytes(p, SPMI_P_STRING, spmi_pickle_number(p, 8));
             break;
         case ')': spmi_pickle_tuple(p, p->stack_used, 0, SPMI_P_TUPLE); break;                /* EMPTY_TUPLE */
-        case ']': case 0x8F: spmi_pickle_tuple(p, p->stack_used, 0, SPMI_P_LIST); break;      /* EMPTY_LIST, EMPTY_SET */
+        /* EMPTY_LIST, EMPTY_SET */
+        case ']': case 0x8F: spmi_pickle_tuple(p, p->stack_used, 0, SPMI_P_LIST); break;
         case '}': spmi_pickle_tuple(p, p->stack_used, 0, SPMI_P_DICT); break;                 /* EMPTY_DICT */
         case 0x85: spmi_pickle_fixed_tuple(p, 1); break;                                      /* TUPLE1 */
         case 0x86: spmi_pickle_fixed_tuple(p, 2); break;                                      /* TUPLE2 */
         case 0x87: spmi_pickle_fixed_tuple(p, 3); break;                                      /* TUPLE3 */
         case 't': mark = spmi_pickle_mark(p); spmi_pickle_tuple(p, mark, 1, SPMI_P_TUPLE); break;         /* TUPLE */
-        case 'l': case 0x91: mark = spmi_pickle_mark(p); spmi_pickle_tuple(p, mark, 1, SPMI_P_LIST); break; /* LIST, FROZENSET */
+        /* LIST, FROZENSET */
+        case 'l': case 0x91: mark = spmi_pickle_mark(p); spmi_pickle_tuple(p, mark, 1, SPMI_P_LIST); break;
         case 'd': mark = spmi_pickle_mark(p); spmi_pickle_tuple(p, mark, 1, SPMI_P_DICT); break;          /* DICT */
-        case 'e': case 0x90: mark = spmi_pickle_mark(p); spmi_pickle_extend(p, mark, 1, SPMI_P_LIST); break; /* APPENDS, ADDITEMS */
+        /* APPENDS, ADDITEMS */
+        case 'e': case 0x90: mark = spmi_pickle_mark(p); spmi_pickle_extend(p, mark, 1, SPMI_P_LIST); break;
         case 'u': mark = spmi_pickle_mark(p); spmi_pickle_extend(p, mark, 1, SPMI_P_DICT); break;         /* SETITEMS */
         case 'a': spmi_pickle_extend(p, p->stack_used - (p->stack_used > 0), 0, SPMI_P_LIST); break;      /* APPEND */
         case 's': spmi_pickle_extend(p, p->stack_used > 1 ? p->stack_used - 2 : 0, 0, SPMI_P_DICT); break; /* SETITEM */
@@ -12119,7 +15534,8 @@ static spmi_pickle_value spmi_pickle_run(spmi_pickle *p)
         case 0x93: spmi_pickle_global_op(p, 1); break;                                        /* STACK_GLOBAL */
         case 'R': case 0x81: spmi_pickle_call(p); break;                                      /* REDUCE, NEWOBJ */
         case 'Q': spmi_pickle_persistent(p); break;                                           /* BINPERSID */
-        case 'b':                                                     /* BUILD: the attributes of an OrderedDict are dropped */
+        /* BUILD: the attributes of an OrderedDict are dropped */
+        case 'b':
             (void)spmi_pickle_pop(p);
             if (!p->stack_used || p->stack[p->stack_used - 1].type != SPMI_P_DICT)
                 spmi_pickle_fail(p, SPM_E_FORMAT, "sets attributes of something that is no dict; refused", "");
@@ -12131,11 +15547,12 @@ static spmi_pickle_value spmi_pickle_run(spmi_pickle *p)
     return none;
 }
 
-/* A string of at most 4096 bytes as a C string: its terminator overwrites the opcode behind it, so only when all pickles
- * have been run.  NULL for anything else. */
+/* A string of at most 4096 bytes as a C string: its terminator overwrites the opcode behind it, so only when all
+ * pickles have been run.  NULL for anything else. */
 static const char *spmi_pickle_text(spmi_pickle *p, spmi_pickle_value value)
 {
-    if (value.type != SPMI_P_STRING || value.length > 4096 || memchr(p->bytes + value.bits, 0, value.length)) return NULL;
+    if (value.type != SPMI_P_STRING || value.length > 4096 || memchr(p->bytes + value.bits, 0, value.length))
+        return NULL;
     p->bytes[value.bits + value.length] = 0;
     return (const char *)(p->bytes + value.bits);
 }
@@ -12195,18 +15612,21 @@ static spm_status spmi_torch_zip_locate(spmi_torch *t, int64_t index, spmi_stora
                          archive->source.name, key->name, (unsigned long long)key->local);
     if (!key->stored)
         return spmi_fail(archive->ctx, t->pickle.err, SPM_E_UNSUPPORTED,
-                         "%s: entry %.150s is compressed or encrypted, which torch.save never does; save it again with torch",
+                         "%s: entry %.150s is compressed or encrypted; save it again with torch",
                          archive->source.name, key->name);
     key->storage = index;
     return SPM_OK;
 }
 
-/* ('storage', type, key, location, elements[, view]): its dtype, its index, and the element where a legacy view begins. */
-static spm_status spmi_torch_storage(spmi_torch *t, uint32_t id, spm_dtype *dtype, int64_t *elements, int64_t *storage, int64_t *view)
+/* ('storage', type, key, location, elements[, view]): its dtype, its index, and the element where a legacy view
+ * begins. */
+static spm_status spmi_torch_storage(spmi_torch *t, uint32_t id, spm_dtype *dtype, int64_t *elements,
+                                     int64_t *storage, int64_t *view)
 {
     spmi_pickle *p = &t->pickle;
     spm_archive *archive = p->archive;
-    spmi_pickle_value type = spmi_pickle_at(p, id, 1), count = spmi_pickle_at(p, id, 4), part = spmi_pickle_at(p, id, 5);
+    spmi_pickle_value type = spmi_pickle_at(p, id, 1), count = spmi_pickle_at(p, id, 4),
+        part = spmi_pickle_at(p, id, 5);
     const char *name = spmi_pickle_text(p, spmi_pickle_at(p, id, 2));
     char entry[512];
     int64_t index, bytes;
@@ -12219,7 +15639,8 @@ static spm_status spmi_torch_storage(spmi_torch *t, uint32_t id, spm_dtype *dtyp
     else (void)spmi_format(entry, sizeof entry, "%.500s", name);
     index = spmi_names_find(&t->names, entry);
     if (index < 0)
-        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT, "%s: %.150s: its storage %.100s is not in the file; it was cut short or damaged",
+        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT,
+                         "%s: %.150s: its storage %.100s is not in the file; it was cut short or damaged",
                          archive->source.name, t->path, entry);
     if (archive->format == SPMI_TORCH_ZIP && t->keys[index].storage < 0) {
         spm_status status = spmi_torch_zip_locate(t, index, &archive->storages[index]);
@@ -12228,12 +15649,14 @@ static spm_status spmi_torch_storage(spmi_torch *t, uint32_t id, spm_dtype *dtyp
     *storage = t->keys[index].storage;
     if (*storage < 0 || !spmi_mul_dim(*elements, spmi_dtype_size(*dtype), &bytes)
         || (uint64_t)bytes > archive->storages[*storage].size)
-        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT, "%s: %.150s: its storage %.100s is smaller than its %lld elements",
+        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT,
+                         "%s: %.150s: its storage %.100s is smaller than its %lld elements",
                          archive->source.name, t->path, entry, (long long)*elements);
     if (part.type == SPMI_P_TUPLE) { /* (key of the view, first element, elements) */
         spmi_pickle_value first = spmi_pickle_at(p, (uint32_t)part.bits, 1);
         *view = first.type == SPMI_P_INT ? (int64_t)first.bits : -1;
-        if (*view < 0 || *view > *elements) return spmi_torch_fail(t, SPM_E_FORMAT, "a view that begins outside its storage; the file is damaged");
+        if (*view < 0 || *view > *elements)
+            return spmi_torch_fail(t, SPM_E_FORMAT, "a view that begins outside its storage; the file is damaged");
     }
     return SPM_OK;
 }
@@ -12243,9 +15666,12 @@ static int spmi_torch_sizes(const spmi_pickle *p, spmi_pickle_value value, int64
 {
     uint32_t cell;
     int rank = 0;
-    if ((value.type != SPMI_P_TUPLE && value.type != SPMI_P_LIST) || p->objects[value.bits].count > SPM_ARCHIVE_MAX_RANK) return -1;
+    if ((value.type != SPMI_P_TUPLE && value.type != SPMI_P_LIST)
+        || p->objects[value.bits].count > SPM_ARCHIVE_MAX_RANK)
+        return -1;
     for (cell = p->objects[value.bits].head; cell; cell = p->cells[cell - 1].next) {
-        if (p->cells[cell - 1].value.type != SPMI_P_INT || p->cells[cell - 1].value.bits > (uint64_t)INT64_MAX) return -1;
+        if (p->cells[cell - 1].value.type != SPMI_P_INT || p->cells[cell - 1].value.bits > (uint64_t)INT64_MAX)
+            return -1;
         out[rank++] = (int64_t)p->cells[cell - 1].value.bits;
     }
     return rank;
@@ -12269,7 +15695,8 @@ static spm_status spmi_torch_tensor(spmi_torch *t, uint32_t args, spm_archive_te
     tensor->count = 1;
     last = (int64_t)offset.bits;
     for (axis = 0; axis < tensor->rank; axis++) {
-        if (!spmi_mul_dim(tensor->count, tensor->shape[axis], &tensor->count)) return spmi_torch_fail(t, SPM_E_FORMAT, "its shape is too large");
+        if (!spmi_mul_dim(tensor->count, tensor->shape[axis], &tensor->count))
+            return spmi_torch_fail(t, SPM_E_FORMAT, "its shape is too large");
         if (tensor->shape[axis] == 0) continue;
         if (!spmi_mul_dim(tensor->shape[axis] - 1, tensor->stride[axis], &span) || last < 0 || span > INT64_MAX - last)
             return spmi_torch_fail(t, SPM_E_FORMAT, "its strides are too large; the file is damaged");
@@ -12277,12 +15704,14 @@ static spm_status spmi_torch_tensor(spmi_torch *t, uint32_t args, spm_archive_te
     }
     if (tensor->count && (last < 0 || last >= elements - view || (int64_t)offset.bits < 0))
         return spmi_torch_fail(t, SPM_E_FORMAT, "its elements reach beyond its storage; the file is damaged");
-    /* Strides of 0 (torch's expand) repeat elements: a claim of more than the file itself plus a mebibyte is refused. */
+    /* Strides of 0 (torch's expand) repeat elements: a claim of more than the file itself plus a mebibyte is refused.
+     * */
     if (!spmi_mul_dim(tensor->count, spmi_dtype_size(tensor->dtype), &bytes)
         || (uint64_t)bytes > p->archive->source.size + ((uint64_t)1 << 20))
         return spmi_torch_fail(t, SPM_E_FORMAT, "claims more elements than the file can hold; save it contiguous");
     tensor->offset = p->archive->storages[*storage].offset;
-    if (tensor->count) tensor->offset += (uint64_t)(view + (int64_t)offset.bits) * (uint64_t)spmi_dtype_size(tensor->dtype);
+    if (tensor->count)
+        tensor->offset += (uint64_t)(view + (int64_t)offset.bits) * (uint64_t)spmi_dtype_size(tensor->dtype);
     return SPM_OK;
 }
 
@@ -12295,7 +15724,8 @@ static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t
     spm_status status = SPM_OK;
     uint32_t cell;
     int64_t index = 0;
-    if (++t->visits > p->cells_used + 256) return spmi_torch_fail(t, SPM_E_FORMAT, "the tree contains itself; the file is damaged");
+    if (++t->visits > p->cells_used + 256)
+        return spmi_torch_fail(t, SPM_E_FORMAT, "the tree contains itself; the file is damaged");
     if (value.type == SPMI_P_TENSOR) {
         const char *name = length ? t->path : "tensor";
         size_t bytes = strlen(name) + 1;
@@ -12316,7 +15746,7 @@ static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t
         spmi_pickle_value item = p->cells[cell - 1].value;
         char number[24];
         const char *key = number;
-        int wrote;
+        int wrote, named = item.type == SPMI_P_STRING;
         (void)spmi_format(number, sizeof number, "%lld", (long long)index);
         if (value.type == SPMI_P_DICT) {
             if (item.type == SPMI_P_INT) (void)spmi_format(number, sizeof number, "%lld", (long long)item.bits);
@@ -12325,7 +15755,10 @@ static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t
             item = p->cells[cell - 1].value;
         }
         if (item.type < SPMI_P_TUPLE || item.type == SPMI_P_STORAGE || item.type == SPMI_P_GLOBAL) continue;
-        if (!key) continue; /* named by a tuple or the like: no parameter */
+        if (!key && !named) continue; /* its key is a tuple or the like: no parameter */
+        if (!key)
+            return spmi_torch_fail(t, SPM_E_FORMAT,
+                                   "holds a name that is no text or has more than 4096 bytes; the file is damaged");
         wrote = spmi_format(t->path + length, sizeof t->path - length, "%s%s", length ? "." : "", key);
         if (wrote < 0 || (size_t)wrote >= sizeof t->path - length)
             return spmi_torch_fail(t, SPM_E_FORMAT, "a name of more than 1000 bytes; the file is damaged");
@@ -12341,8 +15774,10 @@ static spm_status spmi_torch_collect(spmi_torch *t, spmi_pickle_value root)
     spm_archive *archive = t->pickle.archive;
     spm_status status = spmi_torch_walk(t, root, 0, 0);
     if (status) return status;
-    if (t->text_used / 64 > t->pickle.have + 65536) return spmi_torch_fail(t, SPM_E_FORMAT, "longer names than the file can hold; the file is damaged");
-    archive->tensors = (spm_archive_tensor *)spmi_alloc_array(archive->ctx, archive->count + 1, sizeof(spm_archive_tensor));
+    if (t->text_used / 64 > t->pickle.have + 65536)
+        return spmi_torch_fail(t, SPM_E_FORMAT, "longer names than the file can hold; the file is damaged");
+    archive->tensors = (spm_archive_tensor *)spmi_alloc_array(archive->ctx, archive->count + 1,
+                                                              sizeof(spm_archive_tensor));
     archive->storage_of = (int64_t *)spmi_alloc_array(archive->ctx, archive->count + 1, sizeof(int64_t));
     archive->text = (char *)spmi_alloc(archive->ctx, t->text_used + 1);
     if (!archive->tensors || !archive->storage_of || !archive->text)
@@ -12356,7 +15791,8 @@ static spm_status spmi_torch_collect(spmi_torch *t, spmi_pickle_value root)
 /* ---- torch files since 1.6: a zip of stored entries ---- */
 
 /* Finds the central directory: *offset, *size, *count. */
-static spm_status spmi_zip_directory(spm_archive *archive, uint64_t *offset, uint64_t *size, uint64_t *count, spm_error *err)
+static spm_status spmi_zip_directory(spm_archive *archive, uint64_t *offset, uint64_t *size, uint64_t *count,
+                                     spm_error *err)
 {
     uint64_t total = archive->source.size;
     size_t tail = (size_t)SPMI_MIN(total, (uint64_t)65557), at;
@@ -12369,7 +15805,8 @@ static spm_status spmi_zip_directory(spm_archive *archive, uint64_t *offset, uin
         if (memcmp(end, "PK\5\6", 4) == 0 && (size_t)spmi_pack_u16(end + 20) == tail - at) found = end;
     }
     if (!status && !found)
-        status = spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: this zip file of %llu bytes has no central directory; it was cut short",
+        status = spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                           "%s: this zip file of %llu bytes has no central directory; it was cut short",
                            archive->source.name, (unsigned long long)total);
     if (!status) {
         *count = spmi_pack_u16(found + 10);
@@ -12378,7 +15815,8 @@ static spm_status spmi_zip_directory(spm_archive *archive, uint64_t *offset, uin
         if (found - bytes >= 20 && memcmp(found - 20, "PK\6\7", 4) == 0) { /* zip64 */
             status = spmi_source_read(&archive->source, spmi_pack_u64(found - 12), big, sizeof big, err);
             if (!status && memcmp(big, "PK\6\6", 4) != 0)
-                status = spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: offset %llu: no zip64 record is here; the file is damaged",
+                status = spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                                   "%s: offset %llu: no zip64 record is here; the file is damaged",
                                    archive->source.name, (unsigned long long)spmi_pack_u64(found - 12));
             *count = spmi_pack_u64(big + 32);
             *size = spmi_pack_u64(big + 40);
@@ -12388,7 +15826,8 @@ static spm_status spmi_zip_directory(spm_archive *archive, uint64_t *offset, uin
     spmi_free(archive->ctx, bytes);
     if (status) return status;
     if (*offset > total || *size > total - *offset || *count > *size / 46)
-        return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: its central directory (%llu entries at offset %llu) does not fit the file",
+        return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
+                         "%s: its central directory (%llu entries at offset %llu) does not fit the file",
                          archive->source.name, (unsigned long long)*count, (unsigned long long)*offset);
     return SPM_OK;
 }
@@ -12410,14 +15849,24 @@ static uint8_t *spmi_zip_record(uint8_t *at, const uint8_t *end, spmi_torch_key 
     packed = spmi_pack_u32(at + 20);
     storage->size = spmi_pack_u32(at + 24);
     local = spmi_pack_u32(at + 42);
-    for (i = 0; i + 4 <= extra; i += 4 + (size_t)spmi_pack_u16(at + 46 + name + i + 2)) { /* zip64: what did not fit above */
+    /* zip64: what did not fit above */
+    for (i = 0; i + 4 <= extra; i += 4 + (size_t)spmi_pack_u16(at + 46 + name + i + 2)) {
         const uint8_t *field = at + 46 + name + i;
-        size_t left = spmi_pack_u16(field + 2), used = 4;
+        size_t left = spmi_pack_u16(field + 2);
         if (spmi_pack_u16(field) != 1) continue;
         if (left > extra - i - 4) return NULL;
-        if (storage->size == 0xFFFFFFFFu && left >= 8) { storage->size = spmi_pack_u64(field + used); used += 8; left -= 8; }
-        if (packed == 0xFFFFFFFFu && left >= 8) { packed = spmi_pack_u64(field + used); used += 8; left -= 8; }
-        if (local == 0xFFFFFFFFu && left >= 8) local = spmi_pack_u64(field + used);
+        field += 4;
+        if (storage->size == 0xFFFFFFFFu && left >= 8) {
+            storage->size = spmi_pack_u64(field);
+            field += 8;
+            left -= 8;
+        }
+        if (packed == 0xFFFFFFFFu && left >= 8) {
+            packed = spmi_pack_u64(field);
+            field += 8;
+            left -= 8;
+        }
+        if (local == 0xFFFFFFFFu && left >= 8) local = spmi_pack_u64(field);
         break;
     }
     if (packed != storage->size) key->stored = 0;
@@ -12444,7 +15893,7 @@ static spm_status spmi_torch_zip_entry(spmi_torch *t, int64_t index)
         size_t piece = (size_t)SPMI_MIN(storage->size - at, (uint64_t)SPMI_ARCHIVE_BUFFER);
         status = spmi_source_read(&archive->source, storage->offset + at, archive->buffer, piece, t->pickle.err);
         if (status) return status;
-        crc = spmi_crc_add(&archive->crc, crc, archive->buffer, piece);
+        crc = spmi_crc32(crc, archive->buffer, piece);
     }
     return storage->check ? spmi_archive_check_crc(archive, &whole, storage, crc, t->pickle.err) : SPM_OK;
 }
@@ -12471,24 +15920,29 @@ static spm_status spmi_torch_zip_read(spmi_torch *t)
         uint8_t *next = spmi_zip_record(at, t->directory + size, &t->keys[i], &archive->storages[i]);
         size_t length;
         if (!next)
-            return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: record %lld of its central directory (offset %llu) is damaged",
-                             archive->source.name, (long long)i, (unsigned long long)(offset + (uint64_t)(at - t->directory)));
+            return spmi_fail(ctx, err, SPM_E_FORMAT,
+                             "%s: record %lld of its central directory (offset %llu) is damaged",
+                             archive->source.name, (long long)i, (unsigned long long)(offset
+                                                                                      + (uint64_t)(at - t->directory)));
         length = strlen(t->keys[i].name);
         if (length >= 8 && length < sizeof t->prefix && spmi_string_equal(t->keys[i].name + length - 8, "data.pkl")
-            && (length == 8 || t->keys[i].name[length - 9] == '/') && (pickle < 0 || length < strlen(t->keys[pickle].name)))
+            && (length == 8 || t->keys[i].name[length - 9] == '/') && (pickle < 0
+                                                                       || length < strlen(t->keys[pickle].name)))
             pickle = i;
         at = next;
     }
     t->keys_count = (int64_t)count;
     if (pickle < 0)
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is a zip file without data.pkl: not a checkpoint of torch.save", archive->source.name);
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is a zip file without data.pkl: not a checkpoint of torch.save",
+                         archive->source.name);
     (void)spmi_format(t->prefix, sizeof t->prefix, "%.*s", (int)strlen(t->keys[pickle].name) - 8, t->keys[pickle].name);
     if (!spmi_names_build(ctx, &t->names, t->keys, sizeof(spmi_torch_key), t->keys_count, NULL))
         return spmi_fail_memory(ctx, err, archive->source.name);
     (void)spmi_format(name, sizeof name, "%sbyteorder", t->prefix);
     order = spmi_names_find(&t->names, name);
     if (order >= 0 && archive->storages[order].size == 3)
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: was written by a big-endian machine; save it again on another one", archive->source.name);
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: was written by a big-endian machine; save it again on another one", archive->source.name);
     status = spmi_torch_zip_entry(t, pickle);
     if (status) return status;
     t->pickle.entry = "data.pkl";
@@ -12521,9 +15975,11 @@ static spm_status spmi_torch_legacy_storages(spmi_torch *t, spmi_pickle_value li
     uint64_t at = p->base + p->at;
     uint32_t cell, ids = (uint32_t)p->storages_used, i;
     int64_t used = 0, bytes;
-    if (list.type != SPMI_P_LIST) return spmi_torch_fail(t, SPM_E_FORMAT, "the list of storages is missing; the file is damaged");
+    if (list.type != SPMI_P_LIST)
+        return spmi_torch_fail(t, SPM_E_FORMAT, "the list of storages is missing; the file is damaged");
     t->keys = (spmi_torch_key *)spmi_alloc_array(archive->ctx, (int64_t)ids + 1, sizeof(spmi_torch_key));
-    archive->storages = (spmi_storage *)spmi_alloc_array(archive->ctx, (int64_t)p->objects[list.bits].count + 1, sizeof(spmi_storage));
+    archive->storages = (spmi_storage *)spmi_alloc_array(archive->ctx, (int64_t)p->objects[list.bits].count + 1,
+                                                         sizeof(spmi_storage));
     if (!t->keys || !archive->storages) return spmi_fail_memory(archive->ctx, p->err, archive->source.name);
     for (i = 0; i < ids; i++) {
         spmi_torch_key *key = &t->keys[i];
@@ -12551,8 +16007,9 @@ static spm_status spmi_torch_legacy_storages(spmi_torch *t, spmi_pickle_value li
             || !spmi_mul_dim(t->keys[index].elements, spmi_dtype_size(t->keys[index].dtype), &bytes)
             || (uint64_t)bytes > archive->source.size - at)
             return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT,
-                             "%s: storage %.60s at offset %llu claims %llu elements, which do not fit; the file was cut short or damaged",
-                             archive->source.name, name, (unsigned long long)at - 8, (unsigned long long)spmi_pack_u64(number));
+                             "%s: storage %.60s at offset %llu claims %llu elements, more than fit; it was cut short",
+                             archive->source.name, name, (unsigned long long)at - 8,
+                                 (unsigned long long)spmi_pack_u64(number));
         t->keys[index].storage = used;
         archive->storages[used].offset = at;
         archive->storages[used].size = (uint64_t)bytes;
@@ -12573,10 +16030,12 @@ static spm_status spmi_torch_legacy_read(spmi_torch *t)
     p->limit = archive->source.size;
     value = spmi_pickle_run(p);
     if (!p->status && (value.type != SPMI_P_BIG || value.length != 10 || memcmp(p->bytes + value.bits, magic, 10) != 0))
-        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT, "%s: is a pickle, but not one of torch.save", archive->source.name);
+        return spmi_fail(archive->ctx, p->err, SPM_E_FORMAT, "%s: is a pickle, but not one of torch.save",
+                         archive->source.name);
     value = spmi_pickle_run(p);
     if (!p->status && (value.type != SPMI_P_INT || value.bits != 1001))
-        return spmi_fail(archive->ctx, p->err, SPM_E_UNSUPPORTED, "%s: has an unknown version of torch's old format; save it again",
+        return spmi_fail(archive->ctx, p->err, SPM_E_UNSUPPORTED,
+                         "%s: has an unknown version of torch's old format; save it again",
                          archive->source.name);
     system = spmi_pickle_run(p);
     root = spmi_pickle_run(p);
@@ -12585,8 +16044,10 @@ static spm_status spmi_torch_legacy_read(spmi_torch *t)
     for (cell = system.type == SPMI_P_DICT ? p->objects[system.bits].head : 0; cell; cell = p->cells[cell - 1].next) {
         const char *key = spmi_pickle_text(p, p->cells[cell - 1].value);
         cell = p->cells[cell - 1].next;
-        if (key && spmi_string_equal(key, "little_endian") && p->cells[cell - 1].value.type == SPMI_P_BOOL && !p->cells[cell - 1].value.bits)
-            return spmi_fail(archive->ctx, p->err, SPM_E_UNSUPPORTED, "%s: was written by a big-endian machine; save it again on another one",
+        if (key && spmi_string_equal(key, "little_endian") && p->cells[cell - 1].value.type == SPMI_P_BOOL
+            && !p->cells[cell - 1].value.bits)
+            return spmi_fail(archive->ctx, p->err, SPM_E_UNSUPPORTED,
+                             "%s: was written by a big-endian machine; save it again on another one",
                              archive->source.name);
     }
     status = spmi_torch_legacy_storages(t, value);
@@ -12638,7 +16099,6 @@ static spm_status spmi_archive_open_source(spm_archive *archive, spm_error *err)
     length = spmi_pack_u64(head);
     archive->buffer = (uint8_t *)spmi_alloc(ctx, SPMI_ARCHIVE_BUFFER);
     if (!archive->buffer) return spmi_fail_memory(ctx, err, archive->source.name);
-    spmi_crc_init(&archive->crc);
     if (memcmp(head, "PK\3\4", 4) == 0) {
         archive->format = SPMI_TORCH_ZIP;
         status = spmi_torch_zip_open(archive, err);
@@ -12649,18 +16109,21 @@ static spm_status spmi_archive_open_source(spm_archive *archive, spm_error *err)
         archive->format = SPMI_SAFETENSORS;
         if (length > size - 8 || length > SPMI_SAFETENSORS_HEADER_MAX)
             return spmi_fail(ctx, err, SPM_E_FORMAT,
-                             "%s: its header of %llu bytes does not fit a file of %llu bytes; it was cut short or damaged",
+                             "%s: its header of %llu bytes does not fit a file of %llu bytes; it was cut short",
                              archive->source.name, (unsigned long long)length, (unsigned long long)size);
         status = spmi_safetensors_open(archive, length, err);
     } else {
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is neither a safetensors file nor a file of torch.save (%llu bytes)",
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: is neither a safetensors file nor a file of torch.save (%llu bytes)",
                          archive->source.name, (unsigned long long)size);
     }
     if (status) return status;
-    if (!spmi_names_build(ctx, &archive->names, archive->tensors, sizeof(spm_archive_tensor), archive->count, &repeated))
+    if (!spmi_names_build(ctx, &archive->names, archive->tensors, sizeof(spm_archive_tensor), archive->count,
+                          &repeated))
         return spmi_fail_memory(ctx, err, archive->source.name);
     if (repeated >= 0)
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: the name %.100s occurs twice; the file is damaged", archive->source.name,
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: the name %.100s occurs twice; the file is damaged",
+                         archive->source.name,
                          archive->tensors[repeated].name);
     return SPM_OK;
 }
@@ -12681,7 +16144,8 @@ SPMDEF spm_archive *spm_archive_open(spm_context *ctx, const char *path, spm_err
     return archive;
 }
 
-SPMDEF spm_archive *spm_archive_open_memory(spm_context *ctx, const char *name, const void *data, size_t size, spm_error *err)
+SPMDEF spm_archive *spm_archive_open_memory(spm_context *ctx, const char *name, const void *data, size_t size,
+                                            spm_error *err)
 {
     spm_archive *archive = (spm_archive *)spmi_alloc_zero(ctx, sizeof *archive);
     if (!archive) {
@@ -12830,7 +16294,8 @@ static int spmi_archive_contiguous(const spm_archive_tensor *tensor)
 }
 
 /* Reads a storage through once for its CRC: for tensors that are only a part of it. */
-static spm_status spmi_archive_verify(spm_archive *archive, const spm_archive_tensor *tensor, spmi_storage *storage, spm_error *err)
+static spm_status spmi_archive_verify(spm_archive *archive, const spm_archive_tensor *tensor, spmi_storage *storage,
+                                      spm_error *err)
 {
     uint64_t at = storage->offset, end = storage->offset + storage->size;
     uint32_t crc = 0;
@@ -12838,7 +16303,7 @@ static spm_status spmi_archive_verify(spm_archive *archive, const spm_archive_te
         size_t bytes = (size_t)SPMI_MIN(end - at, (uint64_t)SPMI_ARCHIVE_BUFFER);
         spm_status status = spmi_source_read(&archive->source, at, archive->buffer, bytes, err);
         if (status) return status;
-        crc = spmi_crc_add(&archive->crc, crc, archive->buffer, bytes);
+        crc = spmi_crc32(crc, archive->buffer, bytes);
         at += bytes;
     }
     return spmi_archive_check_crc(archive, tensor, storage, crc, err);
@@ -12850,7 +16315,8 @@ typedef struct spmi_archive_target {
     int64_t *integers;
 } spmi_archive_target;
 
-static spm_status spmi_archive_convert(spm_archive *archive, const spm_archive_tensor *tensor, const uint8_t *in, ptrdiff_t step,
+static spm_status spmi_archive_convert(spm_archive *archive, const spm_archive_tensor *tensor, const uint8_t *in,
+                                       ptrdiff_t step,
                                        int64_t first, int64_t n, spmi_archive_target out, spm_error *err)
 {
     int64_t bad = -1;
@@ -12863,7 +16329,8 @@ static spm_status spmi_archive_convert(spm_archive *archive, const spm_archive_t
 }
 
 /* Any strides: the span of the tensor is read as a whole, then walked row by row. */
-static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_archive_tensor *tensor, spmi_archive_target out,
+static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_archive_tensor *tensor,
+                                            spmi_archive_target out,
                                             spm_error *err)
 {
     int64_t index[SPM_ARCHIVE_MAX_RANK], span = 1, done = 0, row = tensor->shape[tensor->rank - 1], from = 0;
@@ -12875,7 +16342,8 @@ static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_arch
         span += (tensor->shape[axis] - 1) * tensor->stride[axis];
         index[axis] = 0;
     }
-    if ((uint64_t)span > SIZE_MAX / 8 || (bytes = (uint8_t *)spmi_alloc(archive->ctx, (size_t)span * (size_t)size)) == NULL)
+    if ((uint64_t)span > SIZE_MAX / 8 || (bytes = (uint8_t *)spmi_alloc(archive->ctx,
+                                                                        (size_t)span * (size_t)size)) == NULL)
         return spmi_fail_memory(archive->ctx, err, tensor->name);
     status = spmi_source_read(&archive->source, tensor->offset, bytes, (size_t)span * (size_t)size, err);
     while (!status && done < tensor->count) {
@@ -12892,10 +16360,12 @@ static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_arch
     return status;
 }
 
-static spm_status spmi_archive_read(spm_archive *archive, const spm_archive_tensor *tensor, spmi_archive_target out, spm_error *err)
+static spm_status spmi_archive_read(spm_archive *archive, const spm_archive_tensor *tensor, spmi_archive_target out,
+                                    spm_error *err)
 {
     size_t size = (size_t)spmi_dtype_size(tensor->dtype);
-    spmi_storage *storage = archive->storage_of ? &archive->storages[archive->storage_of[tensor - archive->tensors]] : NULL;
+    spmi_storage *storage = archive->storage_of ? &archive->storages[archive->storage_of[tensor - archive->tensors]]
+        : NULL;
     int whole;
     uint32_t crc = 0;
     int64_t done = 0, chunk;
@@ -12904,38 +16374,43 @@ static spm_status spmi_archive_read(spm_archive *archive, const spm_archive_tens
     if ((uint64_t)tensor->count > SIZE_MAX / 8) return spmi_fail_memory(archive->ctx, err, tensor->name);
     whole = spmi_archive_contiguous(tensor) && storage && storage->check && storage->offset == tensor->offset
             && storage->size == (uint64_t)tensor->count * size;
-    if (storage && storage->check && !whole && (status = spmi_archive_verify(archive, tensor, storage, err)) != SPM_OK) return status;
+    if (storage && storage->check && !whole && (status = spmi_archive_verify(archive, tensor, storage, err)) != SPM_OK)
+        return status;
     if (!spmi_archive_contiguous(tensor)) return spmi_archive_read_strided(archive, tensor, out, err);
-    if (spmi_host_little() && (out.floats ? tensor->dtype == SPM_F32 : tensor->dtype == SPM_I64)) { /* straight into `out` */
+    /* straight into `out` */
+    if (spmi_host_little() && (out.floats ? tensor->dtype == SPM_F32 : tensor->dtype == SPM_I64)) {
         uint8_t *bytes = out.floats ? (uint8_t *)out.floats : (uint8_t *)out.integers;
         size_t total = (size_t)tensor->count * size, at;
-        for (at = 0; at < total && !status; at += 4 * SPMI_ARCHIVE_BUFFER) { /* pieces that the CRC finds in the cache */
-            size_t piece = SPMI_MIN(total - at, (size_t)4 * SPMI_ARCHIVE_BUFFER);
-            if (!whole) piece = total - at;
+        /* pieces that the CRC still finds in the cache */
+        size_t most = whole ? (size_t)4 * SPMI_ARCHIVE_BUFFER : total;
+        for (at = 0; at < total && !status; at += most) {
+            size_t piece = SPMI_MIN(total - at, most);
             status = spmi_source_read(&archive->source, tensor->offset + at, bytes + at, piece, err);
-            if (whole && !status) crc = spmi_crc_add(&archive->crc, crc, bytes + at, piece);
-            if (!whole) break;
+            if (whole && !status) crc = spmi_crc32(crc, bytes + at, piece);
         }
     } else {
         for (; done < tensor->count && !status; done += chunk) {
             chunk = SPMI_MIN(tensor->count - done, (int64_t)(SPMI_ARCHIVE_BUFFER / size));
-            status = spmi_source_read(&archive->source, tensor->offset + (uint64_t)done * size, archive->buffer, (size_t)chunk * size, err);
+            status = spmi_source_read(&archive->source, tensor->offset + (uint64_t)done * size, archive->buffer,
+                                      (size_t)chunk * size, err);
             if (status) break;
-            if (whole) crc = spmi_crc_add(&archive->crc, crc, archive->buffer, (size_t)chunk * size);
+            if (whole) crc = spmi_crc32(crc, archive->buffer, (size_t)chunk * size);
             status = spmi_archive_convert(archive, tensor, archive->buffer, (ptrdiff_t)size, done, chunk, out, err);
         }
     }
     return whole && !status ? spmi_archive_check_crc(archive, tensor, storage, crc, err) : status;
 }
 
-SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_tensor *tensor, float *out, spm_error *err)
+SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_tensor *tensor, float *out,
+                                       spm_error *err)
 {
     spmi_archive_target target = SPM_ZERO;
     target.floats = out;
     return spmi_archive_read(archive, tensor, target, err);
 }
 
-SPMDEF spm_status spm_archive_read_i64(spm_archive *archive, const spm_archive_tensor *tensor, int64_t *out, spm_error *err)
+SPMDEF spm_status spm_archive_read_i64(spm_archive *archive, const spm_archive_tensor *tensor, int64_t *out,
+                                       spm_error *err)
 {
     spmi_archive_target target = SPM_ZERO;
     target.integers = out;
@@ -12973,7 +16448,6 @@ struct spm_archive_writer {
     spm_json *metadata;
     spmi_zip_item *items;
     int64_t items_used;
-    spmi_crc crc;
 };
 
 #define SPMI_ZIP_ALIGN 64
@@ -13007,7 +16481,6 @@ SPMDEF spm_archive_writer *spm_archive_create(spm_context *ctx, const char *path
     writer->ctx = ctx;
     writer->file.ctx = ctx;
     writer->kind = kind;
-    spmi_crc_init(&writer->crc);
     spm_json_object_begin(writer->metadata, NULL);
     if (spmi_writer_open(&writer->file, ctx, path, err)) {
         spm_archive_abort(writer);
@@ -13019,13 +16492,15 @@ SPMDEF spm_archive_writer *spm_archive_create(spm_context *ctx, const char *path
 SPMDEF void spm_archive_add_metadata(spm_archive_writer *writer, const char *key, const char *value)
 {
     if (writer->started)
-        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE, "%s: metadata \"%.60s\" comes after the first tensor's values",
+        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE,
+                        "%s: metadata \"%.60s\" comes after the first tensor's values",
                         writer->file.path, key);
     else
         spm_json_string(writer->metadata, key, value);
 }
 
-SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dtype dtype, int rank, const int64_t *shape)
+SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dtype dtype, int rank,
+                            const int64_t *shape)
 {
     spmi_declared *tensor;
     void *memory = writer->declared;
@@ -13036,7 +16511,8 @@ SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dt
     if (err->status) return;
     if (writer->started || rank < 0 || rank > SPM_ARCHIVE_MAX_RANK || !spmi_dtype_size(dtype)) {
         (void)spmi_fail(writer->ctx, err, writer->started ? SPM_E_STATE : SPM_E_ARGUMENT,
-                        "%s: %.100s: declared after the first tensor's values, or with a bad dtype or rank (%d)", path, name, rank);
+                        "%s: %.100s: declared after the first tensor's values, or with a bad dtype or rank (%d)",
+                            path, name, rank);
         return;
     }
     if (!spmi_grow(writer->ctx, &memory, (size_t)writer->count * sizeof *tensor, &writer->declared_room,
@@ -13056,7 +16532,8 @@ SPMDEF void spm_archive_add(spm_archive_writer *writer, const char *name, spm_dt
     }
     if (axis < rank || !spmi_mul_dim(tensor->count, spmi_dtype_size(dtype), &bytes)
         || (writer->kind == SPM_ARCHIVE_TORCH && bytes > (int64_t)0xFFFFFFFE)) {
-        (void)spmi_fail(writer->ctx, err, SPM_E_SHAPE, "%s: %.100s: its shape is negative or too large for this format", path, name);
+        (void)spmi_fail(writer->ctx, err, SPM_E_SHAPE,
+                        "%s: %.100s: its shape is negative or too large for this format", path, name);
         return;
     }
     tensor->bytes = (uint64_t)bytes;
@@ -13147,7 +16624,7 @@ static void spmi_zip_begin(spm_archive_writer *writer, const char *name, uint64_
 
 static void spmi_zip_small(spm_archive_writer *writer, const char *name, const void *data, size_t size)
 {
-    spmi_zip_begin(writer, name, size, spmi_crc_add(&writer->crc, 0, data, size));
+    spmi_zip_begin(writer, name, size, spmi_crc32(0, (const uint8_t *)data, size));
     spmi_archive_put_bytes(writer, data, size);
 }
 
@@ -13161,27 +16638,27 @@ static void spmi_zip_finish(spm_archive_writer *writer)
     for (i = 0; i < writer->items_used; i++) {
         const spmi_zip_item *item = &writer->items[i];
         size_t length = strlen(item->name);
-        int far = item->offset >= 0xFFFFFFFFu;
+        int distant = item->offset >= 0xFFFFFFFFu;
         uint8_t head[46 + 40 + 12];
         memset(head, 0, sizeof head);
         spmi_pack_put(head, 0x02014B50u, 4);
-        spmi_pack_put(head + 4, far ? 45 : 20, 2);
-        spmi_pack_put(head + 6, far ? 45 : 20, 2);
+        spmi_pack_put(head + 4, distant ? 45 : 20, 2);
+        spmi_pack_put(head + 6, distant ? 45 : 20, 2);
         spmi_pack_put(head + 8, 0x0800, 2);
         spmi_pack_put(head + 14, 0x0021, 2);
         spmi_pack_put(head + 16, item->crc, 4);
         spmi_pack_put(head + 20, item->size, 4);
         spmi_pack_put(head + 24, item->size, 4);
         spmi_pack_put(head + 28, length, 2);
-        spmi_pack_put(head + 30, far ? 12 : 0, 2);
-        spmi_pack_put(head + 42, far ? 0xFFFFFFFFu : item->offset, 4);
+        spmi_pack_put(head + 30, distant ? 12 : 0, 2);
+        spmi_pack_put(head + 42, distant ? 0xFFFFFFFFu : item->offset, 4);
         memcpy(head + 46, item->name, length);
-        if (far) {
+        if (distant) {
             spmi_pack_put(head + 46 + length, 1, 2);
             spmi_pack_put(head + 48 + length, 8, 2);
             spmi_pack_put(head + 50 + length, item->offset, 8);
         }
-        spmi_archive_put_bytes(writer, head, 46 + length + (far ? 12 : 0));
+        spmi_archive_put_bytes(writer, head, 46 + length + (distant ? 12 : 0));
     }
     size = writer->position - begin;
     big = begin >= 0xFFFFFFFFu || size >= 0xFFFFFFFFu || count >= 0xFFFFu;
@@ -13298,7 +16775,8 @@ static void spmi_archive_start(spm_archive_writer *writer)
     }
     spmi_free(writer->ctx, names.slots);
     if (repeated >= 0)
-        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_ARGUMENT, "%s: the name %.100s is declared twice", writer->file.path,
+        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_ARGUMENT, "%s: the name %.100s is declared twice",
+                        writer->file.path,
                         writer->declared[repeated].name);
     else if (writer->kind == SPM_ARCHIVE_TORCH) spmi_torch_start(writer);
     else spmi_safetensors_start(writer);
@@ -13322,7 +16800,8 @@ SPMDEF void spm_archive_put(spm_archive_writer *writer, const void *values)
     spmi_archive_start(writer);
     if (writer->error.status) return;
     if (writer->next == writer->count) {
-        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE, "%s: more tensors are written than the %lld that were declared",
+        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE,
+                        "%s: more tensors are written than the %lld that were declared",
                         writer->file.path, (long long)writer->count);
         return;
     }
@@ -13331,10 +16810,10 @@ SPMDEF void spm_archive_put(spm_archive_writer *writer, const void *values)
     size = (size_t)spmi_dtype_size(tensor->dtype);
     if (writer->kind == SPM_ARCHIVE_TORCH) {
         char name[40];
-        if (spmi_host_little()) crc = spmi_crc_add(&writer->crc, 0, in, total);
+        if (spmi_host_little()) crc = spmi_crc32(0, in, total);
         else for (at = 0; at < total; at += piece) {
             piece = spmi_archive_swap(swapped, in + at, total - at, size);
-            crc = spmi_crc_add(&writer->crc, crc, swapped, piece);
+            crc = spmi_crc32(crc, swapped, piece);
         }
         (void)spmi_format(name, sizeof name, "archive/data/%lld", (long long)writer->next);
         spmi_zip_begin(writer, name, total, crc);
@@ -13352,7 +16831,8 @@ SPMDEF spm_status spm_archive_commit(spm_archive_writer *writer, spm_error *err)
     spm_status status;
     spmi_archive_start(writer);
     if (!writer->error.status && writer->next < writer->count)
-        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE, "%s: %.100s is declared, but its values were never written",
+        (void)spmi_fail(writer->ctx, &writer->error, SPM_E_STATE,
+                        "%s: %.100s is declared, but its values were never written",
                         writer->file.path, writer->declared[writer->next].name);
     if (writer->error.status) {
         status = spmi_fail(writer->ctx, err, writer->error.status, "%s", writer->error.text);
@@ -13399,7 +16879,8 @@ SPMDEF void spm_tar_close(spm_tar *tar)
     spmi_free(tar->ctx, tar);
 }
 
-/* A number field: octal digits with blanks around them, or (GNU) big-endian binary behind a byte 0x80.  0 on failure. */
+/* A number field: octal digits with blanks around them, or (GNU) big-endian binary behind a byte 0x80.  0 on failure.
+ * */
 static int spmi_tar_number(const uint8_t *field, size_t length, uint64_t *value)
 {
     size_t i = 0;
@@ -13450,12 +16931,14 @@ typedef struct spmi_tar_next {
 } spmi_tar_next;
 
 /* pax records "LENGTH KEY=VALUE\n"; path and size matter here. */
-static spm_status spmi_tar_pax(spm_tar *tar, const char *text, size_t size, uint64_t offset, spmi_tar_next *next, spm_error *err)
+static spm_status spmi_tar_pax(spm_tar *tar, const char *text, size_t size, uint64_t offset, spmi_tar_next *next,
+                               spm_error *err)
 {
     size_t at = 0;
     while (at < size && text[at]) {
         size_t length = 0, i = at, value;
-        while (i < size && text[i] >= '0' && text[i] <= '9' && length <= size) length = length * 10 + (size_t)(text[i++] - '0');
+        while (i < size && text[i] >= '0' && text[i] <= '9' && length <= size)
+            length = length * 10 + (size_t)(text[i++] - '0');
         if (i >= size || text[i] != ' ' || length <= i - at + 1 || length > size - at || text[at + length - 1] != '\n')
             return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: offset %llu: a pax record is damaged", tar->source.name,
                              (unsigned long long)(offset + at));
@@ -13470,14 +16953,17 @@ static spm_status spmi_tar_pax(spm_tar *tar, const char *text, size_t size, uint
                 if (!next->name) return spmi_fail_memory(tar->ctx, err, tar->source.name);
             } else if (key == 4 && memcmp(text + i, "size", 4) == 0) {
                 next->size = 0;
-                for (; bytes && text[value] >= '0' && text[value] <= '9' && next->size <= (uint64_t)INT64_MAX / 16; value++, bytes--)
+                for (; bytes && text[value] >= '0' && text[value] <= '9'
+                     && next->size <= (uint64_t)INT64_MAX / 16; value++, bytes--)
                     next->size = next->size * 10 + (uint64_t)(text[value] - '0');
                 next->has_size = 1;
                 if (bytes)
-                    return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: offset %llu: a pax size is no number", tar->source.name,
+                    return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: offset %llu: a pax size is no number",
+                                     tar->source.name,
                                      (unsigned long long)(offset + at));
             } else if (key >= 10 && memcmp(text + i, "GNU.sparse", 10) == 0) {
-                return spmi_fail(tar->ctx, err, SPM_E_UNSUPPORTED, "%s: offset %llu: sparse files are not supported; pack them with plain tar",
+                return spmi_fail(tar->ctx, err, SPM_E_UNSUPPORTED,
+                                 "%s: offset %llu: sparse files are not supported; pack them with plain tar",
                                  tar->source.name, (unsigned long long)(offset + at));
             }
         }
@@ -13487,12 +16973,14 @@ static spm_status spmi_tar_pax(spm_tar *tar, const char *text, size_t size, uint
 }
 
 /* A GNU 'L' or pax 'x' header's body, read into `next`. */
-static spm_status spmi_tar_long(spm_tar *tar, uint8_t kind, uint64_t offset, uint64_t size, spmi_tar_next *next, spm_error *err)
+static spm_status spmi_tar_long(spm_tar *tar, uint8_t kind, uint64_t offset, uint64_t size, spmi_tar_next *next,
+                                spm_error *err)
 {
     char *text;
     spm_status status;
     if (size > 1048576)
-        return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: offset %llu: a name record of %llu bytes; the file is damaged", tar->source.name,
+        return spmi_fail(tar->ctx, err, SPM_E_FORMAT,
+                         "%s: offset %llu: a name record of %llu bytes; the file is damaged", tar->source.name,
                          (unsigned long long)offset, (unsigned long long)size);
     text = (char *)spmi_alloc(tar->ctx, (size_t)size + 1);
     if (!text) return spmi_fail_memory(tar->ctx, err, tar->source.name);
@@ -13509,7 +16997,8 @@ static spm_status spmi_tar_long(spm_tar *tar, uint8_t kind, uint64_t offset, uin
 }
 
 /* Adds a regular file; its name comes from `next`, or from the header's prefix and name fields. */
-static spm_status spmi_tar_add(spm_tar *tar, const uint8_t *head, uint64_t offset, uint64_t size, const spmi_tar_next *next, spm_error *err)
+static spm_status spmi_tar_add(spm_tar *tar, const uint8_t *head, uint64_t offset, uint64_t size,
+                               const spmi_tar_next *next, spm_error *err)
 {
     char name[260];
     const char *plain = name;
@@ -13549,7 +17038,8 @@ static spm_status spmi_tar_scan(spm_tar *tar, spmi_tar_next *next, spm_error *er
     uint8_t head[512];
     spm_status status = SPM_OK;
     if (total < 512)
-        return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: is not a tar file (%llu bytes)", tar->source.name, (unsigned long long)total);
+        return spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: is not a tar file (%llu bytes)", tar->source.name,
+                         (unsigned long long)total);
     while (!status && total - at >= 512) {
         uint8_t kind;
         int i;
@@ -13568,13 +17058,15 @@ static spm_status spmi_tar_scan(spm_tar *tar, spmi_tar_next *next, spm_error *er
         if (kind >= '1' && kind <= '6') size = 0; /* links, devices and folders have no data */
         if (size > total - at)
             return spmi_fail(tar->ctx, err, SPM_E_FORMAT,
-                             "%s: offset %llu: entry %.100s of %llu bytes reaches beyond the end of the file at %llu; it was cut short",
-                             tar->source.name, (unsigned long long)at - 512, (const char *)head, (unsigned long long)size,
+                             "%s: offset %llu: entry %.100s of %llu bytes ends behind the file (%llu); it is cut short",
+                             tar->source.name, (unsigned long long)at - 512, (const char *)head,
+                                 (unsigned long long)size,
                              (unsigned long long)total);
         if (kind == 'L' || kind == 'x') {
             status = spmi_tar_long(tar, kind, at, size, next, err);
         } else if (kind == 'S') {
-            status = spmi_fail(tar->ctx, err, SPM_E_UNSUPPORTED, "%s: offset %llu: sparse files are not supported; pack them with plain tar",
+            status = spmi_fail(tar->ctx, err, SPM_E_UNSUPPORTED,
+                               "%s: offset %llu: sparse files are not supported; pack them with plain tar",
                                tar->source.name, (unsigned long long)at - 512);
         } else if (kind != 'K' && kind != 'g') {
             if (kind == '0' || kind == 0 || kind == '7') status = spmi_tar_add(tar, head, at, size, next, err);
@@ -13583,9 +17075,10 @@ static spm_status spmi_tar_scan(spm_tar *tar, spmi_tar_next *next, spm_error *er
         }
         at += SPMI_MIN((size + 511) / 512 * 512, total - at);
     }
-    if (!status && at < total)
-        status = spmi_fail(tar->ctx, err, SPM_E_FORMAT, "%s: offset %llu: a header of %llu bytes instead of 512; the file was cut short",
-                           tar->source.name, (unsigned long long)at, (unsigned long long)(total - at));
+    if (!status)
+        status = spmi_fail(tar->ctx, err, SPM_E_FORMAT,
+                           "%s: offset %llu: the block of zeros that ends a tar file is missing; it was cut short",
+                           tar->source.name, (unsigned long long)at);
     return status;
 }
 
@@ -13653,7 +17146,8 @@ SPMDEF spm_status spm_tar_read(spm_tar *tar, int64_t index, uint8_t **data, size
     *data = NULL;
     *size = 0;
     if (index < 0 || index >= tar->count)
-        return spmi_fail(tar->ctx, err, SPM_E_ARGUMENT, "%s: has no entry %lld (it has %lld)", tar->source.name, (long long)index,
+        return spmi_fail(tar->ctx, err, SPM_E_ARGUMENT, "%s: has no entry %lld (it has %lld)", tar->source.name,
+                         (long long)index,
                          (long long)tar->count);
     entry = &tar->entries[index];
     if (entry->size < SIZE_MAX / 2) *data = (uint8_t *)spmi_alloc(tar->ctx, (size_t)entry->size + 1);
@@ -13668,4 +17162,6236 @@ SPMDEF spm_status spm_tar_read(spm_tar *tar, int64_t index, uint8_t **data, size
     *size = (size_t)entry->size;
     return SPM_OK;
 }
+
+/* ---- idx (MNIST) and npy ---- */
+
+SPMDEF void spm_array_free(spm_context *ctx, spm_array *array)
+{
+    spmi_free(ctx, array->data);
+    memset(array, 0, sizeof *array);
+}
+
+/* Checks that `left` bytes hold the array exactly, takes memory and copies or turns every element into host order. */
+static spm_status spmi_array_take(spm_context *ctx, const char *name, const uint8_t *bytes, size_t left, int big_endian,
+                                  spm_array *array, spm_error *err)
+{
+    size_t size = (size_t)spmi_dtype_size(array->dtype), i, total;
+    int64_t need;
+    int axis;
+    array->count = 1;
+    for (axis = 0; axis < array->rank; axis++)
+        if (!spmi_mul_dim(array->count, array->shape[axis], &array->count)) break;
+    if (axis < array->rank || !spmi_mul_dim(array->count, (int64_t)size, &need) || (uint64_t)need != left)
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: holds %lu bytes of elements, which do not fit its shape; it was cut short or damaged",
+                         name, (unsigned long)left);
+    total = (size_t)need;
+    array->data = spmi_alloc(ctx, total + 1);
+    if (!array->data) return spmi_fail_memory(ctx, err, name);
+    if (size == 1 || big_endian == !spmi_host_little()) memcpy(array->data, bytes, total);
+    else for (i = 0; i < total; i++) ((uint8_t *)array->data)[i] = bytes[i / size * size + (size - 1 - i % size)];
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_idx_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array,
+                                spm_error *err)
+{
+    const uint8_t *bytes = (const uint8_t *)data;
+    size_t head;
+    int axis;
+    memset(array, 0, sizeof *array);
+    if (size >= 18 && bytes[0] == 0x1F && bytes[1] == 0x8B) {
+        uint32_t claim = spmi_pack_u32(bytes + size - 4); /* deflate packs at most 1032 to 1 */
+        uint8_t *plain = NULL;
+        size_t plain_size = 0;
+        spm_status status;
+        if (claim / 1040 > size)
+            return spmi_fail(ctx, err, SPM_E_FORMAT,
+                             "%s: its gzip trailer claims %lu bytes, more than %lu bytes can hold", name,
+                             (unsigned long)claim, (unsigned long)size);
+        status = spm_inflate(ctx, data, size, 2, (size_t)claim + 1, &plain, &plain_size, err);
+        if (status) return status;
+        if (plain_size >= 2 && plain[0] == 0x1F)
+            status = spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is packed by gzip twice", name);
+        else status = spm_idx_parse(ctx, name, plain, plain_size, array, err);
+        spmi_free(ctx, plain);
+        return status;
+    }
+    if (size < 4 || bytes[0] || bytes[1] || bytes[3] > SPM_ARCHIVE_MAX_RANK)
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is not an idx file (%lu bytes)", name, (unsigned long)size);
+    switch (bytes[2]) {
+    case 0x08: array->dtype = SPM_U8; break;
+    case 0x09: array->dtype = SPM_I8; break;
+    case 0x0B: array->dtype = SPM_I16; break;
+    case 0x0C: array->dtype = SPM_I32; break;
+    case 0x0D: array->dtype = SPM_F32; break;
+    case 0x0E: array->dtype = SPM_F64; break;
+    default: return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte 2: unknown idx element type 0x%02X", name,
+                              (unsigned)bytes[2]);
+    }
+    array->rank = bytes[3];
+    head = 4 + 4 * (size_t)array->rank;
+    if (size < head)
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: ends inside its header, after %lu bytes", name,
+                         (unsigned long)size);
+    for (axis = 0; axis < array->rank; axis++) {
+        const uint8_t *at = bytes + 4 + 4 * axis;
+        array->shape[axis] = (int64_t)((uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3]);
+    }
+    return spmi_array_take(ctx, name, bytes + head, size - head, 1, array, err);
+}
+
+SPMDEF spm_status spm_idx_load(spm_context *ctx, const char *path, spm_array *array, spm_error *err)
+{
+    uint8_t *data;
+    size_t size;
+    spm_status status = spm_file_read(ctx, path, &data, &size, err);
+    memset(array, 0, sizeof *array);
+    if (status) return status;
+    status = spm_idx_parse(ctx, path, data, size, array, err);
+    spmi_free(ctx, data);
+    return status;
+}
+
+/* The value of 'key' in the Python dict that is a npy header: where it begins, blanks skipped, or NULL. */
+static const char *spmi_npy_find(const char *header, const char *key)
+{
+    const char *at = strstr(header, key);
+    if (!at) return NULL;
+    at += strlen(key);
+    while (*at == ' ' || *at == ':') at++;
+    return at;
+}
+
+static spm_dtype spmi_npy_dtype(const char *descr)
+{
+    switch (descr[0] == 'f' ? 16 + descr[1] - '0' : descr[0] == 'i' ? 32 + descr[1] - '0' : descr[0] == 'u' ? 48
+            + descr[1] - '0' : descr[0]) {
+    case 16 + 2: return SPM_F16;
+    case 16 + 4: return SPM_F32;
+    case 16 + 8: return SPM_F64;
+    case 32 + 1: return SPM_I8;
+    case 32 + 2: return SPM_I16;
+    case 32 + 4: return SPM_I32;
+    case 32 + 8: return SPM_I64;
+    case 48 + 1: return SPM_U8;
+    case 'b': return SPM_BOOL;
+    default: return SPM_DTYPE_NONE;
+    }
+}
+
+SPMDEF spm_status spm_npy_parse(spm_context *ctx, const char *name, const void *data, size_t size, spm_array *array,
+                                spm_error *err)
+{
+    const uint8_t *bytes = (const uint8_t *)data;
+    char header[1024];
+    const char *descr, *fortran, *shape;
+    size_t length, at;
+    int big_endian;
+    memset(array, 0, sizeof *array);
+    if (size < 12 || memcmp(bytes, "\x93NUMPY", 6) != 0 || bytes[6] < 1 || bytes[6] > 3)
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is not a npy file (%lu bytes)", name, (unsigned long)size);
+    at = bytes[6] == 1 ? 10 : 12;
+    length = bytes[6] == 1 ? spmi_pack_u16(bytes + 8) : spmi_pack_u32(bytes + 8);
+    if (length > size - at || length >= sizeof header)
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its header of %lu bytes does not fit the file", name,
+                         (unsigned long)length);
+    memcpy(header, bytes + at, length);
+    header[length] = 0;
+    descr = spmi_npy_find(header, "'descr'");
+    fortran = spmi_npy_find(header, "'fortran_order'");
+    shape = spmi_npy_find(header, "'shape'");
+    if (!descr || !fortran || !shape || *descr != '\'' || *shape != '(')
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its header lacks descr, fortran_order or shape", name);
+    big_endian = descr[1] == '>';
+    array->dtype = descr[1] ? spmi_npy_dtype(descr + 2) : SPM_DTYPE_NONE;
+    if (array->dtype == SPM_DTYPE_NONE || *fortran != 'F')
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+            "%s: elements %.8s or a Fortran order are not supported; save it as C-ordered float32", name, descr);
+    for (shape++; *shape && *shape != ')'; ) {
+        if (*shape >= '0' && *shape <= '9') {
+            int64_t extent = 0;
+            while (*shape >= '0' && *shape <= '9' && extent < INT64_MAX / 16) extent = extent * 10 + (*shape++ - '0');
+            if (array->rank == SPM_ARCHIVE_MAX_RANK || (*shape >= '0' && *shape <= '9'))
+                return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its shape is too large", name);
+            array->shape[array->rank++] = extent;
+        } else if (*shape == ',' || *shape == ' ' || *shape == 'L') {
+            shape++;
+        } else {
+            return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its shape is not a tuple of numbers", name);
+        }
+    }
+    return spmi_array_take(ctx, name, bytes + at + length, size - at - length, big_endian, array, err);
+}
+
+SPMDEF spm_status spm_npy_load(spm_context *ctx, const char *path, spm_array *array, spm_error *err)
+{
+    uint8_t *data;
+    size_t size;
+    spm_status status = spm_file_read(ctx, path, &data, &size, err);
+    memset(array, 0, sizeof *array);
+    if (status) return status;
+    status = spm_npy_parse(ctx, path, data, size, array, err);
+    spmi_free(ctx, data);
+    return status;
+}
+
+SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const float *values, int rank,
+                                   const int64_t *shape, spm_error *err)
+{
+    spmi_writer writer;
+    char header[320];
+    uint8_t head[10];
+    int64_t count = 1, bytes;
+    int axis, used;
+    spm_status status;
+    for (axis = 0; axis < rank && axis < SPM_ARCHIVE_MAX_RANK; axis++)
+        if (!spmi_mul_dim(count, shape[axis], &count)) break;
+    if (rank < 0 || axis < rank || !spmi_mul_dim(count, 4, &bytes) || (uint64_t)bytes > SIZE_MAX / 2)
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: a negative or too large shape, or a rank of %d above %d", path,
+                         rank, SPM_ARCHIVE_MAX_RANK);
+    used = spmi_format(header, sizeof header, "{'descr': '%cf4', 'fortran_order': False, 'shape': (",
+                       spmi_host_little() ? '<' : '>');
+    for (axis = 0; axis < rank; axis++)
+        used += spmi_format(header + used, sizeof header - (size_t)used, "%lld,%s", (long long)shape[axis], axis
+                            + 1 < rank ? " " : "");
+    used += spmi_format(header + used, sizeof header - (size_t)used, "), }");
+    while ((used + 11) % 64) header[used++] = ' '; /* the elements begin at a multiple of 64 */
+    header[used++] = '\n';
+    memcpy(head, "\x93NUMPY\x01\x00", 8);
+    spmi_pack_put(head + 8, (uint64_t)used, 2);
+    status = spmi_writer_open(&writer, ctx, path, err);
+    if (status) return status;
+    spmi_writer_put(&writer, head, sizeof head);
+    spmi_writer_put(&writer, header, (size_t)used);
+    spmi_writer_put(&writer, values, (size_t)bytes);
+    return spmi_writer_commit(&writer, err);
+}
+#undef SPMI_ARCHIVE_BUFFER
+#undef SPMI_SAFETENSORS_HEADER_MAX
+
+#if !defined(_WIN32)
+  #include <dirent.h>
+#endif
+
+/* ================================================================================================================
+ * >>DATA  14  data sets, groups, transforms, loaders
+ * ============================================================================================================= */
+
+/* ---- names of splits, formats and modes ---- */
+
+SPMDEF const char *spm_split_name(spm_split split)
+{
+    switch (split) {
+    case SPM_TRAIN: return "train";
+    case SPM_VAL: return "val";
+    case SPM_TEST: return "test";
+    case SPM_SPLITS: break;
+    }
+    return "unknown";
+}
+
+/* 1 if `text`, letters compared without case, is `name`. */
+static int spmi_data_same(const char *text, const char *name)
+{
+    return strlen(text) == strlen(name) && spmi_string_ends(text, name);
+}
+
+SPMDEF int spm_split_parse(const char *name, spm_split *split)
+{
+    static const char names[][12] = { "0", "train", "training", "1", "val", "valid", "validation", "dev", "2", "test", "testing" };
+    static const unsigned char of[] = { 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2 };
+    int i;
+    for (i = 0; i < SPMI_COUNT(of); i++) {
+        if (!spmi_data_same(name, names[i])) continue;
+        *split = (spm_split)of[i];
+        return 1;
+    }
+    return 0;
+}
+
+SPMDEF const char *spm_data_format_name(spm_data_format format)
+{
+    switch (format) {
+    case SPM_DATA_AUTO: return "auto";
+    case SPM_DATA_WATERBIRDS: return "waterbirds";
+    case SPM_DATA_CELEBA: return "celeba";
+    case SPM_DATA_METADATA: return "metadata";
+    case SPM_DATA_FOLDER: return "folder";
+    case SPM_DATA_IDX: return "idx";
+    case SPM_DATA_CIFAR: return "cifar";
+    case SPM_DATA_PACKED: return "packed";
+    }
+    return "unknown";
+}
+
+SPMDEF int spm_data_format_parse(const char *name, spm_data_format *format)
+{
+    int i;
+    for (i = SPM_DATA_AUTO; i <= SPM_DATA_PACKED; i++) {
+        if (!spmi_string_equal(name, spm_data_format_name((spm_data_format)i))) continue;
+        *format = (spm_data_format)i;
+        return 1;
+    }
+    return 0;
+}
+
+SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode)
+{
+    switch (mode) {
+    case SPM_RESIZE_PAPER: return "paper";
+    case SPM_RESIZE_EXACT: return "exact";
+    case SPM_RESIZE_SHORT_SIDE: return "short-side";
+    case SPM_RESIZE_NONE: return "none";
+    }
+    return "unknown";
+}
+
+SPMDEF int spm_resize_mode_parse(const char *name, spm_resize_mode *mode)
+{
+    int i;
+    for (i = SPM_RESIZE_PAPER; i <= SPM_RESIZE_NONE; i++) {
+        if (!spmi_string_equal(name, spm_resize_mode_name((spm_resize_mode)i))) continue;
+        *mode = (spm_resize_mode)i;
+        return 1;
+    }
+    return 0;
+}
+
+SPMDEF const char *spm_augment_name(spm_augment augment)
+{
+    switch (augment) {
+    case SPM_AUGMENT_NONE: return "none";
+    case SPM_AUGMENT_LIGHT: return "light";
+    case SPM_AUGMENT_PAPER: return "paper";
+    }
+    return "unknown";
+}
+
+SPMDEF int spm_augment_parse(const char *name, spm_augment *augment)
+{
+    int i;
+    for (i = SPM_AUGMENT_NONE; i <= SPM_AUGMENT_PAPER; i++) {
+        if (!spmi_string_equal(name, spm_augment_name((spm_augment)i))) continue;
+        *augment = (spm_augment)i;
+        return 1;
+    }
+    return 0;
+}
+
+/* ---- the data set ---- */
+
+#define SPMI_DATA_LABEL 96        /* bytes of a class or confounder name */
+#define SPMI_DATA_GROUP_LABEL 200 /* bytes of a group name */
+#define SPMI_DATA_MAX_LABEL 9999  /* largest class and confounder */
+#define SPMI_DATA_MAX_GROUPS 65536
+#define SPMI_DATA_VARIANTS 8      /* ways a picture is kept: decoded, and after up to 7 transforms */
+
+/* What an 8-bit picture has gone through; height 0: decoded only. */
+typedef struct spmi_data_variant {
+    int64_t height, width;
+    spm_resize_mode resize;
+    spm_image *kept; /* [examples] pixels NULL: not kept; NULL as a whole until the first use */
+} spmi_data_variant;
+
+typedef struct spmi_data_bad {
+    int64_t id;
+    char *reason;
+    spm_status status;
+} spmi_data_bad;
+
+/* The pictures kept in memory and the list of bad ones: all that changes once a data set is open.  `lock` guards it. */
+typedef struct spmi_data_store {
+    spmi_lock lock;
+    spmi_data_variant variant[SPMI_DATA_VARIANTS];
+    int variants;
+    size_t kept_bytes, kept_limit;
+    spmi_data_bad *bad;       /* sorted by id */
+    int64_t bad_count;
+    size_t bad_capacity;
+} spmi_data_store;
+
+struct spm_dataset {
+    spm_context *ctx;
+    spm_dataset_desc desc;
+    char *path;               /* as the caller wrote it */
+    char *prefix;             /* "" or "dominoes/": the one top folder that everything is in */
+    spm_tar *tar;             /* NULL: a folder */
+    spm_example *examples;    /* [count] in the metadata's order */
+    int64_t *line;            /* [count] of `table`, from 1; 0: none */
+    char *names;              /* the file names of all examples, one after the other */
+    int64_t count;
+    char table[64];           /* the file the labels come from */
+    char pictures[64];        /* folder of the pictures below the root: "" or "img_align_celeba/" */
+    int classes, confounders;
+    char *class_names;        /* [classes][SPMI_DATA_LABEL] */
+    char *confounder_names;   /* [confounders][SPMI_DATA_LABEL] */
+    char *group_names;        /* [classes * confounders][SPMI_DATA_GROUP_LABEL] */
+    int64_t *split_ids;       /* train, then val, then test */
+    int64_t split_start[SPM_SPLITS + 1];
+    int64_t *group_counts;    /* [SPM_SPLITS][groups] */
+    uint64_t hash;
+    uint8_t *block;           /* idx and CIFAR: all pictures, 8-bit planes [count][channels][height][width]; NULL: files */
+    int block_height, block_width, block_channels;
+    spmi_data_store *store;
+};
+
+/* ---- files of a data set: below a folder or inside a tar file ---- */
+
+/* prefix + name, below the folder if there is one; NULL when memory runs out. */
+static char *spmi_data_file_path(const spm_dataset *dataset, const char *name)
+{
+    char *inside = spmi_path_join(dataset->ctx, dataset->prefix, name), *full;
+    if (!inside || dataset->tar) return inside;
+    full = spmi_path_join(dataset->ctx, dataset->path, inside);
+    spmi_free(dataset->ctx, inside);
+    return full;
+}
+
+/* 0 not there, 1 a file, 2 a folder (tar files: files only), -1 out of memory. */
+static int spmi_data_file_kind(const spm_dataset *dataset, const char *name)
+{
+    char *path = spmi_data_file_path(dataset, name);
+    int kind;
+    if (!path) return -1;
+    kind = dataset->tar ? spm_tar_find(dataset->tar, path) >= 0 : spmi_path_kind(path);
+    spmi_free(dataset->ctx, path);
+    return kind;
+}
+
+static spm_status spmi_data_file_read(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size, spm_error *err)
+{
+    spm_status status;
+    char *path = spmi_data_file_path(dataset, name);
+    *data = NULL;
+    *size = 0;
+    if (!path) return spmi_fail_memory(dataset->ctx, err, name);
+    if (dataset->tar) {
+        int64_t index = spm_tar_find(dataset->tar, path);
+        status = index < 0 ? spmi_fail(dataset->ctx, err, SPM_E_IO, "%s: has no file %s", dataset->path, path)
+                           : spm_tar_read(dataset->tar, index, data, size, err);
+    } else {
+        status = spm_file_read(dataset->ctx, path, data, size, err);
+    }
+    spmi_free(dataset->ctx, path);
+    return status;
+}
+
+/* A list of names: one block of text, and where each begins.  Sorted on demand. */
+typedef struct spmi_names_list {
+    spmi_text text;
+    void *start; /* size_t [count] */
+    size_t capacity;
+    int64_t count;
+} spmi_names_list;
+
+static spmi_names_list spmi_names_list_create(spm_context *ctx)
+{
+    spmi_names_list list = SPM_ZERO;
+    list.text = spmi_text_create(ctx);
+    return list;
+}
+
+static void spmi_names_list_free(spmi_names_list *list)
+{
+    spmi_free(list->text.ctx, list->start);
+    spmi_text_free(&list->text);
+    list->start = NULL;
+    list->count = 0;
+}
+
+static void spmi_names_list_add(spmi_names_list *list, const char *name, size_t length)
+{
+    size_t used = (size_t)list->count * sizeof(size_t);
+    if (list->text.failed || !spmi_grow(list->text.ctx, &list->start, used, &list->capacity, used + sizeof(size_t))) {
+        list->text.failed = 1;
+        return;
+    }
+    ((size_t *)list->start)[list->count] = list->text.length;
+    spmi_text_append(&list->text, name, length);
+    spmi_text_append(&list->text, "", 1);
+    if (!list->text.failed) list->count++;
+}
+
+static const char *spmi_names_list_at(const spmi_names_list *list, int64_t index)
+{
+    return list->text.data + ((const size_t *)list->start)[index];
+}
+
+/* Sorts bytewise, in place (heap sort: no extra memory, never slow), and drops repetitions. */
+static void spmi_names_list_sort(spmi_names_list *list)
+{
+    size_t *start = (size_t *)list->start, kept;
+    const char *text = list->text.data;
+    int64_t n = list->count, root, i, child;
+    if (list->text.failed || n < 2) return;
+    for (i = n / 2 - 1, n = list->count; n > 1;) {
+        if (i >= 0) {
+            root = i--;
+        } else {
+            n--;
+            kept = start[0];
+            start[0] = start[n];
+            start[n] = kept;
+            root = 0;
+        }
+        for (; (child = 2 * root + 1) < n; root = child) {
+            if (child + 1 < n && strcmp(text + start[child], text + start[child + 1]) < 0) child++;
+            if (strcmp(text + start[root], text + start[child]) >= 0) break;
+            kept = start[root];
+            start[root] = start[child];
+            start[child] = kept;
+        }
+    }
+    for (i = n = 1; i < list->count; i++) {
+        if (strcmp(text + start[i], text + start[n - 1]) != 0) start[n++] = start[i];
+    }
+    list->count = n;
+}
+
+/* Index of `name` in a sorted list, or -1. */
+static int64_t spmi_names_list_find(const spmi_names_list *list, const char *name)
+{
+    int64_t low = 0, high = list->count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        int order = strcmp(spmi_names_list_at(list, middle), name);
+        if (order == 0) return middle;
+        if (order < 0) low = middle + 1;
+        else high = middle;
+    }
+    return -1;
+}
+
+/* 1 for names that end like a picture; what begins with a dot is the system's. */
+static int spmi_data_is_picture(const char *name)
+{
+    static const char endings[][6] = { ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".gif", ".bmp", ".webp", ".jpe", ".jfif" };
+    const char *base = strrchr(name, '/');
+    int i;
+    base = base ? base + 1 : name;
+    if (base[0] == '.') return 0;
+    for (i = 0; i < SPMI_COUNT(endings); i++) {
+        if (spmi_string_ends(base, endings[i])) return 1;
+    }
+    return 0;
+}
+
+/* The names in a folder, "." and ".." and hidden ones left out; folders get a '/' at the end. Pictures are told by their
+ * names alone, without asking the file system: a data set has 200,000 of them. */
+static spm_status spmi_data_list_folder(spm_context *ctx, const char *path, spmi_names_list *list, spm_error *err)
+{
+#if defined(_WIN32)
+    WIN32_FIND_DATAA found;
+    char *pattern = spmi_path_join(ctx, path, "*");
+    HANDLE search;
+    if (!pattern) return spmi_fail_memory(ctx, err, path);
+    search = FindFirstFileA(pattern, &found);
+    spmi_free(ctx, pattern);
+    if (search == INVALID_HANDLE_VALUE) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be listed", path);
+    do {
+        size_t length = strlen(found.cFileName);
+        if (found.cFileName[0] == '.' || length > MAX_PATH) continue;
+        if (found.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY) {
+            char name[MAX_PATH + 2];
+            memcpy(name, found.cFileName, length);
+            name[length] = '/';
+            spmi_names_list_add(list, name, length + 1);
+        } else {
+            spmi_names_list_add(list, found.cFileName, length);
+        }
+    } while (FindNextFileA(search, &found));
+    FindClose(search);
+#else
+    DIR *folder = opendir(path);
+    struct dirent *entry;
+    if (!folder) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be listed: %s", path, strerror(errno));
+    while ((entry = readdir(folder)) != NULL) {
+        size_t length = strlen(entry->d_name);
+        char *full, *name;
+        if (entry->d_name[0] == '.') continue;
+        if (spmi_data_is_picture(entry->d_name)) {
+            spmi_names_list_add(list, entry->d_name, length);
+            continue;
+        }
+        full = spmi_path_join(ctx, path, entry->d_name);
+        name = spmi_string_copy(ctx, entry->d_name, length + 1); /* room for a '/' */
+        if (full && name) {
+            int is_folder = spmi_path_kind(full) == 2;
+            if (is_folder) name[length] = '/';
+            spmi_names_list_add(list, name, length + (size_t)is_folder);
+        } else {
+            list->text.failed = 1;
+        }
+        spmi_free(ctx, full);
+        spmi_free(ctx, name);
+    }
+    closedir(folder);
+#endif
+    return list->text.failed ? spmi_fail_memory(ctx, err, path) : SPM_OK;
+}
+
+/* All pictures below `below` (a folder's path relative to the root, "" or ending in '/'), to a depth of six folders. */
+static spm_status spmi_data_walk(const spm_dataset *dataset, const char *below, int depth, spmi_names_list *pictures, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spmi_names_list here = spmi_names_list_create(ctx);
+    char *path = spmi_data_file_path(dataset, below);
+    spm_status status = path ? spmi_data_list_folder(ctx, path, &here, err) : spmi_fail_memory(ctx, err, below);
+    int64_t i;
+    for (i = 0; !status && i < here.count; i++) {
+        const char *name = spmi_names_list_at(&here, i);
+        size_t length = strlen(name);
+        int is_folder = name[length - 1] == '/';
+        char *inside;
+        if (is_folder ? depth >= 6 : !spmi_data_is_picture(name)) continue;
+        inside = spmi_path_join(ctx, below, name);
+        if (!inside) status = spmi_fail_memory(ctx, err, name);
+        else if (is_folder) status = spmi_data_walk(dataset, inside, depth + 1, pictures, err);
+        else spmi_names_list_add(pictures, inside, strlen(inside));
+        spmi_free(ctx, inside);
+    }
+    if (!status && pictures->text.failed) status = spmi_fail_memory(ctx, err, "the list of pictures");
+    spmi_names_list_free(&here);
+    spmi_free(ctx, path);
+    return status;
+}
+
+/* Tar names without a leading "./". */
+static const char *spmi_data_tar_name(const spm_tar *tar, int64_t index)
+{
+    const char *name = spm_tar_name(tar, index);
+    while (name[0] == '.' && name[1] == '/') name += 2;
+    return name;
+}
+
+/* All pictures of the data set, sorted. */
+static spm_status spmi_data_pictures(const spm_dataset *dataset, spmi_names_list *pictures, spm_error *err)
+{
+    spm_status status = SPM_OK;
+    if (dataset->tar) {
+        size_t skip = strlen(dataset->prefix);
+        int64_t i, n = spm_tar_count(dataset->tar);
+        for (i = 0; i < n; i++) {
+            const char *name = spmi_data_tar_name(dataset->tar, i);
+            if (strncmp(name, dataset->prefix, skip) == 0 && spmi_data_is_picture(name)) {
+                spmi_names_list_add(pictures, name + skip, strlen(name + skip));
+            }
+        }
+        if (pictures->text.failed) status = spmi_fail_memory(dataset->ctx, err, "the list of pictures");
+    } else {
+        status = spmi_data_walk(dataset, "", 0, pictures, err);
+    }
+    if (!status) spmi_names_list_sort(pictures);
+    return status;
+}
+
+/* The names at the top of the data set; folders end in '/'.  Sorted. */
+static spm_status spmi_data_top(const spm_dataset *dataset, spmi_names_list *top, spm_error *err)
+{
+    spm_status status = SPM_OK;
+    if (dataset->tar) {
+        size_t skip = strlen(dataset->prefix);
+        int64_t i, n = spm_tar_count(dataset->tar);
+        for (i = 0; i < n; i++) {
+            const char *name = spmi_data_tar_name(dataset->tar, i), *slash;
+            if (strncmp(name, dataset->prefix, skip) != 0) continue;
+            name += skip;
+            slash = strchr(name, '/');
+            /* names come in runs of one folder: look at the last entry before adding it again */
+            if (slash && top->count) {
+                const char *last = spmi_names_list_at(top, top->count - 1);
+                if (strncmp(last, name, (size_t)(slash - name) + 1) == 0) continue;
+            }
+            spmi_names_list_add(top, name, slash ? (size_t)(slash - name) + 1 : strlen(name));
+        }
+        if (top->text.failed) status = spmi_fail_memory(dataset->ctx, err, "a list of names");
+    } else {
+        char *path = spmi_data_file_path(dataset, "");
+        status = path ? spmi_data_list_folder(dataset->ctx, path, top, err) : spmi_fail_memory(dataset->ctx, err, dataset->path);
+        spmi_free(dataset->ctx, path);
+    }
+    if (!status) spmi_names_list_sort(top);
+    return status;
+}
+
+/* ---- rows: what every reader fills, and the data set is made from ---- */
+
+typedef struct spmi_data_row {
+    size_t name;     /* where its file's name begins */
+    int64_t line;    /* of the table, from 1; 0: none */
+    int32_t y, a;
+    int split;       /* -1: not given */
+} spmi_data_row;
+
+typedef struct spmi_data_rows {
+    spmi_text names;
+    void *rows; /* spmi_data_row [count] */
+    size_t capacity;
+    int64_t count;
+    int classes, confounders;  /* at least so many, whatever the rows say; 0: 1 + the largest value */
+    char y_label[32], a_label[32];
+} spmi_data_rows;
+
+static spmi_data_row *spmi_data_row_at(const spmi_data_rows *rows, int64_t index)
+{
+    return (spmi_data_row *)rows->rows + index;
+}
+
+static void spmi_data_row_add(spmi_data_rows *rows, const char *name, int64_t y, int64_t a, int split, int64_t line)
+{
+    spmi_text *names = &rows->names;
+    size_t used = (size_t)rows->count * sizeof(spmi_data_row);
+    spmi_data_row *row;
+    if (names->failed || !spmi_grow(names->ctx, &rows->rows, used, &rows->capacity, used + sizeof *row)) {
+        names->failed = 1;
+        return;
+    }
+    row = spmi_data_row_at(rows, rows->count++);
+    row->name = names->length;
+    row->line = line;
+    row->y = (int32_t)y;
+    row->a = (int32_t)a;
+    row->split = split;
+    spmi_text_append(names, name, strlen(name) + 1);
+}
+
+/* "12", " 12 ", "12.0" and "-1": 1 and the value; anything else: 0.  (pandas writes integers as 12.0 beside gaps.) */
+static int spmi_data_integer(const char *text, int64_t *value)
+{
+    int64_t n = 0;
+    int digits = 0, negative = 0;
+    while (*text == ' ' || *text == '\t') text++;
+    if (*text == '-' || *text == '+') negative = *text++ == '-';
+    for (; *text >= '0' && *text <= '9'; text++, digits++) {
+        if (digits >= 15) return 0;
+        n = n * 10 + (*text - '0');
+    }
+    if (!digits) return 0;
+    if (*text == '.') {
+        for (text++; *text == '0'; text++) continue;
+    }
+    while (*text == ' ' || *text == '\t' || *text == '\r') text++;
+    if (*text) return 0;
+    *value = negative ? -n : n;
+    return 1;
+}
+
+/* Takes a name cut to its label's size. */
+static void spmi_data_set_label(char *labels, int64_t index, const char *name)
+{
+    (void)spmi_format(labels + index * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s", name);
+}
+
+/* ---- metadata.csv ---- */
+
+/* The first of the names (separated by '|') that the table has as a column; -1 if none. */
+static int spmi_data_column(const spm_csv *csv, const char *names)
+{
+    while (*names) {
+        char name[32];
+        size_t length = strcspn(names, "|");
+        int column;
+        (void)spmi_format(name, sizeof name, "%.*s", (int)length, names);
+        column = spm_csv_column(csv, name);
+        if (column >= 0) return column;
+        names += length + (names[length] == '|');
+    }
+    return -1;
+}
+
+/* A needed column: its number, or -1 and an error that says which columns there are. */
+static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv, const char *what, const char *names, spm_error *err)
+{
+    char have[240] = "";
+    size_t used = 0;
+    int column = spmi_data_column(csv, names), i;
+    if (column >= 0) return column;
+    for (i = 0; i < spm_csv_columns(csv) && used + 8 < sizeof have; i++) {
+        int n = spmi_format(have + used, sizeof have - used, "%s%s", i ? ", " : "", spm_csv_header(csv, i));
+        used += n > 0 ? (size_t)n : 0;
+    }
+    if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
+    (void)spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no column for the %s (%s); it has: %s; rename one of them",
+                    dataset->path, dataset->table, what, names, have);
+    return -1;
+}
+
+/* A label of one row, checked. */
+static spm_status spmi_data_label(const spm_dataset *dataset, const spm_csv *csv, int64_t row, int column, int64_t *value, spm_error *err)
+{
+    const char *text = spm_csv_field(csv, row, column);
+    if (!spmi_data_integer(text, value)) {
+        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is \"%.60s\", not a whole number", dataset->path,
+                         dataset->table, (long)spm_csv_line(csv, row), spm_csv_header(csv, column), text);
+    }
+    if (*value < 0 || *value > SPMI_DATA_MAX_LABEL) {
+        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is %ld, out of range: labels run from 0 to %d",
+                         dataset->path, dataset->table, (long)spm_csv_line(csv, row), spm_csv_header(csv, column), (long)*value,
+                         SPMI_DATA_MAX_LABEL);
+    }
+    return SPM_OK;
+}
+
+/* A column named "group" may hold y * K + a instead of a. Then, and only then, every value lies in the K values of its y:
+ * K is found and the column is turned into a. */
+static void spmi_data_ungroup(spm_context *ctx, spmi_data_rows *rows)
+{
+    int64_t i, top_y = 0, top_group = 0, k;
+    for (i = 0; i < rows->count; i++) {
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        top_y = SPMI_MAX(top_y, row->y);
+        top_group = SPMI_MAX(top_group, row->a);
+    }
+    k = (top_group + top_y + 1) / (top_y + 1);
+    if (k < 2 || top_y < 1) return;
+    for (i = 0; i < rows->count; i++) {
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        if (row->a / k != row->y) return;
+    }
+    for (i = 0; i < rows->count; i++) {
+        spmi_data_row *row = spmi_data_row_at(rows, i);
+        row->a -= (int32_t)(row->y * k);
+    }
+    (void)spmi_format(rows->a_label, sizeof rows->a_label, "confounder");
+    spmi_log(ctx, SPM_LOG_INFO, "the column \"group\" is read as y * %ld + confounder", (long)k);
+}
+
+/* Whether these are the Waterbirds: the pictures of places say land or water (Places365's or synth_birds' names). */
+static int spmi_data_is_birds(const spm_csv *csv)
+{
+    static const char words[][8] = { "land", "water", "ocean", "lake", "forest" };
+    int column = spm_csv_column(csv, "place_filename"), i;
+    int64_t row;
+    if (column < 0) return 0;
+    for (row = 0; row < spm_csv_rows(csv) && row < 16; row++) {
+        const char *place = spm_csv_field(csv, row, column);
+        for (i = 0; i < SPMI_COUNT(words) && !strstr(place, words[i]); i++) continue;
+        if (i == SPMI_COUNT(words)) return 0;
+    }
+    return row > 0;
+}
+
+/* Format WATERBIRDS wants the four columns of that set by their names; METADATA takes any of the usual ones. */
+static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, spmi_data_rows *rows, spm_error *err)
+{
+    int strict = dataset->desc.format == SPM_DATA_WATERBIRDS;
+    int file, y, a, split;
+    int64_t row;
+    spm_status status = SPM_OK;
+    file = spmi_data_need_column(dataset, csv, "pictures' files", strict ? "img_filename" : "img_filename|filename|path", err);
+    if (file < 0) return SPM_E_DATA;
+    y = spmi_data_need_column(dataset, csv, "class", strict ? "y" : "y|label", err);
+    if (y < 0) return SPM_E_DATA;
+    a = spmi_data_need_column(dataset, csv, "confounder", strict ? "place" : "place|a|confounder|group", err);
+    if (a < 0) return SPM_E_DATA;
+    split = strict ? spmi_data_need_column(dataset, csv, "split", "split", err) : spm_csv_column(csv, "split");
+    if (split < 0 && strict) return SPM_E_DATA;
+    (void)spmi_format(rows->y_label, sizeof rows->y_label, "%s", spm_csv_header(csv, y));
+    (void)spmi_format(rows->a_label, sizeof rows->a_label, "%s", spm_csv_header(csv, a));
+    for (row = 0; row < spm_csv_rows(csv); row++) {
+        int64_t y_value = 0, a_value = 0;
+        spm_split part = SPM_TRAIN;
+        long line = (long)spm_csv_line(csv, row);
+        const char *name = spm_csv_field(csv, row, file);
+        if (!name[0]) {
+            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is empty; name the picture's file", dataset->path,
+                             dataset->table, line, spm_csv_header(csv, file));
+        }
+        status = spmi_data_label(dataset, csv, row, y, &y_value, err);
+        if (!status) status = spmi_data_label(dataset, csv, row, a, &a_value, err);
+        if (status) return status;
+        if (split >= 0) {
+            const char *text = spm_csv_field(csv, row, split);
+            int64_t number;
+            int known = spmi_data_integer(text, &number);
+            if (known) part = (spm_split)number;
+            if (known ? number < 0 || number > 2 : !spm_split_parse(text, &part)) {
+                return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: split is \"%.40s\"; it is one of 0, 1, 2, train, "
+                                 "val, test", dataset->path, dataset->table, line, text);
+            }
+        }
+        spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
+    }
+    if (spmi_string_equal(rows->a_label, "group")) spmi_data_ungroup(dataset->ctx, rows);
+    return SPM_OK;
+}
+
+static spm_csv *spmi_data_open_csv(const spm_dataset *dataset, spm_error *err)
+{
+    uint8_t *data;
+    size_t size;
+    char *path;
+    spm_csv *csv = NULL;
+    if (spmi_data_file_read(dataset, "metadata.csv", &data, &size, err)) return NULL;
+    path = spmi_data_file_path(dataset, "metadata.csv");
+    if (!path) (void)spmi_fail_memory(dataset->ctx, err, "metadata.csv");
+    else csv = spm_csv_parse(dataset->ctx, path, (const char *)data, size, ',', err);
+    spmi_free(dataset->ctx, path);
+    spm_free(dataset->ctx, data);
+    return csv;
+}
+
+/* ---- CelebA ---- */
+
+/* Lines of words: blanks, tabs and commas all separate, so the .txt and the .csv form read alike. Splits in place. */
+typedef struct spmi_words {
+    char *at;
+    char *word[64];
+    int words;
+    int64_t line;
+} spmi_words;
+
+/* The next line that has words; 0 at the end. */
+static int spmi_words_next(spmi_words *words)
+{
+    words->words = 0;
+    while (*words->at && !words->words) {
+        char *end = words->at + strcspn(words->at, "\n"), *p = words->at;
+        words->at = *end ? end + 1 : end;
+        *end = 0;
+        words->line++;
+        for (;;) {
+            p += strspn(p, " \t,\r");
+            if (!*p) break;
+            if (words->words < SPMI_COUNT(words->word)) words->word[words->words++] = p;
+            p += strcspn(p, " \t,\r");
+            if (*p) *p++ = 0;
+        }
+    }
+    return words->words > 0;
+}
+
+#define SPMI_CELEBA_CONFOUNDERS 6 /* at most so many at once: 2^6 values */
+
+/* The attributes that are asked for, and where they stand in the table. */
+typedef struct spmi_celeba {
+    char target[48];
+    char confounder[SPMI_CELEBA_CONFOUNDERS][48];
+    int column[1 + SPMI_CELEBA_CONFOUNDERS]; /* of target, then confounders, in the header */
+    int confounders;
+    int header; /* words of the header line */
+    int fields; /* words of every picture's line: one more where the header has no word for the file; 0: not known yet */
+} spmi_celeba;
+
+static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words *header, const char *name, int *column, spm_error *err)
+{
+    char have[300] = "";
+    size_t used = 0;
+    int i;
+    for (i = 0; i < header->words; i++) {
+        if (spmi_string_equal(header->word[i], name)) {
+            *column = i;
+            return SPM_OK;
+        }
+    }
+    for (i = 0; i < header->words && used + 8 < sizeof have; i++) {
+        int n = spmi_format(have + used, sizeof have - used, "%s%s", i ? ", " : "", header->word[i]);
+        used += n > 0 ? (size_t)n : 0;
+    }
+    if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
+    return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no attribute \"%.60s\"; it has: %s", dataset->path, dataset->table,
+                     name, have);
+}
+
+/* Splits "Male,Young" and finds every attribute in the header. */
+static spm_status spmi_celeba_select(const spm_dataset *dataset, const spmi_words *header, spmi_celeba *celeba, spm_error *err)
+{
+    const char *names = dataset->desc.confounder ? dataset->desc.confounder : "Male";
+    spm_status status;
+    (void)spmi_format(celeba->target, sizeof celeba->target, "%s", dataset->desc.target ? dataset->desc.target : "Blond_Hair");
+    celeba->header = header->words;
+    status = spmi_celeba_find(dataset, header, celeba->target, &celeba->column[0], err);
+    while (!status && *names) {
+        size_t length = strcspn(names, ",");
+        char *name = celeba->confounder[celeba->confounders];
+        if (celeba->confounders >= SPMI_CELEBA_CONFOUNDERS) {
+            return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "at most %d confounders at once", SPMI_CELEBA_CONFOUNDERS);
+        }
+        (void)spmi_format(name, sizeof celeba->confounder[0], "%.*s", (int)SPMI_MIN(length, 1000), names);
+        status = spmi_celeba_find(dataset, header, name, &celeba->column[1 + celeba->confounders], err);
+        celeba->confounders++;
+        names += length + (names[length] == ',');
+    }
+    return status;
+}
+
+/* The names and splits of list_eval_partition: sorted names, and behind each one's terminator its split as a digit. */
+static spm_status spmi_celeba_partition(const spm_dataset *dataset, spmi_names_list *list, spm_error *err)
+{
+    uint8_t *data = NULL;
+    size_t size;
+    spmi_words words = SPM_ZERO;
+    const char *table = "list_eval_partition.txt";
+    spm_status status = SPM_OK;
+    if (spmi_data_file_kind(dataset, table) != 1) table = "list_eval_partition.csv";
+    if (spmi_data_file_kind(dataset, table) != 1) return SPM_OK; /* none: the split is drawn */
+    status = spmi_data_file_read(dataset, table, &data, &size, err);
+    if (status) return status;
+    words.at = (char *)data;
+    while (!status && spmi_words_next(&words)) {
+        char entry[80];
+        int64_t split;
+        size_t length = strlen(words.word[0]);
+        if (words.words != 2 || !spmi_data_integer(words.word[1], &split) || split < 0 || split > 2 || length > 70) {
+            if (words.line == 1) continue; /* the header of the .csv form */
+            status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: wants a file name and 0, 1 or 2", dataset->path, table,
+                               (long)words.line);
+            break;
+        }
+        memcpy(entry, words.word[0], length + 1);
+        entry[length + 1] = (char)('0' + split);
+        spmi_names_list_add(list, entry, length + 2);
+    }
+    spm_free(dataset->ctx, data);
+    if (!status && list->text.failed) status = spmi_fail_memory(dataset->ctx, err, table);
+    if (!status && !list->count) status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, table);
+    if (!status) spmi_names_list_sort(list);
+    return status;
+}
+
+/* One picture's line: reads the attributes that matter. */
+static spm_status spmi_celeba_row(const spm_dataset *dataset, spmi_celeba *celeba, const spmi_words *words,
+                                  const spmi_names_list *partition, spmi_data_rows *rows, spm_error *err)
+{
+    int64_t value[1 + SPMI_CELEBA_CONFOUNDERS], a = 0;
+    int i, split = -1, shift = words->words - celeba->header;
+    if (!celeba->fields && (shift == 0 || shift == 1)) celeba->fields = words->words;
+    if (words->words != celeba->fields) {
+        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: has %d fields where %d are wanted", dataset->path, dataset->table,
+                         (long)words->line, words->words, celeba->fields ? celeba->fields : celeba->header + 1);
+    }
+    for (i = 0; i <= celeba->confounders; i++) {
+        const char *text = words->word[celeba->column[i] + shift];
+        if (!spmi_data_integer(text, &value[i]) || value[i] < -1 || value[i] > 1) {
+            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is \"%.40s\"; an attribute is -1, 0 or 1", dataset->path,
+                             dataset->table, (long)words->line, i ? celeba->confounder[i - 1] : celeba->target, text);
+        }
+        if (i) a = 2 * a + (value[i] == 1);
+    }
+    if (partition->count) {
+        int64_t at = spmi_names_list_find(partition, words->word[0]);
+        if (at < 0) {
+            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s has no line in list_eval_partition", dataset->path,
+                             dataset->table, (long)words->line, words->word[0]);
+        }
+        split = spmi_names_list_at(partition, at)[strlen(words->word[0]) + 1] - '0';
+    }
+    spmi_data_row_add(rows, words->word[0], value[0] == 1, a, split, words->line);
+    return SPM_OK;
+}
+
+/* "non-blond", "female" for the usual pair; "not Smiling", "Male" for all others. */
+static spm_status spmi_celeba_names(spm_dataset *dataset, const spmi_celeba *celeba, spm_error *err)
+{
+    int usual = spmi_string_equal(celeba->target, "Blond_Hair") && celeba->confounders == 1
+                && spmi_string_equal(celeba->confounder[0], "Male");
+    int n = 1 << celeba->confounders, a, i;
+    dataset->class_names = (char *)spmi_alloc_array(dataset->ctx, 2, SPMI_DATA_LABEL);
+    dataset->confounder_names = (char *)spmi_alloc_array(dataset->ctx, n, SPMI_DATA_LABEL);
+    dataset->group_names = (char *)spmi_alloc_array(dataset->ctx, 2 * n, SPMI_DATA_GROUP_LABEL);
+    if (!dataset->class_names || !dataset->confounder_names || !dataset->group_names) return spmi_fail_memory(dataset->ctx, err, "names");
+    for (i = 0; i < 2; i++) {
+        if (usual) spmi_data_set_label(dataset->class_names, i, i ? "blond" : "non-blond");
+        else (void)spmi_format(dataset->class_names + i * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s%s", i ? "" : "not ", celeba->target);
+    }
+    for (a = 0; a < n; a++) {
+        char *to = dataset->confounder_names + a * SPMI_DATA_LABEL;
+        size_t used = 0;
+        for (i = 0; i < celeba->confounders && used < SPMI_DATA_LABEL; i++) {
+            int on = (a >> (celeba->confounders - 1 - i)) & 1;
+            int length = usual ? spmi_format(to, SPMI_DATA_LABEL, "%s", on ? "male" : "female")
+                               : spmi_format(to + used, SPMI_DATA_LABEL - used, "%s%s%s", i ? ", " : "", on ? "" : "not ", celeba->confounder[i]);
+            used += length > 0 ? (size_t)length : 0;
+        }
+        for (i = 0; i < 2; i++) {
+            (void)spmi_format(dataset->group_names + (i * n + a) * SPMI_DATA_GROUP_LABEL, SPMI_DATA_GROUP_LABEL, usual ? "%s %s" : "%s, %s",
+                              dataset->class_names + i * SPMI_DATA_LABEL, to);
+        }
+    }
+    return SPM_OK;
+}
+
+static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    spmi_celeba celeba = SPM_ZERO;
+    spmi_words words = SPM_ZERO;
+    spmi_names_list partition = spmi_names_list_create(dataset->ctx);
+    uint8_t *data = NULL;
+    size_t size;
+    int64_t promised;
+    spm_status status;
+    (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.txt");
+    if (spmi_data_file_kind(dataset, dataset->table) != 1) {
+        (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.csv");
+    }
+    status = spmi_data_file_read(dataset, dataset->table, &data, &size, err);
+    words.at = (char *)data;
+    if (!status && !spmi_words_next(&words)) status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, dataset->table);
+    if (!status && words.words == 1 && spmi_data_integer(words.word[0], &promised)) (void)spmi_words_next(&words); /* the count */
+    if (!status) status = spmi_celeba_select(dataset, &words, &celeba, err);
+    if (!status) status = spmi_celeba_names(dataset, &celeba, err);
+    if (!status) status = spmi_celeba_partition(dataset, &partition, err);
+    while (!status && spmi_words_next(&words)) status = spmi_celeba_row(dataset, &celeba, &words, &partition, rows, err);
+    rows->classes = 2;
+    rows->confounders = 1 << celeba.confounders;
+    if (!status && rows->count && !rows->names.failed) { /* Kaggle's archive has the folder twice */
+        char inside[160];
+        (void)spmi_format(inside, sizeof inside, "img_align_celeba/img_align_celeba/%.90s", rows->names.data);
+        (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%s",
+                          spmi_data_file_kind(dataset, inside) == 1 ? "img_align_celeba/img_align_celeba/" : "img_align_celeba/");
+    }
+    spmi_names_list_free(&partition);
+    spm_free(dataset->ctx, data);
+    return status;
+}
+
+/* ---- a folder per class: [split/]class/[confounder/]picture ---- */
+
+/* The parts of one picture's path; lengths in bytes. */
+typedef struct spmi_data_parts {
+    const char *name, *confounder;
+    size_t name_length, confounder_length; /* 0: there is no such level */
+    int split; /* -1: none */
+} spmi_data_parts;
+
+/* Cuts `path` behind its first `skip` bytes; 0 if there is no folder for the class. */
+static int spmi_data_cut_path(const char *path, size_t skip, int with_split, spmi_data_parts *parts)
+{
+    const char *slash;
+    path += skip;
+    parts->split = -1;
+    if (with_split) {
+        char name[16];
+        spm_split split;
+        size_t length = strcspn(path, "/");
+        (void)spmi_format(name, sizeof name, "%.*s", (int)SPMI_MIN(length, 15), path);
+        if (!path[length] || !spm_split_parse(name, &split)) return 0;
+        parts->split = (int)split;
+        path += length + 1;
+    }
+    parts->name = path;
+    parts->name_length = strcspn(path, "/");
+    if (!path[parts->name_length]) return 0;
+    parts->confounder = path + parts->name_length + 1;
+    slash = strchr(parts->confounder, '/');
+    parts->confounder_length = slash ? (size_t)(slash - parts->confounder) : 0;
+    return 1;
+}
+
+/* Bytes of the top folder that all pictures share and that is neither a split nor the class; 0: none. */
+static size_t spmi_data_shared_top(const spmi_names_list *pictures, size_t skip)
+{
+    const char *first = spmi_names_list_at(pictures, 0) + skip;
+    size_t length = strcspn(first, "/") + 1;
+    char name[16];
+    spm_split split;
+    int64_t i;
+    (void)spmi_format(name, sizeof name, "%.*s", (int)SPMI_MIN(length - 1, 15), first);
+    if (spm_split_parse(name, &split)) return 0;
+    for (i = 0; i < pictures->count; i++) {
+        const char *path = spmi_names_list_at(pictures, i) + skip;
+        if (strncmp(path, first, length) != 0 || !strchr(path + length, '/')) return 0;
+    }
+    return length;
+}
+
+static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spmi_names_list pictures = spmi_names_list_create(ctx), classes = spmi_names_list_create(ctx), confounders = spmi_names_list_create(ctx);
+    spmi_data_parts parts = SPM_ZERO;
+    size_t skip = 0, step;
+    int with_split = 0, with_confounder = 1;
+    int64_t i, left_out = 0;
+    spm_status status = spmi_data_pictures(dataset, &pictures, err);
+    if (!status && pictures.count) {
+        while ((step = spmi_data_shared_top(&pictures, skip)) > 0) skip += step;
+    }
+    for (i = 0; !status && i < pictures.count && !with_split; i++) {
+        const char *path = spmi_names_list_at(&pictures, i) + skip;
+        with_split = strncmp(path, "train/", 6) == 0 || strncmp(path, "test/", 5) == 0 || strncmp(path, "val/", 4) == 0;
+    }
+    for (i = 0; !status && i < pictures.count; i++) {
+        if (!spmi_data_cut_path(spmi_names_list_at(&pictures, i), skip, with_split, &parts)) continue;
+        if (!classes.count || strncmp(spmi_names_list_at(&classes, classes.count - 1), parts.name, parts.name_length) != 0
+            || strlen(spmi_names_list_at(&classes, classes.count - 1)) != parts.name_length) {
+            spmi_names_list_add(&classes, parts.name, parts.name_length);
+        }
+        if (!parts.confounder_length) with_confounder = 0;
+        if (with_confounder && (!confounders.count
+            || strncmp(spmi_names_list_at(&confounders, confounders.count - 1), parts.confounder, parts.confounder_length) != 0
+            || strlen(spmi_names_list_at(&confounders, confounders.count - 1)) != parts.confounder_length)) {
+            spmi_names_list_add(&confounders, parts.confounder, parts.confounder_length);
+        }
+        if (classes.text.failed || confounders.text.failed) status = spmi_fail_memory(ctx, err, "the folders' names");
+    }
+    spmi_names_list_sort(&classes);
+    spmi_names_list_sort(&confounders);
+    if (!status && !classes.count) {
+        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: no data set found: there is no metadata.csv, no list_attr_celeba.txt, no idx or "
+                           "CIFAR file, and %s", dataset->path, pictures.count ? "its pictures do not lie in one folder per class"
+                           : "no folder with pictures");
+    }
+    if (!status && (classes.count > SPMI_DATA_MAX_LABEL || confounders.count > SPMI_DATA_MAX_LABEL)) {
+        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: has %ld classes; at most %d are possible", dataset->path, (long)classes.count,
+                           SPMI_DATA_MAX_LABEL);
+    }
+    if (!status) {
+        rows->classes = (int)classes.count;
+        rows->confounders = with_confounder ? (int)confounders.count : 1;
+        dataset->class_names = (char *)spmi_alloc_array(ctx, rows->classes, SPMI_DATA_LABEL);
+        dataset->confounder_names = (char *)spmi_alloc_array(ctx, rows->confounders, SPMI_DATA_LABEL);
+        if (!dataset->class_names || !dataset->confounder_names) status = spmi_fail_memory(ctx, err, "names");
+        for (i = 0; !status && i < classes.count; i++) spmi_data_set_label(dataset->class_names, i, spmi_names_list_at(&classes, i));
+        for (i = 0; !status && with_confounder && i < confounders.count; i++) {
+            spmi_data_set_label(dataset->confounder_names, i, spmi_names_list_at(&confounders, i));
+        }
+    }
+    for (i = 0; !status && i < pictures.count; i++) {
+        const char *path = spmi_names_list_at(&pictures, i);
+        char name[256];
+        int64_t y, a = 0;
+        if (!spmi_data_cut_path(path, skip, with_split, &parts) || parts.name_length >= sizeof name || parts.confounder_length >= sizeof name) {
+            left_out++;
+            continue;
+        }
+        (void)spmi_format(name, sizeof name, "%.*s", (int)parts.name_length, parts.name);
+        y = spmi_names_list_find(&classes, name);
+        if (with_confounder) {
+            (void)spmi_format(name, sizeof name, "%.*s", (int)parts.confounder_length, parts.confounder);
+            a = spmi_names_list_find(&confounders, name);
+        }
+        spmi_data_row_add(rows, path, y, a, parts.split, 0);
+    }
+    if (!status && left_out) {
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: %ld pictures lie outside of the class folders and are left out", dataset->path, (long)left_out);
+    }
+    spmi_names_list_free(&pictures);
+    spmi_names_list_free(&classes);
+    spmi_names_list_free(&confounders);
+    return status;
+}
+
+/* ---- idx (MNIST) and CIFAR: all pictures in a few files, held in memory as they are ---- */
+
+/* Reads `name` or `name`.gz, unpacked; SPM_OK with *data NULL if neither is there. */
+static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size, spm_error *err)
+{
+    char packed[80];
+    uint8_t *raw = NULL;
+    size_t raw_size;
+    spm_status status;
+    *data = NULL;
+    *size = 0;
+    if (spmi_data_file_kind(dataset, name) == 1) return spmi_data_file_read(dataset, name, data, size, err);
+    (void)spmi_format(packed, sizeof packed, "%s.gz", name);
+    if (spmi_data_file_kind(dataset, packed) != 1) return SPM_OK;
+    status = spmi_data_file_read(dataset, packed, &raw, &raw_size, err);
+    if (!status) status = spm_inflate(dataset->ctx, raw, raw_size, 2, (size_t)1 << 30, data, size, err);
+    spm_free(dataset->ctx, raw);
+    return status;
+}
+
+/* Appends pictures of `channels` planes to the block: every data set of this kind has one size for all. */
+static spm_status spmi_data_block_add(spm_dataset *dataset, const char *name, const uint8_t *pixels, int64_t first, int64_t n, int64_t stride,
+                                      spm_error *err)
+{
+    size_t each = (size_t)dataset->block_height * (size_t)dataset->block_width * (size_t)dataset->block_channels, bytes;
+    uint8_t *bigger;
+    int64_t i;
+    if (!spmi_mul_size(each, (size_t)(first + n), &bytes) || !(bigger = (uint8_t *)spmi_alloc(dataset->ctx, bytes))) {
+        return spmi_fail_memory(dataset->ctx, err, name);
+    }
+    if (first) memcpy(bigger, dataset->block, each * (size_t)first);
+    spmi_free(dataset->ctx, dataset->block);
+    dataset->block = bigger;
+    for (i = 0; i < n; i++) memcpy(bigger + each * (size_t)(first + i), pixels + i * stride, each);
+    return SPM_OK;
+}
+
+/* One pair of idx files: pictures (magic 2051) and labels (magic 2049), big-endian. */
+static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, const char *labels, spm_split split, spmi_data_rows *rows,
+                                     spm_error *err)
+{
+    uint8_t *x = NULL, *y = NULL;
+    size_t x_size = 0, y_size = 0;
+    uint32_t head[6];
+    int64_t i, first = rows->count;
+    spm_status status = spmi_data_read_packed(dataset, images, &x, &x_size, err);
+    if (!status && x) status = spmi_data_read_packed(dataset, labels, &y, &y_size, err);
+    for (i = 0; !status && x && y && x_size >= 16 && y_size >= 8 && i < 6; i++) {
+        const uint8_t *at = i < 4 ? x + 4 * i : y + 4 * (i - 4);
+        head[i] = (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
+    }
+    if (!status && x && !y) status = spmi_fail(dataset->ctx, err, SPM_E_IO, "%s: has %s but not %s", dataset->path, images, labels);
+    if (!status && x && (x_size < 16 || y_size < 8 || head[0] != 2051 || head[4] != 2049)) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s and %s are not idx files of pictures and labels", dataset->path, images, labels);
+    }
+    if (!status && x && (head[2] < 1 || head[2] > 4096 || head[3] < 1 || head[3] > 4096 || head[1] != head[5]
+        || (x_size - 16) / ((size_t)head[2] * head[3]) < head[1] || y_size - 8 < head[5])) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s says %lu pictures of %lu x %lu and %s %lu labels; the files have %lu and %lu "
+                           "bytes", dataset->path, images, (unsigned long)head[1], (unsigned long)head[2], (unsigned long)head[3], labels,
+                           (unsigned long)head[5], (unsigned long)x_size, (unsigned long)y_size);
+    }
+    if (!status && x && dataset->block && ((uint32_t)dataset->block_height != head[2] || (uint32_t)dataset->block_width != head[3])) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has pictures of another size than the training set", dataset->path, images);
+    }
+    if (!status && x && head[1]) {
+        dataset->block_height = (int)head[2];
+        dataset->block_width = (int)head[3];
+        dataset->block_channels = 1;
+        status = spmi_data_block_add(dataset, images, x + 16, first, head[1], (int64_t)head[2] * head[3], err);
+        for (i = 0; !status && i < (int64_t)head[1]; i++) {
+            char name[64];
+            (void)spmi_format(name, sizeof name, "%s#%ld", images, (long)i);
+            spmi_data_row_add(rows, name, y[8 + i], 0, (int)split, 0);
+        }
+    }
+    spm_free(dataset->ctx, x);
+    spm_free(dataset->ctx, y);
+    return status;
+}
+
+static spm_status spmi_data_read_idx(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    spm_status status = spmi_data_idx_pair(dataset, "train-images-idx3-ubyte", "train-labels-idx1-ubyte", SPM_TRAIN, rows, err);
+    if (!status) status = spmi_data_idx_pair(dataset, "train-images.idx3-ubyte", "train-labels.idx1-ubyte", SPM_TRAIN, rows, err);
+    if (!status) status = spmi_data_idx_pair(dataset, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", SPM_TEST, rows, err);
+    if (!status) status = spmi_data_idx_pair(dataset, "t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte", SPM_TEST, rows, err);
+    return status;
+}
+
+/* One file of CIFAR records: `labels` bytes (the last is the class), then the planes R, G, B of 32 x 32. */
+static spm_status spmi_data_cifar_file(spm_dataset *dataset, const char *file, int labels, spm_split split, spmi_data_rows *rows, spm_error *err)
+{
+    uint8_t *data = NULL;
+    size_t size = 0, record = (size_t)labels + 3072;
+    int64_t i, n, first = rows->count;
+    spm_status status;
+    if (spmi_data_file_kind(dataset, file) != 1) return SPM_OK;
+    status = spmi_data_file_read(dataset, file, &data, &size, err);
+    if (!status && (size == 0 || size % record != 0)) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has %lu bytes, not a multiple of %lu: it is no CIFAR file or cut off",
+                           dataset->path, file, (unsigned long)size, (unsigned long)record);
+    }
+    n = (int64_t)(size / record);
+    dataset->block_height = dataset->block_width = 32;
+    dataset->block_channels = 3;
+    if (!status) status = spmi_data_block_add(dataset, file, data + labels, first, n, (int64_t)record, err);
+    for (i = 0; !status && i < n; i++) {
+        char name[64];
+        (void)spmi_format(name, sizeof name, "%s#%ld", file, (long)i);
+        spmi_data_row_add(rows, name, data[(size_t)i * record + (size_t)labels - 1], 0, (int)split, 0);
+    }
+    spm_free(dataset->ctx, data);
+    return status;
+}
+
+static spm_status spmi_data_read_cifar(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    spm_status status = SPM_OK;
+    char file[32];
+    int i;
+    for (i = 1; !status && i <= 5; i++) {
+        (void)spmi_format(file, sizeof file, "data_batch_%d.bin", i);
+        status = spmi_data_cifar_file(dataset, file, 1, SPM_TRAIN, rows, err);
+    }
+    if (!status) status = spmi_data_cifar_file(dataset, "test_batch.bin", 1, SPM_TEST, rows, err);
+    if (!status) status = spmi_data_cifar_file(dataset, "train.bin", 2, SPM_TRAIN, rows, err);
+    if (!status) status = spmi_data_cifar_file(dataset, "test.bin", 2, SPM_TEST, rows, err);
+    return status;
+}
+
+/* ---- which format is it? ---- */
+
+/* By the files that only one format has; SPM_DATA_AUTO if none is there. */
+static spm_data_format spmi_data_detect(const spm_dataset *dataset)
+{
+    static const char marks[][32] = {
+        "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz",
+        "train-images.idx3-ubyte", "t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz", "data_batch_1.bin", "train.bin", "test_batch.bin"
+    };
+    static const unsigned char formats[] = {
+        SPM_DATA_METADATA, SPM_DATA_CELEBA, SPM_DATA_CELEBA, SPM_DATA_IDX, SPM_DATA_IDX,
+        SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_CIFAR, SPM_DATA_CIFAR, SPM_DATA_CIFAR
+    };
+    spm_data_format wanted = dataset->desc.format == SPM_DATA_WATERBIRDS ? SPM_DATA_METADATA : dataset->desc.format;
+    int i;
+    if (wanted == SPM_DATA_FOLDER) return SPM_DATA_FOLDER;
+    for (i = 0; i < SPMI_COUNT(formats); i++) {
+        if (wanted != SPM_DATA_AUTO && wanted != (spm_data_format)formats[i]) continue;
+        if (spmi_data_file_kind(dataset, marks[i]) == 1) return (spm_data_format)formats[i];
+    }
+    return SPM_DATA_AUTO;
+}
+
+/* Finds the format, looking into the one top folder if there is nothing beside it; sets desc.format and prefix. */
+static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spm_data_format found = spmi_data_detect(dataset);
+    spmi_names_list top = spmi_names_list_create(ctx);
+    spm_status status = SPM_OK;
+    int64_t i, folder = -1, folders = 0;
+    if (found == SPM_DATA_AUTO) {
+        status = spmi_data_top(dataset, &top, err);
+        for (i = 0; !status && i < top.count; i++) {
+            const char *name = spmi_names_list_at(&top, i);
+            if (name[strlen(name) - 1] != '/') continue;
+            folder = i;
+            folders++;
+        }
+        if (!status && folders == 1) {
+            char *root = dataset->prefix;
+            dataset->prefix = spmi_string_copy(ctx, spmi_names_list_at(&top, folder), strlen(spmi_names_list_at(&top, folder)));
+            if (!dataset->prefix) status = spmi_fail_memory(ctx, err, dataset->path);
+            else found = spmi_data_detect(dataset);
+            if (found == SPM_DATA_AUTO) { /* nothing there either */
+                spmi_free(ctx, dataset->prefix);
+                dataset->prefix = root;
+            } else {
+                spmi_free(ctx, root);
+            }
+        }
+    }
+    spmi_names_list_free(&top);
+    if (status) return status;
+    if (found == SPM_DATA_AUTO) {
+        switch (dataset->desc.format) {
+        case SPM_DATA_WATERBIRDS:
+        case SPM_DATA_METADATA: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no metadata.csv", dataset->path);
+        case SPM_DATA_CELEBA: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no list_attr_celeba.txt or list_attr_celeba.csv", dataset->path);
+        case SPM_DATA_IDX: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no train-images-idx3-ubyte(.gz)", dataset->path);
+        case SPM_DATA_CIFAR: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no data_batch_1.bin or train.bin", dataset->path);
+        case SPM_DATA_PACKED: return spmi_fail(ctx, err, SPM_E_DATA, "%s: is no packed data set", dataset->path);
+        case SPM_DATA_AUTO:
+        case SPM_DATA_FOLDER: break;
+        }
+        found = SPM_DATA_FOLDER;
+    }
+    if (dataset->desc.format != SPM_DATA_WATERBIRDS) dataset->desc.format = found;
+    return SPM_OK;
+}
+
+/* ---- transforms: what a picture goes through, on 8-bit pixels, exactly as torchvision does it on Pillow images ---- */
+
+SPMDEF spm_transform spm_transform_make(int64_t height, int64_t width)
+{
+    static const float mean[3] = { 0.485f, 0.456f, 0.406f }, deviation[3] = { 0.229f, 0.224f, 0.225f };
+    spm_transform transform = SPM_ZERO;
+    int c;
+    transform.height = height;
+    transform.width = width;
+    for (c = 0; c < 3; c++) {
+        transform.mean[c] = mean[c];
+        transform.std[c] = deviation[c];
+    }
+    transform.resize = SPM_RESIZE_PAPER;
+    return transform;
+}
+
+/* (size - crop) / 2 rounded half to even: where torchvision's CenterCrop begins. */
+static int spmi_crop_offset(int64_t size, int64_t crop)
+{
+    int64_t twice = size - crop, half = twice / 2;
+    return (int)(twice % 2 == 0 ? half : half + (half & 1));
+}
+
+/* The size that a picture is resized to before the crop. */
+static void spmi_transform_resized(const spm_transform *t, int64_t height, int64_t width, int64_t *to_height, int64_t *to_width)
+{
+    int64_t h = t->height * 256 / 224, w = t->width * 256 / 224;
+    switch (t->resize) {
+    case SPM_RESIZE_PAPER: break;
+    case SPM_RESIZE_EXACT:
+        h = t->height;
+        w = t->width;
+        break;
+    case SPM_RESIZE_SHORT_SIDE: /* the smallest size of the picture's proportions that covers h x w */
+        if (h * width >= w * height) w = h * width / height;
+        else h = w * height / width;
+        break;
+    case SPM_RESIZE_NONE:
+        h = height;
+        w = width;
+        break;
+    }
+    *to_height = h;
+    *to_width = w;
+}
+
+static spm_status spmi_transform_check(spm_context *ctx, const spm_transform *t, spm_error *err)
+{
+    int c;
+    if (t->height < 1 || t->width < 1 || t->height > 16384 || t->width > 16384) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "image size %ld x %ld: both sides must be from 1 to 16384", (long)t->height, (long)t->width);
+    }
+    for (c = 0; c < 3; c++) {
+        if (!(t->std[c] > 0)) return spmi_fail(ctx, err, SPM_E_ARGUMENT, "normalisation: the standard deviation %g must be positive", (double)t->std[c]);
+    }
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *transform, const spm_image *image, spm_image *result, spm_error *err)
+{
+    int64_t height, width;
+    spm_image resized = SPM_ZERO;
+    spm_status status = spmi_transform_check(ctx, transform, err);
+    memset(result, 0, sizeof *result);
+    if (status) return status;
+    if (transform->resize == SPM_RESIZE_NONE && (image->height != transform->height || image->width != transform->width)) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "the picture has %d x %d pixels (height x width), the network wants %ld x %ld; choose a --resize "
+                         "other than none", image->height, image->width, (long)transform->height, (long)transform->width);
+    }
+    spmi_transform_resized(transform, image->height, image->width, &height, &width);
+    if (height > 1 << 20 || width > 1 << 20) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "a picture of %d x %d pixels (height x width) cannot be resized by its short side: it is too narrow",
+                         image->height, image->width);
+    }
+    if (height == image->height && width == image->width) { /* nothing to resize: crop at once */
+        return spm_image_crop(ctx, image, spmi_crop_offset(width, transform->width), spmi_crop_offset(height, transform->height),
+                              (int)transform->width, (int)transform->height, result, err);
+    }
+    status = spm_image_resize(ctx, image, (int)width, (int)height, SPM_FILTER_BILINEAR, &resized, err);
+    if (status) return status;
+    if (height == transform->height && width == transform->width) {
+        *result = resized;
+        return SPM_OK;
+    }
+    status = spm_image_crop(ctx, &resized, spmi_crop_offset(width, transform->width), spmi_crop_offset(height, transform->height),
+                            (int)transform->width, (int)transform->height, result, err);
+    spm_image_free(ctx, &resized);
+    return status;
+}
+
+/* table[c][v] = (v / 255 - mean) / std, each operation rounded to float as PyTorch's ToTensor and Normalize do. */
+static void spmi_transform_table(const spm_transform *t, float table[3][256])
+{
+    int c, v;
+    for (c = 0; c < 3; c++) {
+        for (v = 0; v < 256; v++) {
+            float unit = (float)v / 255.0f, centred = unit - t->mean[c];
+            table[c][v] = centred / t->std[c];
+        }
+    }
+}
+
+static void spmi_transform_lookup(float table[3][256], const uint8_t *in, int64_t pixels, float *out)
+{
+    int64_t i;
+    for (i = 0; i < pixels; i++, in += 3, out += 3) {
+        out[0] = table[0][in[0]];
+        out[1] = table[1][in[1]];
+        out[2] = table[2][in[2]];
+    }
+}
+
+SPMDEF void spm_transform_normalize(const spm_transform *transform, const spm_image *image, float *out)
+{
+    float table[3][256];
+    spmi_transform_table(transform, table);
+    spmi_transform_lookup(table, image->pixels, (int64_t)image->width * image->height, out);
+}
+
+/* ---- augmentation: every draw is a function of (seed, epoch, example) and of its number ---- */
+
+enum { SPMI_DRAW_FLIP, SPMI_DRAW_Y, SPMI_DRAW_X, SPMI_DRAW_CROP = 16 }; /* RandomResizedCrop: four draws a try, from 16 */
+
+static float spmi_draw_uniform(uint64_t key, uint64_t draw)
+{
+    return spm_random_uniform(key, 0, draw);
+}
+
+static int spmi_draw_below(uint64_t key, uint64_t draw, int64_t n)
+{
+    return (int)spm_random_below(key, 0, draw, (uint32_t)n);
+}
+
+static int spmi_draw_flip(uint64_t key)
+{
+    return spmi_draw_uniform(key, SPMI_DRAW_FLIP) < 0.5f;
+}
+
+/* light: a flip half of the time, then a crop at random from the picture with a black border of 1/16 of its size.
+ * `image` has the network's size; the result goes straight into floats. */
+static void spmi_augment_light(float table[3][256], const spm_image *image, uint64_t key, float *out)
+{
+    int h = image->height, w = image->width, pad_y = h / 16, pad_x = w / 16;
+    int shift_y = spmi_draw_below(key, SPMI_DRAW_Y, 2 * pad_y + 1) - pad_y, shift_x = spmi_draw_below(key, SPMI_DRAW_X, 2 * pad_x + 1) - pad_x;
+    int flip = spmi_draw_flip(key), x, y, c;
+    for (y = 0; y < h; y++) {
+        int from_y = y + shift_y;
+        for (x = 0; x < w; x++, out += 3) {
+            int from_x = x + shift_x;
+            if (from_y < 0 || from_y >= h || from_x < 0 || from_x >= w) {
+                for (c = 0; c < 3; c++) out[c] = table[c][0];
+            } else {
+                const uint8_t *in = image->pixels + ((size_t)from_y * (size_t)w + (size_t)(flip ? w - 1 - from_x : from_x)) * 3;
+                for (c = 0; c < 3; c++) out[c] = table[c][in[c]];
+            }
+        }
+    }
+}
+
+/* torchvision's RandomResizedCrop: a box of 70 to 100 % of the area whose proportions are drawn log-uniformly from 3/4 to
+ * 4/3 of the network's own (which are 1 in the paper); after ten misses the largest centred box of allowed proportions. */
+static void spmi_augment_box(int height, int width, double aspect, uint64_t key, int box[4])
+{
+    double area = (double)height * width, low = aspect * 3.0 / 4.0, high = aspect * 4.0 / 3.0, ratio = (double)width / height;
+    int i, w = width, h = height;
+    for (i = 0; i < 10; i++) {
+        uint64_t draw = SPMI_DRAW_CROP + 4 * (uint64_t)i;
+        double target = area * (0.7 + 0.3 * (double)spmi_draw_uniform(key, draw));
+        double r = exp(log(low) + (log(high) - log(low)) * (double)spmi_draw_uniform(key, draw + 1));
+        double bw = floor(sqrt(target * r) + 0.5), bh = floor(sqrt(target / r) + 0.5);
+        if (bw < 1 || bh < 1 || bw > width || bh > height) continue;
+        box[2] = (int)bw;
+        box[3] = (int)bh;
+        box[1] = spmi_draw_below(key, draw + 2, height - box[3] + 1);
+        box[0] = spmi_draw_below(key, draw + 3, width - box[2] + 1);
+        return;
+    }
+    if (ratio < low) h = (int)SPMI_MIN((double)height, floor(width / low + 0.5));
+    else if (ratio > high) w = (int)SPMI_MIN((double)width, floor(height * high + 0.5));
+    box[2] = SPMI_MAX(w, 1);
+    box[3] = SPMI_MAX(h, 1);
+    box[0] = (width - box[2]) / 2;
+    box[1] = (height - box[3]) / 2;
+}
+
+/* paper: the box first, then bilinear resize, then the flip. */
+static spm_status spmi_augment_paper(spm_context *ctx, const spm_transform *t, const spm_image *image, uint64_t key, spm_image *result, spm_error *err)
+{
+    int box[4];
+    spm_image part = SPM_ZERO;
+    spm_status status;
+    spmi_augment_box(image->height, image->width, (double)t->width / (double)t->height, key, box);
+    status = spm_image_crop(ctx, image, box[0], box[1], box[2], box[3], &part, err);
+    if (!status) status = spm_image_resize(ctx, &part, (int)t->width, (int)t->height, SPM_FILTER_BILINEAR, result, err);
+    spm_image_free(ctx, &part);
+    if (!status && spmi_draw_flip(key)) spm_image_flip(result);
+    return status;
+}
+
+/* ---- the pictures of a data set, decoded ones kept in memory as far as the limit goes ---- */
+
+/* The variant's number for a transform (NULL: decoded only); -1 where it is not kept. `lock` is held. */
+static int spmi_data_variant_of(spm_dataset *dataset, const spm_transform *t)
+{
+    int i;
+    for (i = 0; i < dataset->store->variants; i++) {
+        const spmi_data_variant *v = &dataset->store->variant[i];
+        if (t ? v->height == t->height && v->width == t->width && v->resize == t->resize : v->height == 0) break;
+    }
+    if (i == SPMI_DATA_VARIANTS) return -1;
+    if (i == dataset->store->variants) {
+        spmi_data_variant *v = &dataset->store->variant[i];
+        memset(v, 0, sizeof *v);
+        if (t) {
+            v->height = t->height;
+            v->width = t->width;
+            v->resize = t->resize;
+        }
+        dataset->store->variants++;
+    }
+    if (!dataset->store->variant[i].kept) {
+        dataset->store->variant[i].kept = (spm_image *)spmi_alloc_array(dataset->ctx, dataset->count, sizeof(spm_image));
+        if (!dataset->store->variant[i].kept) return -1;
+    }
+    return i;
+}
+
+/* 1 if the picture is kept; its pixels stay until the data set is closed. */
+static int spmi_data_kept(spm_dataset *dataset, int64_t id, const spm_transform *t, spm_image *image)
+{
+    int variant;
+    spmi_lock_enter(&dataset->store->lock);
+    variant = spmi_data_variant_of(dataset, t);
+    memset(image, 0, sizeof *image);
+    if (variant >= 0) *image = dataset->store->variant[variant].kept[id];
+    spmi_lock_leave(&dataset->store->lock);
+    return image->pixels != NULL;
+}
+
+/* Hands a picture over to be kept; 0 if it does not fit or is there already: then it stays the caller's. */
+static int spmi_data_keep(spm_dataset *dataset, int64_t id, const spm_transform *t, const spm_image *image)
+{
+    size_t bytes = (size_t)image->width * (size_t)image->height * 3 + 128;
+    int variant, taken = 0;
+    spmi_lock_enter(&dataset->store->lock);
+    variant = spmi_data_variant_of(dataset, t);
+    if (variant >= 0 && !dataset->store->variant[variant].kept[id].pixels && bytes <= dataset->store->kept_limit - dataset->store->kept_bytes) {
+        dataset->store->variant[variant].kept[id] = *image;
+        dataset->store->kept_bytes += bytes;
+        taken = 1;
+    }
+    spmi_lock_leave(&dataset->store->lock);
+    return taken;
+}
+
+/* Where `id` is, or would be, in the sorted list of bad pictures. `lock` is held. */
+static int64_t spmi_data_bad_place(const spm_dataset *dataset, int64_t id)
+{
+    int64_t i = dataset->store->bad_count;
+    while (i > 0 && dataset->store->bad[i - 1].id >= id) i--;
+    return i;
+}
+
+/* What is wrong with the picture itself, and not with the machine or the caller's wishes. */
+static int spmi_data_is_bad(spm_status status)
+{
+    return status == SPM_E_IO || status == SPM_E_FORMAT || status == SPM_E_UNSUPPORTED;
+}
+
+static void spmi_data_add_bad(spm_dataset *dataset, int64_t id, const spm_error *why)
+{
+    size_t used;
+    void *memory;
+    int64_t at;
+    spmi_lock_enter(&dataset->store->lock);
+    at = spmi_data_bad_place(dataset, id);
+    used = (size_t)dataset->store->bad_count * sizeof *dataset->store->bad;
+    memory = dataset->store->bad;
+    if ((at == dataset->store->bad_count || dataset->store->bad[at].id != id)
+        && spmi_grow(dataset->ctx, &memory, used, &dataset->store->bad_capacity, used + sizeof *dataset->store->bad)) {
+        char *reason = spmi_string_copy(dataset->ctx, why->text, strlen(why->text));
+        dataset->store->bad = (spmi_data_bad *)memory;
+        if (reason) {
+            memmove(dataset->store->bad + at + 1, dataset->store->bad + at, (size_t)(dataset->store->bad_count - at) * sizeof *dataset->store->bad);
+            dataset->store->bad[at].id = id;
+            dataset->store->bad[at].reason = reason;
+            dataset->store->bad[at].status = why->status;
+            dataset->store->bad_count++;
+        }
+    }
+    spmi_lock_leave(&dataset->store->lock);
+}
+
+/* 1 and the old reason if the picture is known to be bad: it is not tried again. */
+static int spmi_data_known_bad(spm_dataset *dataset, int64_t id, spm_error *why)
+{
+    int64_t at;
+    int known;
+    spmi_lock_enter(&dataset->store->lock);
+    at = spmi_data_bad_place(dataset, id);
+    known = at < dataset->store->bad_count && dataset->store->bad[at].id == id;
+    if (known) (void)spmi_fail(dataset->ctx, why, dataset->store->bad[at].status, "%s", dataset->store->bad[at].reason);
+    spmi_lock_leave(&dataset->store->lock);
+    return known;
+}
+
+/* A picture of an idx or CIFAR file: planes to RGB, gray repeated. */
+static spm_status spmi_data_block_image(const spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
+{
+    size_t plane = (size_t)dataset->block_height * (size_t)dataset->block_width, step = dataset->block_channels == 3 ? plane : 0, i;
+    const uint8_t *in = dataset->block + (size_t)id * plane * (size_t)dataset->block_channels;
+    spm_status status = spm_image_create(dataset->ctx, dataset->block_width, dataset->block_height, image, err);
+    for (i = 0; !status && i < plane; i++) {
+        image->pixels[3 * i] = in[i];
+        image->pixels[3 * i + 1] = in[i + step];
+        image->pixels[3 * i + 2] = in[i + 2 * step];
+    }
+    return status;
+}
+
+/* Reads and decodes one picture; the error names the table's line. */
+static spm_status spmi_data_decode(const spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
+{
+    const spm_example *example = &dataset->examples[id];
+    spm_decode_desc how = SPM_ZERO;
+    spm_error why = SPM_ZERO;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    char *name;
+    spm_status status;
+    memset(image, 0, sizeof *image);
+    if (dataset->block) return spmi_data_block_image(dataset, id, image, err);
+    how.apply_exif = dataset->desc.apply_exif;
+    name = spmi_path_join(dataset->ctx, dataset->pictures, example->file);
+    if (!name) return spmi_fail_memory(dataset->ctx, err, example->file);
+    status = spmi_data_file_read(dataset, name, &data, &size, &why);
+    if (!status) status = spm_image_decode(dataset->ctx, example->file, data, size, &how, image, &why);
+    spm_free(dataset->ctx, data);
+    spmi_free(dataset->ctx, name);
+    if (!status) return SPM_OK;
+    if (!dataset->line[id]) return spmi_fail(dataset->ctx, err, status, "%s", why.text);
+    return spmi_fail(dataset->ctx, err, status, "%s line %ld: %s", dataset->table, (long)dataset->line[id], why.text);
+}
+
+/* A picture, decoded or (t not NULL) transformed as for evaluation. *owned: 1 the caller frees it, 0 it is the data set's. */
+static spm_status spmi_data_picture(spm_dataset *dataset, int64_t id, const spm_transform *t, spm_image *image, int *owned, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spm_error why = SPM_ZERO;
+    spm_image decoded = SPM_ZERO;
+    spm_status status = SPM_OK;
+    int from_kept;
+    *owned = 0;
+    if (spmi_data_kept(dataset, id, t, image)) return SPM_OK;
+    from_kept = t && spmi_data_kept(dataset, id, NULL, &decoded);
+    if (!from_kept) {
+        if (spmi_data_known_bad(dataset, id, &why)) return spmi_fail(ctx, err, why.status, "%s", why.text);
+        status = spmi_data_decode(dataset, id, &decoded, &why);
+        if (status) {
+            if (dataset->desc.skip_bad_images && spmi_data_is_bad(status)) spmi_data_add_bad(dataset, id, &why);
+            return spmi_fail(ctx, err, status, "%s", why.text);
+        }
+    }
+    if (t) {
+        status = spm_transform_image(ctx, t, &decoded, image, &why);
+        if (!from_kept) spm_image_free(ctx, &decoded);
+        if (status) return spmi_fail(ctx, err, status, "%s: %s", dataset->examples[id].file, why.text);
+    } else {
+        *image = decoded;
+    }
+    *owned = !spmi_data_keep(dataset, id, t, image);
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_dataset_image(spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
+{
+    spm_image kept = SPM_ZERO;
+    int owned = 0;
+    spm_status status;
+    memset(image, 0, sizeof *image);
+    if (id < 0 || id >= dataset->count) {
+        return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld", dataset->path, (long)id, (long)dataset->count);
+    }
+    status = spmi_data_picture(dataset, id, NULL, &kept, &owned, err);
+    if (status || owned) {
+        *image = kept;
+        return status;
+    }
+    status = spm_image_create(dataset->ctx, kept.width, kept.height, image, err);
+    if (!status) memcpy(image->pixels, kept.pixels, (size_t)kept.width * (size_t)kept.height * 3);
+    return status;
+}
+
+/* ---- opening and closing ---- */
+
+SPMDEF void spm_dataset_close(spm_dataset *dataset)
+{
+    spm_context *ctx;
+    spmi_data_store *store;
+    int64_t i;
+    int v;
+    if (!dataset) return;
+    ctx = dataset->ctx;
+    store = dataset->store;
+    if (store) {
+        for (v = 0; v < store->variants; v++) {
+            for (i = 0; store->variant[v].kept && i < dataset->count; i++) spm_image_free(ctx, &store->variant[v].kept[i]);
+            spmi_free(ctx, store->variant[v].kept);
+        }
+        for (i = 0; i < store->bad_count; i++) spmi_free(ctx, store->bad[i].reason);
+        spmi_free(ctx, store->bad);
+        spmi_lock_free(&store->lock);
+        spmi_free(ctx, store);
+    }
+    spmi_free(ctx, dataset->block);
+    spmi_free(ctx, dataset->group_counts);
+    spmi_free(ctx, dataset->split_ids);
+    spmi_free(ctx, dataset->group_names);
+    spmi_free(ctx, dataset->confounder_names);
+    spmi_free(ctx, dataset->class_names);
+    spmi_free(ctx, dataset->names);
+    spmi_free(ctx, dataset->line);
+    spmi_free(ctx, dataset->examples);
+    if (dataset->tar) spm_tar_close(dataset->tar);
+    spmi_free(ctx, dataset->prefix);
+    spmi_free(ctx, dataset->path);
+    spmi_free(ctx, dataset);
+}
+
+/* Gives the rows without a split one: 70 % train, 10 % val, 20 % test of every group, drawn with a fixed seed. */
+static spm_status spmi_data_draw_splits(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    int groups = dataset->classes * dataset->confounders, g;
+    int64_t *order = (int64_t *)spmi_alloc_array(dataset->ctx, rows->count, sizeof *order);
+    int64_t *member = (int64_t *)spmi_alloc_array(dataset->ctx, rows->count, sizeof *member);
+    int64_t *start = (int64_t *)spmi_alloc_array(dataset->ctx, (int64_t)groups + 2, sizeof *start);
+    int64_t i, k, drawn = 0;
+    if (!order || !member || !start) {
+        spmi_free(dataset->ctx, order);
+        spmi_free(dataset->ctx, member);
+        spmi_free(dataset->ctx, start);
+        return spmi_fail_memory(dataset->ctx, err, "splits");
+    }
+    for (i = 0; i < rows->count; i++) { /* counting sort by group: start[g + 2] counts, then start[g + 1] begins group g */
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        if (row->split < 0) start[row->y * dataset->confounders + row->a + 2]++, drawn++;
+    }
+    for (g = 1; g < groups + 2; g++) start[g] += start[g - 1];
+    for (i = 0; i < rows->count; i++) {
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        if (row->split < 0) member[start[row->y * dataset->confounders + row->a + 1]++] = i;
+    }
+    for (g = 0; g < groups; g++) { /* now start[g] begins group g */
+        int64_t n = start[g + 1] - start[g], test = n / 5, val = n / 10;
+        spm_random_permutation(0, (uint64_t)g, n, order);
+        for (k = 0; k < n; k++) {
+            spmi_data_row_at(rows, member[start[g] + order[k]])->split = (int)(k < test ? SPM_TEST : k < test + val ? SPM_VAL : SPM_TRAIN);
+        }
+    }
+    spmi_free(dataset->ctx, order);
+    spmi_free(dataset->ctx, member);
+    spmi_free(dataset->ctx, start);
+    if (drawn) {
+        spmi_log(dataset->ctx, SPM_LOG_INFO, "%s: says nothing about splits; drawn with seed 0: 70 %% train, 10 %% val, 20 %% test of every group",
+                 dataset->path);
+    }
+    return SPM_OK;
+}
+
+/* Optional file of names, one a line, in number order; lines that are not there keep their names. */
+static spm_status spmi_data_name_file(const spm_dataset *dataset, const char *file, char *labels, size_t stride, int n, spm_error *err)
+{
+    uint8_t *data;
+    size_t size;
+    char *at;
+    int i;
+    spm_status status;
+    if (spmi_data_file_kind(dataset, file) != 1) return SPM_OK;
+    status = spmi_data_file_read(dataset, file, &data, &size, err);
+    if (status) return status;
+    at = (char *)data;
+    for (i = 0; i < n && *at; i++) {
+        size_t length = strcspn(at, "\r\n");
+        if (length) (void)spmi_format(labels + (size_t)i * stride, stride, "%.*s", (int)SPMI_MIN(length, 1000), at);
+        at += length;
+        at += *at == '\r';
+        at += *at == '\n';
+    }
+    spm_free(dataset->ctx, data);
+    return SPM_OK;
+}
+
+/* Names of classes, confounders and groups, as far as the reader has not given them. */
+static spm_status spmi_data_name(spm_dataset *dataset, const spmi_data_rows *rows, int birds, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    int nc = dataset->classes, na = dataset->confounders, y, a, numbered = !dataset->class_names;
+    spm_status status = SPM_OK;
+    if (!dataset->class_names) {
+        dataset->class_names = (char *)spmi_alloc_array(ctx, nc, SPMI_DATA_LABEL);
+        for (y = 0; dataset->class_names && y < nc; y++) {
+            (void)spmi_format(dataset->class_names + y * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s=%d", rows->y_label, y);
+        }
+    }
+    if (!dataset->confounder_names) {
+        dataset->confounder_names = (char *)spmi_alloc_array(ctx, na, SPMI_DATA_LABEL);
+        for (a = 0; dataset->confounder_names && a < na; a++) {
+            (void)spmi_format(dataset->confounder_names + a * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s=%d", rows->a_label, a);
+        }
+    }
+    if (!dataset->class_names || !dataset->confounder_names) return spmi_fail_memory(ctx, err, "names");
+    if (birds) {
+        spmi_data_set_label(dataset->class_names, 0, "landbird");
+        spmi_data_set_label(dataset->class_names, 1, "waterbird");
+        spmi_data_set_label(dataset->confounder_names, 0, "land");
+        spmi_data_set_label(dataset->confounder_names, 1, "water");
+    } else if (numbered) {
+        const char *file = dataset->desc.format == SPM_DATA_CIFAR ? nc > 10 ? "fine_label_names.txt" : "batches.meta.txt" : "class_names.txt";
+        status = spmi_data_name_file(dataset, file, dataset->class_names, SPMI_DATA_LABEL, nc, err);
+        if (!status) status = spmi_data_name_file(dataset, "confounder_names.txt", dataset->confounder_names, SPMI_DATA_LABEL, na, err);
+    }
+    if (status || dataset->group_names) return status;
+    dataset->group_names = (char *)spmi_alloc_array(ctx, (int64_t)nc * na, SPMI_DATA_GROUP_LABEL);
+    if (!dataset->group_names) return spmi_fail_memory(ctx, err, "names");
+    for (y = 0; y < nc; y++) {
+        for (a = 0; a < na; a++) {
+            char *to = dataset->group_names + ((int64_t)y * na + a) * SPMI_DATA_GROUP_LABEL;
+            const char *first = spm_dataset_class_name(dataset, y), *second = dataset->confounder_names + a * SPMI_DATA_LABEL;
+            (void)spmi_format(to, SPMI_DATA_GROUP_LABEL, na == 1 ? "%s" : birds ? "%s on %s" : "%s, %s", first, second);
+        }
+    }
+    return spmi_data_name_file(dataset, "group_names.txt", dataset->group_names, SPMI_DATA_GROUP_LABEL, nc * na, err);
+}
+
+static void spmi_data_hash_bytes(uint64_t *hash, const void *bytes, size_t count)
+{
+    const uint8_t *at = (const uint8_t *)bytes;
+    size_t i;
+    for (i = 0; i < count; i++) *hash = (*hash ^ at[i]) * UINT64_C(0x100000001b3); /* FNV-1a */
+}
+
+/* Split lists (cut at the limit), group counts and the hash. */
+static spm_status spmi_data_index(spm_dataset *dataset, spm_error *err)
+{
+    int64_t groups = (int64_t)dataset->classes * dataset->confounders, i, used = 0;
+    int s;
+    dataset->split_ids = (int64_t *)spmi_alloc_array(dataset->ctx, dataset->count, sizeof *dataset->split_ids);
+    dataset->group_counts = (int64_t *)spmi_alloc_array(dataset->ctx, groups * SPM_SPLITS, sizeof *dataset->group_counts);
+    if (!dataset->split_ids || !dataset->group_counts) return spmi_fail_memory(dataset->ctx, err, "the splits");
+    dataset->hash = UINT64_C(0xcbf29ce484222325);
+    for (s = 0; s < SPM_SPLITS; s++) {
+        dataset->split_start[s] = used;
+        for (i = 0; i < dataset->count; i++) {
+            const spm_example *e = &dataset->examples[i];
+            uint8_t labels[9];
+            int b;
+            if ((int)e->split != s) continue;
+            if (dataset->desc.limit > 0 && used - dataset->split_start[s] >= dataset->desc.limit) break;
+            dataset->split_ids[used++] = i;
+            dataset->group_counts[s * groups + e->group]++;
+            for (b = 0; b < 4; b++) {
+                labels[b] = (uint8_t)((uint32_t)e->y >> 8 * b);
+                labels[4 + b] = (uint8_t)((uint32_t)e->confounder >> 8 * b);
+            }
+            labels[8] = (uint8_t)s;
+            spmi_data_hash_bytes(&dataset->hash, e->file, strlen(e->file) + 1);
+            spmi_data_hash_bytes(&dataset->hash, labels, sizeof labels);
+        }
+    }
+    dataset->split_start[SPM_SPLITS] = used;
+    return SPM_OK;
+}
+
+/* A class that occurs nowhere is most likely a slip in the table: said, not refused. */
+static void spmi_data_warn_gaps(const spm_dataset *dataset, const spmi_data_rows *rows)
+{
+    int y;
+    int64_t i;
+    for (y = 0; y < SPMI_MIN(dataset->classes, 64); y++) {
+        for (i = 0; i < dataset->count && dataset->examples[i].y != y; i++) continue;
+        if (i < dataset->count) continue;
+        spmi_log(dataset->ctx, SPM_LOG_WARNING, "%s: no example has %s = %d, though the largest value is %d: is a label of %s wrong?", dataset->path,
+                 rows->y_label, y, dataset->classes - 1, dataset->table[0] ? dataset->table : "the data set");
+        return;
+    }
+}
+
+/* Turns rows into examples. */
+static spm_status spmi_data_finish(spm_dataset *dataset, spmi_data_rows *rows, int birds, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    int64_t i, groups;
+    spm_status status;
+    if (rows->names.failed) return spmi_fail_memory(ctx, err, "the examples");
+    if (!rows->count) {
+        return spmi_fail(ctx, err, SPM_E_DATA, "%s: %s%sno examples", dataset->path, dataset->table, dataset->table[0] ? " has " : "has ");
+    }
+    dataset->classes = SPMI_MAX(rows->classes, 1);
+    dataset->confounders = SPMI_MAX(rows->confounders, 1);
+    for (i = 0; i < rows->count; i++) {
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        dataset->classes = SPMI_MAX(dataset->classes, row->y + 1);
+        dataset->confounders = SPMI_MAX(dataset->confounders, row->a + 1);
+    }
+    groups = (int64_t)dataset->classes * dataset->confounders;
+    if (groups > SPMI_DATA_MAX_GROUPS) {
+        return spmi_fail(ctx, err, SPM_E_DATA, "%s: %d classes and %d confounders make %ld groups; at most %d are possible: is a label wrong?",
+                         dataset->path, dataset->classes, dataset->confounders, (long)groups, SPMI_DATA_MAX_GROUPS);
+    }
+    status = spmi_data_draw_splits(dataset, rows, err);
+    if (status) return status;
+    dataset->examples = (spm_example *)spmi_alloc_array(ctx, rows->count, sizeof *dataset->examples);
+    dataset->line = (int64_t *)spmi_alloc_array(ctx, rows->count, sizeof *dataset->line);
+    if (!dataset->examples || !dataset->line) return spmi_fail_memory(ctx, err, "the examples");
+    dataset->names = rows->names.data; /* taken over */
+    rows->names.data = NULL;
+    dataset->count = rows->count;
+    for (i = 0; i < rows->count; i++) {
+        const spmi_data_row *row = spmi_data_row_at(rows, i);
+        spm_example *e = &dataset->examples[i];
+        e->file = dataset->names + row->name;
+        e->y = row->y;
+        e->confounder = row->a;
+        e->group = row->y * dataset->confounders + row->a;
+        e->split = (spm_split)row->split;
+        dataset->line[i] = row->line;
+    }
+    status = spmi_data_index(dataset, err);
+    if (!status) status = spmi_data_name(dataset, rows, birds && dataset->classes == 2 && dataset->confounders == 2, err);
+    if (!status) spmi_data_warn_gaps(dataset, rows);
+    return status;
+}
+
+/* Opens the root, finds the format, reads the rows. */
+static spm_status spmi_data_open(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spm_csv *csv;
+    spm_status status;
+    int birds = 0, kind = spmi_path_kind(dataset->path), by_looking = dataset->desc.format == SPM_DATA_AUTO;
+    if (kind == 0) return spmi_fail(ctx, err, SPM_E_IO, "%s: no such file or folder", dataset->path);
+    if (kind == 1) {
+        dataset->tar = spm_tar_open(ctx, dataset->path, err);
+        if (!dataset->tar) return err && err->status ? err->status : SPM_E_FORMAT;
+    }
+    status = spmi_data_find(dataset, err);
+    if (status) return status;
+    switch (dataset->desc.format) {
+    case SPM_DATA_WATERBIRDS:
+    case SPM_DATA_METADATA:
+        (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "metadata.csv");
+        csv = spmi_data_open_csv(dataset, err);
+        if (!csv) return err && err->status ? err->status : SPM_E_FORMAT;
+        if (by_looking && spm_csv_column(csv, "img_filename") >= 0 && spm_csv_column(csv, "y") >= 0
+            && spm_csv_column(csv, "split") >= 0 && spm_csv_column(csv, "place") >= 0) {
+            dataset->desc.format = SPM_DATA_WATERBIRDS;
+        }
+        status = spmi_data_read_csv(dataset, csv, rows, err);
+        birds = spmi_data_is_birds(csv) && spmi_string_equal(rows->a_label, "place");
+        spm_csv_destroy(csv);
+        break;
+    case SPM_DATA_CELEBA: status = spmi_data_read_celeba(dataset, rows, err); break;
+    case SPM_DATA_IDX: status = spmi_data_read_idx(dataset, rows, err); break;
+    case SPM_DATA_CIFAR: status = spmi_data_read_cifar(dataset, rows, err); break;
+    case SPM_DATA_FOLDER:
+    case SPM_DATA_AUTO:
+    case SPM_DATA_PACKED: status = spmi_data_read_folder(dataset, rows, err); break;
+    }
+    return status ? status : spmi_data_finish(dataset, rows, birds, err);
+}
+
+SPMDEF spm_dataset *spm_dataset_open(spm_context *ctx, const spm_dataset_desc *desc, spm_error *err)
+{
+    spm_dataset *dataset;
+    spmi_data_rows rows = SPM_ZERO;
+    spm_status status;
+    if (!desc->path || !desc->path[0]) {
+        (void)spmi_fail(ctx, err, SPM_E_ARGUMENT, "no data set named: give a folder or a tar file");
+        return NULL;
+    }
+    dataset = (spm_dataset *)spmi_alloc_zero(ctx, sizeof *dataset);
+    if (dataset) dataset->store = (spmi_data_store *)spmi_alloc_zero(ctx, sizeof *dataset->store);
+    if (!dataset || !dataset->store) {
+        spmi_free(ctx, dataset);
+        (void)spmi_fail_memory(ctx, err, desc->path);
+        return NULL;
+    }
+    dataset->ctx = ctx;
+    dataset->desc = *desc;
+    spmi_lock_init(&dataset->store->lock);
+    dataset->store->kept_limit = desc->cache_bytes ? desc->cache_bytes : (size_t)1 << 30;
+    dataset->path = spmi_string_copy(ctx, desc->path, strlen(desc->path));
+    dataset->prefix = spmi_string_copy(ctx, "", 0);
+    rows.names = spmi_text_create(ctx);
+    (void)spmi_format(rows.y_label, sizeof rows.y_label, "y");
+    (void)spmi_format(rows.a_label, sizeof rows.a_label, "a");
+    status = dataset->path && dataset->prefix ? spmi_data_open(dataset, &rows, err) : spmi_fail_memory(ctx, err, desc->path);
+    spmi_text_free(&rows.names);
+    spmi_free(ctx, rows.rows);
+    dataset->desc.path = dataset->path;
+    dataset->desc.target = dataset->desc.confounder = NULL; /* the caller's texts are not kept */
+    if (status) {
+        spm_dataset_close(dataset);
+        return NULL;
+    }
+    return dataset;
+}
+
+SPMDEF spm_context *spm_dataset_context(const spm_dataset *dataset)
+{
+    return dataset->ctx;
+}
+
+SPMDEF const char *spm_dataset_path(const spm_dataset *dataset)
+{
+    return dataset->path;
+}
+
+SPMDEF spm_data_format spm_dataset_format(const spm_dataset *dataset)
+{
+    return dataset->desc.format;
+}
+
+SPMDEF int spm_dataset_classes(const spm_dataset *dataset)
+{
+    return dataset->classes;
+}
+
+SPMDEF int spm_dataset_confounders(const spm_dataset *dataset)
+{
+    return dataset->confounders;
+}
+
+SPMDEF int spm_dataset_groups(const spm_dataset *dataset)
+{
+    return dataset->classes * dataset->confounders;
+}
+
+SPMDEF const char *spm_dataset_class_name(const spm_dataset *dataset, int y)
+{
+    return y >= 0 && y < dataset->classes ? dataset->class_names + y * SPMI_DATA_LABEL : "";
+}
+
+SPMDEF const char *spm_dataset_confounder_name(const spm_dataset *dataset, int confounder)
+{
+    return confounder >= 0 && confounder < dataset->confounders ? dataset->confounder_names + confounder * SPMI_DATA_LABEL : "";
+}
+
+SPMDEF const char *spm_dataset_group_name(const spm_dataset *dataset, int group)
+{
+    return group >= 0 && group < spm_dataset_groups(dataset) ? dataset->group_names + (int64_t)group * SPMI_DATA_GROUP_LABEL : "";
+}
+
+SPMDEF int64_t spm_dataset_size(const spm_dataset *dataset)
+{
+    return dataset->count;
+}
+
+SPMDEF const spm_example *spm_dataset_example(const spm_dataset *dataset, int64_t id)
+{
+    return id >= 0 && id < dataset->count ? &dataset->examples[id] : NULL;
+}
+
+SPMDEF int64_t spm_dataset_split_size(const spm_dataset *dataset, spm_split split)
+{
+    return split < SPM_SPLITS ? dataset->split_start[split + 1] - dataset->split_start[split] : 0;
+}
+
+SPMDEF const int64_t *spm_dataset_split_ids(const spm_dataset *dataset, spm_split split)
+{
+    return split < SPM_SPLITS ? dataset->split_ids + dataset->split_start[split] : NULL;
+}
+
+SPMDEF int64_t spm_dataset_group_count(const spm_dataset *dataset, spm_split split, int group)
+{
+    int groups = spm_dataset_groups(dataset);
+    return split < SPM_SPLITS && group >= 0 && group < groups ? dataset->group_counts[(int64_t)split * groups + group] : 0;
+}
+
+SPMDEF uint64_t spm_dataset_hash(const spm_dataset *dataset)
+{
+    return dataset->hash;
+}
+
+SPMDEF int64_t spm_dataset_bad_count(const spm_dataset *dataset)
+{
+    int64_t count;
+    spmi_lock_enter(&dataset->store->lock);
+    count = dataset->store->bad_count;
+    spmi_lock_leave(&dataset->store->lock);
+    return count;
+}
+
+SPMDEF const char *spm_dataset_bad(const spm_dataset *dataset, int64_t index, int64_t *id)
+{
+    spmi_data_store *store = dataset->store;
+    const char *reason = NULL;
+    spmi_lock_enter(&store->lock);
+    if (index >= 0 && index < store->bad_count) {
+        reason = store->bad[index].reason;
+        if (id) *id = store->bad[index].id;
+    }
+    spmi_lock_leave(&store->lock);
+    return reason;
+}
+
+/* ---- loaders: worker threads fill a ring of batches, example by example ---- */
+
+#define SPMI_LOADER_SLOTS 3
+
+/* One batch of the ring.  `left` counts its examples that are not finished; the batch is ready at 0. */
+typedef struct spmi_loader_slot {
+    float *pixels;
+    int64_t *id;
+    int32_t *y, *confounder, *group;
+    uint8_t *left_out;    /* [batch] 1: the picture could not be read and is skipped */
+    int64_t count, left;
+    int64_t failed;       /* first position in the batch that failed; -1: none */
+    spm_error error;      /* its error */
+} spmi_loader_slot;
+
+/* Positions 0..n of the epoch's order are taken in turn by the workers; position p belongs to batch p / batch, which lies
+ * in slot (p / batch) % slots as soon as the batch before it in that slot has been given back. Who decodes what has no
+ * influence: an example's floats depend on (seed, epoch, example) only. */
+struct spm_loader {
+    spm_context *ctx;
+    spm_dataset *dataset;
+    spm_loader_desc desc;
+    float table[3][256];
+    spmi_loader_slot slot[SPMI_LOADER_SLOTS];
+    int slots;
+    int64_t *order;
+    int64_t order_room;
+    int64_t n, next;      /* examples of this epoch; the next one to be taken */
+    int64_t batches, delivered, released;
+    int64_t epoch;
+    int started, holding; /* `holding`: the caller has the batch before `delivered` */
+    double waited;
+    spm_error error;
+#ifdef SPURMEM_THREADS
+    spmi_lock lock;       /* guards next, released, slots' left and failed, busy, quit */
+    spmi_condition work, ready;
+    spmi_thread *threads;
+    spmi_thread_start start;
+    int workers, busy, quit;
+#endif
+};
+
+/* Decodes and augments the example at position p into its place.  Runs on any thread, without the lock. */
+static spm_status spmi_loader_fill(spm_loader *loader, int64_t p, spm_error *why)
+{
+    spm_context *ctx = loader->ctx;
+    const spm_transform *t = &loader->desc.transform;
+    spmi_loader_slot *slot = &loader->slot[p / loader->desc.batch % loader->slots];
+    int64_t at = p % loader->desc.batch, id = loader->order[p], size = t->height * t->width;
+    const spm_example *example = &loader->dataset->examples[id];
+    float *out = slot->pixels + at * size * 3;
+    uint64_t key = spm_random_key(loader->desc.seed, (uint64_t)loader->epoch, (uint64_t)id);
+    spm_image image = SPM_ZERO, changed = SPM_ZERO;
+    int owned = 0;
+    spm_status status;
+    slot->id[at] = id;
+    slot->y[at] = example->y;
+    slot->confounder[at] = example->confounder;
+    slot->group[at] = example->group;
+    status = spmi_data_picture(loader->dataset, id, loader->desc.augment == SPM_AUGMENT_PAPER ? NULL : t, &image, &owned, why);
+    if (status) return status;
+    switch (loader->desc.augment) {
+    case SPM_AUGMENT_NONE: spmi_transform_lookup(loader->table, image.pixels, size, out); break;
+    case SPM_AUGMENT_LIGHT: spmi_augment_light(loader->table, &image, key, out); break;
+    case SPM_AUGMENT_PAPER:
+        status = spmi_augment_paper(ctx, t, &image, key, &changed, why);
+        if (!status) spmi_transform_lookup(loader->table, changed.pixels, size, out);
+        spm_image_free(ctx, &changed);
+        break;
+    }
+    if (owned) spm_image_free(ctx, &image);
+    return status;
+}
+
+/* Books a finished example. With threads: the lock is held. */
+static void spmi_loader_book(spm_loader *loader, int64_t p, spm_status status, const spm_error *why)
+{
+    spmi_loader_slot *slot = &loader->slot[p / loader->desc.batch % loader->slots];
+    int64_t at = p % loader->desc.batch;
+    slot->left_out[at] = status && loader->dataset->desc.skip_bad_images && spmi_data_is_bad(status);
+    if (status && !slot->left_out[at] && (slot->failed < 0 || at < slot->failed)) {
+        slot->failed = at;
+        slot->error = *why;
+    }
+    slot->left--;
+}
+
+/* Makes a slot ready for batch number b, if the epoch has one. */
+static void spmi_loader_prepare(spm_loader *loader, int64_t b)
+{
+    spmi_loader_slot *slot = &loader->slot[b % loader->slots];
+    if (b >= loader->batches) return;
+    slot->count = SPMI_MIN(loader->desc.batch, loader->n - b * loader->desc.batch);
+    slot->left = slot->count;
+    slot->failed = -1;
+    memset(&slot->error, 0, sizeof slot->error);
+}
+
+#ifdef SPURMEM_THREADS
+static int spmi_loader_has_work(const spm_loader *loader)
+{
+    return loader->next < loader->n && loader->next / loader->desc.batch < loader->released + loader->slots;
+}
+
+static void spmi_loader_worker(void *arg)
+{
+    spm_loader *loader = (spm_loader *)arg;
+    spmi_lock_enter(&loader->lock);
+    for (;;) {
+        spm_error why = SPM_ZERO;
+        spm_status status;
+        int64_t p;
+        while (!loader->quit && !spmi_loader_has_work(loader)) spmi_condition_wait(&loader->work, &loader->lock);
+        if (loader->quit) break;
+        p = loader->next++;
+        loader->busy++;
+        spmi_lock_leave(&loader->lock);
+        status = spmi_loader_fill(loader, p, &why);
+        spmi_lock_enter(&loader->lock);
+        loader->busy--;
+        spmi_loader_book(loader, p, status, &why);
+        if (!loader->busy || !loader->slot[p / loader->desc.batch % loader->slots].left) spmi_condition_wake_all(&loader->ready);
+    }
+    spmi_lock_leave(&loader->lock);
+}
+#endif
+
+/* No worker is at work when this returns, and none will begin. */
+static void spmi_loader_halt(spm_loader *loader)
+{
+#ifdef SPURMEM_THREADS
+    spmi_lock_enter(&loader->lock);
+#endif
+    loader->n = loader->next = loader->batches = 0;
+    loader->started = loader->holding = 0;
+#ifdef SPURMEM_THREADS
+    while (loader->busy) spmi_condition_wait(&loader->ready, &loader->lock);
+    spmi_lock_leave(&loader->lock);
+#endif
+}
+
+SPMDEF void spm_loader_destroy(spm_loader *loader)
+{
+    spm_context *ctx;
+    int i;
+    if (!loader) return;
+    ctx = loader->ctx;
+#ifdef SPURMEM_THREADS
+    spmi_lock_enter(&loader->lock);
+    loader->quit = 1;
+    spmi_condition_wake_all(&loader->work);
+    spmi_lock_leave(&loader->lock);
+    for (i = 0; i < loader->workers; i++) spmi_thread_join(loader->threads[i]);
+    spmi_free(ctx, loader->threads);
+    spmi_condition_free(&loader->work);
+    spmi_condition_free(&loader->ready);
+    spmi_lock_free(&loader->lock);
+#endif
+    for (i = 0; i < SPMI_LOADER_SLOTS; i++) {
+        spmi_free(ctx, loader->slot[i].pixels);
+        spmi_free(ctx, loader->slot[i].id);
+        spmi_free(ctx, loader->slot[i].y);
+        spmi_free(ctx, loader->slot[i].confounder);
+        spmi_free(ctx, loader->slot[i].group);
+        spmi_free(ctx, loader->slot[i].left_out);
+    }
+    spmi_free(ctx, loader->order);
+    spmi_free(ctx, loader);
+}
+
+/* Memory of the ring: three batches, or two where they are large. */
+static int spmi_loader_allocate(spm_loader *loader)
+{
+    spm_context *ctx = loader->ctx;
+    int64_t batch = loader->desc.batch, floats = 0;
+    int i;
+    if (!spmi_mul_dim(batch, loader->desc.transform.height * loader->desc.transform.width * 3, &floats)) return 0;
+    loader->slots = floats > ((int64_t)16 << 20) ? 2 : SPMI_LOADER_SLOTS;
+#ifdef SPURMEM_THREADS
+    if (!loader->workers) loader->slots = 1;
+#else
+    loader->slots = 1;
+#endif
+    for (i = 0; i < loader->slots; i++) {
+        spmi_loader_slot *slot = &loader->slot[i];
+        slot->pixels = (float *)spmi_alloc_array(ctx, floats, sizeof(float));
+        slot->id = (int64_t *)spmi_alloc_array(ctx, batch, sizeof(int64_t));
+        slot->y = (int32_t *)spmi_alloc_array(ctx, batch, sizeof(int32_t));
+        slot->confounder = (int32_t *)spmi_alloc_array(ctx, batch, sizeof(int32_t));
+        slot->group = (int32_t *)spmi_alloc_array(ctx, batch, sizeof(int32_t));
+        slot->left_out = (uint8_t *)spmi_alloc_array(ctx, batch, 1);
+        if (!slot->pixels || !slot->id || !slot->y || !slot->confounder || !slot->group || !slot->left_out) return 0;
+    }
+    return 1;
+}
+
+SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc *desc, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spm_loader *loader;
+    if (spmi_transform_check(ctx, &desc->transform, err)) return NULL;
+    if (desc->batch < 0 || desc->batch > 1 << 20 || desc->split >= SPM_SPLITS) {
+        (void)spmi_fail(ctx, err, SPM_E_ARGUMENT, "batch size %ld: it must be from 1 to 1048576", (long)desc->batch);
+        return NULL;
+    }
+    loader = (spm_loader *)spmi_alloc_zero(ctx, sizeof *loader);
+    if (!loader) {
+        (void)spmi_fail_memory(ctx, err, "a loader");
+        return NULL;
+    }
+    loader->ctx = ctx;
+    loader->dataset = dataset;
+    loader->desc = *desc;
+    if (!loader->desc.batch) loader->desc.batch = 64;
+    spmi_transform_table(&desc->transform, loader->table);
+#ifdef SPURMEM_THREADS
+    spmi_lock_init(&loader->lock);
+    spmi_condition_init(&loader->work);
+    spmi_condition_init(&loader->ready);
+    loader->start.run = spmi_loader_worker;
+    loader->start.arg = loader;
+    {
+        int i, wanted = desc->workers > 0 ? SPMI_MIN(desc->workers, 256) : ctx->threads;
+        loader->threads = (spmi_thread *)spmi_alloc_array(ctx, wanted, sizeof *loader->threads);
+        for (i = 0; loader->threads && i < wanted; i++) { /* a system that gives none: the caller's thread decodes */
+            if (!spmi_thread_create(&loader->threads[i], &loader->start)) break;
+            loader->workers++;
+        }
+    }
+#endif
+    if (!spmi_loader_allocate(loader)) {
+        (void)spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for batches of %ld pictures of %ld x %ld; use a smaller batch",
+                        (long)loader->desc.batch, (long)desc->transform.height, (long)desc->transform.width);
+        spm_loader_destroy(loader);
+        return NULL;
+    }
+    return loader;
+}
+
+SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n)
+{
+    const int64_t *split = spm_dataset_split_ids(loader->dataset, loader->desc.split);
+    int64_t i, b, batch = loader->desc.batch, batches;
+    spmi_loader_halt(loader);
+    memset(&loader->error, 0, sizeof loader->error);
+    loader->waited = 0;
+    if (!order) n = spm_dataset_split_size(loader->dataset, loader->desc.split);
+    if (n <= 0) {
+        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: the %s split has no examples", loader->dataset->path,
+                         spm_split_name(loader->desc.split));
+    }
+    if (n > loader->order_room) {
+        spmi_free(loader->ctx, loader->order);
+        loader->order = (int64_t *)spmi_alloc_array(loader->ctx, n, sizeof *loader->order);
+        loader->order_room = loader->order ? n : 0;
+        if (!loader->order) return spmi_fail_memory(loader->ctx, &loader->error, "the order of examples");
+    }
+    if (order) {
+        for (i = 0; i < n; i++) {
+            if (order[i] < 0 || order[i] >= loader->dataset->count) {
+                return spmi_fail(loader->ctx, &loader->error, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld", loader->dataset->path,
+                                 (long)order[i], (long)loader->dataset->count);
+            }
+            loader->order[i] = order[i];
+        }
+    } else if (loader->desc.shuffle) { /* the key of "example -1" belongs to the order */
+        spm_random_permutation(spm_random_key(loader->desc.seed, (uint64_t)epoch, UINT64_MAX), 0, n, loader->order);
+        for (i = 0; i < n; i++) loader->order[i] = split[loader->order[i]];
+    } else {
+        memcpy(loader->order, split, (size_t)n * sizeof *split);
+    }
+    batches = loader->desc.drop_last ? n / batch : (n - 1) / batch + 1;
+    if (!batches) {
+        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: %ld examples do not fill one batch of %ld; use a smaller batch or keep the "
+                         "last one", loader->dataset->path, (long)n, (long)batch);
+    }
+#ifdef SPURMEM_THREADS
+    spmi_lock_enter(&loader->lock);
+#endif
+    loader->epoch = epoch;
+    loader->batches = batches;
+    loader->n = loader->desc.drop_last ? batches * batch : n;
+    loader->next = loader->delivered = loader->released = 0;
+    loader->started = 1;
+    for (b = 0; b < loader->slots; b++) spmi_loader_prepare(loader, b);
+#ifdef SPURMEM_THREADS
+    spmi_condition_wake_all(&loader->work);
+    spmi_lock_leave(&loader->lock);
+#endif
+    return SPM_OK;
+}
+
+/* Gives the caller's batch back and waits until the next one is complete (or makes it, without workers). */
+static void spmi_loader_wait(spm_loader *loader)
+{
+    spmi_loader_slot *slot = &loader->slot[loader->delivered % loader->slots];
+    double since = spmi_seconds();
+#ifdef SPURMEM_THREADS
+    spmi_lock_enter(&loader->lock);
+#endif
+    if (loader->holding) {
+        loader->holding = 0;
+        loader->released++;
+        spmi_loader_prepare(loader, loader->released - 1 + loader->slots);
+#ifdef SPURMEM_THREADS
+        spmi_condition_wake_all(&loader->work);
+#endif
+    }
+#ifdef SPURMEM_THREADS
+    if (loader->workers) {
+        while (loader->delivered < loader->batches && slot->left) spmi_condition_wait(&loader->ready, &loader->lock);
+    }
+    spmi_lock_leave(&loader->lock);
+    if (loader->workers) {
+        loader->waited += spmi_seconds() - since;
+        return;
+    }
+#endif
+    while (loader->delivered < loader->batches && slot->left && slot->failed < 0) {
+        spm_error why = SPM_ZERO;
+        spm_status status = spmi_loader_fill(loader, loader->next, &why);
+        spmi_loader_book(loader, loader->next++, status, &why);
+    }
+    loader->waited += spmi_seconds() - since;
+}
+
+/* Closes the gaps that skipped pictures leave in a batch. */
+static void spmi_loader_compact(spmi_loader_slot *slot, int64_t size)
+{
+    int64_t from, to = 0;
+    for (from = 0; from < slot->count; from++) {
+        if (slot->left_out[from]) continue;
+        if (to != from) {
+            memcpy(slot->pixels + to * size, slot->pixels + from * size, (size_t)size * sizeof(float));
+            slot->id[to] = slot->id[from];
+            slot->y[to] = slot->y[from];
+            slot->confounder[to] = slot->confounder[from];
+            slot->group[to] = slot->group[from];
+        }
+        to++;
+    }
+    slot->count = to;
+}
+
+SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch)
+{
+    memset(batch, 0, sizeof *batch);
+    if (loader->error.status) return -1;
+    if (!loader->started) {
+        (void)spmi_fail(loader->ctx, &loader->error, SPM_E_STATE, "spm_loader_next before spm_loader_start");
+        return -1;
+    }
+    for (;;) {
+        spmi_loader_slot *slot = &loader->slot[loader->delivered % loader->slots];
+        spmi_loader_wait(loader);
+        if (loader->delivered == loader->batches) return 0;
+        if (slot->failed >= 0) {
+            loader->error = slot->error;
+            spmi_loader_halt(loader);
+            return -1;
+        }
+        loader->delivered++;
+        loader->holding = 1;
+        spmi_loader_compact(slot, loader->desc.transform.height * loader->desc.transform.width * 3);
+        if (!slot->count) continue; /* every picture of it was bad */
+        batch->pixels = slot->pixels;
+        batch->id = slot->id;
+        batch->y = slot->y;
+        batch->confounder = slot->confounder;
+        batch->group = slot->group;
+        batch->count = slot->count;
+        return 1;
+    }
+}
+
+SPMDEF spm_error *spm_loader_error(spm_loader *loader)
+{
+    return &loader->error;
+}
+
+SPMDEF double spm_loader_waited(const spm_loader *loader)
+{
+    return loader->waited;
+}
+
+/* ================================================================================================================
+ * >>CKPT  15  checkpoints: names and layouts between our models and PyTorch's files
+ * ============================================================================================================= */
+
+/* ---- a parameter as a file holds it ---- */
+
+/* Our memory holds convolution weights as [O,KH,KW,I], files as [O,I,KH,KW]; tokens and position embeddings have a leading 1
+ * in files. */
+typedef struct spmi_ckpt_view {
+    const char *name;
+    int64_t shape[SPM_MAX_RANK];      /* the file's */
+    int64_t count;
+    const spm_archive_tensor *from;   /* what fills it, once found */
+    int rank;
+    int convolution;                  /* 1: axes are moved */
+    int kept;                         /* 1: the model's value stays (a new head) */
+    int resized;                      /* 1: a position embedding for another picture size */
+} spmi_ckpt_view;
+
+/* The views of all parameters, in their order; NULL when memory runs out. */
+static spmi_ckpt_view *spmi_ckpt_views(spm_model *model, int *count)
+{
+    int n = spm_model_parameter_count(model), i, axis;
+    spmi_ckpt_view *views = (spmi_ckpt_view *)spmi_alloc_array(spm_model_context(model), n, sizeof *views);
+    *count = n;
+    for (i = 0; views && i < n; i++) {
+        spmi_ckpt_view *view = &views[i];
+        const spm_parameter *p = spm_model_parameter(model, i);
+        const spm_tensor *t = &p->value;
+        int first = t->rank == 2 && (spmi_string_equal(p->name, "cls_token") || spmi_string_equal(p->name, "dist_token")
+                                     || spmi_string_equal(p->name, "pos_embed"));
+        view->name = p->name;
+        view->count = spm_tensor_count(t);
+        view->rank = t->rank + first;
+        view->shape[0] = 1;
+        for (axis = 0; axis < t->rank; axis++) view->shape[axis + first] = t->shape[axis];
+        if (t->rank == 4) {
+            view->convolution = 1;
+            view->shape[1] = t->shape[3];
+            view->shape[2] = t->shape[1];
+            view->shape[3] = t->shape[2];
+        }
+    }
+    return views;
+}
+
+static int spmi_ckpt_find(const spmi_ckpt_view *views, int count, const char *name)
+{
+    int i;
+    for (i = 0; i < count; i++) {
+        if (spmi_string_equal(views[i].name, name)) return i;
+    }
+    return -1;
+}
+
+static char *spmi_ckpt_shape_text(const int64_t *shape, int rank, char *text, size_t size)
+{
+    size_t used = 0;
+    int i;
+    (void)spmi_format(text, size, "[]");
+    for (i = 0; i < rank && used + 2 < size; i++) {
+        int n = spmi_format(text + used, size - used, "%s%ld%s", i ? "," : "[", (long)shape[i], i + 1 == rank ? "]" : "");
+        used += n > 0 ? (size_t)n : 0;
+    }
+    return text;
+}
+
+/* Equal but for leading ones. */
+static int spmi_ckpt_same_shape(const int64_t *a, int rank_a, const int64_t *b, int rank_b)
+{
+    while (rank_a && rank_b) {
+        if (a[--rank_a] != b[--rank_b]) return 0;
+    }
+    while (rank_a) {
+        if (a[--rank_a] != 1) return 0;
+    }
+    while (rank_b) {
+        if (b[--rank_b] != 1) return 0;
+    }
+    return 1;
+}
+
+/* ---- names ---- */
+
+/* The folder of the state dict inside a training checkpoint ("state_dict.", ...): everything beside it is ignored. */
+static const char *spmi_ckpt_nest(const spm_archive *archive)
+{
+    static const char nests[][18] = { "state_dict.", "model_state_dict.", "model." };
+    int i;
+    int64_t k;
+    for (i = 0; i < SPMI_COUNT(nests); i++) {
+        for (k = 0; k < spm_archive_count(archive); k++) {
+            if (strncmp(spm_archive_tensor_at(archive, k)->name, nests[i], strlen(nests[i])) == 0) return nests[i];
+        }
+    }
+    return "";
+}
+
+/* If `*at` begins with `prefix`, steps over it. */
+static int spmi_ckpt_skip(const char **at, const char *prefix)
+{
+    size_t length = strlen(prefix);
+    if (strncmp(*at, prefix, length) != 0) return 0;
+    *at += length;
+    return 1;
+}
+
+/* The last words of a parameter in torchvision's ViT -> timm's. */
+static const char *spmi_ckpt_vit_word(const char *name)
+{
+    if (spmi_string_equal(name, "ln_1.weight")) return "norm1.weight";
+    if (spmi_string_equal(name, "ln_1.bias")) return "norm1.bias";
+    if (spmi_string_equal(name, "ln_2.weight")) return "norm2.weight";
+    if (spmi_string_equal(name, "ln_2.bias")) return "norm2.bias";
+    if (spmi_string_equal(name, "self_attention.in_proj_weight")) return "attn.qkv.weight";
+    if (spmi_string_equal(name, "self_attention.in_proj_bias")) return "attn.qkv.bias";
+    if (spmi_string_equal(name, "self_attention.out_proj.weight")) return "attn.proj.weight";
+    if (spmi_string_equal(name, "self_attention.out_proj.bias")) return "attn.proj.bias";
+    if (spmi_string_equal(name, "mlp.0.weight") || spmi_string_equal(name, "mlp.linear_1.weight")) return "mlp.fc1.weight";
+    if (spmi_string_equal(name, "mlp.0.bias") || spmi_string_equal(name, "mlp.linear_1.bias")) return "mlp.fc1.bias";
+    if (spmi_string_equal(name, "mlp.3.weight") || spmi_string_equal(name, "mlp.linear_2.weight")) return "mlp.fc2.weight";
+    if (spmi_string_equal(name, "mlp.3.bias") || spmi_string_equal(name, "mlp.linear_2.bias")) return "mlp.fc2.bias";
+    return name;
+}
+
+/* A file's name without wrappers' prefixes, in timm's and torchvision's ResNet spelling. */
+static void spmi_ckpt_plain_name(const char *name, char *plain, size_t size)
+{
+    const char *at = name, *layer, *shortcut;
+    while (spmi_ckpt_skip(&at, "module.") || spmi_ckpt_skip(&at, "model.") || spmi_ckpt_skip(&at, "backbone.")
+           || spmi_ckpt_skip(&at, "_orig_mod.")) continue;
+    layer = at;
+    shortcut = strstr(at, ".shortcut.");
+    if (spmi_ckpt_skip(&layer, "encoder.layers.encoder_layer_")) {
+        size_t digits = strspn(layer, "0123456789");
+        const char *word = layer + digits + (layer[digits] == '.');
+        (void)spmi_format(plain, size, "blocks.%.*s.%s", (int)SPMI_MIN(digits, 9), layer, spmi_ckpt_vit_word(word));
+    } else if (spmi_string_equal(at, "class_token")) {
+        (void)spmi_format(plain, size, "cls_token");
+    } else if (spmi_string_equal(at, "encoder.pos_embedding")) {
+        (void)spmi_format(plain, size, "pos_embed");
+    } else if (spmi_ckpt_skip(&layer, "conv_proj.")) {
+        (void)spmi_format(plain, size, "patch_embed.proj.%s", layer);
+    } else if (spmi_ckpt_skip(&layer, "encoder.ln.")) {
+        (void)spmi_format(plain, size, "norm.%s", layer);
+    } else if (shortcut) {
+        (void)spmi_format(plain, size, "%.*s.downsample.%s", (int)SPMI_MIN(shortcut - at, 100), at, shortcut + 10);
+    } else {
+        (void)spmi_format(plain, size, "%s", at);
+    }
+}
+
+/* "weight" or "bias" if the name is a classifier's under any of its usual names, else NULL. */
+static const char *spmi_ckpt_head_part(const char *plain)
+{
+    static const char heads[][12] = { "fc.", "fc.0.", "head.", "head.0.", "heads.head.", "linear.", "classifier." };
+    int i;
+    for (i = 0; i < SPMI_COUNT(heads); i++) {
+        const char *at = plain;
+        if (spmi_ckpt_skip(&at, heads[i]) && (spmi_string_equal(at, "weight") || spmi_string_equal(at, "bias"))) return at;
+    }
+    return NULL;
+}
+
+/* 1 for the parameters of the classifier that the usual head names stand for (not a distillation head). */
+static int spmi_ckpt_is_head(spm_model *model, const spmi_ckpt_view *views, int i)
+{
+    return (spm_model_parameter(model, i)->flags & SPM_PARAMETER_HEAD) && strncmp(views[i].name, "head_dist", 9) != 0;
+}
+
+/* The view that a file's tensor belongs to; -1: none; -2: a tensor that no model has a use for. */
+static int spmi_ckpt_match(spm_model *model, const spmi_ckpt_view *views, int count, const char *name)
+{
+    char plain[200];
+    const char *part;
+    int i;
+    spmi_ckpt_plain_name(name, plain, sizeof plain);
+    i = spmi_ckpt_find(views, count, plain);
+    if (i >= 0) return i;
+    if (spmi_string_ends(plain, "num_batches_tracked")) return -2;
+    part = spmi_ckpt_head_part(plain);
+    for (i = 0; part && i < count; i++) {
+        const char *dot = strrchr(views[i].name, '.');
+        if (dot && spmi_string_equal(dot + 1, part) && spmi_ckpt_is_head(model, views, i)) return i;
+    }
+    return -1;
+}
+
+/* ---- what is wrong, listed ---- */
+
+/* One kind of complaint: how many, and the first few by name. */
+typedef struct spmi_ckpt_list {
+    char text[200];
+    size_t used;
+    int count;
+} spmi_ckpt_list;
+
+static void spmi_ckpt_list_add(spmi_ckpt_list *list, const char *item)
+{
+    int n;
+    list->count++;
+    if (list->count > 3 || list->used + strlen(item) + 8 > sizeof list->text) {
+        if (list->used && list->text[list->used - 1] != '.') {
+            n = spmi_format(list->text + list->used, sizeof list->text - list->used, ", ...");
+            list->used += n > 0 ? (size_t)n : 0;
+        }
+        return;
+    }
+    n = spmi_format(list->text + list->used, sizeof list->text - list->used, "%s%s", list->used ? ", " : "", item);
+    list->used += n > 0 ? (size_t)n : 0;
+}
+
+/* ---- position embeddings for another picture size ---- */
+
+/* Rows and columns of the model's patches; 0 if it is not a ViT. */
+static int spmi_ckpt_grid(spm_model *model, int64_t *rows, int64_t *columns)
+{
+    const spm_program *program = spm_model_program(model);
+    spm_tensor image = spm_program_shape(program, spm_program_find(program, "image"), 1);
+    int patch = spm_model_find_parameter(model, "patch_embed.proj.weight");
+    const spm_parameter *p = patch >= 0 ? spm_model_parameter(model, patch) : NULL;
+    if (image.rank != 4 || !p || p->value.rank != 4) return 0;
+    *rows = image.shape[1] / p->value.shape[1];
+    *columns = image.shape[2] / p->value.shape[2];
+    return 1;
+}
+
+/* Whether a file's embedding of a square grid can be resized to the model's; *side is the square's. */
+static int spmi_ckpt_can_resize(spm_model *model, const spmi_ckpt_view *view, const spm_archive_tensor *from, int64_t *side)
+{
+    int64_t rows, columns, width = view->shape[2], tokens, n;
+    if (!spmi_string_equal(view->name, "pos_embed") || from->rank < 2 || from->shape[from->rank - 1] != width || width < 1) return 0;
+    if (!spmi_ckpt_grid(model, &rows, &columns)) return 0;
+    tokens = view->shape[1] - rows * columns; /* class token, distillation token */
+    n = from->count / width - tokens;
+    for (*side = 1; *side * *side < n; ++*side) continue;
+    return tokens >= 0 && n > 0 && *side * *side == n;
+}
+
+/* The cubic convolution kernel with a = -3/4, at distance t. */
+static double spmi_cubic(double t)
+{
+    const double a = -0.75;
+    t = fabs(t);
+    if (t <= 1) return ((a + 2) * t - (a + 3)) * t * t + 1;
+    if (t < 2) return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a;
+    return 0;
+}
+
+/* out[rows][columns][width] from in[side][side][width]: bicubic, pixel centres at half, edges repeated, no antialias:
+ * torch.nn.functional.interpolate(mode="bicubic", align_corners=False), as timm and DeiT resize their embeddings. */
+static void spmi_ckpt_resize(const float *in, int64_t side, float *out, int64_t rows, int64_t columns, int64_t width)
+{
+    int64_t y, x, d, i, j;
+    for (y = 0; y < rows; y++) {
+        double at_y = ((double)y + 0.5) * (double)side / (double)rows - 0.5, base_y = floor(at_y);
+        for (x = 0; x < columns; x++) {
+            double at_x = ((double)x + 0.5) * (double)side / (double)columns - 0.5, base_x = floor(at_x);
+            float *to = out + (y * columns + x) * width;
+            for (d = 0; d < width; d++) {
+                double sum = 0;
+                for (i = -1; i <= 2; i++) {
+                    int64_t from_y = SPMI_MIN(SPMI_MAX((int64_t)base_y + i, 0), side - 1);
+                    double row = 0;
+                    for (j = -1; j <= 2; j++) {
+                        int64_t from_x = SPMI_MIN(SPMI_MAX((int64_t)base_x + j, 0), side - 1);
+                        row += spmi_cubic(at_x - base_x - (double)j) * (double)in[(from_y * side + from_x) * width + d];
+                    }
+                    sum += spmi_cubic(at_y - base_y - (double)i) * row;
+                }
+                to[d] = (float)sum;
+            }
+        }
+    }
+}
+
+/* ---- loading ---- */
+
+/* Finds a source for every view, or says everything that does not fit.  Nothing is read yet. */
+static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, const char *path, int allow_partial,
+                                 spmi_ckpt_view *views, int count, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    const char *nest = spmi_ckpt_nest(archive);
+    spmi_ckpt_list missing = SPM_ZERO, surplus = SPM_ZERO, misshaped = SPM_ZERO;
+    char text[320], have[96], want[96];
+    int64_t k, side;
+    int i;
+    for (k = 0; k < spm_archive_count(archive); k++) {
+        const spm_archive_tensor *tensor = spm_archive_tensor_at(archive, k);
+        const char *name = tensor->name;
+        if (!spmi_ckpt_skip(&name, nest)) continue;
+        i = spmi_ckpt_match(model, views, count, name);
+        if (i == -2) continue;
+        if (i < 0 || views[i].from) {
+            char plain[200];
+            spmi_ckpt_plain_name(name, plain, sizeof plain);
+            if (!allow_partial || !spmi_ckpt_head_part(plain)) spmi_ckpt_list_add(&surplus, name);
+            continue;
+        }
+        views[i].from = tensor;
+    }
+    for (i = 0; i < count; i++) {
+        spmi_ckpt_view *view = &views[i];
+        int head = allow_partial && (spm_model_parameter(model, i)->flags & SPM_PARAMETER_HEAD);
+        if (!view->from) {
+            if (head) view->kept = 1;
+            else spmi_ckpt_list_add(&missing, view->name);
+        } else if (spmi_ckpt_same_shape(view->from->shape, view->from->rank, view->shape, view->rank)) {
+            continue;
+        } else if (head) {
+            view->kept = 1;
+        } else if (spmi_ckpt_can_resize(model, view, view->from, &side)) {
+            view->resized = 1;
+        } else {
+            (void)spmi_format(text, sizeof text, "%s: checkpoint has %s, model wants %s", view->name,
+                              spmi_ckpt_shape_text(view->from->shape, view->from->rank, have, sizeof have),
+                              spmi_ckpt_shape_text(view->shape, view->rank, want, sizeof want));
+            spmi_ckpt_list_add(&misshaped, text);
+        }
+    }
+    if (missing.count || surplus.count || misshaped.count) {
+        spmi_text all = spmi_text_create(ctx);
+        spm_status status;
+        if (misshaped.count) spmi_text_addf(&all, "; %d of another shape (%s)", misshaped.count, misshaped.text);
+        if (missing.count) spmi_text_addf(&all, "; %d missing (%s)", missing.count, missing.text);
+        if (surplus.count) spmi_text_addf(&all, "; %d surplus (%s)", surplus.count, surplus.text);
+        status = spmi_fail(ctx, err, SPM_E_SHAPE, "%s: does not fit the model%s", path, all.data ? all.data : "");
+        spmi_text_free(&all);
+        return status;
+    }
+    for (i = 0; i < count; i++) {
+        if (!views[i].kept || !spmi_string_ends(views[i].name, "weight")) continue;
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: %s%s%s; the model's new head (%s) keeps its initialisation", path,
+                 views[i].from ? views[i].from->name : "has no head",
+                 views[i].from ? " has " : "", views[i].from ? spmi_ckpt_shape_text(views[i].from->shape, views[i].from->rank, have, sizeof have) : "",
+                 spmi_ckpt_shape_text(views[i].shape, views[i].rank, want, sizeof want));
+    }
+    return SPM_OK;
+}
+
+/* Reads one view into `to` (the file's order of axes). */
+static spm_status spmi_ckpt_read(spm_model *model, spm_archive *archive, const spmi_ckpt_view *view, float *to, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    int64_t rows = 0, columns = 0, side = 0, tokens;
+    float *whole;
+    spm_status status;
+    if (!view->resized) return spm_archive_read_f32(archive, view->from, to, err);
+    (void)spmi_ckpt_can_resize(model, view, view->from, &side);
+    (void)spmi_ckpt_grid(model, &rows, &columns);
+    tokens = view->shape[1] - rows * columns;
+    whole = (float *)spmi_alloc_array(ctx, view->from->count, sizeof(float));
+    if (!whole) return spmi_fail_memory(ctx, err, view->name);
+    status = spm_archive_read_f32(archive, view->from, whole, err);
+    if (!status) {
+        memcpy(to, whole, (size_t)(tokens * view->shape[2]) * sizeof(float));
+        spmi_ckpt_resize(whole + tokens * view->shape[2], side, to + tokens * view->shape[2], rows, columns, view->shape[2]);
+        spmi_log(ctx, SPM_LOG_INFO, "pos_embed: resized from %ld x %ld to %ld x %ld patches", (long)side, (long)side, (long)rows, (long)columns);
+    }
+    spmi_free(ctx, whole);
+    return status;
+}
+
+/* [O,I,K] <-> [O,K,I], K = KH * KW. */
+static void spmi_ckpt_move_axes(const float *in, float *out, int64_t o, int64_t a, int64_t b)
+{
+    int64_t n, i, j;
+    for (n = 0; n < o; n++, in += a * b, out += a * b) {
+        for (j = 0; j < b; j++) {
+            for (i = 0; i < a; i++) out[j * a + i] = in[i * b + j];
+        }
+    }
+}
+
+/* Everything is read before anything is placed, so that a failure midway changes no value.  The gradients' memory, which
+ * holds nothing worth keeping then, takes what is read: no second copy of a large model.  Buffers have no gradient; theirs
+ * is a small block of its own. */
+static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, const spmi_ckpt_view *views, int count, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    int64_t extra = 0, used = 0;
+    float *block;
+    int i, placing;
+    spm_status status = SPM_OK;
+    for (i = 0; i < count; i++) {
+        if (!spm_model_parameter(model, i)->gradient) extra += views[i].count;
+    }
+    block = (float *)spmi_alloc_array(ctx, extra + 1, sizeof(float));
+    if (!block) return spmi_fail_memory(ctx, err, "a checkpoint");
+    for (placing = 0; placing < 2; placing++) {
+        for (i = 0, used = 0; !status && i < count; i++) {
+            const spmi_ckpt_view *view = &views[i];
+            spm_parameter *p = spm_model_parameter(model, i);
+            float *stage = p->gradient ? p->gradient : block + used;
+            if (!p->gradient) used += view->count;
+            if (view->kept) continue;
+            if (!placing) status = spmi_ckpt_read(model, archive, view, stage, err);
+            else if (view->convolution) spmi_ckpt_move_axes(stage, p->value.data, view->shape[0], view->shape[1], view->shape[2] * view->shape[3]);
+            else memcpy(p->value.data, stage, (size_t)view->count * sizeof(float));
+        }
+    }
+    spmi_free(ctx, block);
+    spm_model_zero_gradients(model);
+    if (!status) spm_model_touch(model);
+    return status;
+}
+
+SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    spm_error why = SPM_ZERO;
+    spm_archive *archive = spm_archive_open(ctx, path, &why);
+    spmi_ckpt_view *views;
+    int count;
+    spm_status status = SPM_OK;
+    if (!archive) return spmi_fail(ctx, err, why.status, "%s", why.text);
+    views = spmi_ckpt_views(model, &count);
+    if (!views) status = spmi_fail_memory(ctx, err, path);
+    if (!status) status = spmi_ckpt_plan(model, archive, path, allow_partial, views, count, err);
+    if (!status) status = spmi_ckpt_fill(model, archive, views, count, err);
+    spmi_free(ctx, views);
+    spm_archive_close(archive);
+    return status;
+}
+
+/* ---- what a checkpoint says about itself ---- */
+
+/* "a,b,c" */
+static int spmi_ckpt_triple(const char *text, float out[3])
+{
+    int i;
+    for (i = 0; text && i < 3; i++) {
+        char *end;
+        double value = strtod(text, &end);
+        if (end == text || (i < 2 && *end != ',')) return 0;
+        out[i] = (float)value;
+        text = end + 1;
+    }
+    return i == 3;
+}
+
+SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm_checkpoint_info *info, spm_error *err)
+{
+    spm_error why = SPM_ZERO;
+    spm_archive *archive = spm_archive_open(ctx, path, &why);
+    const char *arch, *writer, *text;
+    spm_status status = SPM_OK;
+    int64_t height = 0, width = 0, classes = 0;
+    memset(info, 0, sizeof *info);
+    info->epoch = -1;
+    if (!archive) return spmi_fail(ctx, err, why.status, "%s", why.text);
+    (void)spmi_format(info->source, sizeof info->source, "%s", spm_archive_format(archive));
+    writer = spm_archive_metadata(archive, "writer");
+    arch = spm_archive_metadata(archive, "arch");
+    if (writer && arch && strncmp(writer, "spurmem", 7) == 0) {
+        const char *size = spm_archive_metadata(archive, "image_size");
+        const char *x = size ? strchr(size, 'x') : NULL;
+        if (x) {
+            height = strtol(size, NULL, 10);
+            width = strtol(x + 1, NULL, 10);
+        }
+        text = spm_archive_metadata(archive, "classes");
+        if (text) classes = strtol(text, NULL, 10);
+        info->arch.height = height;
+        info->arch.width_px = width;
+        info->arch.classes = classes;
+        status = spm_arch_parse(ctx, arch, &info->arch, &why);
+        if (!status && (height < 1 || width < 1 || classes < 1)) {
+            status = spmi_fail(ctx, &why, SPM_E_FORMAT, "its metadata lacks image_size or classes");
+        }
+        if (status) {
+            spm_archive_close(archive);
+            memset(info, 0, sizeof *info);
+            info->epoch = -1;
+            return spmi_fail(ctx, err, status, "%s: %s", path, why.text);
+        }
+        info->has_arch = 1;
+        info->transform = spm_transform_make(height, width);
+        text = spm_archive_metadata(archive, "resize");
+        if (text) (void)spm_resize_mode_parse(text, &info->transform.resize);
+        (void)spmi_ckpt_triple(spm_archive_metadata(archive, "mean"), info->transform.mean);
+        (void)spmi_ckpt_triple(spm_archive_metadata(archive, "std"), info->transform.std);
+        text = spm_archive_metadata(archive, "head");
+        info->arch.softmax_head = text && spmi_string_equal(text, "softmax");
+        text = spm_archive_metadata(archive, "label_order");
+        info->label_reversed = text && spmi_string_equal(text, "reversed");
+        text = spm_archive_metadata(archive, "method");
+        (void)spmi_format(info->method, sizeof info->method, "%s", text ? text : "");
+        text = spm_archive_metadata(archive, "class_names");
+        (void)spmi_format(info->class_names, sizeof info->class_names, "%s", text ? text : "");
+        text = spm_archive_metadata(archive, "epoch");
+        if (text) info->epoch = strtol(text, NULL, 10);
+    }
+    spm_archive_close(archive);
+    return status;
+}
+
+/* ---- saving ---- */
+
+static void spmi_ckpt_put_info(spm_archive_writer *writer, const spm_checkpoint_info *info)
+{
+    char text[80];
+    const spm_transform *t = &info->transform;
+    spm_archive_add_metadata(writer, "format", "pt"); /* what other tools look for: tensors are PyTorch's */
+    spm_archive_add_metadata(writer, "writer", "spurmem 0.1");
+    if (!info->arch.name[0]) return;
+    spm_archive_add_metadata(writer, "arch", info->arch.name);
+    (void)spmi_format(text, sizeof text, "%ldx%ld", (long)info->arch.height, (long)info->arch.width_px);
+    spm_archive_add_metadata(writer, "image_size", text);
+    (void)spmi_format(text, sizeof text, "%ld", (long)info->arch.classes);
+    spm_archive_add_metadata(writer, "classes", text);
+    spm_archive_add_metadata(writer, "resize", spm_resize_mode_name(t->resize));
+    (void)spmi_format(text, sizeof text, "%.9g,%.9g,%.9g", (double)t->mean[0], (double)t->mean[1], (double)t->mean[2]);
+    spm_archive_add_metadata(writer, "mean", text);
+    (void)spmi_format(text, sizeof text, "%.9g,%.9g,%.9g", (double)t->std[0], (double)t->std[1], (double)t->std[2]);
+    spm_archive_add_metadata(writer, "std", text);
+    spm_archive_add_metadata(writer, "head", info->arch.softmax_head ? "softmax" : "logits");
+    spm_archive_add_metadata(writer, "label_order", info->label_reversed ? "reversed" : "forward");
+    if (info->method[0]) spm_archive_add_metadata(writer, "method", info->method);
+    if (info->class_names[0]) spm_archive_add_metadata(writer, "class_names", info->class_names);
+    (void)spmi_format(text, sizeof text, "%ld", (long)info->epoch);
+    if (info->epoch >= 0) spm_archive_add_metadata(writer, "epoch", text);
+}
+
+SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    int torch = spmi_string_ends(path, ".pth") || spmi_string_ends(path, ".pt") || spmi_string_ends(path, ".th"), count, i;
+    const int64_t steps = 0; /* num_batches_tracked: PyTorch reads it only for momentum = None */
+    int64_t largest = 1;
+    spmi_ckpt_view *views = spmi_ckpt_views(model, &count);
+    float *moved;
+    spm_archive_writer *writer;
+    for (i = 0; views && i < count; i++) {
+        if (views[i].convolution) largest = SPMI_MAX(largest, views[i].count);
+    }
+    moved = views ? (float *)spmi_alloc_array(ctx, largest, sizeof(float)) : NULL;
+    if (!moved) {
+        spmi_free(ctx, views);
+        return spmi_fail_memory(ctx, err, path);
+    }
+    writer = spm_archive_create(ctx, path, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS, err);
+    if (!writer) {
+        spmi_free(ctx, moved);
+        spmi_free(ctx, views);
+        return err && err->status ? err->status : SPM_E_IO;
+    }
+    if (info && !torch) spmi_ckpt_put_info(writer, info);
+    for (i = 0; i < count; i++) {
+        spm_archive_add(writer, views[i].name, SPM_F32, views[i].rank, views[i].shape);
+        if (spmi_string_ends(views[i].name, ".running_var")) {
+            char name[160];
+            (void)spmi_format(name, sizeof name, "%.*s.num_batches_tracked", (int)(strlen(views[i].name) - 12), views[i].name);
+            spm_archive_add(writer, name, SPM_I64, 0, NULL);
+        }
+    }
+    for (i = 0; i < count; i++) {
+        const float *from = spm_model_parameter(model, i)->value.data;
+        if (views[i].convolution) {
+            spmi_ckpt_move_axes(from, moved, views[i].shape[0], views[i].shape[2] * views[i].shape[3], views[i].shape[1]);
+            from = moved;
+        }
+        spm_archive_put(writer, from);
+        if (spmi_string_ends(views[i].name, ".running_var")) spm_archive_put(writer, &steps);
+    }
+    spmi_free(ctx, moved);
+    spmi_free(ctx, views);
+    return spm_archive_commit(writer, err);
+}
+/* ================================================================================================================
+ * >>EVAL  16  evaluation: groups, intervals, tests
+ * ============================================================================================================= */
+
+SPMDEF void spm_wilson(int64_t correct, int64_t count, double *low, double *high)
+{
+    const double z = 1.959963984540054; /* the normal quantile of .975 */
+    double n = (double)count, share, centre, half, scale;
+    if (count <= 0) {
+        *low = *high = (double)NAN;
+        return;
+    }
+    share = (double)correct / n;
+    scale = 1.0 / (1.0 + z * z / n);
+    centre = (share + z * z / (2.0 * n)) * scale;
+    half = z * sqrt(share * (1.0 - share) / n + z * z / (4.0 * n * n)) * scale;
+    *low = correct == 0 ? 0.0 : SPMI_MAX(0.0, centre - half);
+    *high = correct == count ? 1.0 : SPMI_MIN(1.0, centre + half);
+}
+
+SPMDEF double spm_mcnemar(int64_t b, int64_t c)
+{
+    int64_t n = b + c, few = SPMI_MIN(b, c), i;
+    double term = -(double)n * 0.69314718055994530942, sum = 0.0; /* log of C(n, i) / 2^n */
+    if (n == 0) return 1.0;
+    for (i = 0; i <= few; i++) {
+        sum += exp(term);
+        term += log((double)(n - i) / (double)(i + 1));
+    }
+    return SPMI_MIN(1.0, 2.0 * sum);
+}
+
+SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int classes, float *probabilities)
+{
+    double sum = 0.0;
+    float top = logits[0];
+    int c, best = 0;
+    for (c = 1; c < classes; c++) top = SPMI_MAX(top, logits[c]);
+    for (c = 0; c < classes; c++) sum += exp((double)logits[c] - (double)top);
+    for (c = 0; c < classes; c++) {
+        int column = reading->label_reversed ? classes - 1 - c : c;
+        probabilities[c] = (float)(exp((double)logits[column] - (double)top) / sum);
+    }
+    for (c = 1; c < classes; c++) { /* by logits: probabilities can tie where logits do not */
+        int column = reading->label_reversed ? classes - 1 - c : c, held = reading->label_reversed ? classes - 1 - best : best;
+        if (logits[column] > logits[held]) best = c;
+    }
+    return best;
+}
+
+/* Cross-entropy of one example, as training sees it: a softmax head's probabilities are treated as logits (Q1). */
+static double spmi_example_loss(const spm_reading *reading, const float *logits, const float *probabilities, int classes, int y)
+{
+    double top, sum = 0.0;
+    int c;
+    if (!reading->softmax_head) {
+        int column = reading->label_reversed ? classes - 1 - y : y;
+        top = (double)logits[0];
+        for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)logits[c]);
+        for (c = 0; c < classes; c++) sum += exp((double)logits[c] - top);
+        return top + log(sum) - (double)logits[column];
+    }
+    for (c = 0; c < classes; c++) sum += exp((double)probabilities[c]);
+    return log(sum) - (double)probabilities[y];
+}
+
+SPMDEF void spm_eval_free(spm_context *ctx, spm_eval *eval)
+{
+    spmi_free(ctx, eval->groups);
+    spmi_free(ctx, eval->example);
+    spmi_free(ctx, eval->y);
+    spmi_free(ctx, eval->group);
+    spmi_free(ctx, eval->predicted);
+    spmi_free(ctx, eval->example_loss);
+    spmi_free(ctx, eval->probability);
+    spmi_free(ctx, eval->margin);
+    memset(eval, 0, sizeof *eval);
+}
+
+/* An empty evaluation with room for every example of the split; spmi_eval_add fills it, spmi_eval_finish makes the metrics. */
+static spm_status spmi_eval_create(spm_dataset *dataset, spm_split split, int classes, spm_eval *eval, spm_error *err)
+{
+    spm_context *ctx = spm_dataset_context(dataset);
+    int64_t n = SPMI_MAX(spm_dataset_split_size(dataset, split), 1), cells;
+    memset(eval, 0, sizeof *eval);
+    eval->split = split;
+    eval->n_classes = classes;
+    eval->n_groups = spm_dataset_groups(dataset);
+    eval->groups = (spm_group_metrics *)spmi_alloc_array(ctx, eval->n_groups, sizeof *eval->groups);
+    eval->example = (int64_t *)spmi_alloc_array(ctx, n, sizeof *eval->example);
+    eval->y = (int32_t *)spmi_alloc_array(ctx, n, sizeof *eval->y);
+    eval->group = (int32_t *)spmi_alloc_array(ctx, n, sizeof *eval->group);
+    eval->predicted = (int32_t *)spmi_alloc_array(ctx, n, sizeof *eval->predicted);
+    eval->example_loss = (float *)spmi_alloc_array(ctx, n, sizeof *eval->example_loss);
+    eval->margin = (float *)spmi_alloc_array(ctx, n, sizeof *eval->margin);
+    eval->probability = spmi_mul_dim(n, classes, &cells) ? (float *)spmi_alloc_array(ctx, cells, sizeof *eval->probability) : NULL;
+    if (!eval->groups || !eval->example || !eval->y || !eval->group || !eval->predicted || !eval->example_loss
+        || !eval->margin || !eval->probability) {
+        spm_eval_free(ctx, eval);
+        return spmi_fail_memory(ctx, err, "an evaluation");
+    }
+    return SPM_OK;
+}
+
+/* Takes one example's logits in. */
+static void spmi_eval_add(spm_eval *eval, const spm_reading *reading, int64_t id, int y, int group, const float *logits)
+{
+    int64_t i = eval->count++;
+    int classes = eval->n_classes, column = reading->label_reversed ? classes - 1 - y : y, c;
+    float *probability = eval->probability + i * classes, rival = -FLT_MAX;
+    eval->example[i] = id;
+    eval->y[i] = y;
+    eval->group[i] = group;
+    eval->predicted[i] = spm_classify(reading, logits, classes, probability);
+    eval->example_loss[i] = (float)spmi_example_loss(reading, logits, probability, classes, y);
+    for (c = 0; c < classes; c++) {
+        if (c != column) rival = SPMI_MAX(rival, logits[c]);
+    }
+    eval->margin[i] = logits[column] - rival;
+}
+
+/* Sorting key of the AUROC: a score and whether it belongs to the positive class. */
+typedef struct spmi_scored {
+    float score;
+    int positive;
+} spmi_scored;
+
+static int spmi_scored_order(const void *a, const void *b)
+{
+    float x = ((const spmi_scored *)a)->score, y = ((const spmi_scored *)b)->score;
+    return x < y ? -1 : x > y;
+}
+
+/* Area under the ROC curve of one class against the rest, by ranks with ties at their mean; NaN with one class only. */
+static double spmi_auroc_of(const spm_eval *eval, int class_index, spmi_scored *scored)
+{
+    double rank_sum = 0.0, positives = 0.0, n = (double)eval->count;
+    int64_t i, j, k;
+    for (i = 0; i < eval->count; i++) {
+        scored[i].score = eval->probability[i * eval->n_classes + class_index];
+        scored[i].positive = eval->y[i] == class_index;
+        positives += scored[i].positive;
+    }
+    if (positives == 0.0 || positives == n) return (double)NAN;
+    qsort(scored, (size_t)eval->count, sizeof *scored, spmi_scored_order);
+    for (i = 0; i < eval->count; i = j) {
+        for (j = i; j < eval->count && scored[j].score <= scored[i].score; j++) {}
+        for (k = i; k < j; k++) rank_sum += scored[k].positive ? 0.5 * (double)(i + j + 1) : 0.0;
+    }
+    return (rank_sum - positives * (positives + 1.0) / 2.0) / (positives * (n - positives));
+}
+
+static spm_status spmi_eval_auroc(spm_context *ctx, spm_eval *eval, spm_error *err)
+{
+    spmi_scored *scored = (spmi_scored *)spmi_alloc_array(ctx, SPMI_MAX(eval->count, 1), sizeof *scored);
+    double sum = 0.0;
+    int c, used = 0;
+    if (!scored) return spmi_fail_memory(ctx, err, "the AUROC");
+    for (c = eval->n_classes == 2 ? 1 : 0; c < eval->n_classes; c++) {
+        double area = spmi_auroc_of(eval, c, scored);
+        if (area == area) {
+            sum += area;
+            used++;
+        }
+    }
+    eval->auroc = used ? sum / used : (double)NAN;
+    spmi_free(ctx, scored);
+    return SPM_OK;
+}
+
+/* Expected calibration error: 15 equal-width bins of the predicted class's probability. */
+static double spmi_eval_ece(const spm_eval *eval)
+{
+    double confidence[15] = { 0 }, correct[15] = { 0 }, error = 0.0;
+    int64_t i;
+    int b;
+    for (i = 0; i < eval->count; i++) {
+        double p = (double)eval->probability[i * eval->n_classes + eval->predicted[i]];
+        b = SPMI_MAX(0, SPMI_MIN(14, (int)ceil(p * 15.0) - 1)); /* bins (lo, hi] */
+        confidence[b] += p;
+        correct[b] += eval->predicted[i] == eval->y[i];
+    }
+    for (b = 0; b < 15; b++) error += fabs(confidence[b] - correct[b]);
+    return eval->count ? error / (double)eval->count : (double)NAN;
+}
+
+/* Makes every metric from the per-example part. */
+static spm_status spmi_eval_finish(spm_dataset *dataset, spm_eval *eval, spm_error *err)
+{
+    double share_sum = 0.0, adjusted = 0.0, balanced = 0.0, loss = 0.0;
+    int64_t i, correct = 0;
+    int g, c, classes_seen = 0, confounders = spm_dataset_confounders(dataset);
+    for (g = 0; g < eval->n_groups; g++) {
+        spm_group_metrics *group = &eval->groups[g];
+        memset(group, 0, sizeof *group);
+        group->id = g;
+        group->y = g / confounders;
+        group->confounder = g % confounders;
+        group->name = spm_dataset_group_name(dataset, g);
+    }
+    for (i = 0; i < eval->count; i++) {
+        spm_group_metrics *group = &eval->groups[eval->group[i]];
+        group->count++;
+        group->correct += eval->predicted[i] == eval->y[i];
+        group->loss += (double)eval->example_loss[i];
+    }
+    eval->worst_group = -1;
+    eval->worst_accuracy = (double)NAN;
+    for (g = 0; g < eval->n_groups; g++) {
+        spm_group_metrics *group = &eval->groups[g];
+        double share = (double)spm_dataset_group_count(dataset, SPM_TRAIN, g);
+        spm_wilson(group->correct, group->count, &group->ci_low, &group->ci_high);
+        correct += group->correct;
+        loss += group->loss;
+        group->accuracy = group->count ? (double)group->correct / (double)group->count : (double)NAN;
+        group->loss = group->count ? group->loss / (double)group->count : (double)NAN;
+        if (!group->count) continue;
+        share_sum += share;
+        adjusted += share * group->accuracy;
+        if (eval->worst_group < 0 || group->accuracy < eval->worst_accuracy) {
+            eval->worst_group = g;
+            eval->worst_accuracy = group->accuracy;
+        }
+    }
+    for (c = 0; c < spm_dataset_classes(dataset); c++) {
+        int64_t count = 0, right = 0;
+        for (g = c * confounders; g < (c + 1) * confounders; g++) {
+            count += eval->groups[g].count;
+            right += eval->groups[g].correct;
+        }
+        if (count) {
+            balanced += (double)right / (double)count;
+            classes_seen++;
+        }
+    }
+    eval->loss = eval->count ? loss / (double)eval->count : (double)NAN;
+    eval->mean_accuracy = eval->count ? (double)correct / (double)eval->count : (double)NAN;
+    eval->adjusted_accuracy = share_sum > 0.0 ? adjusted / share_sum : (double)NAN;
+    eval->balanced_accuracy = classes_seen ? balanced / classes_seen : (double)NAN;
+    eval->ece = spmi_eval_ece(eval);
+    return spmi_eval_auroc(spm_dataset_context(dataset), eval, err);
+}
+
+/* The number of classes of a model's head, checked against the data set's. */
+static spm_status spmi_eval_classes(spm_model *model, spm_dataset *dataset, int *classes, spm_error *err)
+{
+    const spm_program *program = spm_model_program(model);
+    spm_tensor logits = spm_program_shape(program, spm_program_find(program, "logits"), 1);
+    *classes = (int)logits.shape[1];
+    if (spm_dataset_classes(dataset) > *classes) {
+        return spmi_fail(spm_dataset_context(dataset), err, SPM_E_SHAPE,
+                         "%s has %d classes but the model's head has %d; give a checkpoint trained on this data, or --allow-partial with --num-classes",
+                         spm_dataset_path(dataset), spm_dataset_classes(dataset), *classes);
+    }
+    return SPM_OK;
+}
+
+/* Runs the loader through the model. A NaN or infinite logit ends it. */
+static spm_status spmi_eval_loop(spm_model *model, spm_run *run, spm_loader *loader, const spm_eval_desc *desc, int64_t total,
+                                 spm_eval *eval, spm_error *err)
+{
+    const spm_program *program = spm_model_program(model);
+    spm_context *ctx = spm_model_context(model);
+    spm_batch batch;
+    spm_progress progress = SPM_ZERO;
+    char what[32];
+    double start = spmi_seconds();
+    int more;
+    spm_value image = spm_program_find(program, "image"), logits = spm_program_find(program, "logits");
+    (void)spmi_format(what, sizeof what, "evaluate %s", spm_split_name(desc->split));
+    progress.what = what;
+    progress.unit = "images";
+    progress.total = total;
+    while ((more = spm_loader_next(loader, &batch)) > 0) {
+        int64_t i;
+        const float *out;
+        spm_status status = spm_run_input(run, image, batch.pixels);
+        if (!status) status = spm_run_forward(run, batch.count, 0);
+        if (status) return spmi_fail(ctx, err, status, "%s", spm_run_error(run)->text);
+        out = spm_run_data(run, logits);
+        for (i = 0; i < batch.count; i++) {
+            const float *row = out + i * eval->n_classes;
+            int c;
+            for (c = 0; c < eval->n_classes; c++) {
+                if (!(fabsf(row[c]) <= FLT_MAX)) {
+                    return spmi_fail(ctx, err, SPM_E_NUMERIC, "evaluation of %s: logit %d of example %ld is not a finite number; the checkpoint has diverged",
+                                     spm_split_name(desc->split), c, (long)batch.id[i]);
+                }
+            }
+            spmi_eval_add(eval, &desc->reading, batch.id[i], batch.y[i], batch.group[i], row);
+        }
+        progress.done += batch.count;
+        progress.seconds = spmi_seconds() - start;
+        if (desc->progress && desc->progress(desc->progress_user, &progress)) {
+            return spmi_fail(ctx, err, SPM_E_STOPPED, "evaluation of %s: stopped after %ld of %ld images", spm_split_name(desc->split),
+                             (long)progress.done, (long)total);
+        }
+    }
+    return more < 0 ? spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text) : SPM_OK;
+}
+
+SPMDEF spm_status spm_evaluate(spm_model *model, spm_dataset *dataset, const spm_eval_desc *desc, spm_eval *eval, spm_error *err)
+{
+    spm_context *ctx = spm_dataset_context(dataset);
+    spm_loader_desc loading = SPM_ZERO;
+    spm_run_desc running = SPM_ZERO;
+    spm_loader *loader;
+    spm_run *run;
+    int classes = 0;
+    spm_status status = spmi_eval_classes(model, dataset, &classes, err);
+    if (status) return status;
+    status = spmi_eval_create(dataset, desc->split, classes, eval, err);
+    if (status) return status;
+    loading.transform = desc->reading.transform;
+    loading.batch = desc->batch > 0 ? desc->batch : 64;
+    loading.workers = desc->workers;
+    loading.split = desc->split;
+    running.max_batch = loading.batch;
+    loader = spm_loader_create(dataset, &loading, err);
+    run = loader ? spm_run_create(model, &running, err) : NULL;
+    if (!loader || !run) status = err ? err->status : spm_context_status(ctx);
+    if (!status) status = spm_loader_start(loader, 0, NULL, 0);
+    if (!status) status = spmi_eval_loop(model, run, loader, desc, spm_dataset_split_size(dataset, desc->split), eval, err);
+    if (!status) status = spmi_eval_finish(dataset, eval, err);
+    spm_run_destroy(run);
+    spm_loader_destroy(loader);
+    if (status) spm_eval_free(ctx, eval);
+    return status;
+}
+
+SPMDEF void spm_groups_json(spm_json *json, const char *key, const spm_eval *eval)
+{
+    int g;
+    spm_json_array_begin(json, key);
+    for (g = 0; g < eval->n_groups; g++) {
+        const spm_group_metrics *group = &eval->groups[g];
+        spm_json_object_begin(json, NULL);
+        spm_json_int(json, "id", group->id);
+        spm_json_string(json, "name", group->name);
+        spm_json_int(json, "y", group->y);
+        spm_json_int(json, "confounder", group->confounder);
+        spm_json_int(json, "count", group->count);
+        spm_json_int(json, "correct", group->correct);
+        spm_json_number(json, "accuracy", group->accuracy);
+        spm_json_array_begin(json, "ci95");
+        spm_json_number(json, NULL, group->ci_low);
+        spm_json_number(json, NULL, group->ci_high);
+        spm_json_array_end(json);
+        spm_json_number(json, "loss", group->loss);
+        spm_json_object_end(json);
+    }
+    spm_json_array_end(json);
+}
+
+SPMDEF void spm_eval_json(spm_json *json, const char *key, const spm_eval *eval)
+{
+    spm_json_object_begin(json, key);
+    spm_json_string(json, "command", "eval");
+    spm_json_string(json, "split", spm_split_name(eval->split));
+    spm_json_int(json, "count", eval->count);
+    spm_json_number(json, "mean_accuracy", eval->mean_accuracy);
+    spm_json_number(json, "adjusted_accuracy", eval->adjusted_accuracy);
+    spm_json_number(json, "balanced_accuracy", eval->balanced_accuracy);
+    spm_json_number(json, "auroc", eval->auroc);
+    spm_json_number(json, "ece", eval->ece);
+    spm_json_object_begin(json, "worst_group");
+    if (eval->worst_group >= 0) spm_json_int(json, "id", eval->worst_group);
+    else spm_json_null(json, "id");
+    spm_json_number(json, "accuracy", eval->worst_accuracy);
+    spm_json_object_end(json);
+    spm_groups_json(json, "groups", eval);
+    spm_json_object_end(json);
+}
+
+/* ================================================================================================================
+ * >>ATTR  17  attribution: scores of units
+ * ============================================================================================================= */
+
+SPMDEF const char *spm_criterion_name(spm_criterion criterion)
+{
+    switch (criterion) {
+    case SPM_CRITERION_GRADIENT: return "gradient";
+    case SPM_CRITERION_MAGNITUDE: return "magnitude";
+    case SPM_CRITERION_WEIGHT_GRADIENT: return "weight-gradient";
+    case SPM_CRITERION_RANDOM: return "random";
+    }
+    return "unknown";
+}
+
+SPMDEF int spm_criterion_parse(const char *name, spm_criterion *criterion)
+{
+    int i;
+    for (i = SPM_CRITERION_GRADIENT; i <= SPM_CRITERION_RANDOM; i++) {
+        if (!spmi_string_equal(name, spm_criterion_name((spm_criterion)i))) continue;
+        *criterion = (spm_criterion)i;
+        return 1;
+    }
+    return 0;
+}
+
+static int spmi_unit_order(const void *a, const void *b)
+{
+    const spm_unit *x = (const spm_unit *)a, *y = (const spm_unit *)b;
+    if (x->score > y->score || x->score < y->score) return x->score > y->score ? -1 : 1;
+    if (x->parameter != y->parameter) return x->parameter < y->parameter ? -1 : 1;
+    return x->channel < y->channel ? -1 : x->channel > y->channel;
+}
+
+/* An example and the probability that its true class was given. */
+typedef struct spmi_candidate {
+    int64_t id;
+    float probability;
+} spmi_candidate;
+
+static int spmi_candidate_order(const void *a, const void *b)
+{
+    const spmi_candidate *x = (const spmi_candidate *)a, *y = (const spmi_candidate *)b;
+    if (x->probability < y->probability || x->probability > y->probability) return x->probability < y->probability ? -1 : 1;
+    return x->id < y->id ? -1 : x->id > y->id;
+}
+
+/* The examples a gradient is taken on: of the group, those the model is least sure of. */
+static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval, int64_t **ids, int64_t *count, spm_error *err)
+{
+    spm_context *ctx = spm_dataset_context(dataset);
+    int64_t i, n = 0, wanted = desc->samples > 0 ? desc->samples : 200;
+    spmi_candidate *all = (spmi_candidate *)spmi_alloc_array(ctx, SPMI_MAX(eval->count, 1), sizeof *all);
+    *ids = (int64_t *)spmi_alloc_array(ctx, wanted, sizeof **ids);
+    *count = 0;
+    if (!all || !*ids) {
+        spmi_free(ctx, all);
+        spmi_free(ctx, *ids);
+        *ids = NULL;
+        return spmi_fail_memory(ctx, err, "the ranking");
+    }
+    for (i = 0; i < eval->count; i++) {
+        if (desc->group >= 0 && eval->group[i] != desc->group) continue;
+        all[n].id = eval->example[i];
+        all[n++].probability = eval->probability[i * eval->n_classes + eval->y[i]];
+    }
+    qsort(all, (size_t)n, sizeof *all, spmi_candidate_order);
+    *count = SPMI_MIN(n, wanted);
+    for (i = 0; i < *count; i++) (*ids)[i] = all[i].id;
+    spmi_free(ctx, all);
+    if (n == 0) {
+        spmi_free(ctx, *ids);
+        *ids = NULL;
+        return spmi_fail(ctx, err, SPM_E_DATA, "%s: group %d (%s) has no example in split %s to rank units by; choose other --groups or another split",
+                         spm_dataset_path(dataset), desc->group, desc->group >= 0 ? spm_dataset_group_name(dataset, desc->group) : "all",
+                         spm_split_name(desc->split));
+    }
+    return SPM_OK;
+}
+
+/* d(sum of weight * cross-entropy) / d outputs of one example, in column order: softmax(outputs) - target. */
+static void spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y, float weight, float *gradient)
+{
+    int column = reading->label_reversed ? classes - 1 - y : y, c;
+    double sum = 0.0, top = (double)outputs[0];
+    for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)outputs[c]);
+    for (c = 0; c < classes; c++) sum += exp((double)outputs[c] - top);
+    for (c = 0; c < classes; c++) {
+        gradient[c] = weight * (float)(exp((double)outputs[c] - top) / sum - (c == column ? 1.0 : 0.0));
+    }
+}
+
+/* Leaves the gradient of the mean cross-entropy over `ids`, in evaluation mode, in the model. Batches only bound the
+ * memory: in evaluation mode examples do not see each other, so their gradients add up. */
+static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const int64_t *ids, int64_t n, spm_error *err)
+{
+    const spm_program *program = spm_model_program(model);
+    spm_context *ctx = spm_model_context(model);
+    spm_value image = spm_program_find(program, "image"), outputs = spm_program_find(program, "outputs");
+    int classes = (int)spm_program_shape(program, outputs, 1).shape[1], more = 0;
+    spm_loader_desc loading = SPM_ZERO;
+    spm_run_desc running = SPM_ZERO;
+    spm_batch batch;
+    spm_loader *loader;
+    spm_run *run;
+    float *gradient;
+    spm_status status = SPM_OK;
+    loading.transform = desc->reading.transform;
+    loading.batch = running.max_batch = SPMI_MIN(n, 32);
+    loading.split = desc->split;
+    loading.workers = desc->workers;
+    running.backward = 1;
+    loader = spm_loader_create(dataset, &loading, err);
+    run = loader ? spm_run_create(model, &running, err) : NULL;
+    gradient = (float *)spmi_alloc_array(ctx, loading.batch * classes, sizeof *gradient);
+    if (!loader || !run) status = err->status;
+    else if (!gradient) status = spmi_fail_memory(ctx, err, "the ranking");
+    if (!status && spm_loader_start(loader, 0, ids, n)) status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    spm_model_zero_gradients(model);
+    while (!status && (more = spm_loader_next(loader, &batch)) > 0) {
+        int64_t i;
+        const float *out;
+        if (spm_run_input(run, image, batch.pixels) || spm_run_forward(run, batch.count, 0)) {
+            status = spmi_fail(ctx, err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
+            break;
+        }
+        out = spm_run_data(run, outputs);
+        for (i = 0; i < batch.count; i++) {
+            spmi_attr_loss_gradient(&desc->reading, out + i * classes, classes, batch.y[i], 1.0f / (float)n, gradient + i * classes);
+        }
+        if (spm_run_set_gradient(run, outputs, gradient) || spm_run_backward(run)) {
+            status = spmi_fail(ctx, err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
+        }
+    }
+    if (!status && more < 0) status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    spm_model_finish_gradients(model);
+    spmi_free(ctx, gradient);
+    spm_run_destroy(run);
+    spm_loader_destroy(loader);
+    return status;
+}
+
+/* 1 for the parameters whose rows are ranked. */
+static int spmi_attr_ranked(const spm_parameter *p, const spm_attr_desc *desc)
+{
+    if (!(p->flags & SPM_PARAMETER_PRUNABLE) || (p->flags & SPM_PARAMETER_HEAD)) return 0;
+    if (desc->convolutions_only && p->value.rank != 4) return 0;
+    return !(desc->skip_downsample && desc->criterion == SPM_CRITERION_MAGNITUDE && (p->flags & SPM_PARAMETER_DOWNSAMPLE));
+}
+
+static double spmi_attr_score(const spm_parameter *p, const spm_attr_desc *desc, int index, int64_t channel)
+{
+    int64_t row = spm_tensor_count(&p->value) / p->value.shape[0], i;
+    const float *w = p->value.data + channel * row;
+    const float *g = p->gradient ? p->gradient + channel * row : NULL;
+    double sum = 0.0;
+    if (desc->criterion == SPM_CRITERION_RANDOM) {
+        return (double)spm_random_uniform(desc->seed, spm_random_key(desc->seed, 0x72616e6bu, (uint64_t)index), (uint64_t)channel);
+    }
+    for (i = 0; i < row; i++) {
+        if (desc->criterion == SPM_CRITERION_MAGNITUDE) sum += (double)w[i] * (double)w[i];
+        else if (desc->criterion == SPM_CRITERION_GRADIENT) sum += (double)g[i] * (double)g[i];
+        else sum += (double)w[i] * (double)g[i];
+    }
+    return desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT ? fabs(sum) : sqrt(sum);
+}
+
+/* The gradient a ranking needs: chooses the samples (by `eval`, or by an evaluation made here) and runs them. */
+static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval, int64_t *used, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    spm_eval own = SPM_ZERO;
+    int64_t *ids = NULL;
+    spm_status status = SPM_OK;
+    if (!eval) {
+        spm_eval_desc evaluation = SPM_ZERO;
+        evaluation.reading = desc->reading;
+        evaluation.split = desc->split;
+        evaluation.workers = desc->workers;
+        status = spm_evaluate(model, dataset, &evaluation, &own, err);
+        eval = &own;
+    }
+    if (!status) status = spmi_attr_samples(dataset, desc, eval, &ids, used, err);
+    if (!status) status = spmi_attr_gradient(model, dataset, desc, ids, *used, err);
+    spmi_free(ctx, ids);
+    spm_eval_free(ctx, &own);
+    return status;
+}
+
+SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval,
+                                 spm_unit **units, int64_t *count, int64_t *samples_used, spm_error *err)
+{
+    spm_context *ctx = spm_model_context(model);
+    spm_error *to = err ? err : &ctx->error;
+    int64_t n = 0, c;
+    int i, parameters = spm_model_parameter_count(model);
+    spm_status status = SPM_OK;
+    *units = NULL;
+    *count = *samples_used = 0;
+    if (desc->criterion == SPM_CRITERION_GRADIENT || desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT) {
+        status = spmi_attr_prepare(model, dataset, desc, eval, samples_used, to);
+    }
+    if (status) return status;
+    for (i = 0; i < parameters; i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        if (spmi_attr_ranked(p, desc)) n += p->value.shape[0];
+    }
+    if (n == 0) return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "the model has no convolution or linear units that this criterion ranks");
+    *units = (spm_unit *)spmi_alloc_array(ctx, n, sizeof **units);
+    if (!*units) return spmi_fail_memory(ctx, err, "the ranking");
+    n = 0;
+    for (i = 0; i < parameters; i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        if (!spmi_attr_ranked(p, desc)) continue;
+        for (c = 0; c < p->value.shape[0]; c++) {
+            (*units)[n].parameter = i;
+            (*units)[n].channel = c;
+            (*units)[n++].score = spmi_attr_score(p, desc, i, c);
+        }
+    }
+    qsort(*units, (size_t)n, sizeof **units, spmi_unit_order);
+    *count = n;
+    return SPM_OK;
+}
+
+/* ================================================================================================================
+ * >>LOCAL  18  localization: change units, measure every group
+ * ============================================================================================================= */
+
+SPMDEF const char *spm_modify_name(spm_modify modify)
+{
+    switch (modify) {
+    case SPM_MODIFY_ZERO_UNIT: return "zero-unit";
+    case SPM_MODIFY_ZERO: return "zero";
+    case SPM_MODIFY_NOISE: return "noise";
+    case SPM_MODIFY_REINIT: return "reinit";
+    case SPM_MODIFY_REWIND: return "rewind";
+    case SPM_MODIFY_LAYER_REWIND: return "layer-rewind";
+    }
+    return "unknown";
+}
+
+SPMDEF int spm_modify_parse(const char *name, spm_modify *modify)
+{
+    int i;
+    for (i = SPM_MODIFY_ZERO_UNIT; i <= SPM_MODIFY_LAYER_REWIND; i++) {
+        if (!spmi_string_equal(name, spm_modify_name((spm_modify)i))) continue;
+        *modify = (spm_modify)i;
+        return 1;
+    }
+    return 0;
+}
+
+static int64_t spmi_row_size(const spm_parameter *p)
+{
+    return spm_tensor_count(&p->value) / p->value.shape[0];
+}
+
+/* The unit's output after its norm becomes 0: gamma and beta of the batch norm behind a convolution, else row and bias. */
+static void spmi_zero_unit(spm_model *model, const spm_unit *unit)
+{
+    spm_parameter *p = spm_model_parameter(model, unit->parameter);
+    if (p->norm_weight >= 0) {
+        spm_model_parameter(model, p->norm_weight)->value.data[unit->channel] = 0.0f;
+        if (p->norm_bias >= 0) spm_model_parameter(model, p->norm_bias)->value.data[unit->channel] = 0.0f;
+        return;
+    }
+    memset(p->value.data + unit->channel * spmi_row_size(p), 0, (size_t)spmi_row_size(p) * sizeof(float));
+    if (p->bias >= 0) spm_model_parameter(model, p->bias)->value.data[unit->channel] = 0.0f;
+}
+
+SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify, double std,
+                                   uint64_t seed, spm_model *rewind, spm_error *err)
+{
+    int64_t u, i;
+    for (u = 0; u < count; u++) {
+        spm_parameter *p = spm_model_parameter(model, units[u].parameter), *earlier;
+        int64_t row = spmi_row_size(p), start = units[u].channel * row;
+        uint64_t stream = spm_random_key(seed, (uint64_t)units[u].parameter, (uint64_t)units[u].channel);
+        float *w = p->value.data + start;
+        switch (modify) {
+        case SPM_MODIFY_ZERO_UNIT:
+            spmi_zero_unit(model, &units[u]);
+            break;
+        case SPM_MODIFY_ZERO:
+            memset(w, 0, (size_t)row * sizeof *w);
+            break;
+        case SPM_MODIFY_NOISE:
+            for (i = 0; i < row; i++) w[i] += (float)std * spm_random_normal(seed, stream, (uint64_t)i);
+            break;
+        case SPM_MODIFY_REINIT:
+            for (i = 0; i < row; i++) w[i] = (float)std * spm_random_normal(seed, stream, (uint64_t)i);
+            break;
+        case SPM_MODIFY_REWIND:
+        case SPM_MODIFY_LAYER_REWIND:
+            if (!rewind || units[u].parameter >= spm_model_parameter_count(rewind)
+                || !spm_tensor_same_shape(&spm_model_parameter(rewind, units[u].parameter)->value, &p->value)) {
+                return spmi_fail(spm_model_context(model), err, SPM_E_SHAPE, "%s: %s needs an earlier checkpoint of the same architecture (--rewind)",
+                                 p->name, spm_modify_name(modify));
+            }
+            earlier = spm_model_parameter(rewind, units[u].parameter);
+            if (modify == SPM_MODIFY_REWIND) memcpy(w, earlier->value.data + start, (size_t)row * sizeof *w);
+            else memcpy(p->value.data, earlier->value.data, (size_t)spm_tensor_count(&p->value) * sizeof *w);
+            break;
+        }
+    }
+    spm_model_touch(model);
+    return SPM_OK;
+}
+
+/* ---- the probe: repeated evaluation of one split, resuming at stored block inputs ---- */
+
+/* Level 0 holds the pictures as the network sees them, level b the input of block b.  All are optional: a level that
+ * does not fit the memory limit is computed again each time. */
+typedef struct spmi_level {
+    float *values;      /* [n][size] or NULL */
+    int64_t size;       /* floats an example */
+    spm_value value;    /* 0: the program has no such block */
+} spmi_level;
+
+typedef struct spmi_probe {
+    spm_context *ctx;
+    spm_model *model;
+    spm_dataset *dataset;
+    const spm_localize_desc *desc;
+    spm_split split;
+    spm_run *run;
+    spm_loader *loader;
+    spmi_level *levels;
+    int n_levels, classes;
+    int64_t batch, n;           /* n: examples that could be read */
+    int64_t *id;
+    int32_t *y, *group;
+    size_t *budget;             /* bytes that may still be stored, shared by all probes */
+    spm_eval baseline;
+} spmi_probe;
+
+static void spmi_probe_free(spmi_probe *probe)
+{
+    int b;
+    for (b = 0; probe->levels && b < probe->n_levels; b++) spmi_free(probe->ctx, probe->levels[b].values);
+    spmi_free(probe->ctx, probe->levels);
+    spmi_free(probe->ctx, probe->id);
+    spmi_free(probe->ctx, probe->y);
+    spmi_free(probe->ctx, probe->group);
+    spm_eval_free(probe->ctx, &probe->baseline);
+    spm_run_destroy(probe->run);
+    spm_loader_destroy(probe->loader);
+    memset(probe, 0, sizeof *probe);
+}
+
+/* Room for a level if the memory limit allows it. */
+static void spmi_level_reserve(spmi_probe *probe, int b)
+{
+    spmi_level *level = &probe->levels[b];
+    size_t bytes;
+    int64_t cells;
+    if (level->values || !level->value || !spmi_mul_dim(spm_dataset_split_size(probe->dataset, probe->split), level->size, &cells)
+        || !spmi_mul_size((size_t)cells, sizeof(float), &bytes) || bytes > *probe->budget) return;
+    level->values = (float *)spmi_alloc(probe->ctx, bytes);
+    if (level->values) *probe->budget -= bytes;
+}
+
+static spm_status spmi_probe_failed(const spmi_probe *probe, spm_error *err)
+{
+    spm_error *error = spm_run_error(probe->run)->status ? spm_run_error(probe->run) : spm_loader_error(probe->loader);
+    return spmi_fail(probe->ctx, err, error->status, "%s", error->text);
+}
+
+/* The block inputs the last forward pass left behind, stored for the levels that have room. */
+static void spmi_probe_store(spmi_probe *probe, int64_t at, int64_t count, int from)
+{
+    int b;
+    for (b = from + 1; b < probe->n_levels; b++) {
+        spmi_level *level = &probe->levels[b];
+        if (level->values) memcpy(level->values + at * level->size, spm_run_data(probe->run, level->value), (size_t)(count * level->size) * sizeof(float));
+    }
+}
+
+/* One pass over the split from `from` on (0: from the pictures). store: keep block inputs. `eval` gets the logits. */
+static spm_status spmi_probe_pass(spmi_probe *probe, int from, int store, spm_eval *eval, spm_error *err)
+{
+    const spm_program *program = spm_model_program(probe->model);
+    spm_value logits = spm_program_find(program, "logits");
+    spmi_level *level = &probe->levels[from];
+    int64_t at, i, count;
+    int from_loader = level->values == NULL || (from == 0 && store);
+    spm_batch batch = SPM_ZERO;
+    if (from_loader) {
+        from = 0;
+        level = &probe->levels[0];
+        if (level->values && !store) from_loader = 0;
+    }
+    if (from_loader && spm_loader_start(probe->loader, 0, NULL, 0)) return spmi_probe_failed(probe, err);
+    for (at = 0; ; at += count) {
+        const float *input, *out;
+        if (from_loader) {
+            int more = spm_loader_next(probe->loader, &batch);
+            if (more < 0) return spmi_probe_failed(probe, err);
+            if (more == 0) break;
+            count = batch.count;
+            input = batch.pixels;
+            if (store) {
+                memcpy(probe->id + at, batch.id, (size_t)count * sizeof *probe->id);
+                memcpy(probe->y + at, batch.y, (size_t)count * sizeof *probe->y);
+                memcpy(probe->group + at, batch.group, (size_t)count * sizeof *probe->group);
+                if (level->values) memcpy(level->values + at * level->size, input, (size_t)(count * level->size) * sizeof(float));
+                probe->n = at + count;
+            }
+        } else {
+            if (at >= probe->n) break;
+            count = SPMI_MIN(probe->batch, probe->n - at);
+            input = level->values + at * level->size;
+        }
+        if (spm_run_input(probe->run, level->value, input)
+            || (from ? spm_run_forward_from(probe->run, level->value, count, 0) : spm_run_forward(probe->run, count, 0))) {
+            return spmi_probe_failed(probe, err);
+        }
+        if (store) spmi_probe_store(probe, at, count, from);
+        out = spm_run_data(probe->run, logits);
+        for (i = 0; i < count; i++) {
+            spmi_eval_add(eval, &probe->desc->reading, probe->id[at + i], probe->y[at + i], probe->group[at + i], out + i * probe->classes);
+        }
+    }
+    return SPM_OK;
+}
+
+/* Evaluates the model as it is now; `from`: the first block whose parameters may differ from the baseline's. */
+static spm_status spmi_probe_measure(spmi_probe *probe, int from, int store, spm_eval *eval, spm_error *err)
+{
+    spm_status status = spmi_eval_create(probe->dataset, probe->split, probe->classes, eval, err);
+    if (!status) status = spmi_probe_pass(probe, from, store, eval, err);
+    if (!status) status = spmi_eval_finish(probe->dataset, eval, err);
+    if (status) spm_eval_free(probe->ctx, eval);
+    return status;
+}
+
+/* Loads the split once, stores what the memory limit allows, and measures the baseline. */
+static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_split split,
+                                    size_t *budget, spm_error *err)
+{
+    const spm_program *program = spm_model_program(model);
+    spm_loader_desc loading = SPM_ZERO;
+    spm_run_desc running = SPM_ZERO;
+    int64_t n = SPMI_MAX(spm_dataset_split_size(dataset, split), 1);
+    spm_status status;
+    int i, b;
+    memset(probe, 0, sizeof *probe);
+    probe->ctx = spm_model_context(model);
+    probe->model = model;
+    probe->dataset = dataset;
+    probe->desc = desc;
+    probe->split = split;
+    probe->budget = budget;
+    probe->batch = running.max_batch = loading.batch = desc->batch > 0 ? desc->batch : 64;
+    status = spmi_eval_classes(model, dataset, &probe->classes, err);
+    if (status) return status;
+    for (i = 0; i < spm_model_parameter_count(model); i++) probe->n_levels = SPMI_MAX(probe->n_levels, spm_model_parameter(model, i)->block);
+    probe->n_levels++;
+    loading.transform = desc->reading.transform;
+    loading.split = split;
+    loading.workers = desc->workers;
+    probe->levels = (spmi_level *)spmi_alloc_array(probe->ctx, probe->n_levels, sizeof *probe->levels);
+    probe->id = (int64_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->id);
+    probe->y = (int32_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->y);
+    probe->group = (int32_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->group);
+    if (!probe->levels || !probe->id || !probe->y || !probe->group) return spmi_fail_memory(probe->ctx, err, "localization");
+    for (b = 0; b < probe->n_levels; b++) {
+        char name[32];
+        spm_tensor shape;
+        (void)spmi_format(name, sizeof name, b ? "block%d" : "image", b);
+        probe->levels[b].value = spm_program_find(program, name);
+        if (!probe->levels[b].value) continue;
+        shape = spm_program_shape(program, probe->levels[b].value, 1);
+        probe->levels[b].size = spm_tensor_count(&shape);
+        spmi_level_reserve(probe, b);
+    }
+    probe->loader = spm_loader_create(dataset, &loading, err);
+    probe->run = probe->loader ? spm_run_create(model, &running, err) : NULL;
+    if (!probe->run) return err->status;
+    for (b = 1; b < probe->n_levels; b++) {
+        if (probe->levels[b].values && spm_run_keep(probe->run, probe->levels[b].value)) return spmi_probe_failed(probe, err);
+    }
+    return spmi_probe_measure(probe, 0, 1, &probe->baseline, err);
+}
+
+/* ---- the study ---- */
+
+/* A row of results that is being measured: what is changed, and how. */
+typedef struct spmi_change {
+    const spm_unit *units;
+    int64_t count;
+    double std;
+    uint64_t seed;
+} spmi_change;
+
+typedef struct spmi_study {
+    spm_context *ctx;
+    spm_model *model, *rewind;
+    spm_dataset *dataset;
+    const spm_localize_desc *desc;
+    spm_json *json;
+    spm_error *err;               /* never NULL here */
+    spmi_probe probes[SPM_SPLITS];
+    int reported[SPM_SPLITS];     /* splits in report order */
+    int n_reported, n_groups;
+    float *saved;                 /* all parameter values, back to back */
+    int64_t *offset;              /* of a parameter in `saved` */
+    spm_unit *units;              /* of the current ranking, all of them */
+    int64_t n_units;
+    int64_t top[SPM_LOCALIZE_MAX];
+    int n_top;
+    double std[SPM_LOCALIZE_MAX];
+    int n_std;
+    int64_t repeats, done, total;
+    double start;
+} spmi_study;
+
+static spm_status spmi_study_save(spmi_study *s)
+{
+    int i, count = spm_model_parameter_count(s->model);
+    int64_t total = 0;
+    s->offset = (int64_t *)spmi_alloc_array(s->ctx, count + 1, sizeof *s->offset);
+    if (!s->offset) return spmi_fail_memory(s->ctx, s->err, "localization");
+    for (i = 0; i < count; i++) {
+        s->offset[i] = total;
+        total += spm_tensor_count(&spm_model_parameter(s->model, i)->value);
+    }
+    s->saved = (float *)spmi_alloc_array(s->ctx, total, sizeof *s->saved);
+    if (!s->saved) return spmi_fail_memory(s->ctx, s->err, "a copy of the parameters");
+    for (i = 0; i < count; i++) {
+        spm_tensor *value = &spm_model_parameter(s->model, i)->value;
+        memcpy(s->saved + s->offset[i], value->data, (size_t)spm_tensor_count(value) * sizeof(float));
+    }
+    return SPM_OK;
+}
+
+static void spmi_study_restore_one(spmi_study *s, int parameter)
+{
+    spm_tensor *value;
+    if (parameter < 0) return;
+    value = &spm_model_parameter(s->model, parameter)->value;
+    memcpy(value->data, s->saved + s->offset[parameter], (size_t)spm_tensor_count(value) * sizeof(float));
+}
+
+static void spmi_study_restore(spmi_study *s, const spmi_change *change)
+{
+    int64_t u;
+    for (u = 0; u < change->count; u++) {
+        const spm_parameter *p = spm_model_parameter(s->model, change->units[u].parameter);
+        spmi_study_restore_one(s, change->units[u].parameter);
+        spmi_study_restore_one(s, p->norm_weight);
+        spmi_study_restore_one(s, p->norm_bias);
+        spmi_study_restore_one(s, p->bias);
+    }
+    spm_model_touch(s->model);
+}
+
+/* Applies a change, measures every reported split into evals[], and undoes it. */
+static spm_status spmi_study_measure(spmi_study *s, const spmi_change *change, spm_eval *evals)
+{
+    spm_progress progress = SPM_ZERO;
+    int from = INT_MAX, i;
+    int64_t u;
+    spm_status status = spm_modify_units(s->model, change->units, change->count, s->desc->modify, change->std, change->seed, s->rewind, s->err);
+    for (u = 0; u < change->count; u++) from = SPMI_MIN(from, spm_model_parameter(s->model, change->units[u].parameter)->block);
+    if (change->count == 0) from = 0;
+    memset(evals, 0, SPM_SPLITS * sizeof *evals);
+    for (i = 0; !status && i < s->n_reported; i++) status = spmi_probe_measure(&s->probes[s->reported[i]], from, 0, &evals[s->reported[i]], s->err);
+    spmi_study_restore(s, change);
+    progress.what = "localize";
+    progress.unit = "changes";
+    progress.done = ++s->done;
+    progress.total = SPMI_MAX(s->total, s->done);
+    progress.seconds = spmi_seconds() - s->start;
+    if (!status && s->desc->progress && s->desc->progress(s->desc->progress_user, &progress)) {
+        status = spmi_fail(s->ctx, s->err, SPM_E_STOPPED, "localize: stopped after %ld of %ld changes; nothing was written", (long)s->done, (long)s->total);
+    }
+    if (status) {
+        for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
+    }
+    return status;
+}
+
+/* Norm of a unit's row of weights, from the saved values. */
+static double spmi_unit_norm(const spmi_study *s, int parameter, int64_t channel)
+{
+    const spm_parameter *p = spm_model_parameter(s->model, parameter);
+    int64_t row = spmi_row_size(p), i;
+    const float *w = s->saved + s->offset[parameter] + channel * row;
+    double sum = 0.0;
+    for (i = 0; i < row; i++) sum += (double)w[i] * (double)w[i];
+    return sqrt(sum);
+}
+
+static int spmi_is_selected(const spm_unit *units, int64_t count, int parameter, int64_t channel)
+{
+    int64_t u;
+    for (u = 0; u < count; u++) {
+        if (units[u].parameter == parameter && units[u].channel == channel) return 1;
+    }
+    return 0;
+}
+
+/* The other units of the same parameter, nearest norm first (score = the gap). Returns how many there are. */
+static int64_t spmi_control_candidates(const spmi_study *s, const spmi_change *change, int64_t which, spm_unit *candidates)
+{
+    const spm_unit *unit = &change->units[which];
+    const spm_parameter *p = spm_model_parameter(s->model, unit->parameter);
+    double norm = spmi_unit_norm(s, unit->parameter, unit->channel);
+    int64_t c, n = 0;
+    for (c = 0; c < p->value.shape[0]; c++) {
+        if (spmi_is_selected(change->units, change->count, unit->parameter, c)) continue;
+        candidates[n].parameter = unit->parameter;
+        candidates[n].channel = c;
+        candidates[n++].score = -fabs(spmi_unit_norm(s, unit->parameter, c) - norm);
+    }
+    qsort(candidates, (size_t)n, sizeof *candidates, spmi_unit_order);
+    for (c = 0; c < n; c++) candidates[c].score = -candidates[c].score;
+    return n;
+}
+
+/* Tallies of the controls of one row: [split][group]. */
+typedef struct spmi_tally {
+    double *drop_sum;
+    int64_t *at_least;
+    int64_t n;
+    double gap;
+} spmi_tally;
+
+static double spmi_accuracy_drop(const spmi_probe *probe, const spm_eval *eval, int g)
+{
+    return probe->baseline.groups[g].accuracy - eval->groups[g].accuracy;
+}
+
+/* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
+ * within the same parameter. Where a layer has fewer neighbours than controls are wanted, further laps pair them up
+ * differently (unit i moves on by i places a lap); a single unit has as many controls as neighbours. */
+static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, const spm_eval *evals, spmi_tally *tally)
+{
+    int64_t widest = 1, u, j, wanted = s->desc->controls, *counts;
+    spm_unit *candidates, *chosen;
+    spm_status status = SPM_OK;
+    for (u = 0; u < change->count; u++) widest = SPMI_MAX(widest, spm_model_parameter(s->model, change->units[u].parameter)->value.shape[0]);
+    candidates = (spm_unit *)spmi_alloc_array(s->ctx, widest * change->count, sizeof *candidates);
+    chosen = (spm_unit *)spmi_alloc_array(s->ctx, change->count, sizeof *chosen);
+    counts = (int64_t *)spmi_alloc_array(s->ctx, change->count, sizeof *counts);
+    if (!candidates || !chosen || !counts) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+    for (u = 0; !status && u < change->count; u++) {
+        counts[u] = spmi_control_candidates(s, change, u, candidates + u * widest);
+        if (counts[u] == 0) wanted = 0;
+        if (change->count == 1) wanted = SPMI_MIN(wanted, counts[u]);
+    }
+    for (j = 0; !status && j < wanted; j++) {
+        spm_eval control[SPM_SPLITS];
+        spmi_change other = *change;
+        int i, g, complete = 1;
+        for (u = 0; u < change->count && complete; u++) {
+            int64_t at = (j + u * (j / counts[u])) % counts[u], tried;
+            for (tried = 0; tried < counts[u] && spmi_is_selected(chosen, u, candidates[u * widest + at].parameter, candidates[u * widest + at].channel); tried++) {
+                at = (at + 1) % counts[u];
+            }
+            complete = tried < counts[u];
+            chosen[u] = candidates[u * widest + at];
+            tally->gap += chosen[u].score / (double)change->count;
+        }
+        if (!complete) break;
+        other.units = chosen;
+        other.seed = spm_random_key(change->seed, 0x636f6e74u, (uint64_t)j);
+        status = spmi_study_measure(s, &other, control);
+        if (status) break;
+        for (i = 0; i < s->n_reported; i++) {
+            spmi_probe *probe = &s->probes[s->reported[i]];
+            for (g = 0; g < s->n_groups; g++) {
+                double drop = spmi_accuracy_drop(probe, &control[s->reported[i]], g);
+                int cell = s->reported[i] * s->n_groups + g;
+                tally->drop_sum[cell] += drop;
+                tally->at_least[cell] += drop >= spmi_accuracy_drop(probe, &evals[s->reported[i]], g);
+            }
+        }
+        tally->n++;
+        for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &control[i]);
+    }
+    spmi_free(s->ctx, candidates);
+    spmi_free(s->ctx, chosen);
+    spmi_free(s->ctx, counts);
+    return status;
+}
+
+/* ---- output ---- */
+
+static void spmi_study_row_head(spmi_study *s, int group, int64_t top, double std)
+{
+    spm_modify modify = s->desc->modify;
+    spm_json_object_begin(s->json, NULL);
+    if (group >= 0) spm_json_int(s->json, "group", group);
+    else spm_json_null(s->json, "group");
+    spm_json_int(s->json, "top", top);
+    spm_json_string(s->json, "modify", spm_modify_name(modify));
+    if (modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT) spm_json_number(s->json, "std", std);
+    else spm_json_null(s->json, "std");
+}
+
+static void spmi_study_row_splits(spmi_study *s, const spm_eval *evals)
+{
+    int i;
+    spm_json_object_begin(s->json, "splits");
+    for (i = 0; i < s->n_reported; i++) spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &evals[s->reported[i]]);
+    spm_json_object_end(s->json);
+}
+
+static void spmi_study_row_controls(spmi_study *s, const spmi_tally *tally)
+{
+    int i, g;
+    spm_json_array_begin(s->json, "controls");
+    for (i = 0; i < s->n_reported && tally->n > 0; i++) {
+        for (g = 0; g < s->n_groups; g++) {
+            int cell = s->reported[i] * s->n_groups + g;
+            if (s->probes[s->reported[i]].baseline.groups[g].count == 0) continue;
+            spm_json_object_begin(s->json, NULL);
+            spm_json_string(s->json, "split", spm_split_name((spm_split)s->reported[i]));
+            spm_json_int(s->json, "group", g);
+            spm_json_int(s->json, "n", tally->n);
+            spm_json_number(s->json, "mean_drop", tally->drop_sum[cell] / (double)tally->n);
+            spm_json_number(s->json, "p_value", (1.0 + (double)tally->at_least[cell]) / ((double)tally->n + 1.0));
+            spm_json_number(s->json, "mean_norm_gap", tally->gap / (double)tally->n);
+            spm_json_object_end(s->json);
+        }
+    }
+    spm_json_array_end(s->json);
+}
+
+/* Adds one repeat's group accuracies to the running mean (first: sets it). */
+static void spmi_study_mean_add(spm_eval *mean, const spm_eval *eval, int64_t repeat)
+{
+    int g;
+    for (g = 0; g < mean->n_groups; g++) {
+        spm_group_metrics *m = &mean->groups[g];
+        const spm_group_metrics *e = &eval->groups[g];
+        double weight = 1.0 / (double)(repeat + 1);
+        m->accuracy += (e->accuracy - m->accuracy) * weight;
+        m->loss += (e->loss - m->loss) * weight;
+        m->correct = (int64_t)floor(m->accuracy * (double)m->count + 0.5);
+        if (m->count) spm_wilson(m->correct, m->count, &m->ci_low, &m->ci_high);
+    }
+}
+
+/* All rows of one (ranking, top, std): the repeats, their mean, the controls of the first repeat. */
+static spm_status spmi_study_rows(spmi_study *s, int group, int64_t top, double std, int with_controls)
+{
+    spm_eval mean[SPM_SPLITS];
+    spmi_change change = SPM_ZERO;
+    spmi_tally tally = SPM_ZERO;
+    spm_status status = SPM_OK;
+    int64_t r;
+    int i, cells = SPM_SPLITS * s->n_groups;
+    memset(mean, 0, sizeof mean);
+    change.units = s->units;
+    change.count = top;
+    change.std = std;
+    tally.drop_sum = (double *)spmi_alloc_array(s->ctx, cells, sizeof *tally.drop_sum);
+    tally.at_least = (int64_t *)spmi_alloc_array(s->ctx, cells, sizeof *tally.at_least);
+    if (!tally.drop_sum || !tally.at_least) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+    for (r = 0; !status && r < s->repeats; r++) {
+        spm_eval evals[SPM_SPLITS];
+        change.seed = spm_random_key(s->desc->seed, (uint64_t)(group + 1), (uint64_t)(top * 1000 + r));
+        status = spmi_study_measure(s, &change, evals);
+        if (status) break;
+        if (with_controls && r == 0) status = spmi_study_controls(s, &change, evals, &tally);
+        spmi_study_row_head(s, group, top, std);
+        spm_json_int(s->json, "repeat", r);
+        spmi_study_row_splits(s, evals);
+        spmi_study_row_controls(s, &tally);
+        spm_json_object_end(s->json);
+        tally.n = 0; /* later repeats have no controls of their own */
+        for (i = 0; i < s->n_reported; i++) {
+            int split = s->reported[i];
+            if (r == 0) {
+                mean[split] = evals[split];
+                memset(&evals[split], 0, sizeof evals[split]);
+            } else spmi_study_mean_add(&mean[split], &evals[split], r);
+        }
+        for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
+    }
+    if (!status && s->repeats > 1) {
+        spmi_study_row_head(s, group, top, std);
+        spm_json_string(s->json, "repeat", "mean");
+        spmi_study_row_splits(s, mean);
+        spm_json_array_begin(s->json, "controls");
+        spm_json_array_end(s->json);
+        spm_json_object_end(s->json);
+    }
+    for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &mean[i]);
+    spmi_free(s->ctx, tally.drop_sum);
+    spmi_free(s->ctx, tally.at_least);
+    return status;
+}
+
+static void spmi_study_ranking_json(spmi_study *s, int group, int64_t samples)
+{
+    int64_t u, largest = 0;
+    int i;
+    for (i = 0; i < s->n_top; i++) largest = SPMI_MAX(largest, s->top[i]);
+    spm_json_object_begin(s->json, NULL);
+    if (group >= 0) spm_json_int(s->json, "group", group);
+    else spm_json_null(s->json, "group");
+    spm_json_int(s->json, "samples", samples);
+    spm_json_array_begin(s->json, "units");
+    for (u = 0; u < SPMI_MIN(largest, s->n_units); u++) {
+        const spm_parameter *p = spm_model_parameter(s->model, s->units[u].parameter);
+        spm_json_object_begin(s->json, NULL);
+        spm_json_string(s->json, "parameter", p->name);
+        spm_json_int(s->json, "channel", s->units[u].channel);
+        spm_json_number(s->json, "score", s->units[u].score);
+        spm_json_object_end(s->json);
+    }
+    spm_json_array_end(s->json);
+    spm_json_object_end(s->json);
+}
+
+/* Ranks for every asked group (once, for a criterion without groups); what = 0 writes the rankings, 1 measures them. */
+static spm_status spmi_study_rankings(spmi_study *s, const spm_eval *selection, int what)
+{
+    int by_group = s->desc->criterion == SPM_CRITERION_GRADIENT || s->desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT;
+    int n = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups, i, k, v;
+    spm_status status = SPM_OK;
+    for (i = 0; !status && i < n; i++) {
+        spm_attr_desc attr = SPM_ZERO;
+        int64_t samples = 0, largest = 0;
+        attr.reading = s->desc->reading;
+        attr.samples = s->desc->samples;
+        attr.seed = s->desc->seed;
+        attr.workers = s->desc->workers;
+        attr.group = !by_group ? -1 : s->desc->groups ? s->desc->groups[i] : i;
+        attr.skip_downsample = attr.convolutions_only = s->desc->official;
+        attr.split = s->desc->select_split;
+        attr.criterion = s->desc->criterion;
+        if (by_group && !s->desc->groups && spm_dataset_group_count(s->dataset, attr.split, attr.group) == 0) continue; /* an empty group */
+        status = spm_rank_units(s->model, s->dataset, &attr, selection, &s->units, &s->n_units, &samples, s->err);
+        for (k = 0; k < s->n_top; k++) largest = SPMI_MAX(largest, s->top[k]);
+        if (!status && largest > s->n_units) {
+            status = spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld is asked for but the model has only %ld units of this kind", (long)largest, (long)s->n_units);
+        }
+        if (!status && what == 0) spmi_study_ranking_json(s, attr.group, samples);
+        for (k = 0; !status && what == 1 && k < s->n_top; k++) {
+            for (v = 0; !status && v < s->n_std; v++) {
+                status = spmi_study_rows(s, attr.group, s->top[k], s->std[v], s->desc->controls > 0 && s->top[k] == largest);
+            }
+        }
+        spmi_free(s->ctx, s->units);
+        s->units = NULL;
+    }
+    return status;
+}
+
+static spm_status spmi_study_check(spmi_study *s)
+{
+    const spm_localize_desc *d = s->desc;
+    int i, noisy = d->modify == SPM_MODIFY_NOISE || d->modify == SPM_MODIFY_REINIT;
+    const char *select = spm_split_name(d->select_split);
+    s->n_groups = spm_dataset_groups(s->dataset);
+    for (i = 0; i < SPM_SPLITS; i++) {
+        int any = d->report[0] || d->report[1] || d->report[2];
+        int wanted = any ? d->report[i] : i != SPM_VAL;
+        if (wanted && spm_dataset_split_size(s->dataset, (spm_split)i) > 0) s->reported[s->n_reported++] = i;
+        if (wanted && i == (int)d->select_split && i != SPM_TRAIN && !d->allow_same_split && !d->official) {
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "units chosen on split %s and reported on the same split would flatter the result; report another split or pass --allow-same-split", select);
+        }
+    }
+    if (s->n_reported == 0) return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has none of the splits to report", spm_dataset_path(s->dataset));
+    if (spm_dataset_split_size(s->dataset, d->select_split) == 0) {
+        return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has no %s split to choose units on", spm_dataset_path(s->dataset), select);
+    }
+    for (i = 0; d->groups && i < d->n_groups; i++) {
+        if (d->groups[i] < 0 || d->groups[i] >= s->n_groups) {
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "group %d does not exist; the data set has groups 0 to %d", d->groups[i], s->n_groups - 1);
+        }
+    }
+    s->n_top = d->n_top;
+    for (i = 0; i < d->n_top; i++) s->top[i] = d->top[i];
+    for (i = 0; d->n_top == 0 && i < 3; i++) s->top[s->n_top++] = i + 1;
+    for (i = 0; i < s->n_top; i++) {
+        if (s->top[i] < 0) return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld: it must not be negative", (long)s->top[i]);
+    }
+    s->n_std = noisy ? d->n_std : 0;
+    for (i = 0; i < s->n_std; i++) s->std[i] = d->std[i];
+    if (s->n_std == 0) s->std[s->n_std++] = 0.01;
+    s->repeats = d->repeats > 0 ? d->repeats : noisy ? 10 : 1;
+    return SPM_OK;
+}
+
+static spm_status spmi_study_rewind(spmi_study *s)
+{
+    const spm_localize_desc *d = s->desc;
+    spm_checkpoint_info info = SPM_ZERO;
+    spm_status status;
+    if (d->modify != SPM_MODIFY_REWIND && d->modify != SPM_MODIFY_LAYER_REWIND) return SPM_OK;
+    if (!d->rewind_file) return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "%s needs an earlier checkpoint; give it with --rewind FILE", spm_modify_name(d->modify));
+    status = spm_checkpoint_inspect(s->ctx, d->rewind_file, &info, s->err);
+    if (status) return status;
+    if (!info.has_arch) info.arch = d->rewind_arch;
+    s->rewind = spm_model_build(s->ctx, &info.arch, 0, s->err);
+    if (!s->rewind) return s->err->status;
+    return spm_checkpoint_load(s->rewind, d->rewind_file, 0, s->err);
+}
+
+/* How many measurements the study will take, for the progress report. */
+static int64_t spmi_study_total(const spmi_study *s)
+{
+    int by_group = s->desc->criterion == SPM_CRITERION_GRADIENT || s->desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT;
+    int64_t rankings = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups;
+    return rankings * s->n_std * (s->n_top * s->repeats + s->desc->controls);
+}
+
+static void spmi_study_head(spmi_study *s, const char *key)
+{
+    int i;
+    spm_json_object_begin(s->json, key);
+    spm_json_string(s->json, "command", "localize");
+    spm_json_string(s->json, "criterion", spm_criterion_name(s->desc->criterion));
+    spm_json_string(s->json, "unit", "channel");
+    spm_json_string(s->json, "profile", s->desc->official ? "official" : "sound");
+    spm_json_string(s->json, "select_split", spm_split_name(s->desc->select_split));
+    spm_json_string(s->json, "selected_on", spm_split_name(s->desc->select_split));
+    spm_json_object_begin(s->json, "baseline");
+    for (i = 0; i < s->n_reported; i++) spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &s->probes[s->reported[i]].baseline);
+    spm_json_object_end(s->json);
+}
+
+SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json, const char *key, spm_error *err)
+{
+    spmi_study s;
+    spm_error error = SPM_ZERO;
+    spm_eval own = SPM_ZERO;
+    const spm_eval *selection = NULL;
+    size_t budget = desc->prefix_bytes ? desc->prefix_bytes : (size_t)1 << 30;
+    spm_status status;
+    int i;
+    memset(&s, 0, sizeof s);
+    s.ctx = spm_model_context(model);
+    s.model = model;
+    s.dataset = dataset;
+    s.desc = desc;
+    s.json = json;
+    s.err = &error;
+    s.start = spmi_seconds();
+    status = spmi_study_check(&s);
+    if (!status) status = spmi_study_rewind(&s);
+    if (!status) status = spmi_study_save(&s);
+    for (i = 0; !status && i < s.n_reported; i++) {
+        spm_split split = (spm_split)s.reported[i];
+        status = spmi_probe_create(&s.probes[split], model, dataset, desc, split, &budget, s.err);
+        if (split == desc->select_split) selection = &s.probes[split].baseline;
+    }
+    if (!status && !selection) {
+        spm_eval_desc evaluation = SPM_ZERO;
+        evaluation.reading = desc->reading;
+        evaluation.split = desc->select_split;
+        evaluation.workers = desc->workers;
+        status = spm_evaluate(model, dataset, &evaluation, &own, s.err);
+        selection = &own;
+    }
+    s.total = spmi_study_total(&s);
+    if (!status) spmi_study_head(&s, key);
+    if (!status) {
+        spm_json_array_begin(json, "rankings");
+        status = spmi_study_rankings(&s, selection, 0);
+        spm_json_array_end(json);
+    }
+    if (!status) {
+        spm_json_array_begin(json, "results");
+        status = spmi_study_rankings(&s, selection, 1);
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+    }
+    spm_eval_free(s.ctx, &own);
+    for (i = 0; i < SPM_SPLITS; i++) {
+        if (s.probes[i].ctx) spmi_probe_free(&s.probes[i]);
+    }
+    spm_model_destroy(s.rewind);
+    spmi_free(s.ctx, s.saved);
+    spmi_free(s.ctx, s.offset);
+    spmi_free(s.ctx, s.units);
+    return status ? spmi_fail(s.ctx, err, status, "%s", error.text) : SPM_OK;
+}
+
+/* ================================================================================================================
+ * >>TRAIN  19  training, the intervention, run folders
+ * ============================================================================================================= */
+
+SPMDEF spm_train_desc spm_train_desc_init(spm_method method)
+{
+    spm_train_desc desc = SPM_ZERO;
+    desc.method = method;
+    desc.optimizer = spm_optimizer_desc_init();
+    desc.epochs = 30;
+    desc.batch = 64;
+    desc.patience = 3;
+    desc.shuffle = 1;
+    desc.tau = 0.5f;
+    desc.lambda = 1.0f;
+    desc.prune_fraction = 0.01;
+    desc.cross_entropy = 1;
+    desc.group_labels = 1;
+    desc.group_weighting = 1;
+    return desc;
+}
+
+static const char *spmi_method_name(spm_method method)
+{
+    return method == SPM_METHOD_INTERVENE ? "intervene" : "erm";
+}
+
+static const char *spmi_mask_name(spm_mask_kind mask)
+{
+    switch (mask) {
+    case SPM_MASK_CRITICAL: return "critical";
+    case SPM_MASK_OFFICIAL: return "official";
+    case SPM_MASK_RANDOM: return "random";
+    case SPM_MASK_NONE: break;
+    }
+    return "none";
+}
+
+/* Everything a training run holds. What is marked (state) is saved for resuming. */
+typedef struct spmi_trainer {
+    spm_context *ctx;
+    spm_dataset *dataset;
+    const spm_train_desc *desc;
+    spm_error *err;                            /* never NULL here */
+    spm_model *model, *ce_model, *ntx_model;   /* model values (state) */
+    spm_run *dense, *pruned, *ce, *ce_pruned, *ntx;
+    spm_optimizer *optimizer;                  /* moments (state) */
+    spm_loader *loader;
+    spm_schedule schedule;                     /* (state) */
+    int64_t *order, n;                         /* the epoch's order of training ids */
+    float *target, *weight, *group_weight;     /* [batch][C], [batch], [groups] */
+    float **keep;                              /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
+    spm_value image, outputs, contrast, ce_logits, ce_target, ce_weight, ce_loss, ntx_a, ntx_b, ntx_loss;
+    int classes, n_groups;
+    int64_t epoch, position, step, best_epoch; /* (state) position: of the next example in `order` */
+    double loss_sum, images, best_score;       /* (state) of the running epoch; of the selection rule */
+    int64_t metrics_bytes, steps_bytes;        /* (state) lengths of the append files */
+    spmi_text config;                          /* config.json */
+    FILE *steps;
+    double start, epoch_start;                 /* seconds */
+    int64_t images_done;                       /* by this call, for the progress report */
+    int stopped;
+} spmi_trainer;
+
+/* ---- paths and append files ---- */
+
+static char *spmi_train_path(spmi_trainer *t, const char *name)
+{
+    char *path = spmi_path_join(t->ctx, t->desc->out, name);
+    if (!path) (void)spmi_fail_memory(t->ctx, t->err, name);
+    return path;
+}
+
+/* Appends a line, on the disk when this returns; *bytes becomes the file's new length. */
+static spm_status spmi_append(spm_context *ctx, const char *path, const char *text, int64_t *bytes, spm_error *err)
+{
+    FILE *file = fopen(path, "ab");
+    size_t length = strlen(text);
+    int reason = 0;
+    if (!file) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be written: %s", path, strerror(errno));
+    errno = 0;
+    if (fwrite(text, 1, length, file) != length || !spmi_file_sync(file)) reason = errno ? errno : EIO;
+    if (fclose(file) != 0 && !reason) reason = errno ? errno : EIO;
+    if (reason) {
+        return spmi_fail(ctx, err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume", path, strerror(reason));
+    }
+    *bytes += (int64_t)length;
+    return SPM_OK;
+}
+
+/* Cuts a file that was appended to after the state was saved back to the saved length. */
+static spm_status spmi_cut_back(spm_context *ctx, const char *path, int64_t bytes, spm_error *err)
+{
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_status status;
+    if (bytes == 0) {
+        (void)remove(path);
+        return SPM_OK;
+    }
+    status = spm_file_read(ctx, path, &data, &size, err);
+    if (!status && (int64_t)size < bytes) {
+        status = spmi_fail(ctx, err, SPM_E_FORMAT, "%s: has %ld bytes but the saved state counts on %ld; restore the file or start a new run",
+                           path, (long)size, (long)bytes);
+    } else if (!status && (int64_t)size > bytes) {
+        status = spm_file_write(ctx, path, data, (size_t)bytes, err);
+    }
+    spm_free(ctx, data);
+    return status;
+}
+
+/* ---- config.json ---- */
+
+static const char *spmi_optimizer_name(spm_optimizer_kind kind)
+{
+    return kind == SPM_ADAM ? "adam" : kind == SPM_ADAMW ? "adamw" : "sgd";
+}
+
+static const char *spmi_schedule_name(spm_schedule_kind kind)
+{
+    return kind == SPM_SCHEDULE_NONE ? "none" : kind == SPM_SCHEDULE_PLATEAU ? "plateau" : "cosine";
+}
+
+static const char *spmi_select_name(spm_select select)
+{
+    return select == SPM_SELECT_WGA ? "wga" : select == SPM_SELECT_ACCURACY ? "accuracy" : "last";
+}
+
+/* The settings that decide the result, in a fixed order; --resume compares them one by one. */
+static spm_status spmi_train_config(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    char hash[24];
+    const char *text;
+    int g;
+    spm_json *json = spm_json_create(t->ctx);
+    if (!json) return spmi_fail_memory(t->ctx, t->err, "config.json");
+    (void)spmi_format(hash, sizeof hash, "%016llx", (unsigned long long)spm_dataset_hash(t->dataset));
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "program", "spurmem 0.1");
+    spm_json_string(json, "method", spmi_method_name(d->method));
+    spm_json_string(json, "arch", d->arch.name);
+    spm_json_int(json, "height", d->arch.height);
+    spm_json_int(json, "width", d->arch.width_px);
+    spm_json_string(json, "resize", spm_resize_mode_name(d->reading.transform.resize));
+    spm_json_bool(json, "label_reversed", d->reading.label_reversed);
+    spm_json_bool(json, "softmax_head", d->reading.softmax_head);
+    spm_json_string(json, "data", spm_dataset_path(t->dataset));
+    spm_json_string(json, "data_hash", hash);
+    spm_json_string(json, "initial_checkpoint", d->checkpoint);
+    spm_json_int(json, "seed", (int64_t)d->seed);
+    spm_json_string(json, "isa", spm_isa_name(spm_context_isa(t->ctx)));
+    spm_json_int(json, "epochs", d->epochs);
+    spm_json_int(json, "batch", d->batch);
+    spm_json_string(json, "optimizer", spmi_optimizer_name(d->optimizer.kind));
+    spm_json_number(json, "lr", (double)d->optimizer.lr);
+    spm_json_number(json, "momentum", (double)d->optimizer.momentum);
+    spm_json_bool(json, "nesterov", d->optimizer.nesterov);
+    spm_json_number(json, "weight_decay", (double)d->optimizer.weight_decay);
+    spm_json_string(json, "schedule", spmi_schedule_name(d->schedule));
+    spm_json_int(json, "warmup", d->warmup);
+    spm_json_int(json, "patience", d->patience);
+    spm_json_number(json, "clip", d->clip);
+    spm_json_string(json, "augment", spm_augment_name(d->augment));
+    spm_json_bool(json, "shuffle", d->shuffle);
+    spm_json_bool(json, "drop_last", d->drop_last);
+    spm_json_string(json, "select", spmi_select_name(d->select));
+    spm_json_string(json, "select_labels", d->select == SPM_SELECT_WGA ? "validation classes and groups"
+                                           : d->select == SPM_SELECT_ACCURACY ? "validation classes" : "none");
+    if (d->method == SPM_METHOD_INTERVENE) {
+        spm_json_number(json, "tau", (double)d->tau);
+        spm_json_number(json, "lambda", (double)d->lambda);
+        spm_json_number(json, "prune_fraction", d->prune_fraction);
+        spm_json_string(json, "mask", spmi_mask_name(d->mask));
+        spm_json_string(json, "criterion", spm_criterion_name(d->criterion));
+        spm_json_string(json, "contrast", d->contrast == SPM_CONTRAST_FEATURES ? "features" : d->contrast == SPM_CONTRAST_OUTPUTS ? "outputs" : "none");
+        spm_json_bool(json, "cross_entropy", d->cross_entropy);
+        spm_json_bool(json, "cross_entropy_pruned", d->cross_entropy_pruned);
+        spm_json_string(json, "bn", d->bn_shared ? "shared" : "separate");
+        spm_json_bool(json, "group_labels", d->group_labels);
+        spm_json_bool(json, "group_weighting", d->group_weighting && d->group_labels);
+        spm_json_string(json, "profile", d->official ? "official" : "sound");
+    }
+    spm_json_array_begin(json, "groups");
+    for (g = 0; g < t->n_groups; g++) spm_json_string(json, NULL, spm_dataset_group_name(t->dataset, g));
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    text = spm_json_finish(json);
+    if (text) spmi_text_add(&t->config, text);
+    spm_json_destroy(json);
+    spmi_text_add(&t->config, "\n");
+    return t->config.failed || !text ? spmi_fail_memory(t->ctx, t->err, "config.json") : SPM_OK;
+}
+
+/* A field that may differ between the saved run and the resuming call. */
+static int spmi_config_free_field(const spm_train_desc *desc, const char *key)
+{
+    return spmi_string_equal(key, "data") || spmi_string_equal(key, "initial_checkpoint")
+        || (spmi_string_equal(key, "epochs") && desc->schedule != SPM_SCHEDULE_COSINE);
+}
+
+/* Refuses to resume a run with other settings: names the first that differs, and both values. */
+static spm_status spmi_train_same_config(spmi_trainer *t)
+{
+    char *path = spmi_train_path(t, "config.json");
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_json_value *was = NULL, *is = NULL;
+    int64_t i;
+    spm_status status = path ? spm_file_read(t->ctx, path, &data, &size, t->err) : SPM_E_MEMORY;
+    if (!status) {
+        was = spm_json_parse(t->ctx, path, (const char *)data, size, t->err);
+        is = spm_json_parse(t->ctx, path, t->config.data, t->config.length, t->err);
+        if (!was || !is) status = SPM_E_FORMAT;
+    }
+    for (i = 0; !status && i < spm_json_length(is); i++) {
+        const char *key = spm_json_key_at(is, i);
+        const spm_json_value *a = spm_json_get(was, key), *b = spm_json_at(is, i);
+        const char *x = spm_json_as_string(a, ""), *y = spm_json_as_string(b, "");
+        double u = spm_json_as_number(a, 0.0), v = spm_json_as_number(b, 0.0);
+        if (spmi_config_free_field(t->desc, key) || (spm_json_type_of(a) == spm_json_type_of(b) && spmi_string_equal(x, y) && u >= v && u <= v)) continue;
+        if (*x || *y) {
+            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %s, now it is %s; give the same options or another --out",
+                               path, key, *x ? x : "(none)", *y ? y : "(none)");
+        } else {
+            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %g, now it is %g; give the same options or another --out",
+                               path, key, u, v);
+        }
+    }
+    spm_json_free(t->ctx, was);
+    spm_json_free(t->ctx, is);
+    spm_free(t->ctx, data);
+    spmi_free(t->ctx, path);
+    return status;
+}
+
+/* ---- resume state ---- */
+
+/* Walks every saved tensor in one order: what = 0 declares, 1 writes, 2 reads. */
+typedef struct spmi_state_walk {
+    spm_archive_writer *writer;
+    spm_archive *archive;
+    int what;
+} spmi_state_walk;
+
+static spm_status spmi_state_tensor(spmi_trainer *t, spmi_state_walk *walk, const char *kind, const char *name, float *values, int64_t count)
+{
+    char full[256];
+    (void)spmi_format(full, sizeof full, "%s.%s", kind, name);
+    if (walk->what == 0) spm_archive_add(walk->writer, full, SPM_F32, 1, &count);
+    else if (walk->what == 1) spm_archive_put(walk->writer, values);
+    else {
+        const spm_archive_tensor *tensor = spm_archive_find(walk->archive, full);
+        if (!tensor || tensor->count != count) {
+            return spmi_fail(t->ctx, t->err, SPM_E_FORMAT, "%s/state.safetensors: tensor %s is missing or of another size; the state belongs to another run",
+                             t->desc->out, full);
+        }
+        return spm_archive_read_f32(walk->archive, tensor, values, t->err);
+    }
+    return SPM_OK;
+}
+
+static spm_status spmi_state_walk_all(spmi_trainer *t, spmi_state_walk *walk)
+{
+    int i, slot, count = spm_model_parameter_count(t->model);
+    spm_status status = SPM_OK;
+    for (i = 0; !status && i < count; i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        int64_t n = spm_tensor_count(&p->value);
+        char full[256];
+        status = spmi_state_tensor(t, walk, "model", p->name, p->value.data, n);
+        for (slot = 0; !status && slot < spm_optimizer_slots(t->optimizer); slot++) {
+            float *values = spm_optimizer_state(t->optimizer, slot, i);
+            if (values) status = spmi_state_tensor(t, walk, slot ? "second" : "first", p->name, values, n);
+        }
+        if (!status && t->pruned && !t->desc->bn_shared && (p->flags & SPM_PARAMETER_BUFFER)) {
+            status = spmi_state_tensor(t, walk, "pruned", p->name, spm_run_buffer(t->pruned, i), n);
+        }
+        (void)spmi_format(full, sizeof full, "mask.%s", p->name);
+        if (status || !t->keep || !(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
+        if (walk->what < 2 ? t->keep[i] == NULL || t->position == 0 : spm_archive_find(walk->archive, full) == NULL) continue;
+        if (!t->keep[i]) {
+            t->keep[i] = (float *)spmi_alloc_array(t->ctx, n, sizeof(float));
+            if (!t->keep[i]) return spmi_fail_memory(t->ctx, t->err, full);
+        }
+        status = spmi_state_tensor(t, walk, "mask", p->name, t->keep[i], n);
+    }
+    return status;
+}
+
+static void spmi_state_number(spm_archive_writer *writer, const char *key, double value)
+{
+    char text[40];
+    (void)spmi_format(text, sizeof text, "%.17g", value);
+    spm_archive_add_metadata(writer, key, text);
+}
+
+static spm_status spmi_state_save(spmi_trainer *t)
+{
+    spmi_state_walk walk = SPM_ZERO;
+    char *path = spmi_train_path(t, "state.safetensors");
+    spm_status status;
+    if (!path) return SPM_E_MEMORY;
+    if (t->steps && !spmi_file_sync(t->steps)) {
+        status = spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s", t->desc->log_steps, strerror(errno));
+        spmi_free(t->ctx, path);
+        return status;
+    }
+    walk.writer = spm_archive_create(t->ctx, path, SPM_ARCHIVE_SAFETENSORS, t->err);
+    spmi_free(t->ctx, path);
+    if (!walk.writer) return SPM_E_IO;
+    spmi_state_number(walk.writer, "epoch", (double)t->epoch);
+    spmi_state_number(walk.writer, "position", (double)t->position);
+    spmi_state_number(walk.writer, "step", (double)t->step);
+    spmi_state_number(walk.writer, "optimizer_steps", (double)spm_optimizer_steps(t->optimizer));
+    spmi_state_number(walk.writer, "loss_sum", t->loss_sum);
+    spmi_state_number(walk.writer, "images", t->images);
+    spmi_state_number(walk.writer, "best_score", t->best_score);
+    spmi_state_number(walk.writer, "best_epoch", (double)t->best_epoch);
+    spmi_state_number(walk.writer, "schedule_best", t->schedule.best);
+    spmi_state_number(walk.writer, "schedule_bad_epochs", (double)t->schedule.bad_epochs);
+    spmi_state_number(walk.writer, "schedule_scale", (double)t->schedule.scale);
+    spmi_state_number(walk.writer, "metrics_bytes", (double)t->metrics_bytes);
+    spmi_state_number(walk.writer, "steps_bytes", (double)t->steps_bytes);
+    status = spmi_state_walk_all(t, &walk);
+    walk.what = 1;
+    if (!status) status = spmi_state_walk_all(t, &walk);
+    if (status) {
+        spm_archive_abort(walk.writer);
+        return status;
+    }
+    return spm_archive_commit(walk.writer, t->err);
+}
+
+static double spmi_state_get(const spm_archive *archive, const char *key)
+{
+    const char *text = spm_archive_metadata(archive, key);
+    return text ? strtod(text, NULL) : 0.0;
+}
+
+static spm_status spmi_state_load(spmi_trainer *t)
+{
+    spmi_state_walk walk = SPM_ZERO;
+    char *path = spmi_train_path(t, "state.safetensors");
+    spm_status status;
+    if (!path) return SPM_E_MEMORY;
+    walk.what = 2;
+    walk.archive = spm_archive_open(t->ctx, path, t->err);
+    if (!walk.archive) {
+        spmi_free(t->ctx, path);
+        return SPM_E_IO;
+    }
+    t->epoch = (int64_t)spmi_state_get(walk.archive, "epoch");
+    t->position = (int64_t)spmi_state_get(walk.archive, "position");
+    t->step = (int64_t)spmi_state_get(walk.archive, "step");
+    t->loss_sum = spmi_state_get(walk.archive, "loss_sum");
+    t->images = spmi_state_get(walk.archive, "images");
+    t->best_score = spmi_state_get(walk.archive, "best_score");
+    t->best_epoch = (int64_t)spmi_state_get(walk.archive, "best_epoch");
+    t->schedule.best = spmi_state_get(walk.archive, "schedule_best");
+    t->schedule.bad_epochs = (int64_t)spmi_state_get(walk.archive, "schedule_bad_epochs");
+    t->schedule.scale = (float)spmi_state_get(walk.archive, "schedule_scale");
+    t->metrics_bytes = (int64_t)spmi_state_get(walk.archive, "metrics_bytes");
+    t->steps_bytes = (int64_t)spmi_state_get(walk.archive, "steps_bytes");
+    spm_optimizer_set_steps(t->optimizer, (int64_t)spmi_state_get(walk.archive, "optimizer_steps"));
+    status = spmi_state_walk_all(t, &walk);
+    spm_archive_close(walk.archive);
+    spmi_free(t->ctx, path);
+    spm_model_touch(t->model);
+    if (!status) {
+        path = spmi_train_path(t, "metrics.jsonl");
+        status = path ? spmi_cut_back(t->ctx, path, t->metrics_bytes, t->err) : SPM_E_MEMORY;
+        spmi_free(t->ctx, path);
+    }
+    if (!status && t->desc->log_steps) status = spmi_cut_back(t->ctx, t->desc->log_steps, t->steps_bytes, t->err);
+    return status;
+}
+
+/* ---- the pruned branch's mask ---- */
+
+static float *spmi_mask_of(spmi_trainer *t, int parameter)
+{
+    spm_parameter *p = spm_model_parameter(t->model, parameter);
+    int64_t n = spm_tensor_count(&p->value), i;
+    if (!t->keep[parameter]) {
+        t->keep[parameter] = (float *)spmi_alloc_array(t->ctx, n, sizeof(float));
+        if (!t->keep[parameter]) {
+            (void)spmi_fail_memory(t->ctx, t->err, p->name);
+            return NULL;
+        }
+        for (i = 0; i < n; i++) t->keep[parameter][i] = 1.0f;
+    }
+    return t->keep[parameter];
+}
+
+static spm_status spmi_mask_unit(spmi_trainer *t, const spm_unit *unit)
+{
+    spm_parameter *p = spm_model_parameter(t->model, unit->parameter);
+    int64_t row = spm_tensor_count(&p->value) / p->value.shape[0];
+    float *keep = spmi_mask_of(t, unit->parameter);
+    if (!keep) return SPM_E_MEMORY;
+    memset(keep + unit->channel * row, 0, (size_t)row * sizeof(float));
+    return SPM_OK;
+}
+
+static int spmi_float_order(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* 1 for what official masks and counts over: convolutions; in a ViT the linear layers of the blocks. */
+static int spmi_official_prunable(const spm_model *model, const spm_parameter *p)
+{
+    (void)model;
+    return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD) && (p->value.rank == 4 || p->block > 0);
+}
+
+/* Q8: the smallest share of the single weights: keep = |w| >= v[min(ceil(fraction n), n - 1)], v sorted ascending. */
+static spm_status spmi_mask_official(spmi_trainer *t)
+{
+    int i, count = spm_model_parameter_count(t->model);
+    int64_t n = 0, j, at = 0, k;
+    float *sorted, threshold;
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        if (spmi_official_prunable(t->model, p)) n += spm_tensor_count(&p->value);
+    }
+    if (n == 0) return SPM_OK;
+    sorted = (float *)spmi_alloc_array(t->ctx, n, sizeof *sorted);
+    if (!sorted) return spmi_fail_memory(t->ctx, t->err, "the mask");
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        if (!spmi_official_prunable(t->model, p)) continue;
+        for (j = 0; j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
+    }
+    qsort(sorted, (size_t)n, sizeof *sorted, spmi_float_order);
+    k = (int64_t)ceil(t->desc->prune_fraction * (double)n);
+    threshold = sorted[SPMI_MIN(k, n - 1)];
+    spmi_free(t->ctx, sorted);
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        float *keep;
+        if (!spmi_official_prunable(t->model, p)) continue;
+        keep = spmi_mask_of(t, i);
+        if (!keep) return SPM_E_MEMORY;
+        for (j = 0; j < spm_tensor_count(&p->value); j++) keep[j] = fabsf(p->value.data[j]) >= threshold ? 1.0f : 0.0f;
+    }
+    return SPM_OK;
+}
+
+/* A minority group: less than half of its class's largest group, and not empty. */
+static int spmi_is_minority(const spm_dataset *dataset, int group)
+{
+    int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
+    int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
+    for (a = 0; a < confounders; a++) largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
+    return count > 0 && 2 * count < largest;
+}
+
+/* The critical units: each minority group's ranking (METHOD.md 2.2) takes its next unit in turn until the share is
+ * reached. Without group labels, or where no group is a minority, the rows of the ranking come from all examples. */
+static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    spm_eval eval;
+    spm_eval_desc evaluation = SPM_ZERO;
+    spm_status status;
+    spm_unit **lists;
+    int64_t count = 0, used, i, taken = 0;
+    int g, n = 0;
+    evaluation.reading = attr.reading = t->desc->reading;
+    evaluation.split = attr.split = SPM_TRAIN;
+    evaluation.batch = t->desc->batch;
+    evaluation.workers = t->desc->workers;
+    attr.criterion = t->desc->criterion;
+    attr.seed = t->desc->seed;
+    lists = (spm_unit **)spmi_alloc_array(t->ctx, t->n_groups + 1, sizeof *lists);
+    if (!lists) return spmi_fail_memory(t->ctx, t->err, "the mask");
+    status = spm_evaluate(t->model, t->dataset, &evaluation, &eval, t->err);
+    if (status) {
+        spmi_free(t->ctx, lists);
+        return status;
+    }
+    for (g = 0; !status && g < t->n_groups && t->desc->group_labels; g++) {
+        if (!spmi_is_minority(t->dataset, g)) continue;
+        attr.group = g;
+        status = spm_rank_units(t->model, t->dataset, &attr, &eval, &lists[n], &count, &used, t->err);
+        if (!status) n++;
+    }
+    if (!status && n == 0) {
+        attr.group = -1;
+        status = spm_rank_units(t->model, t->dataset, &attr, &eval, &lists[n], &count, &used, t->err);
+        if (!status) n++;
+    }
+    for (i = 0; !status && i < count && taken < wanted; i++) {
+        for (g = 0; !status && g < n && taken < wanted; g++) {
+            const spm_unit *unit = &lists[g][i];
+            spm_parameter *p = spm_model_parameter(t->model, unit->parameter);
+            int64_t row = spm_tensor_count(&p->value) / p->value.shape[0];
+            if (p->flags & SPM_PARAMETER_HEAD) continue;
+            if (t->keep[unit->parameter] && t->keep[unit->parameter][unit->channel * row] < 0.5f) continue; /* in two lists */
+            status = spmi_mask_unit(t, unit);
+            taken++;
+        }
+    }
+    for (g = 0; g < n; g++) spm_free(t->ctx, lists[g]);
+    spmi_free(t->ctx, lists);
+    spm_eval_free(t->ctx, &eval);
+    return status;
+}
+
+/* The ablation: as many units, drawn at random. */
+static spm_status spmi_mask_random(spmi_trainer *t, int64_t units, int64_t wanted)
+{
+    int64_t *order = (int64_t *)spmi_alloc_array(t->ctx, SPMI_MAX(units, 1), sizeof *order), i;
+    spm_status status = SPM_OK;
+    if (!order) return spmi_fail_memory(t->ctx, t->err, "the mask");
+    spm_random_permutation(spm_random_key(t->desc->seed, 0x6d61736bu, (uint64_t)t->epoch), 0, units, order);
+    for (i = 0; !status && i < wanted && i < units; i++) {
+        int64_t index = order[i];
+        int p;
+        for (p = 0; p < spm_model_parameter_count(t->model); p++) {
+            spm_parameter *parameter = spm_model_parameter(t->model, p);
+            spm_unit unit = SPM_ZERO;
+            if (!(parameter->flags & SPM_PARAMETER_PRUNABLE) || (parameter->flags & SPM_PARAMETER_HEAD)) continue;
+            if (index >= parameter->value.shape[0]) {
+                index -= parameter->value.shape[0];
+                continue;
+            }
+            unit.parameter = p;
+            unit.channel = index;
+            status = spmi_mask_unit(t, &unit);
+            break;
+        }
+    }
+    spmi_free(t->ctx, order);
+    return status;
+}
+
+static spm_status spmi_mask_apply(spmi_trainer *t)
+{
+    int i;
+    spm_status status = SPM_OK;
+    spm_run_clear_masks(t->pruned);
+    for (i = 0; !status && i < spm_model_parameter_count(t->model); i++) {
+        if (t->keep[i]) status = spm_run_set_mask(t->pruned, i, t->keep[i]);
+    }
+    return status ? spmi_fail(t->ctx, t->err, status, "%s", spm_run_error(t->pruned)->text) : SPM_OK;
+}
+
+/* Builds the mask of this epoch from the parameters as they are now. */
+static spm_status spmi_mask_build(spmi_trainer *t)
+{
+    int i, count = spm_model_parameter_count(t->model);
+    int64_t units = 0, wanted;
+    spm_status status = SPM_OK;
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        spmi_free(t->ctx, t->keep[i]);
+        t->keep[i] = NULL;
+        if ((p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD)) units += p->value.shape[0];
+    }
+    wanted = (int64_t)ceil(t->desc->prune_fraction * (double)units);
+    if (t->desc->mask == SPM_MASK_OFFICIAL) status = spmi_mask_official(t);
+    else if (t->desc->mask == SPM_MASK_RANDOM) status = spmi_mask_random(t, units, wanted);
+    else if (t->desc->mask == SPM_MASK_CRITICAL) status = spmi_mask_critical(t, wanted);
+    return status ? status : spmi_mask_apply(t);
+}
+
+/* ---- one step ---- */
+
+/* One-hot targets in column order, and example weights that sum to 1 (or to the groups' shares). */
+static void spmi_train_targets(spmi_trainer *t, const spm_batch *batch)
+{
+    int64_t i;
+    memset(t->target, 0, (size_t)(batch->count * t->classes) * sizeof(float));
+    for (i = 0; i < batch->count; i++) {
+        int column = t->desc->reading.label_reversed ? t->classes - 1 - batch->y[i] : batch->y[i];
+        t->target[i * t->classes + column] = 1.0f;
+        t->weight[i] = t->group_weight[batch->group[i]] / (float)batch->count;
+    }
+}
+
+static spm_status spmi_run_failed(spmi_trainer *t, spm_run *run)
+{
+    return spmi_fail(t->ctx, t->err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
+}
+
+/* Cross-entropy of a branch's outputs; its gradient, times `scale`, is left in `gradient`. */
+static spm_status spmi_train_cross_entropy(spmi_trainer *t, spm_run *loss, spm_run *branch, int64_t n, float scale, float *gradient, double *value)
+{
+    const float *d;
+    int64_t i;
+    if (spm_run_input(loss, t->ce_logits, spm_run_data(branch, t->outputs)) || spm_run_input(loss, t->ce_target, t->target)
+        || spm_run_input(loss, t->ce_weight, t->weight) || spm_run_forward(loss, n, 1) || spm_run_backward(loss)) {
+        return spmi_run_failed(t, loss);
+    }
+    *value = (double)spm_run_data(loss, t->ce_loss)[0];
+    d = spm_run_gradient(loss, t->ce_logits);
+    for (i = 0; i < n * t->classes; i++) gradient[i] += scale * d[i];
+    return SPM_OK;
+}
+
+/* The terms of a step's loss. */
+typedef struct spmi_step_loss {
+    double total, ce, ce_pruned, ntxent;
+} spmi_step_loss;
+
+/* Sends the collected gradients of "outputs" and of the contrast value back through a branch. */
+static spm_status spmi_train_backward(spmi_trainer *t, spm_run *branch, const float *d_outputs, const float *d_contrast)
+{
+    if (d_outputs && spm_run_set_gradient(branch, t->outputs, d_outputs)) return spmi_run_failed(t, branch);
+    if (d_contrast && t->contrast != t->outputs && spm_run_set_gradient(branch, t->contrast, d_contrast)) return spmi_run_failed(t, branch);
+    if (spm_run_backward(branch)) return spmi_run_failed(t, branch);
+    return SPM_OK;
+}
+
+/* METHOD.md 2.6.  Both one-sided NT-Xent terms together have exactly the gradient of one joint NT-Xent, and the second
+ * dense forward equals the first (train-mode batch norm ignores running statistics): two forwards do. */
+static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, spmi_step_loss *loss, float *d_dense, float *d_pruned)
+{
+    const spm_train_desc *d = t->desc;
+    int use_pruned = d->method == SPM_METHOD_INTERVENE && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned);
+    const float *d_a = NULL, *d_b = NULL;
+    float ce_scale = d->method == SPM_METHOD_INTERVENE ? d->lambda : 1.0f;
+    int64_t n = batch->count, i, cells = n * t->classes;
+    int ce_dense = d->method == SPM_METHOD_ERM || d->cross_entropy;
+    int ce_pruned = use_pruned && d->cross_entropy && d->cross_entropy_pruned;
+    memset(d_dense, 0, (size_t)cells * sizeof(float));
+    memset(d_pruned, 0, (size_t)cells * sizeof(float));
+    spm_run_examples(t->dense, batch->id);
+    if (spm_run_input(t->dense, t->image, batch->pixels) || spm_run_forward(t->dense, n, 1)) return spmi_run_failed(t, t->dense);
+    if (ce_dense && spmi_train_cross_entropy(t, t->ce, t->dense, n, ce_scale, d_dense, &loss->ce)) return t->err->status;
+    loss->total = ce_dense ? (double)ce_scale * loss->ce : 0.0;
+    if (use_pruned) {
+        spm_run_examples(t->pruned, batch->id);
+        if (spm_run_input(t->pruned, t->image, batch->pixels) || spm_run_forward(t->pruned, n, 1)) return spmi_run_failed(t, t->pruned);
+        if (ce_pruned) {
+            if (spmi_train_cross_entropy(t, t->ce_pruned, t->pruned, n, ce_scale, d_pruned, &loss->ce_pruned)) return t->err->status;
+            loss->total += (double)ce_scale * loss->ce_pruned;
+        }
+        if (d->contrast != SPM_CONTRAST_NONE) {
+            if (spm_run_input(t->ntx, t->ntx_a, spm_run_data(t->dense, t->contrast)) || spm_run_input(t->ntx, t->ntx_b, spm_run_data(t->pruned, t->contrast))
+                || spm_run_forward(t->ntx, n, 1) || spm_run_backward(t->ntx)) return spmi_run_failed(t, t->ntx);
+            loss->ntxent = 2.0 * (double)spm_run_data(t->ntx, t->ntx_loss)[0];
+            loss->total += loss->ntxent;
+            d_a = spm_run_gradient(t->ntx, t->ntx_a);
+            d_b = spm_run_gradient(t->ntx, t->ntx_b);
+            if (t->contrast == t->outputs) {
+                for (i = 0; i < cells; i++) {
+                    d_dense[i] += d_a[i];
+                    d_pruned[i] += d_b[i];
+                }
+            }
+        }
+        if (spmi_train_backward(t, t->pruned, ce_pruned || t->contrast == t->outputs ? d_pruned : NULL, d_b)) return t->err->status;
+    }
+    if (spmi_train_backward(t, t->dense, d_dense, d_a)) return t->err->status;
+    if (spm_run_commit_statistics(t->dense, 0.1f)) return spmi_run_failed(t, t->dense);
+    if (use_pruned && spm_run_commit_statistics(t->pruned, 0.1f)) return spmi_run_failed(t, t->pruned);
+    if (use_pruned && d->bn_shared && spm_run_commit_statistics(t->dense, 0.1f)) return spmi_run_failed(t, t->dense);
+    return SPM_OK;
+}
+
+/* Where numbers went bad: the first parameter whose gradient is not finite. */
+static const char *spmi_train_bad_parameter(spmi_trainer *t)
+{
+    int i;
+    for (i = 0; i < spm_model_parameter_count(t->model); i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        int64_t j, n = spm_tensor_count(&p->value);
+        if ((p->flags & SPM_PARAMETER_BUFFER) || !p->gradient) continue;
+        for (j = 0; j < n; j++) {
+            if (!(fabsf(p->gradient[j]) <= FLT_MAX)) return p->name;
+        }
+    }
+    return "none";
+}
+
+static spm_status spmi_train_log_step(spmi_trainer *t, const spmi_step_loss *loss)
+{
+    char line[400];
+    int n, m = 0;
+    if (!t->steps) return SPM_OK;
+    n = spmi_format(line, sizeof line, "{\"step\": %ld, \"loss\": %.9g, \"ce\": %.9g", (long)t->step, loss->total, loss->ce);
+    if (t->desc->method == SPM_METHOD_INTERVENE) {
+        m = spmi_format(line + n, sizeof line - (size_t)n, ", \"ce_pruned\": %.9g, \"ntxent\": %.9g", loss->ce_pruned, loss->ntxent);
+    }
+    n += m;
+    n += spmi_format(line + n, sizeof line - (size_t)n, ", \"lr\": %.9g}\n", (double)spm_optimizer_lr(t->optimizer));
+    errno = 0;
+    if (fwrite(line, 1, (size_t)n, t->steps) != (size_t)n) {
+        return spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume", t->desc->log_steps,
+                         strerror(errno ? errno : EIO));
+    }
+    t->steps_bytes += n;
+    return SPM_OK;
+}
+
+static spm_status spmi_train_step(spmi_trainer *t, const spm_batch *batch, float *d_dense, float *d_pruned)
+{
+    spmi_step_loss loss = SPM_ZERO;
+    spm_status status;
+    spmi_train_targets(t, batch);
+    spm_model_zero_gradients(t->model);
+    status = spmi_train_branches(t, batch, &loss, d_dense, d_pruned);
+    if (status) return status;
+    spm_model_finish_gradients(t->model);
+    if (!(fabs(loss.total) <= DBL_MAX)) {
+        return spmi_fail(t->ctx, t->err, SPM_E_NUMERIC,
+                         "step %ld of epoch %ld: the loss is not a finite number (first bad gradient: %s); lower --lr or set --clip, the last good checkpoint is kept",
+                         (long)t->step + 1, (long)t->epoch, spmi_train_bad_parameter(t));
+    }
+    if (t->desc->clip > 0.0) (void)spm_clip_gradients(t->model, t->desc->clip);
+    spm_optimizer_step(t->optimizer);
+    t->step++;
+    t->loss_sum += loss.total * (double)batch->count;
+    t->images += (double)batch->count;
+    return spmi_train_log_step(t, &loss);
+}
+
+/* ---- epochs ---- */
+
+static spm_checkpoint_info spmi_train_info(spmi_trainer *t)
+{
+    spm_checkpoint_info info = SPM_ZERO;
+    size_t at = 0;
+    int c;
+    info.arch = t->desc->arch;
+    info.transform = t->desc->reading.transform;
+    info.label_reversed = t->desc->reading.label_reversed;
+    info.has_arch = 1;
+    info.epoch = t->epoch;
+    (void)spmi_format(info.method, sizeof info.method, "%s", spmi_method_name(t->desc->method));
+    for (c = 0; c < spm_dataset_classes(t->dataset) && at < sizeof info.class_names; c++) {
+        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "", spm_dataset_class_name(t->dataset, c));
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return info;
+}
+
+static spm_status spmi_train_save(spmi_trainer *t, const char *name)
+{
+    spm_checkpoint_info info = spmi_train_info(t);
+    char *path = spmi_train_path(t, name);
+    spm_status status = path ? spm_checkpoint_save(t->model, path, &info, t->err) : SPM_E_MEMORY;
+    spmi_free(t->ctx, path);
+    return status;
+}
+
+/* One line of metrics.jsonl: an epoch's metrics of one split. */
+static spm_status spmi_train_metrics_line(spmi_trainer *t, const spm_eval *eval, spmi_text *lines)
+{
+    spm_json *json = spm_json_create(t->ctx);
+    const char *text;
+    if (!json) return spmi_fail_memory(t->ctx, t->err, "metrics.jsonl");
+    spm_json_object_begin(json, NULL);
+    spm_json_int(json, "epoch", t->epoch);
+    spm_json_string(json, "split", spm_split_name(eval->split));
+    spm_json_number(json, "loss", eval->loss);
+    if (eval->split == SPM_TRAIN) spm_json_number(json, "objective", t->images > 0.0 ? t->loss_sum / t->images : (double)NAN);
+    spm_json_number(json, "mean_accuracy", eval->mean_accuracy);
+    spm_json_number(json, "adjusted_accuracy", eval->adjusted_accuracy);
+    spm_json_number(json, "worst_group_accuracy", eval->worst_accuracy);
+    spm_groups_json(json, "groups", eval);
+    spm_json_number(json, "seconds", spmi_seconds() - t->epoch_start);
+    spm_json_object_end(json);
+    text = spm_json_finish(json);
+    if (text) {
+        spmi_text_add(lines, text);
+        spmi_text_add(lines, "\n");
+    }
+    spm_json_destroy(json);
+    return !text || lines->failed ? spmi_fail_memory(t->ctx, t->err, "metrics.jsonl") : SPM_OK;
+}
+
+/* The selection rule's score of this epoch; larger is better. Without a validation split the last epoch wins. */
+static double spmi_train_score(const spmi_trainer *t, const spm_eval *val)
+{
+    if (t->desc->select == SPM_SELECT_LAST || val->count == 0) return (double)t->epoch;
+    return t->desc->select == SPM_SELECT_WGA ? val->worst_accuracy : val->mean_accuracy;
+}
+
+/* Evaluates every split that exists, writes metrics.jsonl, keeps the best. */
+static spm_status spmi_train_evaluate(spmi_trainer *t)
+{
+    spm_eval evals[SPM_SPLITS];
+    spmi_text lines = spmi_text_create(t->ctx);
+    char *path = spmi_train_path(t, "metrics.jsonl");
+    spm_status status = path ? SPM_OK : SPM_E_MEMORY;
+    int s;
+    memset(evals, 0, sizeof evals);
+    for (s = 0; !status && s < SPM_SPLITS; s++) {
+        spm_eval_desc evaluation = SPM_ZERO;
+        evals[s].split = (spm_split)s;
+        if (spm_dataset_split_size(t->dataset, (spm_split)s) == 0) continue;
+        evaluation.reading = t->desc->reading;
+        evaluation.split = (spm_split)s;
+        evaluation.batch = t->desc->batch;
+        evaluation.workers = t->desc->workers;
+        status = spm_evaluate(t->model, t->dataset, &evaluation, &evals[s], t->err);
+        if (!status) status = spmi_train_metrics_line(t, &evals[s], &lines);
+    }
+    if (!status) status = spmi_append(t->ctx, path, lines.data ? lines.data : "", &t->metrics_bytes, t->err);
+    if (!status) {
+        double score = spmi_train_score(t, &evals[SPM_VAL]);
+        if (t->best_epoch < 0 || score > t->best_score) {
+            t->best_score = score;
+            t->best_epoch = t->epoch;
+            status = spmi_train_save(t, "best.safetensors");
+        }
+    }
+    if (!status && t->desc->on_epoch) {
+        t->desc->on_epoch(t->desc->on_epoch_user, t->epoch, &evals[SPM_TRAIN], &evals[SPM_VAL], &evals[SPM_TEST],
+                          t->images > 0.0 ? t->loss_sum / t->images : (double)NAN, spmi_seconds() - t->epoch_start);
+    }
+    for (s = 0; s < SPM_SPLITS; s++) spm_eval_free(t->ctx, &evals[s]);
+    spmi_text_free(&lines);
+    spmi_free(t->ctx, path);
+    return status;
+}
+
+/* After the last batch of an epoch: metrics, checkpoints, schedule, state. */
+static spm_status spmi_train_epoch_end(spmi_trainer *t)
+{
+    int64_t every = SPMI_MAX(t->desc->eval_every, 1);
+    spm_status status = SPM_OK;
+    char name[48];
+    if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->desc->epochs) status = spmi_train_evaluate(t);
+    if (!status) status = spmi_train_save(t, "last.safetensors");
+    if (!status && t->desc->keep_every > 0 && (t->epoch + 1) % t->desc->keep_every == 0) {
+        (void)spmi_format(name, sizeof name, "epoch-%03ld.safetensors", (long)t->epoch);
+        status = spmi_train_save(t, name);
+    }
+    spm_schedule_observe(&t->schedule, t->loss_sum);
+    t->epoch++;
+    t->position = 0;
+    t->loss_sum = t->images = 0.0;
+    return status ? status : spmi_state_save(t);
+}
+
+static void spmi_train_order(spmi_trainer *t)
+{
+    const int64_t *ids = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
+    int64_t i;
+    if (t->desc->shuffle) {
+        spm_random_permutation(spm_random_key(t->desc->seed, 0x6f72646572u, (uint64_t)t->epoch), 0, t->n, t->order);
+        for (i = 0; i < t->n; i++) t->order[i] = ids[t->order[i]];
+    } else {
+        for (i = 0; i < t->n; i++) t->order[i] = ids[i];
+    }
+}
+
+/* 1 when the caller wants to stop here. */
+static int spmi_train_report(spmi_trainer *t, int64_t count)
+{
+    spm_progress progress = SPM_ZERO;
+    char what[64];
+    t->images_done += count;
+    if (t->desc->max_steps > 0 && t->step >= t->desc->max_steps) return 1;
+    if (!t->desc->progress) return 0;
+    (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spmi_method_name(t->desc->method), (long)t->epoch + 1, (long)t->desc->epochs);
+    progress.what = what;
+    progress.unit = "images";
+    progress.done = t->epoch * t->n + t->position;
+    progress.total = t->desc->epochs * t->n;
+    progress.seconds = spmi_seconds() - t->start;
+    return t->desc->progress(t->desc->progress_user, &progress);
+}
+
+static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pruned)
+{
+    spm_batch batch;
+    int64_t end = t->desc->drop_last ? t->n / t->desc->batch * t->desc->batch : t->n;
+    int more = 0;
+    spm_status status = SPM_OK;
+    t->epoch_start = spmi_seconds();
+    spmi_train_order(t);
+    if (t->pruned && t->position == 0 && t->desc->mask != SPM_MASK_NONE) status = spmi_mask_build(t);
+    else if (t->pruned && t->desc->mask != SPM_MASK_NONE) status = spmi_mask_apply(t);
+    if (status) return status;
+    spm_optimizer_set_lr(t->optimizer, spm_schedule_lr(&t->schedule, t->epoch));
+    spm_run_step(t->dense, (uint64_t)t->epoch);
+    if (t->pruned) spm_run_step(t->pruned, (uint64_t)t->epoch);
+    status = spm_loader_start(t->loader, t->epoch, t->order + t->position, end - t->position);
+    if (status) return spmi_fail(t->ctx, t->err, status, "%s", spm_loader_error(t->loader)->text);
+    while (!t->stopped && (more = spm_loader_next(t->loader, &batch)) > 0) {
+        status = spmi_train_step(t, &batch, d_dense, d_pruned);
+        if (status) return status;
+        t->position = SPMI_MIN(t->position + t->desc->batch, end);
+        t->stopped = spmi_train_report(t, batch.count);
+    }
+    if (more < 0) return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
+    if (t->stopped && t->position < end) return spmi_state_save(t);
+    return spmi_train_epoch_end(t);
+}
+
+/* ---- setting up ---- */
+
+static spm_status spmi_train_losses(spmi_trainer *t)
+{
+    spm_run_desc running = SPM_ZERO;
+    int64_t batch_classes[2], batch_only[1] = { 0 }, features[2] = { 0, 0 };
+    spm_program *program = spm_program_create(t->ctx);
+    batch_classes[0] = 0;
+    batch_classes[1] = t->classes;
+    running.max_batch = t->desc->batch;
+    running.backward = 1;
+    if (!program) return spmi_fail_memory(t->ctx, t->err, "the loss");
+    t->ce_logits = spm_program_input(program, "logits", 2, batch_classes, 1);
+    t->ce_target = spm_program_input(program, "target", 2, batch_classes, 0);
+    t->ce_weight = spm_program_input(program, "weight", 1, batch_only, 0);
+    t->ce_loss = spm_cross_entropy(program, t->ce_logits, t->ce_target, t->ce_weight, 0.0f);
+    spm_program_output(program, "loss", t->ce_loss);
+    t->ce_model = spm_model_create(program, 0, t->err);
+    if (!t->ce_model) return t->err->status;
+    t->ce = spm_run_create(t->ce_model, &running, t->err);
+    t->ce_pruned = spm_run_create(t->ce_model, &running, t->err);
+    if (!t->ce || !t->ce_pruned) return t->err->status;
+    if (t->desc->method != SPM_METHOD_INTERVENE || t->desc->contrast == SPM_CONTRAST_NONE) return SPM_OK;
+    features[1] = spm_program_shape(spm_model_program(t->model), t->contrast, 1).shape[1];
+    program = spm_program_create(t->ctx);
+    if (!program) return spmi_fail_memory(t->ctx, t->err, "the loss");
+    t->ntx_a = spm_program_input(program, "a", 2, features, 1);
+    t->ntx_b = spm_program_input(program, "b", 2, features, 1);
+    t->ntx_loss = spm_ntxent(program, t->ntx_a, t->ntx_b, t->desc->tau);
+    spm_program_output(program, "loss", t->ntx_loss);
+    t->ntx_model = spm_model_create(program, 0, t->err);
+    if (!t->ntx_model) return t->err->status;
+    t->ntx = spm_run_create(t->ntx_model, &running, t->err);
+    return t->ntx ? SPM_OK : t->err->status;
+}
+
+static spm_status spmi_train_memory(spmi_trainer *t)
+{
+    spm_run_desc running = SPM_ZERO;
+    spm_loader_desc loading = SPM_ZERO;
+    const spm_train_desc *d = t->desc;
+    int g, seen = 0;
+    running.max_batch = d->batch;
+    running.backward = 1;
+    running.segments = d->segments;
+    running.seed = spm_random_key(d->seed, 0x64726f70u, 0);
+    loading.transform = d->reading.transform;
+    loading.batch = d->batch;
+    loading.seed = spm_random_key(d->seed, 0x61756767u, 0);
+    loading.workers = d->workers;
+    loading.split = SPM_TRAIN;
+    loading.augment = d->augment;
+    t->n = spm_dataset_split_size(t->dataset, SPM_TRAIN);
+    t->order = (int64_t *)spmi_alloc_array(t->ctx, t->n, sizeof *t->order);
+    t->target = (float *)spmi_alloc_array(t->ctx, d->batch * t->classes, sizeof(float));
+    t->weight = (float *)spmi_alloc_array(t->ctx, d->batch, sizeof(float));
+    t->group_weight = (float *)spmi_alloc_array(t->ctx, t->n_groups, sizeof(float));
+    t->keep = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->keep);
+    if (!t->order || !t->target || !t->weight || !t->group_weight || !t->keep) return spmi_fail_memory(t->ctx, t->err, "training");
+    for (g = 0; g < t->n_groups; g++) seen += spm_dataset_group_count(t->dataset, SPM_TRAIN, g) > 0;
+    for (g = 0; g < t->n_groups; g++) {
+        int64_t count = spm_dataset_group_count(t->dataset, SPM_TRAIN, g);
+        int balance = d->method == SPM_METHOD_INTERVENE && d->group_weighting && d->group_labels;
+        t->group_weight[g] = balance && count ? (float)((double)t->n / ((double)count * (double)seen)) : 1.0f;
+    }
+    t->dense = spm_run_create(t->model, &running, t->err);
+    if (!t->dense) return t->err->status;
+    if (d->method == SPM_METHOD_INTERVENE && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned)) {
+        running.seed = spm_random_key(d->seed, 0x64726f70u, 1);
+        t->pruned = spm_run_create(t->model, &running, t->err);
+        if (!t->pruned) return t->err->status;
+        if (!d->bn_shared && spm_run_own_buffers(t->pruned, 1)) return spmi_run_failed(t, t->pruned);
+    }
+    t->optimizer = spm_optimizer_create(t->model, &d->optimizer, t->err);
+    t->loader = t->optimizer ? spm_loader_create(t->dataset, &loading, t->err) : NULL;
+    return t->loader ? SPM_OK : t->err->status;
+}
+
+static spm_status spmi_train_check(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    const char *path = spm_dataset_path(t->dataset);
+    if (!d->out || !*d->out) return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "training needs a folder for its results (--out)");
+    if (d->batch < 1 || d->epochs < 1) {
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "batch is %ld and epochs is %ld; both must be at least 1", (long)d->batch, (long)d->epochs);
+    }
+    if (spm_dataset_split_size(t->dataset, SPM_TRAIN) == 0) return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has no training examples", path);
+    if (d->drop_last && spm_dataset_split_size(t->dataset, SPM_TRAIN) < d->batch) {
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has %ld training examples, fewer than one batch of %ld, and --drop-last leaves out the rest; lower --batch",
+                         path, (long)spm_dataset_split_size(t->dataset, SPM_TRAIN), (long)d->batch);
+    }
+    if (d->method == SPM_METHOD_INTERVENE && !(d->tau > 0.0f)) return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "tau is %g; it must be above 0", (double)d->tau);
+    if (d->method == SPM_METHOD_INTERVENE && !(d->prune_fraction >= 0.0 && d->prune_fraction < 1.0)) {
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "prune fraction is %g; it must be in [0, 1)", d->prune_fraction);
+    }
+    if (d->method == SPM_METHOD_INTERVENE && d->contrast == SPM_CONTRAST_NONE && !d->cross_entropy) {
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "contrast none and ce off leave no loss to train on; switch one of them on");
+    }
+    return SPM_OK;
+}
+
+static spm_status spmi_train_model(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    const spm_program *program;
+    spm_status status;
+    t->model = spm_model_build(t->ctx, &d->arch, spm_random_key(d->seed, 0x696e6974u, 0), t->err);
+    if (!t->model) return t->err->status;
+    status = spmi_eval_classes(t->model, t->dataset, &t->classes, t->err);
+    if (!status && d->checkpoint && !d->resume) status = spm_checkpoint_load(t->model, d->checkpoint, d->allow_partial, t->err);
+    if (status) return status;
+    program = spm_model_program(t->model);
+    t->n_groups = spm_dataset_groups(t->dataset);
+    t->image = spm_program_find(program, "image");
+    t->outputs = spm_program_find(program, "outputs");
+    t->contrast = spm_program_find(program, d->contrast == SPM_CONTRAST_OUTPUTS ? "outputs" : "features");
+    return SPM_OK;
+}
+
+/* A new folder gets config.json; a resumed one must have been started with the same settings. */
+static spm_status spmi_train_folder(spmi_trainer *t)
+{
+    char *config = spmi_train_path(t, "config.json"), *state = spmi_train_path(t, "state.safetensors");
+    spm_status status = config && state ? SPM_OK : SPM_E_MEMORY;
+    if (!status && t->desc->resume) {
+        if (spmi_path_kind(state) != 1) {
+            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: there is no saved state to resume; leave --resume out to start this run", t->desc->out);
+        }
+        if (!status) status = spmi_train_same_config(t);
+        if (!status) status = spmi_state_load(t);
+    } else if (!status) {
+        if (spmi_path_kind(config) == 1) {
+            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: holds a run already; go on with it by --resume, or choose another --out", t->desc->out);
+        }
+        if (!status) status = spm_directory_create(t->ctx, t->desc->out, t->err);
+        if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
+        if (!status && t->desc->log_steps) (void)remove(t->desc->log_steps);
+        if (!status) status = spmi_state_save(t);
+    }
+    if (!status && t->desc->log_steps) {
+        t->steps = fopen(t->desc->log_steps, "ab");
+        if (!t->steps) status = spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: cannot be written: %s", t->desc->log_steps, strerror(errno));
+    }
+    spmi_free(t->ctx, config);
+    spmi_free(t->ctx, state);
+    return status;
+}
+
+static void spmi_train_free(spmi_trainer *t)
+{
+    int i;
+    if (t->steps && fclose(t->steps) != 0 && t->err->status == SPM_OK) {
+        (void)spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s", t->desc->log_steps, strerror(errno));
+    }
+    for (i = 0; t->keep && i < spm_model_parameter_count(t->model); i++) spmi_free(t->ctx, t->keep[i]);
+    spmi_free(t->ctx, t->keep);
+    spmi_free(t->ctx, t->order);
+    spmi_free(t->ctx, t->target);
+    spmi_free(t->ctx, t->weight);
+    spmi_free(t->ctx, t->group_weight);
+    spm_loader_destroy(t->loader);
+    spm_optimizer_destroy(t->optimizer);
+    spm_run_destroy(t->ntx);
+    spm_run_destroy(t->ce_pruned);
+    spm_run_destroy(t->ce);
+    spm_run_destroy(t->pruned);
+    spm_run_destroy(t->dense);
+    spm_model_destroy(t->ntx_model);
+    spm_model_destroy(t->ce_model);
+    spm_model_destroy(t->model);
+    spmi_text_free(&t->config);
+}
+
+SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc, spm_train_result *result, spm_error *err)
+{
+    spmi_trainer t;
+    spm_error error = SPM_ZERO;
+    spm_status status;
+    float *gradients = NULL; /* of the dense and the pruned branch's outputs */
+    memset(&t, 0, sizeof t);
+    memset(result, 0, sizeof *result);
+    t.ctx = ctx;
+    t.dataset = dataset;
+    t.desc = desc;
+    t.err = &error;
+    t.best_epoch = -1;
+    t.config = spmi_text_create(ctx);
+    t.start = spmi_seconds();
+    t.schedule = spm_schedule_make(desc->schedule, desc->optimizer.lr, desc->epochs, desc->warmup, desc->patience);
+    status = spmi_train_check(&t);
+    if (!status) status = spmi_train_model(&t);
+    if (!status) status = spmi_train_memory(&t);
+    if (!status) status = spmi_train_losses(&t);
+    if (!status) status = spmi_train_config(&t);
+    if (!status) {
+        gradients = (float *)spmi_alloc_array(ctx, 2 * desc->batch * t.classes, sizeof(float));
+        if (!gradients) status = spmi_fail_memory(ctx, t.err, "training");
+    }
+    if (!status) status = spmi_train_folder(&t);
+    if (!status && desc->select != SPM_SELECT_LAST && spm_dataset_split_size(dataset, SPM_VAL) == 0) {
+        spmi_log(ctx, SPM_LOG_INFO, "%s: no validation split, so the last epoch is kept as the best", spm_dataset_path(dataset));
+    }
+    while (!status && !t.stopped && t.epoch < desc->epochs) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
+    result->epochs = t.epoch;
+    result->steps = t.step;
+    result->best_epoch = t.best_epoch;
+    result->best_score = t.best_score;
+    result->stopped = t.stopped;
+    spmi_free(ctx, gradients);
+    spmi_train_free(&t);
+    if (!status) status = error.status;
+    return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
+}
+
+/* ================================================================================================================
+ * >>REPORT  20  the HTML page
+ * ============================================================================================================= */
+
+/* One run folder, as read from its files. */
+typedef struct spmi_report_run {
+    const char *path;
+    spm_json_value *config;
+    spm_json_value **lines;      /* of metrics.jsonl */
+    int64_t n_lines;
+    spm_json_value *localize;    /* NULL: the folder has none */
+    int64_t shown_epoch;         /* chosen by the run's own selection rule */
+} spmi_report_run;
+
+typedef struct spmi_report {
+    spm_context *ctx;
+    spmi_text out;
+    spmi_report_run *runs;
+    int n_runs, n_groups;
+    spm_error *err;
+} spmi_report;
+
+/* Eight colours that stay apart for every kind of colour vision (Okabe and Ito 2008); dashes and marks repeat the
+ * distinction without colour. */
+static const char *spmi_series_color(int index)
+{
+    switch (index % 8) {
+    case 0: return "#0072b2";
+    case 1: return "#d55e00";
+    case 2: return "#009e73";
+    case 3: return "#cc79a7";
+    case 4: return "#e69f00";
+    case 5: return "#56b4e9";
+    case 6: return "#7a6a00";
+    default: return "#444444";
+    }
+}
+
+/* Text with the characters that mean something to HTML replaced. */
+static void spmi_html(spmi_text *out, const char *text)
+{
+    for (; *text; text++) {
+        if (*text == '<') spmi_text_add(out, "&lt;");
+        else if (*text == '>') spmi_text_add(out, "&gt;");
+        else if (*text == '&') spmi_text_add(out, "&amp;");
+        else if (*text == '"') spmi_text_add(out, "&quot;");
+        else spmi_text_append(out, text, 1);
+    }
+}
+
+/* ---- reading run folders ---- */
+
+static void spmi_report_free(spmi_report *report)
+{
+    int r;
+    int64_t i;
+    for (r = 0; report->runs && r < report->n_runs; r++) {
+        spmi_report_run *run = &report->runs[r];
+        spm_json_free(report->ctx, run->config);
+        spm_json_free(report->ctx, run->localize);
+        for (i = 0; run->lines && i < run->n_lines; i++) spm_json_free(report->ctx, run->lines[i]);
+        spmi_free(report->ctx, run->lines);
+    }
+    spmi_free(report->ctx, report->runs);
+    spmi_text_free(&report->out);
+}
+
+/* Parses folder/name. Absent: *value is NULL, and that is an error only where `needed` is set. */
+static spm_status spmi_report_read(spmi_report *report, const char *folder, const char *name, int needed, spm_json_value **value)
+{
+    char *path = spmi_path_join(report->ctx, folder, name);
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_status status = SPM_OK;
+    *value = NULL;
+    if (!path) return spmi_fail_memory(report->ctx, report->err, name);
+    if (spmi_path_kind(path) == 1) {
+        status = spm_file_read(report->ctx, path, &data, &size, report->err);
+        if (!status) *value = spm_json_parse(report->ctx, path, (const char *)data, size, report->err);
+        if (!status && !*value) status = SPM_E_FORMAT;
+    } else if (needed) {
+        status = spmi_fail(report->ctx, report->err, SPM_E_IO, "%s: no run folder: it has no %s; give folders that train or intervene wrote", folder, name);
+    }
+    spm_free(report->ctx, data);
+    spmi_free(report->ctx, path);
+    return status;
+}
+
+static spm_status spmi_report_metrics(spmi_report *report, spmi_report_run *run)
+{
+    char *path = spmi_path_join(report->ctx, run->path, "metrics.jsonl");
+    uint8_t *data = NULL;
+    size_t size = 0, start = 0, i;
+    int64_t count = 0;
+    spm_status status;
+    if (!path) return spmi_fail_memory(report->ctx, report->err, "metrics.jsonl");
+    if (spmi_path_kind(path) != 1) {
+        status = spmi_fail(report->ctx, report->err, SPM_E_DATA, "%s: holds no finished epoch yet (no metrics.jsonl); train on with --resume first", run->path);
+        spmi_free(report->ctx, path);
+        return status;
+    }
+    status = spm_file_read(report->ctx, path, &data, &size, report->err);
+    for (i = 0; i < size; i++) count += data[i] == '\n';
+    if (!status) run->lines = (spm_json_value **)spmi_alloc_array(report->ctx, count + 1, sizeof *run->lines);
+    if (!status && !run->lines) status = spmi_fail_memory(report->ctx, report->err, path);
+    for (i = 0; !status && i < size; i++) {
+        if (data[i] != '\n') continue;
+        run->lines[run->n_lines] = spm_json_parse(report->ctx, path, (const char *)data + start, i - start, report->err);
+        if (!run->lines[run->n_lines]) status = SPM_E_FORMAT;
+        else run->n_lines++;
+        start = i + 1;
+    }
+    spm_free(report->ctx, data);
+    spmi_free(report->ctx, path);
+    return status;
+}
+
+static const char *spmi_field(const spm_json_value *object, const char *key)
+{
+    return spm_json_as_string(spm_json_get(object, key), "");
+}
+
+static double spmi_field_number(const spm_json_value *object, const char *key)
+{
+    return spm_json_as_number(spm_json_get(object, key), (double)NAN);
+}
+
+/* The epoch that the run's rule selects, as the trainer does: the first with the best validation score, else the last. */
+static void spmi_report_choose(spmi_report_run *run)
+{
+    const char *rule = spmi_field(run->config, "select");
+    double best = -1.0;
+    int64_t i;
+    run->shown_epoch = 0;
+    for (i = 0; i < run->n_lines; i++) {
+        int64_t epoch = spm_json_as_int(spm_json_get(run->lines[i], "epoch"), 0);
+        double score;
+        if (best < 0.0) run->shown_epoch = SPMI_MAX(run->shown_epoch, epoch);
+        if (spmi_string_equal(rule, "last") || !spmi_string_equal(spmi_field(run->lines[i], "split"), "val")) continue;
+        score = spmi_field_number(run->lines[i], spmi_string_equal(rule, "wga") ? "worst_group_accuracy" : "mean_accuracy");
+        if (score > best) {
+            best = score;
+            run->shown_epoch = epoch;
+        }
+    }
+}
+
+/* The metrics line of (split, epoch), or NULL. */
+static const spm_json_value *spmi_report_line(const spmi_report_run *run, const char *split, int64_t epoch)
+{
+    int64_t i;
+    for (i = 0; i < run->n_lines; i++) {
+        if (spm_json_as_int(spm_json_get(run->lines[i], "epoch"), -1) == epoch && spmi_string_equal(spmi_field(run->lines[i], "split"), split)) return run->lines[i];
+    }
+    return NULL;
+}
+
+static spm_status spmi_report_load(spmi_report *report, const spm_report_desc *desc)
+{
+    int r;
+    spm_status status = SPM_OK;
+    report->runs = (spmi_report_run *)spmi_alloc_array(report->ctx, SPMI_MAX(desc->n_runs, 1), sizeof *report->runs);
+    if (!report->runs) return spmi_fail_memory(report->ctx, report->err, "the report");
+    report->n_runs = desc->n_runs;
+    for (r = 0; !status && r < desc->n_runs; r++) {
+        spmi_report_run *run = &report->runs[r];
+        run->path = desc->runs[r];
+        status = spmi_report_read(report, run->path, "config.json", 1, &run->config);
+        if (!status) status = spmi_report_metrics(report, run);
+        if (!status) status = spmi_report_read(report, run->path, "localize.json", 0, &run->localize);
+        if (!status) {
+            spmi_report_choose(run);
+            report->n_groups = SPMI_MAX(report->n_groups, (int)spm_json_length(spm_json_get(run->config, "groups")));
+        }
+    }
+    return status;
+}
+
+/* ---- tables ---- */
+
+static void spmi_report_percent(spmi_text *out, double share)
+{
+    if (share == share) spmi_text_addf(out, "%.1f", 100.0 * share);
+    else spmi_text_add(out, "&ndash;");
+}
+
+/* Accuracy, interval and counts of one group in one cell. */
+static void spmi_report_cell(spmi_text *out, const spm_json_value *group)
+{
+    const spm_json_value *ci = spm_json_get(group, "ci95");
+    if (!group || spm_json_as_int(spm_json_get(group, "count"), 0) == 0) {
+        spmi_text_add(out, "<td>&ndash;</td>");
+        return;
+    }
+    spmi_text_add(out, "<td><b>");
+    spmi_report_percent(out, spmi_field_number(group, "accuracy"));
+    spmi_text_add(out, "</b> <small>");
+    spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 0), (double)NAN));
+    spmi_text_add(out, "&ndash;");
+    spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 1), (double)NAN));
+    spmi_text_addf(out, "<br>%ld of %ld</small></td>", (long)spm_json_as_int(spm_json_get(group, "correct"), 0), (long)spm_json_as_int(spm_json_get(group, "count"), 0));
+}
+
+static void spmi_report_summary_row(spmi_report *report, const char *label, const char *key, int group)
+{
+    static const char splits[2][8] = { "train", "test" };
+    int r, s;
+    spmi_text_add(&report->out, group < 0 ? "<tr class=sum><th>" : "<tr><th>");
+    spmi_html(&report->out, label);
+    spmi_text_add(&report->out, "</th>");
+    for (r = 0; r < report->n_runs; r++) {
+        for (s = 0; s < 2; s++) {
+            const spm_json_value *line = spmi_report_line(&report->runs[r], splits[s], report->runs[r].shown_epoch);
+            if (group >= 0) spmi_report_cell(&report->out, spm_json_at(spm_json_get(line, "groups"), group));
+            else {
+                spmi_text_add(&report->out, "<td><b>");
+                spmi_report_percent(&report->out, line ? spmi_field_number(line, key) : (double)NAN);
+                spmi_text_add(&report->out, "</b></td>");
+            }
+        }
+    }
+    spmi_text_add(&report->out, "</tr>\n");
+}
+
+static void spmi_report_summary(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    int r, g;
+    spmi_text_add(out, "<h2>Accuracy by group</h2>\n<p>Percent, with Wilson 95 % intervals and counts. Each run is shown at the epoch its own rule selected.</p>\n<table>\n<tr><th rowspan=2>group</th>");
+    for (r = 0; r < report->n_runs; r++) {
+        spmi_text_add(out, "<th colspan=2>");
+        spmi_html(out, spmi_field(report->runs[r].config, "method"));
+        spmi_text_addf(out, " <small>epoch %ld</small></th>", (long)report->runs[r].shown_epoch + 1);
+    }
+    spmi_text_add(out, "</tr>\n<tr>");
+    for (r = 0; r < report->n_runs; r++) spmi_text_add(out, "<th>train</th><th>test</th>");
+    spmi_text_add(out, "</tr>\n");
+    for (g = 0; g < report->n_groups; g++) {
+        const spm_json_value *names = spm_json_get(report->runs[0].config, "groups");
+        spmi_report_summary_row(report, spm_json_as_string(spm_json_at(names, g), "?"), NULL, g);
+    }
+    spmi_report_summary_row(report, "worst group", "worst_group_accuracy", -1);
+    spmi_report_summary_row(report, "mean", "mean_accuracy", -1);
+    spmi_report_summary_row(report, "adjusted (training shares)", "adjusted_accuracy", -1);
+    spmi_text_add(out, "</table>\n");
+}
+
+/* ---- plots ---- */
+
+/* Test accuracy per group, a bar a run, with its interval. */
+static void spmi_report_bars(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    int g, r, tick, bar = 26, step = SPMI_MAX(report->n_runs * bar + 34, 140), width = 60 + report->n_groups * step + 20;
+    spmi_text_addf(out, "<h2>Before and after</h2>\n<figure><svg viewBox=\"0 0 %d 300\" width=\"%d\" role=img aria-label=\"Test accuracy by group and run\">\n", width, width);
+    for (tick = 0; tick <= 100; tick += 25) {
+        int y = 240 - 2 * tick;
+        spmi_text_addf(out, "<line x1=50 x2=%d y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n", width - 10, y, y, y + 4, tick);
+    }
+    for (g = 0; g < report->n_groups; g++) {
+        int x0 = 60 + g * step + (step - report->n_runs * bar) / 2;
+        for (r = 0; r < report->n_runs; r++) {
+            const spm_json_value *line = spmi_report_line(&report->runs[r], "test", report->runs[r].shown_epoch);
+            const spm_json_value *group = spm_json_at(spm_json_get(line, "groups"), g), *ci = spm_json_get(group, "ci95");
+            double a = spmi_field_number(group, "accuracy"), lo = spm_json_as_number(spm_json_at(ci, 0), 0.0), hi = spm_json_as_number(spm_json_at(ci, 1), 0.0);
+            double x = x0 + r * bar, middle = x + 0.45 * bar;
+            if (!(a == a)) continue;
+            spmi_text_addf(out, "<rect x=%.1f y=%.1f width=%.1f height=%.1f fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" />", x, 240.0 - 200.0 * a, 0.9 * bar, 200.0 * a,
+                           spmi_series_color(r), r % 2 ? "0.35" : "0.85", spmi_series_color(r));
+            spmi_text_addf(out, "<path d=\"M%.1f %.1fV%.1fM%.1f %.1fh8M%.1f %.1fh8\" stroke=\"#111\" fill=none />", middle, 240.0 - 200.0 * hi, 240.0 - 200.0 * lo,
+                           middle - 4.0, 240.0 - 200.0 * hi, middle - 4.0, 240.0 - 200.0 * lo);
+            spmi_text_addf(out, "<text x=%.1f y=%.1f text-anchor=middle font-size=10>%.0f</text>\n", middle, 236.0 - 200.0 * hi, 100.0 * a);
+        }
+        spmi_text_addf(out, "<text x=%.1f y=258 text-anchor=middle>", x0 + 0.5 * report->n_runs * bar);
+        spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
+        spmi_text_add(out, "</text>\n");
+    }
+    for (r = 0; r < report->n_runs; r++) {
+        spmi_text_addf(out, "<rect x=%d y=275 width=14 height=14 fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" /><text x=%d y=287>", 60 + 150 * r, spmi_series_color(r), r % 2 ? "0.35" : "0.85",
+                       spmi_series_color(r), 80 + 150 * r);
+        spmi_html(out, spmi_field(report->runs[r].config, "method"));
+        spmi_text_addf(out, " (run %d)</text>\n", r + 1);
+    }
+    spmi_text_add(out, "</svg><figcaption>Test accuracy in percent; whiskers are Wilson 95 % intervals.</figcaption></figure>\n");
+}
+
+/* One group's curve in a run: a polyline with a mark at every point. */
+static void spmi_report_curve(spmi_report *report, const spmi_report_run *run, const char *split, int g, double last)
+{
+    spmi_text *out = &report->out;
+    int64_t i, points = 0;
+    double x = 0.0, y = 0.0;
+    spmi_text_addf(out, "<polyline fill=none stroke=\"%s\" stroke-width=2 %s points=\"", spmi_series_color(g), spmi_string_equal(split, "train") ? "stroke-dasharray=\"5 4\"" : "");
+    for (i = 0; i < run->n_lines; i++) {
+        double a = spmi_field_number(spm_json_at(spm_json_get(run->lines[i], "groups"), g), "accuracy");
+        if (!spmi_string_equal(spmi_field(run->lines[i], "split"), split) || !(a == a)) continue;
+        x = 50.0 + 380.0 * (last > 0.0 ? spmi_field_number(run->lines[i], "epoch") / last : 0.0);
+        y = 240.0 - 200.0 * a;
+        spmi_text_addf(out, "%.1f,%.1f ", x, y);
+        points++;
+    }
+    spmi_text_add(out, "\" />");
+    if (points && spmi_string_equal(split, "test")) {
+        spmi_text_addf(out, "<text x=%.1f y=%.1f font-size=11 fill=\"%s\">%d</text>", x + 5.0, y + 4.0, spmi_series_color(g), g);
+    }
+    spmi_text_add(out, "\n");
+}
+
+static void spmi_report_curves(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    int r, g, tick;
+    spmi_text_add(out, "<h2>Accuracy over epochs</h2>\n<p>Solid: test; dashed: train. The number at a line's end is its group:");
+    for (g = 0; g < report->n_groups; g++) {
+        spmi_text_addf(out, " <span style=\"color:%s\"><b>%d</b> ", spmi_series_color(g), g);
+        spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
+        spmi_text_add(out, g + 1 < report->n_groups ? "</span>," : "</span>");
+    }
+    spmi_text_add(out, ".</p>\n");
+    for (r = 0; r < report->n_runs; r++) {
+        spmi_report_run *run = &report->runs[r];
+        double last = run->n_lines ? spmi_field_number(run->lines[run->n_lines - 1], "epoch") : 0.0;
+        spmi_text_add(out, "<figure class=half><svg viewBox=\"0 0 460 290\" width=460 role=img aria-label=\"Accuracy over epochs\">\n");
+        for (tick = 0; tick <= 100; tick += 25) {
+            spmi_text_addf(out, "<line x1=50 x2=430 y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n", 240 - 2 * tick, 240 - 2 * tick, 244 - 2 * tick, tick);
+        }
+        spmi_text_addf(out, "<text x=50 y=258 text-anchor=middle>1</text><text x=430 y=258 text-anchor=middle>%.0f</text><text x=240 y=274 text-anchor=middle>epoch</text>\n", last + 1.0);
+        for (g = 0; g < report->n_groups; g++) {
+            spmi_report_curve(report, run, "train", g, last);
+            spmi_report_curve(report, run, "test", g, last);
+        }
+        spmi_text_addf(out, "</svg><figcaption>Run %d: ", r + 1);
+        spmi_html(out, spmi_field(run->config, "method"));
+        spmi_text_add(out, "</figcaption></figure>\n");
+    }
+}
+
+/* ---- localization ---- */
+
+static const spm_json_value *spmi_report_control(const spm_json_value *row, const char *split, int64_t group)
+{
+    const spm_json_value *controls = spm_json_get(row, "controls");
+    int64_t i;
+    for (i = 0; i < spm_json_length(controls); i++) {
+        const spm_json_value *c = spm_json_at(controls, i);
+        if (spmi_string_equal(spmi_field(c, "split"), split) && spm_json_as_int(spm_json_get(c, "group"), -1) == group) return c;
+    }
+    return NULL;
+}
+
+/* One line of a study: the accuracies of a split's groups after a change, their drops, and what the controls did. */
+static void spmi_report_study_row(spmi_report *report, const spm_json_value *study, const spm_json_value *row, const char *split)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *before = spm_json_get(spm_json_get(study, "baseline"), split), *after = spm_json_get(spm_json_get(row, "splits"), split);
+    const spm_json_value *ranked = spm_json_get(row, "group");
+    int64_t g;
+    spmi_text_add(out, "<tr><th>");
+    if (spm_json_type_of(ranked) == SPM_JSON_NUMBER) spmi_text_addf(out, "group %ld", (long)spm_json_as_int(ranked, 0));
+    else spmi_text_add(out, "all");
+    spmi_text_addf(out, "</th><td>top %ld, ", (long)spm_json_as_int(spm_json_get(row, "top"), 0));
+    spmi_html(out, spmi_field(row, "modify"));
+    spmi_text_add(out, "</td><td>");
+    spmi_html(out, split);
+    spmi_text_add(out, "</td>");
+    for (g = 0; g < spm_json_length(after); g++) {
+        double a = spmi_field_number(spm_json_at(after, g), "accuracy"), b = spmi_field_number(spm_json_at(before, g), "accuracy");
+        const spm_json_value *control = spmi_report_control(row, split, g);
+        spmi_text_add(out, spm_json_type_of(ranked) == SPM_JSON_NUMBER && spm_json_as_int(ranked, -1) == g ? "<td class=mark>" : "<td>");
+        spmi_report_percent(out, a);
+        if (a == a) spmi_text_addf(out, " <small>(%+.1f)</small>", 100.0 * (a - b));
+        if (control) {
+            spmi_text_addf(out, "<br><small>controls %+.1f, p %.2f, n %ld</small>", -100.0 * spmi_field_number(control, "mean_drop"), spmi_field_number(control, "p_value"),
+                           (long)spm_json_as_int(spm_json_get(control, "n"), 0));
+        }
+        spmi_text_add(out, "</td>");
+    }
+    spmi_text_add(out, "</tr>\n");
+}
+
+static void spmi_report_study(spmi_report *report, const spm_json_value *study)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *rankings = spm_json_get(study, "rankings"), *results = spm_json_get(study, "results"), *baseline = spm_json_get(study, "baseline");
+    int64_t i, u, s, g;
+    spmi_text_add(out, "<h3>Criterion: ");
+    spmi_html(out, spmi_field(study, "criterion"));
+    spmi_text_add(out, "</h3>\n<ul>\n");
+    for (i = 0; i < spm_json_length(rankings); i++) {
+        const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units"), *group = spm_json_get(ranking, "group");
+        if (spm_json_type_of(group) == SPM_JSON_NUMBER) spmi_text_addf(out, "<li>group %ld:", (long)spm_json_as_int(group, 0));
+        else spmi_text_add(out, "<li>all:");
+        for (u = 0; u < SPMI_MIN(spm_json_length(units), 10); u++) {
+            spmi_text_add(out, u ? ", <code>" : " <code>");
+            spmi_html(out, spmi_field(spm_json_at(units, u), "parameter"));
+            spmi_text_addf(out, "[%ld]</code> %.3g", (long)spm_json_as_int(spm_json_get(spm_json_at(units, u), "channel"), 0), spmi_field_number(spm_json_at(units, u), "score"));
+        }
+        spmi_text_add(out, "</li>\n");
+    }
+    spmi_text_add(out, "</ul>\n<table>\n<tr><th>ranked for</th><th>change</th><th>split</th>");
+    for (g = 0; g < spm_json_length(spm_json_at(baseline, 0)); g++) {
+        spmi_text_add(out, "<th>");
+        spmi_html(out, spmi_field(spm_json_at(spm_json_at(baseline, 0), g), "name"));
+        spmi_text_add(out, "</th>");
+    }
+    spmi_text_add(out, "</tr>\n");
+    for (i = 0; i < spm_json_length(results); i++) {
+        const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits");
+        for (s = 0; s < spm_json_length(splits); s++) spmi_report_study_row(report, study, row, spm_json_key_at(splits, s));
+    }
+    spmi_text_add(out, "</table>\n<p>Units were selected on split ");
+    spmi_html(out, spmi_field(study, "selected_on"));
+    spmi_text_add(out, ". In brackets: change of accuracy in points. Controls: the same change of other units of the same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1).</p>\n");
+}
+
+/* A folder's localize.json: one study, or an object of studies by name. */
+static void spmi_report_localize(spmi_report *report)
+{
+    int r, any = 0;
+    int64_t i;
+    for (r = 0; r < report->n_runs; r++) {
+        const spm_json_value *root = report->runs[r].localize;
+        if (!root) continue;
+        if (!any) spmi_text_add(&report->out, "<h2>Where the memory sits</h2>\n");
+        any = 1;
+        if (spm_json_get(root, "results")) spmi_report_study(report, root);
+        else {
+            for (i = 0; i < spm_json_length(root); i++) spmi_report_study(report, spm_json_at(root, i));
+        }
+    }
+}
+
+/* ---- protocol and page ---- */
+
+static void spmi_report_value(spmi_text *out, const spm_json_value *value)
+{
+    int64_t i;
+    switch (spm_json_type_of(value)) {
+    case SPM_JSON_NULL: spmi_text_add(out, "&ndash;"); break;
+    case SPM_JSON_BOOL: spmi_text_add(out, spm_json_as_int(value, 0) ? "yes" : "no"); break;
+    case SPM_JSON_NUMBER: spmi_text_addf(out, "%.9g", spm_json_as_number(value, 0.0)); break;
+    case SPM_JSON_STRING: spmi_html(out, spm_json_as_string(value, "")); break;
+    case SPM_JSON_ARRAY:
+    case SPM_JSON_OBJECT:
+        for (i = 0; i < spm_json_length(value); i++) {
+            if (i) spmi_text_add(out, ", ");
+            spmi_html(out, spm_json_as_string(spm_json_at(value, i), ""));
+        }
+        break;
+    }
+}
+
+static void spmi_report_protocol(spmi_report *report, const char *command)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *longest = report->runs[0].config;
+    int64_t i;
+    int r;
+    for (r = 1; r < report->n_runs; r++) {
+        if (spm_json_length(report->runs[r].config) > spm_json_length(longest)) longest = report->runs[r].config;
+    }
+    spmi_text_add(out, "<h2>Protocol</h2>\n");
+    if (command) {
+        spmi_text_add(out, "<p><code>");
+        spmi_html(out, command);
+        spmi_text_add(out, "</code></p>\n");
+    }
+    spmi_text_add(out, "<table class=protocol>\n<tr><th>setting</th>");
+    for (r = 0; r < report->n_runs; r++) spmi_text_addf(out, "<th>run %d</th>", r + 1);
+    spmi_text_add(out, "</tr>\n<tr><th>folder</th>");
+    for (r = 0; r < report->n_runs; r++) {
+        spmi_text_add(out, "<td>");
+        spmi_html(out, report->runs[r].path);
+        spmi_text_add(out, "</td>");
+    }
+    spmi_text_add(out, "</tr>\n");
+    for (i = 0; i < spm_json_length(longest); i++) {
+        spmi_text_add(out, "<tr><th>");
+        spmi_html(out, spm_json_key_at(longest, i));
+        spmi_text_add(out, "</th>");
+        for (r = 0; r < report->n_runs; r++) {
+            spmi_text_add(out, "<td>");
+            spmi_report_value(out, spm_json_get(report->runs[r].config, spm_json_key_at(longest, i)));
+            spmi_text_add(out, "</td>");
+        }
+        spmi_text_add(out, "</tr>\n");
+    }
+    spmi_text_add(out, "</table>\n");
+}
+
+static void spmi_report_head(spmi_report *report, const char *title)
+{
+    spmi_text *out = &report->out;
+    spmi_text_add(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content=\"width=device-width\">\n<title>");
+    spmi_html(out, title);
+    spmi_text_add(out, "</title>\n<style>\n"
+                       "body{font:15px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:70rem;margin:2rem auto;padding:0 1rem}\n"
+                       "h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin:1.4rem 0 .3rem}\n"
+                       "table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}\n"
+                       "th:first-child{text-align:left}tr.sum{background:#f5f5f2}td.mark{background:#fff3d6;font-weight:600}small{color:#555;font-weight:400}\n"
+                       "figure{margin:.6rem 0}figure.half{display:inline-block;margin-right:1rem}svg{max-width:100%;height:auto;font:12px system-ui,sans-serif}figcaption{color:#555;font-size:.9rem}\n"
+                       ".grid{stroke:#ddd}table.protocol td,table.protocol th{text-align:left}code{font-size:.92em}\n"
+                       "@media print{body{margin:0;max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}\n"
+                       "</style>\n<h1>");
+    spmi_html(out, title);
+    spmi_text_add(out, "</h1>\n");
+}
+
+SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc, const char *path, spm_error *err)
+{
+    spmi_report report;
+    spm_error error = SPM_ZERO;
+    const char *title = desc->title ? desc->title : "spurmem report";
+    spm_status status;
+    memset(&report, 0, sizeof report);
+    report.ctx = ctx;
+    report.err = &error;
+    report.out = spmi_text_create(ctx);
+    status = desc->n_runs < 1 ? spmi_fail(ctx, &error, SPM_E_ARGUMENT, "a report needs at least one run folder") : spmi_report_load(&report, desc);
+    if (!status) {
+        spmi_report_head(&report, title);
+        spmi_report_summary(&report);
+        spmi_report_bars(&report);
+        spmi_report_curves(&report);
+        spmi_report_localize(&report);
+        spmi_report_protocol(&report, desc->command);
+        spmi_text_add(&report.out, "</html>\n");
+        status = report.out.failed ? spmi_fail_memory(ctx, &error, "the report") : spm_file_write(ctx, path, report.out.data, report.out.length, &error);
+    }
+    spmi_report_free(&report);
+    return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
+}
+
 #endif /* implementation, sections 06 to 20 */
+
+/* ================================================================================================================
+ * REVISION HISTORY
+ *   0.1  first version: everything from pictures to the repaired classifier
+ *
+ * LICENCE
+ * This software is available under two licences; choose the one you prefer.
+ *
+ * ------------------------------------------------------------------------------
+ * ALTERNATIVE A - MIT License
+ * Copyright (c) 2026 the spurmem authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of
+ * this software and associated documentation files (the "Software"), to deal in
+ * the Software without restriction, including without limitation the rights to
+ * use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+ * of the Software, and to permit persons to whom the Software is furnished to do
+ * so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ *
+ * ------------------------------------------------------------------------------
+ * ALTERNATIVE B - Public Domain (www.unlicense.org)
+ *
+ * This is free and unencumbered software released into the public domain.
+ *
+ * Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+ * software, either in source code form or as a compiled binary, for any purpose,
+ * commercial or non-commercial, and by any means.
+ *
+ * In jurisdictions that recognize copyright laws, the author or authors of this
+ * software dedicate any and all copyright interest in the software to the public
+ * domain. We make this dedication for the benefit of the public at large and to
+ * the detriment of our heirs and successors. We intend this dedication to be an
+ * overt act of relinquishment in perpetuity of all present and future rights to
+ * this software under copyright law.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ * ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+ * WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */

@@ -5,7 +5,9 @@
  *
  * `make demo` runs it on the pictures of data_tools/synth_birds.c.  It prints one table and writes OUT/summary.json,
  * OUT/report.html and two run folders, OUT/erm and OUT/intervene. */
-#define SPURMEM_IMPLEMENTATION
+#ifndef SPURMEM_LINKED /* set by the Makefile, which compiles the implementation once for all programs */
+  #define SPURMEM_IMPLEMENTATION
+#endif
 #include "../spurmem.h"
 #include "terminal.h"
 

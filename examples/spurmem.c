@@ -5,7 +5,9 @@
  *
  * It uses the public API of spurmem.h only, so it is also the largest example.  Results go to stdout, progress and log to
  * stderr.  Exit codes: 0 done, 1 a file or a run failed, 2 the command line is wrong. */
-#define SPURMEM_IMPLEMENTATION
+#ifndef SPURMEM_LINKED /* set by the Makefile, which compiles the implementation once for all programs */
+  #define SPURMEM_IMPLEMENTATION
+#endif
 #include "../spurmem.h"
 #include "terminal.h"
 #include <math.h>

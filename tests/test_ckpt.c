@@ -1,0 +1,563 @@
+/* Section 15: checkpoints go out and come back bit for bit, foreign names and layouts are understood, and what does not fit
+ * is refused by name without touching the model. */
+#include "../spurmem.h"
+#include "test.h"
+#include <stdarg.h>
+#include <stdint.h>
+
+static char root[400];
+static char last_log[600];
+
+static void on_log(void *user, spm_log_level level, const char *text)
+{
+    (void)user;
+    (void)level;
+    snprintf(last_log, sizeof last_log, "%s", text);
+}
+
+static spm_context *make_context(void)
+{
+    spm_context_desc desc = SPM_ZERO;
+    desc.threads = 2;
+    desc.log = on_log;
+    last_log[0] = 0;
+    return spm_context_create(&desc);
+}
+
+static const char *file(const char *name)
+{
+    static char path[2][500];
+    static int turn;
+    turn = !turn;
+    snprintf(path[turn], sizeof path[0], "%s/%s", root, name);
+    return path[turn];
+}
+
+static spm_model *build(spm_context *ctx, const char *text, int64_t size, int64_t classes, uint64_t seed, spm_arch *arch)
+{
+    spm_arch own = SPM_ZERO;
+    spm_error err = SPM_ZERO;
+    spm_model *model;
+    own.height = own.width_px = size;
+    own.classes = classes;
+    CHECK(spm_arch_parse(ctx, text, &own, &err) == SPM_OK);
+    model = spm_model_build(ctx, &own, seed, &err);
+    CHECK_STR(err.text, "");
+    if (arch) *arch = own;
+    return model;
+}
+
+/* Every value, buffers too, becomes a number of its own. */
+static void scramble(spm_model *model, float shift)
+{
+    int i;
+    int64_t k;
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        for (k = 0; k < spm_tensor_count(&p->value); k++) p->value.data[k] = shift + (float)i + (float)k / 4096.0f;
+    }
+    spm_model_touch(model);
+}
+
+static int same_values(spm_model *a, spm_model *b)
+{
+    int i, n = spm_model_parameter_count(a);
+    if (n != spm_model_parameter_count(b)) return 0;
+    for (i = 0; i < n; i++) {
+        const spm_tensor *x = &spm_model_parameter(a, i)->value, *y = &spm_model_parameter(b, i)->value;
+        if (!spm_tensor_same_shape(x, y) || memcmp(x->data, y->data, (size_t)spm_tensor_count(x) * sizeof(float)) != 0) return 0;
+    }
+    return 1;
+}
+
+static void round_trips(void)
+{
+    static const char archs[][64] = { "resnet18:width=8,stem=cifar", "resnet50:width=8", "resnext50_32x4d:width=16", "resnet20",
+                                      "vit:patch=8,dim=16,depth=2,heads=2,mlp=2", "vit:patch=8,dim=16,depth=1,heads=2,mlp=2,distilled=1" };
+    static const char names[][20] = { "a.safetensors", "a.pth", "a.pt" };
+    spm_context *ctx = make_context();
+    size_t a, n;
+    for (a = 0; a < sizeof archs / sizeof archs[0]; a++) {
+        for (n = 0; n < 2 + (a == 0); n++) {
+            spm_error err = SPM_ZERO;
+            spm_checkpoint_info info = SPM_ZERO, back;
+            spm_model *from = build(ctx, archs[a], 32, 3, 1, &info.arch), *to = build(ctx, archs[a], 32, 3, 2, NULL);
+            uint64_t version;
+            if (!from || !to) { CHECK(0); spm_model_destroy(from); spm_model_destroy(to); continue; }
+            scramble(from, 0.5f);
+            info.transform = spm_transform_make(32, 32);
+            info.transform.mean[1] = 0.1f;
+            info.transform.resize = SPM_RESIZE_SHORT_SIDE;
+            info.label_reversed = 1;
+            info.arch.softmax_head = 1;
+            info.epoch = 12;
+            snprintf(info.method, sizeof info.method, "erm");
+            snprintf(info.class_names, sizeof info.class_names, "cat|dog \"x\"|bird");
+            CHECK(spm_checkpoint_save(from, file(names[n]), &info, &err) == SPM_OK);
+            CHECK_STR(err.text, "");
+            version = spm_model_version(to);
+            CHECK(!same_values(from, to));
+            CHECK(spm_checkpoint_load(to, file(names[n]), 0, &err) == SPM_OK);
+            CHECK_STR(err.text, "");
+            CHECK(same_values(from, to));
+            CHECK(spm_model_version(to) != version);
+            CHECK(spm_checkpoint_inspect(ctx, file(names[n]), &back, &err) == SPM_OK);
+            CHECK_STR(back.source, n ? "torch zip" : "safetensors");
+            CHECK_INT(back.has_arch, !n);
+            if (!n) {
+                CHECK_STR(back.arch.name, info.arch.name);
+                CHECK(back.arch.height == 32 && back.arch.width_px == 32 && back.arch.classes == 3 && back.arch.softmax_head == 1);
+                CHECK(memcmp(back.transform.mean, info.transform.mean, sizeof back.transform.mean) == 0);
+                CHECK(memcmp(back.transform.std, info.transform.std, sizeof back.transform.std) == 0);
+                CHECK(back.transform.resize == SPM_RESIZE_SHORT_SIDE && back.transform.height == 32 && back.label_reversed == 1 && back.epoch == 12);
+                CHECK_STR(back.method, "erm");
+                CHECK_STR(back.class_names, "cat|dog \"x\"|bird");
+            } else {
+                CHECK_INT(back.epoch, -1);
+            }
+            spm_model_destroy(from);
+            spm_model_destroy(to);
+        }
+    }
+    spm_context_destroy(ctx);
+}
+
+/* PyTorch's layouts and names, num_batches_tracked included. */
+static void layout(void)
+{
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL);
+    spm_archive *archive;
+    const spm_archive_tensor *t;
+    float values[8 * 3 * 9];
+    int64_t steps = 5;
+    int o, i, k;
+    CHECK(spm_checkpoint_save(model, file("layout.safetensors"), NULL, &err) == SPM_OK);
+    archive = spm_archive_open(ctx, file("layout.safetensors"), &err);
+    t = archive ? spm_archive_find(archive, "conv1.weight") : NULL;
+    CHECK(t && t->rank == 4 && t->shape[0] == 8 && t->shape[1] == 3 && t->shape[2] == 3 && t->shape[3] == 3);
+    if (t && t->count == 216) {
+        const float *w = spm_model_parameter(model, spm_model_find_parameter(model, "conv1.weight"))->value.data;
+        CHECK(spm_archive_read_f32(archive, t, values, &err) == SPM_OK);
+        for (o = 0; o < 8; o++) {
+            for (i = 0; i < 3; i++) {
+                for (k = 0; k < 9; k++) CHECK(values[(o * 3 + i) * 9 + k] == w[(o * 9 + k) * 3 + i]);
+            }
+        }
+    }
+    t = archive ? spm_archive_find(archive, "layer2.0.downsample.1.num_batches_tracked") : NULL;
+    CHECK(t && t->rank == 0 && t->dtype == SPM_I64);
+    CHECK(t && spm_archive_read_i64(archive, t, &steps, &err) == SPM_OK && steps == 0);
+    if (archive) spm_archive_close(archive);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- foreign names ---- */
+
+typedef const char *(*rename_fn)(const char *name, char *out, size_t size);
+
+/* Writes the model under other names, with `extra` tensors of a trainer beside them. */
+static void save_as(spm_model *model, const char *path, rename_fn rename_it, const char *extra, int flat_tokens)
+{
+    spm_context *ctx = spm_model_context(model);
+    spm_error err = SPM_ZERO;
+    spm_archive_writer *writer = spm_archive_create(ctx, path, SPM_ARCHIVE_SAFETENSORS, &err);
+    int i, pass, n = spm_model_parameter_count(model);
+    float *moved = (float *)malloc(1 << 20), one = 1;
+    for (pass = 0; pass < 2 && writer; pass++) {
+        for (i = 0; i < n; i++) {
+            const spm_parameter *p = spm_model_parameter(model, i);
+            const int64_t *s = p->value.shape;
+            int64_t shape[4] = { 1, 1, 1, 1 };
+            int rank = p->value.rank, axis, lead = rank == 2 && !flat_tokens && (strstr(p->name, "token") || strstr(p->name, "pos_embed"));
+            char name[200];
+            const char *as = rename_it(p->name, name, sizeof name);
+            int64_t o, c, k;
+            for (axis = 0; axis < rank; axis++) shape[axis + lead] = s[axis];
+            if (rank == 4) shape[1] = s[3], shape[2] = s[1], shape[3] = s[2];
+            if (!pass) {
+                spm_archive_add(writer, as, SPM_F32, rank + lead, shape);
+                continue;
+            }
+            if (rank != 4) {
+                spm_archive_put(writer, p->value.data);
+                continue;
+            }
+            for (o = 0; o < s[0]; o++) {
+                for (c = 0; c < s[3]; c++) {
+                    for (k = 0; k < s[1] * s[2]; k++) moved[(o * s[3] + c) * s[1] * s[2] + k] = p->value.data[(o * s[1] * s[2] + k) * s[3] + c];
+                }
+            }
+            spm_archive_put(writer, moved);
+        }
+        if (extra && !pass) spm_archive_add(writer, extra, SPM_F32, 0, NULL);
+        if (extra && pass) spm_archive_put(writer, &one);
+    }
+    free(moved);
+    CHECK(writer && spm_archive_commit(writer, &err) == SPM_OK);
+    CHECK_STR(err.text, "");
+}
+
+static const char *as_is(const char *name, char *out, size_t size)
+{
+    snprintf(out, size, "%s", name);
+    return out;
+}
+static const char *as_module(const char *name, char *out, size_t size)
+{
+    snprintf(out, size, "state_dict.module.%s%s", name[0] == 'f' && name[1] == 'c' ? "fc.0." : "", name[0] == 'f' && name[1] == 'c' ? name + 3 : name);
+    return out;
+}
+static const char *as_linear(const char *name, char *out, size_t size)
+{
+    int head = name[0] == 'f' && name[1] == 'c';
+    snprintf(out, size, "model_state_dict.%s%s", head ? "linear." : "backbone.", head ? name + 3 : name);
+    return out;
+}
+static const char *as_model(const char *name, char *out, size_t size)
+{
+    const char *d = strstr(name, ".downsample.");
+    if (d) snprintf(out, size, "model.%.*s.shortcut.%s", (int)(d - name), name, d + 12);
+    else snprintf(out, size, "model.%s", name);
+    return out;
+}
+static const char *as_torchvision(const char *name, char *out, size_t size)
+{
+    static const char pairs[][2][32] = {
+        { "norm1", "ln_1" }, { "norm2", "ln_2" }, { "attn.qkv.weight", "self_attention.in_proj_weight" }, { "attn.qkv.bias", "self_attention.in_proj_bias" },
+        { "attn.proj", "self_attention.out_proj" }, { "mlp.fc1", "mlp.linear_1" }, { "mlp.fc2", "mlp.3" } };
+    size_t i;
+    snprintf(out, size, "%s", name);
+    if (strcmp(name, "cls_token") == 0) snprintf(out, size, "class_token");
+    else if (strcmp(name, "pos_embed") == 0) snprintf(out, size, "encoder.pos_embedding");
+    else if (strncmp(name, "patch_embed.proj.", 17) == 0) snprintf(out, size, "conv_proj.%s", name + 17);
+    else if (strncmp(name, "norm.", 5) == 0) snprintf(out, size, "encoder.ln.%s", name + 5);
+    else if (strncmp(name, "head.", 5) == 0) snprintf(out, size, "heads.%s", name);
+    else if (strncmp(name, "blocks.", 7) == 0) {
+        const char *word = strchr(name + 7, '.') + 1;
+        for (i = 0; i < sizeof pairs / sizeof pairs[0]; i++) {
+            if (strncmp(word, pairs[i][0], strlen(pairs[i][0])) != 0) continue;
+            snprintf(out, size, "encoder.layers.encoder_layer_%.*s%s%s", (int)(word - name - 7), name + 7, pairs[i][1], word + strlen(pairs[i][0]));
+        }
+    }
+    return out;
+}
+
+static void check_foreign(spm_context *ctx, const char *arch, rename_fn rename_it, const char *extra, int flat)
+{
+    spm_error err = SPM_ZERO;
+    spm_model *from = build(ctx, arch, 32, 3, 1, NULL), *to = build(ctx, arch, 32, 3, 2, NULL);
+    scramble(from, 2);
+    save_as(from, file("foreign.bin"), rename_it, extra, flat);
+    CHECK(spm_checkpoint_load(to, file("foreign.bin"), 0, &err) == SPM_OK);
+    CHECK_STR(err.text, "");
+    CHECK(same_values(from, to));
+    spm_model_destroy(from);
+    spm_model_destroy(to);
+}
+
+static void foreign_names(void)
+{
+    spm_context *ctx = make_context();
+    const char *resnet = "resnet18:width=8,stem=cifar", *vit = "vit:patch=8,dim=16,depth=2,heads=2,mlp=2";
+    check_foreign(ctx, resnet, as_is, "bn1.num_batches_tracked", 0);
+    check_foreign(ctx, resnet, as_module, "optimizer.state.0.exp_avg", 0);
+    check_foreign(ctx, resnet, as_linear, "epoch", 0);
+    check_foreign(ctx, resnet, as_model, "model_ema.conv1.weight", 0);
+    check_foreign(ctx, vit, as_is, NULL, 1);
+    check_foreign(ctx, vit, as_torchvision, NULL, 0);
+    spm_context_destroy(ctx);
+}
+
+/* ---- refusals ---- */
+
+/* Loading must fail, name both texts, and leave every value as it was. */
+static void check_refused(spm_model *model, const char *path, int partial, const char *a, const char *b, const char *c)
+{
+    spm_error err = SPM_ZERO;
+    spm_context *ctx = spm_model_context(model);
+    spm_archive *before;
+    (void)ctx;
+    (void)before;
+    scramble(model, 7);
+    CHECK(spm_checkpoint_load(model, path, partial, &err) != SPM_OK);
+    if (!strstr(err.text, a) || !strstr(err.text, b) || !strstr(err.text, c)) {
+        printf("    \"%s\" lacks \"%s\", \"%s\" or \"%s\"\n", err.text, a, b, c);
+        CHECK(0);
+    }
+    {
+        int i;
+        int64_t k;
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            const spm_parameter *p = spm_model_parameter(model, i);
+            for (k = 0; k < spm_tensor_count(&p->value); k++) {
+                if (p->value.data[k] != 7 + (float)i + (float)k / 4096.0f) { CHECK_MSG(0, p->name); return; }
+            }
+        }
+    }
+}
+
+static void refusals(void)
+{
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_model *small = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL), *wide = build(ctx, "resnet18:width=16,stem=cifar", 32, 2, 1, NULL);
+    spm_model *vit = build(ctx, "vit:patch=8,dim=16,depth=1,heads=2,mlp=2", 32, 2, 1, NULL), *many = build(ctx, "resnet18:width=8,stem=cifar", 32, 9, 1, NULL);
+    spm_checkpoint_info info;
+    uint8_t *data = NULL;
+    size_t size = 0, cut;
+    FILE *f;
+    CHECK(spm_checkpoint_save(small, file("small.safetensors"), NULL, &err) == SPM_OK);
+    CHECK(spm_checkpoint_save(small, file("small.pth"), NULL, &err) == SPM_OK);
+    CHECK(spm_checkpoint_save(vit, file("vit.safetensors"), NULL, &err) == SPM_OK);
+    check_refused(wide, file("small.safetensors"), 0, "conv1.weight: checkpoint has [8,3,3,3], model wants [16,3,3,3]", "of another shape", "small.safetensors");
+    check_refused(wide, file("small.pth"), 1, "conv1.weight: checkpoint has [8,3,3,3], model wants [16,3,3,3]", "of another shape", "");
+    check_refused(vit, file("small.safetensors"), 0, "18 missing (cls_token, pos_embed, patch_embed.proj.weight, ...)", "surplus (", "vit" + 3);
+    check_refused(small, file("vit.safetensors"), 1, "missing (conv1.weight", "surplus (", "cls_token");
+    check_refused(many, file("small.safetensors"), 0, "2 of another shape (fc.weight: checkpoint has [2,64], model wants [9,64]", "fc.bias", "");
+    check_refused(small, file("nothing.safetensors"), 0, "nothing.safetensors", "", "");
+    /* a new head */
+    scramble(many, 7);
+    CHECK(spm_checkpoint_load(many, file("small.safetensors"), 1, &err) == SPM_OK);
+    CHECK(strstr(last_log, "fc.weight has [2,64]") != NULL && strstr(last_log, "[9,64]") != NULL);
+    {
+        int head = spm_model_find_parameter(many, "fc.weight"), conv = spm_model_find_parameter(many, "conv1.weight");
+        CHECK(spm_model_parameter(many, head)->value.data[3] == 7 + (float)head + 3 / 4096.0f);
+        CHECK(memcmp(spm_model_parameter(many, conv)->value.data, spm_model_parameter(small, conv)->value.data, 8 * 27 * sizeof(float)) != 0);
+    }
+    /* cut-off files of both kinds */
+    CHECK(spm_file_read(ctx, file("small.safetensors"), &data, &size, NULL) == SPM_OK);
+    for (cut = 0; cut < size; cut += size / 7 + 1) {
+        CHECK(spm_file_write(ctx, file("cut.safetensors"), data, cut, NULL) == SPM_OK);
+        check_refused(small, file("cut.safetensors"), 0, "cut.safetensors", "", "");
+    }
+    spm_free(ctx, data);
+    CHECK(spm_file_read(ctx, file("small.pth"), &data, &size, NULL) == SPM_OK);
+    for (cut = 0; cut < size; cut += size / 7 + 1) {
+        CHECK(spm_file_write(ctx, file("cut.pth"), data, cut, NULL) == SPM_OK);
+        check_refused(small, file("cut.pth"), 0, "cut.pth", "", "");
+    }
+    spm_free(ctx, data);
+    /* nowhere to write: an error, and nothing is left */
+    memset(&err, 0, sizeof err);
+    CHECK(spm_checkpoint_save(small, file("no/such/folder/x.safetensors"), NULL, &err) == SPM_E_IO);
+    CHECK(strstr(err.text, "no/such/folder/x.safetensors") != NULL);
+    memset(&err, 0, sizeof err);
+    CHECK(spm_checkpoint_inspect(ctx, file("nothing.pth"), &info, &err) == SPM_E_IO && strstr(err.text, "nothing.pth") && info.epoch == -1);
+    /* the metadata of another program is not taken for ours */
+    {
+        spm_archive_writer *writer = spm_archive_create(ctx, file("other.safetensors"), SPM_ARCHIVE_SAFETENSORS, &err);
+        float one = 1;
+        int64_t shape = 1;
+        spm_archive_add_metadata(writer, "arch", "resnet18");
+        spm_archive_add(writer, "w", SPM_F32, 1, &shape);
+        spm_archive_put(writer, &one);
+        memset(&err, 0, sizeof err);
+        CHECK(spm_archive_commit(writer, &err) == SPM_OK);
+        CHECK(spm_checkpoint_inspect(ctx, file("other.safetensors"), &info, &err) == SPM_OK && !info.has_arch);
+        writer = spm_archive_create(ctx, file("other.safetensors"), SPM_ARCHIVE_SAFETENSORS, &err);
+        spm_archive_add_metadata(writer, "writer", "spurmem 9");
+        spm_archive_add_metadata(writer, "arch", "resnet19");
+        spm_archive_add_metadata(writer, "image_size", "32x32");
+        spm_archive_add_metadata(writer, "classes", "2");
+        spm_archive_add(writer, "w", SPM_F32, 1, &shape);
+        spm_archive_put(writer, &one);
+        CHECK(spm_archive_commit(writer, &err) == SPM_OK);
+        CHECK(spm_checkpoint_inspect(ctx, file("other.safetensors"), &info, &err) != SPM_OK && strstr(err.text, "resnet19") && !info.has_arch);
+    }
+    f = fopen(file("small.safetensors.part"), "rb");
+    CHECK(f == NULL);
+    if (f) fclose(f);
+    spm_model_destroy(small);
+    spm_model_destroy(wide);
+    spm_model_destroy(vit);
+    spm_model_destroy(many);
+    spm_context_destroy(ctx);
+}
+
+/* ---- position embeddings for another picture size: tests/golden/ckpt_pos_embed.py ---- */
+
+typedef struct golden_grid {
+    int side, rows, columns;
+    float values[72];
+} golden_grid;
+static const golden_grid grids[] = {
+#include "golden/ckpt_pos_embed.inc"
+};
+
+static void position_embeddings(void)
+{
+    spm_context *ctx = make_context();
+    size_t g;
+    for (g = 0; g < sizeof grids / sizeof grids[0]; g++) {
+        spm_error err = SPM_ZERO;
+        spm_arch arch = SPM_ZERO;
+        spm_model *from = build(ctx, "vit:patch=4,dim=2,depth=1,heads=1,mlp=2", 4 * grids[g].side, 2, 1, NULL), *to;
+        spm_parameter *p = from ? spm_model_parameter(from, spm_model_find_parameter(from, "pos_embed")) : NULL;
+        int i, n = grids[g].side * grids[g].side * 2, m = grids[g].rows * grids[g].columns * 2;
+        arch.height = 4 * grids[g].rows;
+        arch.width_px = 4 * grids[g].columns;
+        arch.classes = 2;
+        CHECK(spm_arch_parse(ctx, "vit:patch=4,dim=2,depth=1,heads=1,mlp=2", &arch, &err) == SPM_OK);
+        to = spm_model_build(ctx, &arch, 2, &err);
+        CHECK(p && to);
+        if (!p || !to) return;
+        p->value.data[0] = 5;
+        p->value.data[1] = 6;
+        for (i = 0; i < n; i++) p->value.data[2 + i] = (float)sin((double)((float)i * 1.7f));
+        CHECK(spm_checkpoint_save(from, file("grid.safetensors"), NULL, &err) == SPM_OK);
+        CHECK(spm_checkpoint_load(to, file("grid.safetensors"), 0, &err) == SPM_OK);
+        CHECK_STR(err.text, "");
+        CHECK(strstr(last_log, "pos_embed: resized from") != NULL);
+        p = spm_model_parameter(to, spm_model_find_parameter(to, "pos_embed"));
+        CHECK(p->value.data[0] == 5 && p->value.data[1] == 6);
+        for (i = 0; i < m; i++) CHECK_NEAR(p->value.data[2 + i], grids[g].values[i], 3e-6);
+        spm_model_destroy(from);
+        spm_model_destroy(to);
+    }
+    spm_context_destroy(ctx);
+}
+
+/* ---- every allocation made to fail in turn ---- */
+
+static long alloc_left, alloc_live;
+static void *failing_alloc(void *user, size_t bytes)
+{
+    void *memory;
+    (void)user;
+    if (alloc_left-- <= 0) return NULL;
+    memory = malloc(bytes);
+    if (memory) alloc_live++;
+    return memory;
+}
+static void failing_free(void *user, void *memory)
+{
+    (void)user;
+    if (memory) alloc_live--;
+    free(memory);
+}
+
+static void memory_failures(void)
+{
+    spm_context_desc how = SPM_ZERO;
+    spm_context *ctx;
+    spm_model *model;
+    spm_arch arch = SPM_ZERO;
+    int what;
+    how.alloc = failing_alloc;
+    how.free = failing_free;
+    how.threads = 1;
+    alloc_left = 1000000;
+    ctx = spm_context_create(&how);
+    model = build(ctx, "vit:patch=8,dim=4,depth=1,heads=2,mlp=2", 16, 2, 1, &arch);
+    for (what = 0; model && what < 6; what++) {
+        long n, live = alloc_live;
+        int done = 0;
+        for (n = 0; n < 3000 && !done; n++) {
+            spm_error err = SPM_ZERO;
+            spm_checkpoint_info info = SPM_ZERO;
+            const char *path = file(what % 2 ? "oom.pth" : "oom.safetensors");
+            info.arch = arch;
+            alloc_left = n;
+            if (what < 2) done = spm_checkpoint_save(model, path, &info, &err) == SPM_OK;
+            else if (what < 4) done = spm_checkpoint_load(model, path, 0, &err) == SPM_OK;
+            else done = spm_checkpoint_inspect(ctx, path, &info, &err) == SPM_OK;
+            if (!done) CHECK_MSG(err.status == SPM_E_MEMORY, err.text[0] ? err.text : "failed without an error");
+            CHECK_INT(alloc_live, live);
+        }
+        CHECK(done && n > 3);
+    }
+    alloc_left = 1000000;
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+    CHECK_INT(alloc_live, 0);
+}
+
+/* ---- PyTorch's own file: a legacy checkpoint under state_dict.module., checked by its logits ---- */
+
+static void resnet20(void)
+{
+    const char *data = getenv("SPURMEM_TEST_DATA");
+    spm_context *ctx;
+    spm_error err = SPM_ZERO;
+    spm_model *model;
+    spm_run *run;
+    spm_run_desc how = SPM_ZERO;
+    spm_json_value *json;
+    const spm_json_value *outputs;
+    spm_transform t = spm_transform_make(32, 32);
+    uint8_t *text = NULL;
+    size_t size = 0;
+    char path[700];
+    static float pixels[32 * 32 * 32 * 3];
+    int64_t i, n, at, right = 0, c;
+    double worst = 0;
+    if (!data) SKIP("SPURMEM_TEST_DATA is not set");
+    ctx = make_context();
+    snprintf(path, sizeof path, "%s/checkpoints/resnet20_expected.json", data);
+    if (spm_file_read(ctx, path, &text, &size, NULL)) {
+        spm_context_destroy(ctx);
+        SKIP("no checkpoints in SPURMEM_TEST_DATA");
+    }
+    json = spm_json_parse(ctx, path, (const char *)text, size, &err);
+    outputs = spm_json_get(json, "outputs");
+    spm_free(ctx, text);
+    model = build(ctx, "resnet20", 32, 10, 1, NULL);
+    snprintf(path, sizeof path, "%s/checkpoints/resnet20-12fca82f.th", data);
+    CHECK(spm_checkpoint_load(model, path, 0, &err) == SPM_OK);
+    CHECK_STR(err.text, "");
+    how.max_batch = 32;
+    run = spm_run_create(model, &how, &err);
+    CHECK(run != NULL);
+    n = spm_json_length(outputs);
+    CHECK_INT(n, 256);
+    for (at = 0; run && at < n; at += 32) {
+        const float *logits;
+        for (i = 0; i < 32; i++) {
+            spm_image image = SPM_ZERO;
+            snprintf(path, sizeof path, "%s/checkpoints/%s", data, spm_json_as_string(spm_json_get(spm_json_at(outputs, at + i), "file"), ""));
+            CHECK(spm_image_load(ctx, path, NULL, &image, &err) == SPM_OK);
+            CHECK(image.width == 32 && image.height == 32);
+            if (image.pixels) spm_transform_normalize(&t, &image, pixels + i * 32 * 32 * 3);
+            spm_image_free(ctx, &image);
+        }
+        CHECK(spm_run_input(run, spm_program_find(spm_model_program(model), "image"), pixels) == SPM_OK);
+        CHECK(spm_run_forward(run, 32, 0) == SPM_OK);
+        logits = spm_run_data(run, spm_program_find(spm_model_program(model), "logits"));
+        for (i = 0; logits && i < 32; i++) {
+            const spm_json_value *expected = spm_json_at(outputs, at + i);
+            int64_t best = 0;
+            for (c = 0; c < 10; c++) {
+                double off = fabs((double)logits[i * 10 + c] - spm_json_as_number(spm_json_at(spm_json_get(expected, "logits"), c), 1e9));
+                if (off > worst) worst = off;
+                if (logits[i * 10 + c] > logits[i * 10 + best]) best = c;
+            }
+            right += best == spm_json_as_int(spm_json_get(expected, "label"), -1);
+        }
+    }
+    CHECK_INT(right, 256);
+    CHECK_NEAR(worst, 0, 1e-3);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_json_free(ctx, json);
+    spm_context_destroy(ctx);
+}
+
+int main(void)
+{
+    const char *build_folder = getenv("SPURMEM_BUILD");
+    spm_context *ctx = make_context();
+    snprintf(root, sizeof root, "%s/test_ckpt", build_folder && *build_folder ? build_folder : "/tmp/spurmem");
+    if (spm_directory_create(ctx, root, NULL)) printf("    %s cannot be made\n", root);
+    spm_context_destroy(ctx);
+    TEST(round_trips);
+    TEST(layout);
+    TEST(foreign_names);
+    TEST(refusals);
+    TEST(position_embeddings);
+    TEST(memory_failures);
+    TEST(resnet20);
+    return TEST_END;
+}

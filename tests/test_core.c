@@ -1,0 +1,265 @@
+/* Context, allocator, errors, files, threads, random numbers: sections 01 to 04. */
+#include "test.h"
+#include "../spurmem.h"
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* An allocator that counts, and fails from a chosen call on. */
+typedef struct counting {
+    long calls, live, fail_at;
+} counting;
+
+static void *counting_alloc(void *user, size_t bytes)
+{
+    counting *c = (counting *)user;
+    if (++c->calls == c->fail_at) return NULL;
+    c->live++;
+    return malloc(bytes);
+}
+
+static void counting_free(void *user, void *memory)
+{
+    if (memory) ((counting *)user)->live--;
+    free(memory);
+}
+
+static void test_context(void)
+{
+    spm_context *ctx = spm_context_create(NULL);
+    CHECK(ctx != NULL);
+    CHECK(spm_context_threads(ctx) >= 1);
+    CHECK_INT(spm_context_status(ctx), SPM_OK);
+    CHECK_STR(spm_context_error(ctx), "");
+    CHECK_STR(spm_status_text(SPM_E_SHAPE), "shapes do not fit");
+    spm_context_destroy(ctx);
+    spm_context_destroy(NULL);
+}
+
+static void test_allocator(void)
+{
+    counting c = { 0, 0, 0 };
+    spm_context_desc desc = SPM_ZERO;
+    long calls, i;
+    spm_context *ctx;
+    desc.alloc = counting_alloc;
+    desc.free = counting_free;
+    desc.alloc_user = &c;
+    desc.threads = 3;
+    ctx = spm_context_create(&desc);
+    CHECK(ctx != NULL);
+    spm_context_destroy(ctx);
+    CHECK_INT(c.live, 0);
+    calls = c.calls;
+    for (i = 1; i <= calls; i++) { /* every allocation fails once */
+        c.calls = 0;
+        c.fail_at = i;
+        ctx = spm_context_create(&desc);
+        CHECK(ctx == NULL);
+        CHECK_INT(c.live, 0);
+    }
+}
+
+static void test_first_error_stays(void)
+{
+    spm_context *ctx = spm_context_create(NULL);
+    uint8_t *data;
+    size_t size;
+    spm_error err = SPM_ZERO;
+    char kept[600];
+    CHECK_INT(spm_file_read(ctx, "no/such/file.one", &data, &size, NULL), SPM_E_IO);
+    snprintf(kept, sizeof kept, "%s", spm_context_error(ctx));
+    CHECK(strstr(kept, "no/such/file.one") != NULL);
+    CHECK_INT(spm_file_read(ctx, "no/such/file.two", &data, &size, NULL), SPM_E_IO);
+    CHECK_STR(spm_context_error(ctx), kept);
+    CHECK_INT(spm_file_read(ctx, "no/such/file.three", &data, &size, &err), SPM_E_IO);
+    CHECK(strstr(err.text, "file.three") != NULL);
+    CHECK_STR(spm_context_error(ctx), kept);
+    spm_context_clear_error(ctx);
+    CHECK_INT(spm_context_status(ctx), SPM_OK);
+    spm_context_destroy(ctx);
+}
+
+static void test_files(void)
+{
+    spm_context *ctx = spm_context_create(NULL);
+    const char *build = getenv("SPURMEM_BUILD");
+    char folder[512], path[600], part[620];
+    uint8_t *data;
+    size_t size;
+    spm_error err = SPM_ZERO;
+    FILE *file;
+    snprintf(folder, sizeof folder, "%s/core_files/a/b", build ? build : "/tmp");
+    CHECK_INT(spm_directory_create(ctx, folder, &err), SPM_OK);
+    CHECK_INT(spm_directory_create(ctx, folder, &err), SPM_OK);
+    snprintf(path, sizeof path, "%s/file", folder);
+    snprintf(part, sizeof part, "%s.part", path);
+    CHECK_INT(spm_file_write(ctx, path, "hello", 5, &err), SPM_OK);
+    CHECK_INT(spm_file_read(ctx, path, &data, &size, &err), SPM_OK);
+    CHECK_INT(size, 5);
+    CHECK(data && memcmp(data, "hello", 6) == 0);
+    spm_free(ctx, data);
+    CHECK_INT(spm_file_write(ctx, path, "", 0, &err), SPM_OK);
+    CHECK_INT(spm_file_read(ctx, path, &data, &size, &err), SPM_OK);
+    CHECK_INT(size, 0);
+    spm_free(ctx, data);
+    file = fopen(part, "rb");
+    CHECK(file == NULL); /* no temporary file stays */
+    if (file) fclose(file);
+    CHECK(spm_file_write(ctx, folder, "x", 1, &err) != SPM_OK); /* the name of a folder */
+    CHECK(err.text[0] != 0);
+    if (access("/dev/full", F_OK) == 0) { /* a full disk */
+        char link[640];
+        memset(&err, 0, sizeof err);
+        snprintf(link, sizeof link, "%s/full", folder);
+        snprintf(part, sizeof part, "%s.part", link);
+        remove(part);
+        remove(link);
+        if (symlink("/dev/full", part) == 0) {
+            CHECK_INT(spm_file_write(ctx, link, "hello", 5, &err), SPM_E_IO);
+            CHECK(strstr(err.text, link) != NULL);
+            CHECK(access(link, F_OK) != 0);
+        }
+    }
+    spm_context_destroy(ctx);
+}
+
+typedef struct tally {
+    int64_t hits[1000];
+    int64_t by_slot[8];  /* [slot]: simultaneous calls have different slots, so no two write the same cell */
+    spm_context *ctx;
+} tally;
+
+static void count_task(void *arg, int64_t task, int slot)
+{
+    tally *t = (tally *)arg;
+    t->hits[task]++;
+    t->by_slot[slot]++;
+}
+
+static void nested_task(void *arg, int64_t task, int slot)
+{
+    tally *t = (tally *)arg;
+    (void)slot;
+    if (task % 100 == 0) {
+        tally inner;
+        int64_t i;
+        memset(&inner, 0, sizeof inner);
+        spm_parallel(t->ctx, 10, count_task, &inner);
+        for (i = 0; i < 10; i++) t->hits[task] += inner.hits[i];
+    } else t->hits[task]++;
+}
+
+static void test_parallel(void)
+{
+    int threads;
+    for (threads = 1; threads <= 5; threads++) {
+        spm_context_desc desc = SPM_ZERO;
+        tally t;
+        int round, i, wrong = 0;
+        int64_t total = 0;
+        spm_context *ctx;
+        desc.threads = threads;
+        ctx = spm_context_create(&desc);
+        memset(&t, 0, sizeof t);
+        t.ctx = ctx;
+        for (round = 0; round < 200; round++) spm_parallel(ctx, 1000, count_task, &t);
+        for (i = 0; i < 1000; i++) wrong += t.hits[i] != 200;
+        CHECK_INT(wrong, 0);
+        for (i = 0; i < 8; i++) total += t.by_slot[i];
+        CHECK_INT(total, 200 * 1000);
+        for (i = threads; i < 8; i++) CHECK_INT(t.by_slot[i], 0);
+        memset(t.hits, 0, sizeof t.hits);
+        spm_parallel(ctx, 1000, nested_task, &t);
+        for (i = 0; i < 1000; i++) wrong += t.hits[i] != (i % 100 == 0 ? 10 : 1);
+        CHECK_INT(wrong, 0);
+        spm_parallel(ctx, 0, count_task, &t);
+        spm_context_destroy(ctx);
+    }
+}
+
+static void sequential_executor(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
+{
+    int64_t task;
+    ++*(int *)user;
+    for (task = tasks - 1; task >= 0; task--) fn(arg, task, 1);
+}
+
+static void test_executor(void)
+{
+    spm_context_desc desc = SPM_ZERO;
+    tally t;
+    int calls = 0, i, wrong = 0;
+    spm_context *ctx;
+    desc.execute = sequential_executor;
+    desc.execute_user = &calls;
+    desc.threads = 2;
+    ctx = spm_context_create(&desc);
+    memset(&t, 0, sizeof t);
+    spm_parallel(ctx, 1000, count_task, &t);
+    for (i = 0; i < 1000; i++) wrong += t.hits[i] != 1;
+    CHECK_INT(wrong, 0);
+    CHECK_INT(calls, 1);
+    spm_context_destroy(ctx);
+}
+
+/* Known answers of Philox4x32-10 (Random123's kat_vectors): counter and key all zero, and all ones. */
+static void test_philox(void)
+{
+    CHECK_INT(spm_random_u32(0, 0, 0), 0x6627e8d5u);
+    CHECK_INT(spm_random_u32(UINT64_MAX, UINT64_MAX, UINT64_MAX), 0x408f276du);
+}
+
+static void test_random(void)
+{
+    double sum = 0.0, squares = 0.0, mean = 0.0;
+    int64_t order[1000], i, n = 100000;
+    int seen[1000], counts[7] = { 0, 0, 0, 0, 0, 0, 0 };
+    for (i = 0; i < n; i++) {
+        double u = (double)spm_random_uniform(1, 2, (uint64_t)i), z = (double)spm_random_normal(3, 4, (uint64_t)i);
+        CHECK(u >= 0.0 && u < 1.0);
+        mean += u / (double)n;
+        sum += z / (double)n;
+        squares += z * z / (double)n;
+        counts[spm_random_below(5, 6, (uint64_t)i, 7)]++;
+    }
+    CHECK_NEAR(mean, 0.5, 0.005);
+    CHECK_NEAR(sum, 0.0, 0.015);
+    CHECK_NEAR(squares, 1.0, 0.02);
+    for (i = 0; i < 7; i++) CHECK_NEAR(counts[i], (double)n / 7.0, 500);
+    memset(seen, 0, sizeof seen);
+    spm_random_permutation(9, 9, 1000, order);
+    for (i = 0; i < 1000; i++) seen[order[i]]++;
+    for (i = 0; i < 1000; i++) CHECK_INT(seen[i], 1);
+    CHECK(spm_random_key(1, 2, 3) != spm_random_key(1, 3, 2));
+}
+
+static void test_isa(void)
+{
+    spm_isa isa;
+    int i;
+    CHECK(spm_isa_parse("avx2", &isa) && isa == SPM_ISA_AVX2);
+    CHECK(!spm_isa_parse("sse9", &isa));
+    for (i = SPM_ISA_C; i <= SPM_ISA_AVX512; i++) {
+        spm_context_desc desc = SPM_ZERO;
+        spm_context *ctx;
+        desc.isa = (spm_isa)i;
+        ctx = spm_context_create(&desc);
+        if (i == SPM_ISA_C) CHECK(ctx != NULL);
+        if (ctx) CHECK_INT(spm_context_isa(ctx), i);
+        spm_context_destroy(ctx);
+    }
+}
+
+int main(void)
+{
+    TEST(test_context);
+    TEST(test_allocator);
+    TEST(test_first_error_stays);
+    TEST(test_files);
+    TEST(test_parallel);
+    TEST(test_executor);
+    TEST(test_philox);
+    TEST(test_random);
+    TEST(test_isa);
+    return TEST_END;
+}

@@ -1,0 +1,291 @@
+/* The matrix kernels of every instruction set of this machine against their plain-C twins, at odd sizes, and products of
+ * matrices with any strides against a naive sum. What lies behind the written part must stay untouched. */
+#define SPURMEM_STATIC
+#define SPURMEM_IMPLEMENTATION
+#include "../spurmem.h"
+#include "test.h"
+
+static unsigned state = 7;
+
+static float draw(void)
+{
+    state = state * 1664525u + 1013904223u;
+    return (float)(state >> 8) / 8388608.0f - 1.0f;
+}
+
+static float *random_floats(int64_t count)
+{
+    float *p = (float *)malloc((size_t)(count + 1) * sizeof *p);
+    int64_t i;
+    for (i = 0; i < count; i++) p[i] = draw();
+    return p;
+}
+
+/* Calls check(plain, ctx) for every instruction set of this machine. */
+static void each_isa(void (*check)(spm_context *plain, spm_context *ctx))
+{
+    static const spm_isa isas[] = { SPM_ISA_C, SPM_ISA_NEON, SPM_ISA_AVX2, SPM_ISA_AVX512 };
+    spm_context_desc desc = SPM_ZERO;
+    spm_context *plain, *ctx;
+    int i;
+    desc.threads = 1;
+    desc.isa = SPM_ISA_C;
+    plain = spm_context_create(&desc);
+    for (i = 0; i < (int)(sizeof isas / sizeof *isas); i++) {
+        desc.isa = isas[i];
+        ctx = spm_context_create(&desc);
+        if (!ctx) continue; /* not on this machine */
+        check(plain, ctx);
+        spm_context_destroy(ctx);
+    }
+    spm_context_destroy(plain);
+}
+
+static void same(const char *what, const spm_context *ctx, const float *a, const float *b, int64_t count, double allowed)
+{
+    int64_t i;
+    for (i = 0; i < count; i++) {
+        if (!(fabs((double)a[i] - (double)b[i]) <= allowed)) {
+            char text[160];
+            snprintf(text, sizeof text, "%s %s: element %ld of %ld is %g, plain C says %g", spm_isa_name(spm_context_isa(ctx)), what,
+                     (long)i, (long)count, (double)a[i], (double)b[i]);
+            test_report(__FILE__, __LINE__, text);
+            return;
+        }
+    }
+}
+
+/* ---- rows ---- */
+
+typedef struct rows_case {
+    int64_t rows, taps, k, columns;
+    int accumulate, bias;
+    float alpha;
+} rows_case;
+
+static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64_t a_count, const float *b, const float *bias, float *c)
+{
+    const int64_t depth = t->taps * t->k;
+    float *packed = (float *)malloc(sizeof(float) * (size_t)(depth * spmi_round_up(t->columns, 64) + 1));
+    int64_t *a_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->rows + SPMI_ROWS_PAD)), i, j;
+    int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows), *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
+    spmi_rows g;
+    spmi_pack_panels(ctx, depth, t->columns, b, t->columns, 1, packed);
+    for (i = 0; i < t->taps; i++) tap_at[i] = (i * 37) % 101;
+    for (i = 0; i < t->rows + SPMI_ROWS_PAD; i++) a_at[i] = i < t->rows ? (i * 53) % (a_count - 101 - t->k) : 0;
+    for (i = 0; i < t->rows; i++) c_at[i] = (t->rows - 1 - i) * (t->columns + 3);
+    g.a = a;
+    g.a_at = a_at;
+    g.tap_at = tap_at;
+    g.taps = t->taps;
+    g.k = t->k;
+    g.c_at = c_at;
+    g.rows = t->rows;
+    g.accumulate = t->accumulate;
+    g.alpha = t->alpha;
+    for (j = 0; j < t->columns; j += g.width) {
+        g.width = spmi_panel_width(ctx, t->columns - j);
+        g.columns = (int)SPMI_MIN(t->columns - j, g.width);
+        g.b = packed + j * depth;
+        g.c = c + j;
+        g.bias = t->bias ? bias + j : NULL;
+        SPMI_KERNEL(ctx, rows, (&g));
+    }
+    free(packed);
+    free(a_at);
+    free(c_at);
+    free(tap_at);
+}
+
+static void check_rows(spm_context *plain, spm_context *ctx)
+{
+    static const int64_t sizes[] = { 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 18, 25, 37 };
+    static const int64_t columns[] = { 1, 3, 4, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 130 };
+    rows_case t;
+    int i, n = 0;
+    for (i = 0; i < (int)(sizeof columns / sizeof *columns); i++) {
+        int j;
+        for (j = 0; j < (int)(sizeof sizes / sizeof *sizes); j++, n++) {
+            int64_t count, a_count = 1000;
+            float *a, *b, *bias, *c, *d;
+            t.rows = sizes[j];
+            t.columns = columns[i];
+            t.taps = n % 5;
+            t.k = 1 + n * 7 % 40;
+            t.accumulate = n % 3 == 0;
+            t.bias = n % 2;
+            t.alpha = n % 4 ? 1.0f : 0.125f;
+            count = t.rows * (t.columns + 3);
+            a = random_floats(a_count);
+            b = random_floats(t.taps * t.k * t.columns);
+            bias = random_floats(t.columns);
+            c = random_floats(count);
+            d = (float *)malloc(sizeof(float) * (size_t)count);
+            memcpy(d, c, sizeof(float) * (size_t)count);
+            run_rows(plain, &t, a, a_count, b, bias, c);
+            run_rows(ctx, &t, a, a_count, b, bias, d);
+            same("rows", ctx, d, c, count, 2e-5);
+            free(a);
+            free(b);
+            free(bias);
+            free(c);
+            free(d);
+        }
+    }
+}
+
+/* ---- deal and outer ---- */
+
+static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t k, int64_t columns, int accumulate, const float *dy, const float *x, float *c)
+{
+    const int64_t pixels = blocks * k, r = spmi_outer_rows(ctx), panel = pixels * r + 16;
+    float *a = (float *)malloc(sizeof(float) * (size_t)(spmi_round_up(outputs, r) / r * panel));
+    int64_t *b_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)blocks), t, j;
+    spmi_outer g;
+    SPMI_KERNEL(ctx, deal, (pixels, outputs, dy, outputs + 1, a, panel));
+    for (t = 0; t < blocks; t++) b_at[t] = t * 17 % 29;
+    for (j = 0; j < columns; j += g.columns) {
+        g.a = a;
+        g.a_panel = panel;
+        g.rows = outputs;
+        g.blocks = blocks;
+        g.k = k;
+        g.b = x + j;
+        g.b_at = b_at;
+        g.b_row = columns + 2;
+        g.c = c + j;
+        g.c_row = columns + 5;
+        g.columns = spmi_outer_columns(ctx, columns - j);
+        g.accumulate = accumulate;
+        SPMI_KERNEL(ctx, outer, (&g));
+    }
+    free(a);
+    free(b_at);
+}
+
+static void check_outer(spm_context *plain, spm_context *ctx)
+{
+    static const int64_t outputs[] = { 1, 3, 4, 7, 8, 9, 16, 21 }, columns[] = { 1, 2, 5, 8, 15, 16, 21, 24, 33, 48, 50, 64, 97 };
+    int i, j, n = 0;
+    for (i = 0; i < (int)(sizeof outputs / sizeof *outputs); i++) {
+        for (j = 0; j < (int)(sizeof columns / sizeof *columns); j++, n++) {
+            const int64_t blocks = 1 + n % 4, k = 1 + n % 11, count = outputs[i] * (columns[j] + 5);
+            float *dy = random_floats(blocks * k * (outputs[i] + 1)), *x = random_floats(k * (columns[j] + 2) + 30 + columns[j]);
+            float *c = random_floats(count), *d = (float *)malloc(sizeof(float) * (size_t)count);
+            memcpy(d, c, sizeof(float) * (size_t)count);
+            run_outer(plain, outputs[i], blocks, k, columns[j], n % 2, dy, x, c);
+            run_outer(ctx, outputs[i], blocks, k, columns[j], n % 2, dy, x, d);
+            same("outer", ctx, d, c, count, 2e-5);
+            free(dy);
+            free(x);
+            free(c);
+            free(d);
+        }
+    }
+}
+
+/* ---- kernels that move and add ---- */
+
+static void check_moves(spm_context *plain, spm_context *ctx)
+{
+    int64_t rows, columns;
+    for (rows = 1; rows < 40; rows += 3) {
+        for (columns = 1; columns < 70; columns += rows < 10 ? 1 : 7) {
+            const int64_t count = (rows + 2) * (columns + 5) * 2, at[2] = { 1, 0 };
+            float *from = random_floats(count), *a = random_floats(count), *b = (float *)malloc(sizeof(float) * (size_t)count);
+            memcpy(b, a, sizeof(float) * (size_t)count);
+            SPMI_KERNEL(plain, transpose, (rows, columns, from, columns + 2, a, rows + 3));
+            SPMI_KERNEL(ctx, transpose, (rows, columns, from, columns + 2, b, rows + 3));
+            same("transpose", ctx, b, a, count, 0.0);
+            CHECK(a[(columns - 1) * (rows + 3) + rows - 1] == from[(rows - 1) * (columns + 2) + columns - 1]);
+            SPMI_KERNEL(plain, collect, (2, rows, from, at, columns + 1, columns, a, columns + 2));
+            SPMI_KERNEL(ctx, collect, (2, rows, from, at, columns + 1, columns, b, columns + 2));
+            same("collect", ctx, b, a, count, 0.0);
+            SPMI_KERNEL(plain, column_sums, (rows, columns, from, columns + 1, a));
+            SPMI_KERNEL(ctx, column_sums, (rows, columns, from, columns + 1, b));
+            same("column_sums", ctx, b, a, count, 2e-5);
+            free(from);
+            free(a);
+            free(b);
+        }
+    }
+}
+
+/* ---- products of matrices ---- */
+
+static void check_gemm(spm_context *plain, spm_context *ctx)
+{
+    static const int64_t sizes[] = { 1, 2, 3, 5, 8, 13, 31, 64, 65, 97, 130, 257, 300, 530 };
+    int n;
+    (void)plain;
+    for (n = 0; n < 150; n++) {
+        int64_t m, nn, k, i, j, l;
+        float *a, *b, *c, *d, *bias, *scratch;
+        size_t bytes;
+        double allowed;
+        spmi_gemm g;
+        state = state * 1664525u + 1013904223u;
+        m = sizes[(state >> 8) % 14];
+        nn = sizes[(state >> 13) % 14];
+        k = n % 29 == 0 ? 0 : sizes[(state >> 20) % 14];
+        if (m * nn * k > 1000000) continue;
+        a = random_floats(2 * m * k + 1);
+        b = random_floats(2 * k * nn + 1);
+        c = random_floats(m * (nn + 3));
+        d = (float *)malloc(sizeof(float) * (size_t)(m * (nn + 3)));
+        memcpy(d, c, sizeof(float) * (size_t)(m * (nn + 3)));
+        bias = random_floats(nn);
+        g.m = m;
+        g.n = nn;
+        g.k = k;
+        g.a = a;
+        g.b = b;
+        g.c = c;
+        g.a_row = n % 3 == 0 ? 1 : n % 3 == 1 ? k : 2 * k;
+        g.a_col = n % 3 == 0 ? m : n % 3 == 1 ? 1 : 2;
+        g.b_row = n / 3 % 3 == 0 ? 1 : n / 3 % 3 == 1 ? nn : 2 * nn;
+        g.b_col = n / 3 % 3 == 0 ? k : n / 3 % 3 == 1 ? 1 : 2;
+        g.c_row = nn + 3;
+        g.alpha = n % 2 ? 1.0f : -0.5f;
+        g.accumulate = n % 5 == 0;
+        g.bias = n % 4 == 0 ? bias : NULL;
+        bytes = n % 2 ? spmi_gemm_scratch(ctx, m, nn, k) : spmi_gemm_parallel_scratch(ctx, m, nn, k);
+        scratch = (float *)malloc(bytes ? bytes : 1);
+        if (n % 2) spmi_gemm_serial(ctx, &g, scratch);
+        else spmi_gemm_parallel(ctx, &g, scratch);
+        allowed = 2e-6 + 3e-6 * sqrt((double)k + 1.0);
+        for (i = 0; i < m; i++) {
+            for (j = 0; j < nn + 3; j++) {
+                double sum = 0.0, was = (double)d[i * (nn + 3) + j];
+                for (l = 0; j < nn && l < k; l++) sum += (double)a[i * g.a_row + l * g.a_col] * (double)b[l * g.b_row + j * g.b_col];
+                if (j < nn) sum = sum * (double)g.alpha + (g.bias ? (double)bias[j] : 0.0) + (g.accumulate ? was : 0.0);
+                else sum = was;
+                if (!(fabs(sum - (double)c[i * (nn + 3) + j]) <= (j < nn ? allowed : 0.0))) {
+                    test_near(__FILE__, __LINE__, "gemm", (double)c[i * (nn + 3) + j], sum, allowed);
+                    i = m;
+                    break;
+                }
+            }
+        }
+        free(a);
+        free(b);
+        free(c);
+        free(d);
+        free(bias);
+        free(scratch);
+    }
+}
+
+static void test_rows(void) { each_isa(check_rows); }
+static void test_outer(void) { each_isa(check_outer); }
+static void test_moves(void) { each_isa(check_moves); }
+static void test_gemm(void) { each_isa(check_gemm); }
+
+int main(void)
+{
+    TEST(test_rows);
+    TEST(test_outer);
+    TEST(test_moves);
+    TEST(test_gemm);
+    return TEST_END;
+}
