@@ -25,7 +25,7 @@ all: $(TOOLS)
 # The implementation is compiled once; every program below is small beside it.  One program alone needs no object:
 # cc -O2 -DSPURMEM_THREADS examples/spurmem.c -lm -lpthread
 $(BUILD)/spurmem.o: tests/spurmem.c spurmem.h
-	@mkdir -p $(BUILD)/tests
+	@mkdir -p $(BUILD)
 	$(CC) $(FLAGS) -c -o $@ $<
 
 $(BUILD)/%: examples/%.c $(wildcard examples/*.h) $(BUILD)/spurmem.o
@@ -36,6 +36,7 @@ $(BUILD)/%: data_tools/%.c $(BUILD)/spurmem.o
 
 # Tests that look inside include the implementation themselves.
 $(BUILD)/tests/%: tests/%.c $(wildcard tests/*.h) $(BUILD)/spurmem.o
+	@mkdir -p $(BUILD)/tests
 	$(CC) $(FLAGS) -Itests -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
 
 demo: $(BUILD)/synth_birds $(BUILD)/repair

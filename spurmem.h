@@ -366,7 +366,8 @@ typedef struct spm_op_call {
     spm_op_attr attr;
     spm_tensor in[SPM_OP_MAX_IN];    /* an optional input that is not there has rank 0 and data NULL */
     spm_tensor out[SPM_OP_MAX_OUT];  /* shapes are set by spm_op_infer, data by the caller.  out[1..] may be left out
-                                        (data NULL) if no backward pass follows, but for ntxent and batch_norm in training */
+                                        (data NULL) if no backward pass follows; not so for ntxent, and for batch_norm
+                                        in training */
     spm_tensor d_out;                /* backward: gradient of out[0] */
     spm_tensor d_in[SPM_OP_MAX_IN];  /* backward: data NULL means not wanted */
     int d_in_add[SPM_OP_MAX_IN];     /* 1: add to what is there; 0: overwrite */
@@ -513,6 +514,8 @@ SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backw
 
 /* ---- models ---- */
 
+#define SPM_NO_SEED (~(uint64_t)0) /* no initial values: everything is 0 (a checkpoint follows, which saves the time) */
+
 /* Takes the program over (also on failure) and initialises the parameters from `seed`.  NULL with the recording's error
  * if it had one, or if memory runs out. */
 SPMDEF spm_model *spm_model_create(spm_program *program, uint64_t seed, spm_error *err);
@@ -644,7 +647,7 @@ SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *a
 SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size);
 SPMDEF const char *spm_arch_name_at(int index); /* the known names, in order; NULL behind the last */
 
-/* Builds the network, initialised from seed.  Input "image" [N,H,W,3], normalised; outputs "features" [N,D] (penultimate: after
+/* Builds the network, initialised from seed (or SPM_NO_SEED).  Input "image" [N,H,W,3], normalised; outputs "features" [N,D] (penultimate: after
  * the global pool, or the class token after the last norm), "logits" [N,classes], "outputs" (= logits, or their softmax
  * for softmax_head).  Marks (readable after spm_run_keep; any can be the start of spm_run_forward_from): "block1",
  * "block2", ... the input of residual or transformer block i; "last" [N,H',W',D] or [N,T,D], what the pool or
@@ -982,32 +985,43 @@ SPMDEF spm_status spm_npy_parse(spm_context *ctx, const char *name, const void *
 SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const float *values, int rank,
                                    const int64_t *shape, spm_error *err);
 
+
 /* ================================================================================================================
- * >>API-DATA  14  data sets, groups, loaders
+ * >>API-DATA  14  data sets, groups, transforms, loaders
  * ============================================================================================================= */
 
 typedef enum spm_split { SPM_TRAIN, SPM_VAL, SPM_TEST, SPM_SPLITS } spm_split;
-SPMDEF const char *spm_split_name(spm_split split);                 /* "train", "val", "test" */
-SPMDEF int spm_split_parse(const char *name, spm_split *split);     /* also "0", "1", "2"; 1 if it is one */
+SPMDEF const char *spm_split_name(spm_split split); /* "train", "val", "test" */
+/* "train", "val" (valid, validation, dev), "test", or "0", "1", "2"; case does not matter.  1 if it is one of them. */
+SPMDEF int spm_split_parse(const char *name, spm_split *split);
 
 typedef enum spm_data_format {
-    SPM_DATA_AUTO, SPM_DATA_WATERBIRDS, SPM_DATA_CELEBA, SPM_DATA_METADATA, SPM_DATA_FOLDER, SPM_DATA_IDX, SPM_DATA_CIFAR, SPM_DATA_PACKED
+    SPM_DATA_AUTO,       /* found by looking */
+    SPM_DATA_WATERBIRDS, /* metadata.csv with the columns img_filename, y, split, place */
+    SPM_DATA_CELEBA,     /* list_attr_celeba.txt|csv, list_eval_partition.txt|csv, img_align_celeba/ */
+    SPM_DATA_METADATA,   /* any metadata.csv: img_filename|filename|path, y|label, place|a|confounder|group, split */
+    SPM_DATA_FOLDER,     /* [train|val|test/]class/[confounder/]picture */
+    SPM_DATA_IDX,        /* MNIST's files, also .gz */
+    SPM_DATA_CIFAR,      /* CIFAR-10 and CIFAR-100, binary version */
+    SPM_DATA_PACKED      /* a file of our own */
 } spm_data_format;
-SPMDEF int spm_data_format_parse(const char *name, spm_data_format *format);
-SPMDEF const char *spm_data_format_name(spm_data_format format);
+SPMDEF int spm_data_format_parse(const char *name, spm_data_format *format); /* 1 if `name` is a format's */
+SPMDEF const char *spm_data_format_name(spm_data_format format);             /* "auto", "waterbirds", ... */
 
 typedef struct spm_dataset_desc {
-    const char *path;          /* a folder, or a tar file that is read in place */
-    const char *target;        /* CelebA: attribute to predict (NULL: Blond_Hair) */
-    const char *confounder;    /* CelebA: NULL: Male */
-    int64_t limit;             /* keep the first so many examples of each split; 0: all */
-    size_t cache_bytes;        /* decoded pictures kept in memory; 0: 1 GiB */
-    int skip_bad_images;       /* 0: a bad picture is an error; 1: it is left out, counted and listed */
-    int apply_exif;
+    const char *path;       /* a folder, or a tar file that is read in place; what matters may lie in one top folder */
+    const char *target;     /* CelebA: the attribute to predict (NULL: Blond_Hair) */
+    /* CelebA: NULL: Male; several, as "Male,Young", are numbered in binary, the first highest */
+    const char *confounder;
+    int64_t limit;          /* keep the first so many examples of each split; 0: all */
+    size_t cache_bytes;     /* most memory for decoded pictures that are kept; 0: 1 GiB; 1: keep none */
+    int skip_bad_images;    /* 0: a bad picture is an error; 1: it is left out, counted and listed */
+    int apply_exif;         /* 1: pictures are turned as their EXIF orientation says (off, as in Pillow's open) */
     spm_data_format format;
 } spm_dataset_desc;
 
-/* One example: class y, confounder a, group y * n_confounders + a. `file` is relative to the data set. */
+/* One example: class y, confounder a, group y * n_confounders + a. `file` is relative to the data set (of CelebA: to
+ * its picture folder); pictures of idx and CIFAR files are called "FILE#number". */
 typedef struct spm_example {
     const char *file;
     int32_t y, confounder, group;
@@ -1015,73 +1029,119 @@ typedef struct spm_example {
 } spm_example;
 
 typedef struct spm_dataset spm_dataset;
+
+/* Opens a data set: reads its table or lists its folders, no picture.  The caller's texts need not stay.
+ *   n_classes and n_confounders are 1 + the largest value in the whole table, whatever the limit (folders: the number
+ *   of names, sorted bytewise; CelebA: 2 and 2^k).  A metadata column "group" may also hold y * K + a: then it does so
+ *   in every row, and is read so.  Rows without a split (no such column, no partition file, no folder level) get one
+ *   drawn with seed 0: of each group 70 % train, 10 % val, 20 % test; said once through the log.
+ *   Names: those of the Waterbirds where place_filename tells of land and water, CelebA's attributes, folder names, or
+ *   "y=0, place=1"; class_names.txt, confounder_names.txt and group_names.txt beside a metadata.csv (a name a line)
+ *   win.
+ * NULL with an error that names the file and, in tables, the line: nothing there, no such column (with those there
+ * are), no number, out of range (0..9999; 65536 groups), no rows.  Whether pictures exist shows when they are read.
+ * Cost: about 100 bytes an example; idx and CIFAR keep their pictures.  Covered by test_data. */
 SPMDEF spm_dataset *spm_dataset_open(spm_context *ctx, const spm_dataset_desc *desc, spm_error *err);
-SPMDEF void spm_dataset_close(spm_dataset *dataset);
+SPMDEF void spm_dataset_close(spm_dataset *dataset); /* after its loaders; NULL is fine */
 SPMDEF spm_context *spm_dataset_context(const spm_dataset *dataset);
-SPMDEF const char *spm_dataset_path(const spm_dataset *dataset);
-SPMDEF spm_data_format spm_dataset_format(const spm_dataset *dataset);
+SPMDEF const char *spm_dataset_path(const spm_dataset *dataset);       /* as given */
+SPMDEF spm_data_format spm_dataset_format(const spm_dataset *dataset); /* as found */
 SPMDEF int spm_dataset_classes(const spm_dataset *dataset);
-SPMDEF int spm_dataset_confounders(const spm_dataset *dataset);
-SPMDEF int spm_dataset_groups(const spm_dataset *dataset);
-SPMDEF const char *spm_dataset_class_name(const spm_dataset *dataset, int y);
-SPMDEF const char *spm_dataset_confounder_name(const spm_dataset *dataset, int confounder);
-SPMDEF const char *spm_dataset_group_name(const spm_dataset *dataset, int group);  /* "landbird on water" */
-SPMDEF int64_t spm_dataset_size(const spm_dataset *dataset);                        /* all splits */
-SPMDEF const spm_example *spm_dataset_example(const spm_dataset *dataset, int64_t id); /* ids follow the metadata's rows */
+SPMDEF int spm_dataset_confounders(const spm_dataset *dataset);        /* 1 where there are none */
+SPMDEF int spm_dataset_groups(const spm_dataset *dataset);             /* classes * confounders */
+/* Names, "" out of range; they live as long as the data set. */
+SPMDEF const char *spm_dataset_class_name(const spm_dataset *dataset, int y);                   /* "landbird" */
+SPMDEF const char *spm_dataset_confounder_name(const spm_dataset *dataset, int confounder);     /* "water" */
+SPMDEF const char *spm_dataset_group_name(const spm_dataset *dataset, int group); /* "landbird on water" */
+/* Examples of the whole table, in its order; ids count from 0 and do not depend on the limit. NULL out of range. */
+SPMDEF int64_t spm_dataset_size(const spm_dataset *dataset);
+SPMDEF const spm_example *spm_dataset_example(const spm_dataset *dataset, int64_t id);
+/* The examples of a split, cut at the limit, by rising id; and how many of them are in a group. */
 SPMDEF int64_t spm_dataset_split_size(const spm_dataset *dataset, spm_split split);
 SPMDEF const int64_t *spm_dataset_split_ids(const spm_dataset *dataset, spm_split split);
 SPMDEF int64_t spm_dataset_group_count(const spm_dataset *dataset, spm_split split, int group);
-SPMDEF uint64_t spm_dataset_hash(const spm_dataset *dataset);   /* of files, labels and splits: names the data in protocols */
-/* Decodes one picture (through the cache). Thread-safe. */
+/* FNV-1a over (file, y, confounder, split) of all examples in splits: names the data in protocols. */
+SPMDEF uint64_t spm_dataset_hash(const spm_dataset *dataset);
+/* One picture, decoded, the caller's to free.  Through the memory that the limit of cache_bytes allows: what fits is
+ * kept, first come, and never thrown out; the rest is decoded each time.  The error names file and line of the table.
+ * Thread-safe with SPURMEM_THREADS, as is everything above and below. */
 SPMDEF spm_status spm_dataset_image(spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err);
-/* Pictures that could not be read so far (skip_bad_images), in the order of their ids. */
+/* Pictures that could not be read so far (skip_bad_images), by rising id, and why; NULL out of range. */
 SPMDEF int64_t spm_dataset_bad_count(const spm_dataset *dataset);
-SPMDEF const char *spm_dataset_bad(const spm_dataset *dataset, int64_t index, int64_t *id); /* the reason */
+SPMDEF const char *spm_dataset_bad(const spm_dataset *dataset, int64_t index, int64_t *id);
 
-/* What happens to a picture on its way to the network. */
-typedef enum spm_resize_mode { SPM_RESIZE_PAPER, SPM_RESIZE_EXACT, SPM_RESIZE_SHORT_SIDE, SPM_RESIZE_NONE } spm_resize_mode;
+/* ---- what happens to a picture on its way to the network ---- */
+
+/* For a network of H x W (Rh = floor(H * 256 / 224), Rw likewise):
+ *   paper       bilinear resize to Rh x Rw, proportions not kept; centre crop H x W
+ *   exact       bilinear resize to H x W
+ *   short-side  bilinear resize, proportions kept, to the smallest size that covers Rh x Rw (for H = W: the short side
+ *               to Rh, the long one floored); centre crop
+ *   none        the picture must have H x W pixels
+ * Crops begin at (R - H) / 2 rounded half to even.  Pixels are bit for bit those of torchvision on Pillow pictures. */
+typedef enum spm_resize_mode {
+    SPM_RESIZE_PAPER, SPM_RESIZE_EXACT, SPM_RESIZE_SHORT_SIDE, SPM_RESIZE_NONE
+} spm_resize_mode;
+
+/* For training.  All draws are functions of (seed, epoch, example id):
+ *   light  the transform above; flip with p = .5; crop at random from a border of H/16, W/16 black pixels
+ *   paper  RandomResizedCrop: a box of 70..100 % of the area, its proportions log-uniform in 3/4..4/3 (times W/H),
+ *          bilinear resize to H x W; flip with p = .5.  The resize mode is not used. */
 typedef enum spm_augment { SPM_AUGMENT_NONE, SPM_AUGMENT_LIGHT, SPM_AUGMENT_PAPER } spm_augment;
+
 typedef struct spm_transform {
-    int64_t height, width;
-    float mean[3], std[3];
-    spm_resize_mode resize;   /* CLI.md, --resize */
+    int64_t height, width;    /* of the network's input, 1..16384 */
+    float mean[3], std[3];    /* of R, G, B in [0, 1] */
+    spm_resize_mode resize;
 } spm_transform;
-SPMDEF spm_transform spm_transform_make(int64_t height, int64_t width); /* ImageNet mean and std, SPM_RESIZE_PAPER */
-SPMDEF int spm_resize_mode_parse(const char *name, spm_resize_mode *mode);
-SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode);
-SPMDEF int spm_augment_parse(const char *name, spm_augment *augment);
-SPMDEF const char *spm_augment_name(spm_augment augment);
-/* The evaluation transform without the normalisation: 8-bit, height x width. */
-SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *transform, const spm_image *image, spm_image *result, spm_error *err);
-/* (value / 255 - mean) / std into out[height][width][3]. */
+SPMDEF spm_transform spm_transform_make(int64_t height, int64_t width); /* ImageNet's mean and std, SPM_RESIZE_PAPER */
+SPMDEF int spm_resize_mode_parse(const char *name, spm_resize_mode *mode); /* 1 if it is one */
+SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode);          /* "paper", "exact", "short-side", "none" */
+SPMDEF int spm_augment_parse(const char *name, spm_augment *augment);   /* 1 if it is one */
+SPMDEF const char *spm_augment_name(spm_augment augment);               /* "none", "light", "paper" */
+/* The evaluation transform without the normalisation: a new 8-bit picture of height x width.  E_SHAPE where
+ * SPM_RESIZE_NONE meets another size.  Covered by test_data against torchvision. */
+SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *transform, const spm_image *image,
+                                      spm_image *result, spm_error *err);
+/* out[height][width][3] = (value / 255 - mean) / std, each step rounded to float as ToTensor and Normalize do. */
 SPMDEF void spm_transform_normalize(const spm_transform *transform, const spm_image *image, float *out);
+
+/* ---- loaders ---- */
 
 typedef struct spm_loader_desc {
     spm_transform transform;
     int64_t batch;             /* 0: 64 */
-    uint64_t seed;             /* of order and augmentation, keyed by (seed, epoch, example) */
-    int workers;               /* 0: as many as the context's threads; without SPURMEM_THREADS the caller decodes */
-    int shuffle, drop_last;
+    uint64_t seed;             /* of order and augmentation */
+    int workers;               /* threads; 0: as many as the context's. Without SPURMEM_THREADS the caller decodes */
+    int shuffle;               /* 1: a new order each epoch, from (seed, epoch) */
+    int drop_last;             /* 1: a last batch that is not full is left out */
     spm_split split;
     spm_augment augment;
 } spm_loader_desc;
 
-/* A batch; its memory belongs to the loader and stays until the next spm_loader_next. */
+/* A batch; its memory belongs to the loader and stays until the next call with this loader. */
 typedef struct spm_batch {
-    const float *pixels;       /* [count, height, width, 3] */
-    const int64_t *id;         /* of examples */
+    const float *pixels;       /* [count, height, width, 3], normalised, R G B */
+    const int64_t *id;         /* [count] of examples */
     const int32_t *y, *confounder, *group;
-    int64_t count;
+    int64_t count;             /* less than the desc's in the last batch and where bad pictures were skipped; never 0 */
 } spm_batch;
 
+/* Decodes, transforms and augments ahead of the caller: two or three batches of floats in a ring, whose memory is taken
+ * here.  A loader belongs to one thread at a time; several may share a data set.
+ * Batches depend on the desc and the data alone: not on the number of workers, the cache or the machine's load. */
 typedef struct spm_loader spm_loader;
 SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc *desc, spm_error *err);
-SPMDEF void spm_loader_destroy(spm_loader *loader);
-/* Begins an epoch over order[0..n) (ids), or over the whole split (shuffled if the desc says so) when order is NULL. */
+SPMDEF void spm_loader_destroy(spm_loader *loader); /* at any time, also amid an epoch; NULL is fine */
+/* Begins an epoch over order[0..n) (ids, copied; one may come several times), or over the whole split when order is
+ * NULL (shuffled if the desc says so).  Ends an epoch under way and clears the loader's error.  Errors (also kept in
+ * spm_loader_error): an empty split, no full batch with drop_last, an unknown id. */
 SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n);
-SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch);   /* 1 a batch, 0 the end, -1 an error */
+/* 1 and a batch; 0 at the end; -1 after an error: batches before the bad one are delivered, then the first bad example
+ * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad). */
+SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch);
 SPMDEF spm_error *spm_loader_error(spm_loader *loader);
-SPMDEF double spm_loader_waited(const spm_loader *loader);          /* seconds that next() has waited since start */
+SPMDEF double spm_loader_waited(const spm_loader *loader); /* seconds that next() has waited since start */
 
 /* ================================================================================================================
  * >>API-CKPT  15  checkpoints
@@ -1089,25 +1149,36 @@ SPMDEF double spm_loader_waited(const spm_loader *loader);          /* seconds t
 
 /* What a checkpoint says beside its tensors; all of it is in the safetensors metadata of files written here. */
 typedef struct spm_checkpoint_info {
-    spm_arch arch;
+    spm_arch arch;             /* softmax_head included */
     spm_transform transform;
     int label_reversed;        /* quirk Q2: output column 0 is the last class */
-    int has_arch;              /* 0: the file does not say (a torch file): arch and transform are the caller's */
+    int has_arch;              /* 0: the file does not say (a torch file, or another program's): arch and transform are
+                                * zero and the caller's to fill */
     int64_t epoch;             /* -1: unknown */
     char method[32];           /* "erm", "intervene" ... or "" */
     char class_names[512];     /* joined by '|', or "" */
     char source[16];           /* "safetensors", "torch zip", "torch legacy" */
 } spm_checkpoint_info;
 
-/* Reads only what the file says about itself. */
+/* Reads what the file says about itself, and no tensor. */
 SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm_checkpoint_info *info, spm_error *err);
-/* Fills the model's parameters and buffers.  Strict: missing, surplus and misshaped parameters are listed in the error;
- * allow_partial = 1 accepts a head of another size (it keeps its initialisation; logged in one line).
- * Prefixes (module., model., backbone.), nesting (state_dict, model_state_dict, model) and head names are recognised. */
+/* Fills the model's parameters and buffers from any file that spm_archive_open reads (F32, or converted to it).
+ * Names: prefixes module., model., backbone., _orig_mod. are dropped; if there are tensors under state_dict.,
+ *   model_state_dict. or model., only those count; the head may be called fc, fc.0, head, head.0, heads.head, linear or
+ *   classifier; torchvision's ViT names (encoder.layers.encoder_layer_0.ln_1 ...) and "shortcut" for "downsample" are
+ *   known; num_batches_tracked is ignored.
+ * Shapes: PyTorch's layouts ([O,I,KH,KW]); a pos_embed of another square grid is resized (bicubic, as timm; logged).
+ * Strict: missing, surplus and misshaped parameters are counted and the first of each named in the error.
+ *   allow_partial = 1 accepts a head that is missing or of another size: it keeps its values; logged in one line.
+ * A failed load leaves every value as it was.  The parameters' gradients are lost (their memory holds what is read
+ * until all of it is there); runs of the model must be at rest.  Covered by test_ckpt. */
 SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err);
-/* Writes .safetensors, or a torch .pth by the name's ending; PyTorch's layout (OIHW) and names. Atomic. */
-SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info, spm_error *err);
-
+/* Writes .safetensors, or by the name's ending (.pth, .pt, .th) a torch file that torch.load(weights_only=True) reads:
+ * F32 in PyTorch's layout, names and order, with num_batches_tracked = 0 behind each batch norm, so that
+ * load_state_dict(strict=True) of torchvision and timm takes it.  `info` (NULL: none; not in torch files) goes into the
+ * metadata; has_arch and source are not read.  Atomic: the name is complete or as before.  Covered by test_ckpt. */
+SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
+                                      spm_error *err);
 /* ================================================================================================================
  * >>API-EVAL  16  evaluation: groups, intervals, tests
  * ============================================================================================================= */
@@ -7713,7 +7784,7 @@ SPMDEF spm_model *spm_model_create(spm_program *program, uint64_t seed, spm_erro
         at += spmi_line_floats(spm_tensor_count(&p->value));
     }
     spmi_model_resolve(model);
-    spm_model_initialize(model, seed);
+    if (seed != SPM_NO_SEED) spm_model_initialize(model, seed);
     return model;
 }
 
@@ -7794,8 +7865,8 @@ SPMDEF void spm_model_initialize(spm_model *model, uint64_t seed)
         spm_parameter *p = &model->parameters[n];
         int64_t count = spm_tensor_count(&p->value), i;
         spmi_init_job job = SPM_ZERO;
-        if (p->init == SPM_INIT_ZERO || p->init == SPM_INIT_ONE) {
-            for (i = 0; i < count; i++) p->value.data[i] = p->init == SPM_INIT_ONE ? 1.0f : 0.0f;
+        if (p->init == SPM_INIT_ZERO || p->init == SPM_INIT_ONE || seed == SPM_NO_SEED) {
+            for (i = 0; i < count; i++) p->value.data[i] = p->init == SPM_INIT_ONE && seed != SPM_NO_SEED ? 1.0f : 0.0f;
             continue;
         }
         job.key = spm_random_key(seed, spmi_name_hash(p->name), 0);
@@ -17399,7 +17470,8 @@ static int spmi_data_same(const char *text, const char *name)
 
 SPMDEF int spm_split_parse(const char *name, spm_split *split)
 {
-    static const char names[][12] = { "0", "train", "training", "1", "val", "valid", "validation", "dev", "2", "test", "testing" };
+    static const char names[][12] = { "0", "train", "training", "1", "val", "valid", "validation", "dev", "2", "test",
+                                     "testing" };
     static const unsigned char of[] = { 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2 };
     int i;
     for (i = 0; i < SPMI_COUNT(of); i++) {
@@ -17531,7 +17603,8 @@ struct spm_dataset {
     int64_t split_start[SPM_SPLITS + 1];
     int64_t *group_counts;    /* [SPM_SPLITS][groups] */
     uint64_t hash;
-    uint8_t *block;           /* idx and CIFAR: all pictures, 8-bit planes [count][channels][height][width]; NULL: files */
+    /* idx and CIFAR: all pictures, 8-bit planes [count][channels][height][width]; NULL: files */
+    uint8_t *block;
     int block_height, block_width, block_channels;
     spmi_data_store *store;
 };
@@ -17559,7 +17632,8 @@ static int spmi_data_file_kind(const spm_dataset *dataset, const char *name)
     return kind;
 }
 
-static spm_status spmi_data_file_read(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size, spm_error *err)
+static spm_status spmi_data_file_read(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size,
+                                      spm_error *err)
 {
     spm_status status;
     char *path = spmi_data_file_path(dataset, name);
@@ -17666,7 +17740,8 @@ static int64_t spmi_names_list_find(const spmi_names_list *list, const char *nam
 /* 1 for names that end like a picture; what begins with a dot is the system's. */
 static int spmi_data_is_picture(const char *name)
 {
-    static const char endings[][6] = { ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".gif", ".bmp", ".webp", ".jpe", ".jfif" };
+    static const char endings[][6] = { ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".gif", ".bmp", ".webp", ".jpe",
+                                      ".jfif" };
     const char *base = strrchr(name, '/');
     int i;
     base = base ? base + 1 : name;
@@ -17677,8 +17752,8 @@ static int spmi_data_is_picture(const char *name)
     return 0;
 }
 
-/* The names in a folder, "." and ".." and hidden ones left out; folders get a '/' at the end. Pictures are told by their
- * names alone, without asking the file system: a data set has 200,000 of them. */
+/* The names in a folder, "." and ".." and hidden ones left out; folders get a '/' at the end. Pictures are told by
+ * their names alone, without asking the file system: a data set has 200,000 of them. */
 static spm_status spmi_data_list_folder(spm_context *ctx, const char *path, spmi_names_list *list, spm_error *err)
 {
 #if defined(_WIN32)
@@ -17732,7 +17807,8 @@ static spm_status spmi_data_list_folder(spm_context *ctx, const char *path, spmi
 }
 
 /* All pictures below `below` (a folder's path relative to the root, "" or ending in '/'), to a depth of six folders. */
-static spm_status spmi_data_walk(const spm_dataset *dataset, const char *below, int depth, spmi_names_list *pictures, spm_error *err)
+static spm_status spmi_data_walk(const spm_dataset *dataset, const char *below, int depth, spmi_names_list *pictures,
+                                 spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spmi_names_list here = spmi_names_list_create(ctx);
@@ -17808,7 +17884,8 @@ static spm_status spmi_data_top(const spm_dataset *dataset, spmi_names_list *top
         if (top->text.failed) status = spmi_fail_memory(dataset->ctx, err, "a list of names");
     } else {
         char *path = spmi_data_file_path(dataset, "");
-        status = path ? spmi_data_list_folder(dataset->ctx, path, top, err) : spmi_fail_memory(dataset->ctx, err, dataset->path);
+        status = path ? spmi_data_list_folder(dataset->ctx, path, top, err)
+                      : spmi_fail_memory(dataset->ctx, err, dataset->path);
         spmi_free(dataset->ctx, path);
     }
     if (!status) spmi_names_list_sort(top);
@@ -17883,6 +17960,19 @@ static void spmi_data_set_label(char *labels, int64_t index, const char *name)
     (void)spmi_format(labels + index * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s", name);
 }
 
+/* A failure in one line of the table: "FOLDER: metadata.csv line 7: ...". */
+SPMI_FORMAT(4, 5)
+static spm_status spmi_data_fail(const spm_dataset *dataset, spm_error *err, int64_t line, const char *format, ...)
+{
+    char text[400];
+    va_list list;
+    va_start(list, format);
+    (void)spmi_format_list(text, sizeof text, format, list);
+    va_end(list);
+    return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s", dataset->path, dataset->table, (long)line,
+                     text);
+}
+
 /* ---- metadata.csv ---- */
 
 /* The first of the names (separated by '|') that the table has as a column; -1 if none. */
@@ -17901,7 +17991,8 @@ static int spmi_data_column(const spm_csv *csv, const char *names)
 }
 
 /* A needed column: its number, or -1 and an error that says which columns there are. */
-static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv, const char *what, const char *names, spm_error *err)
+static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv, const char *what, const char *names,
+                                 spm_error *err)
 {
     char have[240] = "";
     size_t used = 0;
@@ -17912,29 +18003,30 @@ static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv,
         used += n > 0 ? (size_t)n : 0;
     }
     if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
-    (void)spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no column for the %s (%s); it has: %s; rename one of them",
-                    dataset->path, dataset->table, what, names, have);
+    (void)spmi_fail(dataset->ctx, err, SPM_E_DATA,
+                    "%s: %s has no column for the %s (%s); it has: %s; rename one of them", dataset->path,
+                    dataset->table, what, names, have);
     return -1;
 }
 
 /* A label of one row, checked. */
-static spm_status spmi_data_label(const spm_dataset *dataset, const spm_csv *csv, int64_t row, int column, int64_t *value, spm_error *err)
+static spm_status spmi_data_label(const spm_dataset *dataset, const spm_csv *csv, int64_t row, int column,
+                                  int64_t *value, spm_error *err)
 {
     const char *text = spm_csv_field(csv, row, column);
     if (!spmi_data_integer(text, value)) {
-        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is \"%.60s\", not a whole number", dataset->path,
-                         dataset->table, (long)spm_csv_line(csv, row), spm_csv_header(csv, column), text);
+        return spmi_data_fail(dataset, err, spm_csv_line(csv, row), "%s is \"%.60s\", not a whole number",
+                              spm_csv_header(csv, column), text);
     }
     if (*value < 0 || *value > SPMI_DATA_MAX_LABEL) {
-        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is %ld, out of range: labels run from 0 to %d",
-                         dataset->path, dataset->table, (long)spm_csv_line(csv, row), spm_csv_header(csv, column), (long)*value,
-                         SPMI_DATA_MAX_LABEL);
+        return spmi_data_fail(dataset, err, spm_csv_line(csv, row), "%s is %ld, out of range: labels run from 0 to %d",
+                              spm_csv_header(csv, column), (long)*value, SPMI_DATA_MAX_LABEL);
     }
     return SPM_OK;
 }
 
-/* A column named "group" may hold y * K + a instead of a. Then, and only then, every value lies in the K values of its y:
- * K is found and the column is turned into a. */
+/* A column named "group" may hold y * K + a instead of a. Then, and only then, every value lies in the K values of
+ * its y: K is found and the column is turned into a. */
 static void spmi_data_ungroup(spm_context *ctx, spmi_data_rows *rows)
 {
     int64_t i, top_y = 0, top_group = 0, k;
@@ -17979,7 +18071,8 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
     int file, y, a, split;
     int64_t row;
     spm_status status = SPM_OK;
-    file = spmi_data_need_column(dataset, csv, "pictures' files", strict ? "img_filename" : "img_filename|filename|path", err);
+    file = spmi_data_need_column(dataset, csv, "pictures' files",
+                                 strict ? "img_filename" : "img_filename|filename|path", err);
     if (file < 0) return SPM_E_DATA;
     y = spmi_data_need_column(dataset, csv, "class", strict ? "y" : "y|label", err);
     if (y < 0) return SPM_E_DATA;
@@ -17992,11 +18085,11 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
     for (row = 0; row < spm_csv_rows(csv); row++) {
         int64_t y_value = 0, a_value = 0;
         spm_split part = SPM_TRAIN;
-        long line = (long)spm_csv_line(csv, row);
+        int64_t line = spm_csv_line(csv, row);
         const char *name = spm_csv_field(csv, row, file);
         if (!name[0]) {
-            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is empty; name the picture's file", dataset->path,
-                             dataset->table, line, spm_csv_header(csv, file));
+            return spmi_data_fail(dataset, err, line, "%s is empty; name the picture's file",
+                                  spm_csv_header(csv, file));
         }
         status = spmi_data_label(dataset, csv, row, y, &y_value, err);
         if (!status) status = spmi_data_label(dataset, csv, row, a, &a_value, err);
@@ -18007,8 +18100,8 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
             int known = spmi_data_integer(text, &number);
             if (known) part = (spm_split)number;
             if (known ? number < 0 || number > 2 : !spm_split_parse(text, &part)) {
-                return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: split is \"%.40s\"; it is one of 0, 1, 2, train, "
-                                 "val, test", dataset->path, dataset->table, line, text);
+                return spmi_data_fail(dataset, err, line, "split is \"%.40s\"; it is one of 0, 1, 2, train, val, test",
+                                      text);
             }
         }
         spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
@@ -18071,10 +18164,12 @@ typedef struct spmi_celeba {
     int column[1 + SPMI_CELEBA_CONFOUNDERS]; /* of target, then confounders, in the header */
     int confounders;
     int header; /* words of the header line */
-    int fields; /* words of every picture's line: one more where the header has no word for the file; 0: not known yet */
+    /* words of every picture's line: one more where the header has no word for the file; 0: not known yet */
+    int fields;
 } spmi_celeba;
 
-static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words *header, const char *name, int *column, spm_error *err)
+static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words *header, const char *name, int *column,
+                                   spm_error *err)
 {
     char have[300] = "";
     size_t used = 0;
@@ -18090,23 +18185,26 @@ static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words 
         used += n > 0 ? (size_t)n : 0;
     }
     if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
-    return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no attribute \"%.60s\"; it has: %s", dataset->path, dataset->table,
-                     name, have);
+    return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no attribute \"%.60s\"; it has: %s", dataset->path,
+                     dataset->table, name, have);
 }
 
 /* Splits "Male,Young" and finds every attribute in the header. */
-static spm_status spmi_celeba_select(const spm_dataset *dataset, const spmi_words *header, spmi_celeba *celeba, spm_error *err)
+static spm_status spmi_celeba_select(const spm_dataset *dataset, const spmi_words *header, spmi_celeba *celeba,
+                                     spm_error *err)
 {
     const char *names = dataset->desc.confounder ? dataset->desc.confounder : "Male";
     spm_status status;
-    (void)spmi_format(celeba->target, sizeof celeba->target, "%s", dataset->desc.target ? dataset->desc.target : "Blond_Hair");
+    (void)spmi_format(celeba->target, sizeof celeba->target, "%s",
+                      dataset->desc.target ? dataset->desc.target : "Blond_Hair");
     celeba->header = header->words;
     status = spmi_celeba_find(dataset, header, celeba->target, &celeba->column[0], err);
     while (!status && *names) {
         size_t length = strcspn(names, ",");
         char *name = celeba->confounder[celeba->confounders];
         if (celeba->confounders >= SPMI_CELEBA_CONFOUNDERS) {
-            return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "at most %d confounders at once", SPMI_CELEBA_CONFOUNDERS);
+            return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "at most %d confounders at once",
+                             SPMI_CELEBA_CONFOUNDERS);
         }
         (void)spmi_format(name, sizeof celeba->confounder[0], "%.*s", (int)SPMI_MIN(length, 1000), names);
         status = spmi_celeba_find(dataset, header, name, &celeba->column[1 + celeba->confounders], err);
@@ -18135,8 +18233,8 @@ static spm_status spmi_celeba_partition(const spm_dataset *dataset, spmi_names_l
         size_t length = strlen(words.word[0]);
         if (words.words != 2 || !spmi_data_integer(words.word[1], &split) || split < 0 || split > 2 || length > 70) {
             if (words.line == 1) continue; /* the header of the .csv form */
-            status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: wants a file name and 0, 1 or 2", dataset->path, table,
-                               (long)words.line);
+            status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: wants a file name and 0, 1 or 2",
+                               dataset->path, table, (long)words.line);
             break;
         }
         memcpy(entry, words.word[0], length + 1);
@@ -18145,7 +18243,9 @@ static spm_status spmi_celeba_partition(const spm_dataset *dataset, spmi_names_l
     }
     spm_free(dataset->ctx, data);
     if (!status && list->text.failed) status = spmi_fail_memory(dataset->ctx, err, table);
-    if (!status && !list->count) status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, table);
+    if (!status && !list->count) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, table);
+    }
     if (!status) spmi_names_list_sort(list);
     return status;
 }
@@ -18158,22 +18258,21 @@ static spm_status spmi_celeba_row(const spm_dataset *dataset, spmi_celeba *celeb
     int i, split = -1, shift = words->words - celeba->header;
     if (!celeba->fields && (shift == 0 || shift == 1)) celeba->fields = words->words;
     if (words->words != celeba->fields) {
-        return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: has %d fields where %d are wanted", dataset->path, dataset->table,
-                         (long)words->line, words->words, celeba->fields ? celeba->fields : celeba->header + 1);
+        return spmi_data_fail(dataset, err, words->line, "has %d fields where %d are wanted", words->words,
+                              celeba->fields ? celeba->fields : celeba->header + 1);
     }
     for (i = 0; i <= celeba->confounders; i++) {
         const char *text = words->word[celeba->column[i] + shift];
         if (!spmi_data_integer(text, &value[i]) || value[i] < -1 || value[i] > 1) {
-            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s is \"%.40s\"; an attribute is -1, 0 or 1", dataset->path,
-                             dataset->table, (long)words->line, i ? celeba->confounder[i - 1] : celeba->target, text);
+            return spmi_data_fail(dataset, err, words->line, "%s is \"%.40s\"; an attribute is -1, 0 or 1",
+                                  i ? celeba->confounder[i - 1] : celeba->target, text);
         }
         if (i) a = 2 * a + (value[i] == 1);
     }
     if (partition->count) {
         int64_t at = spmi_names_list_find(partition, words->word[0]);
         if (at < 0) {
-            return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s line %ld: %s has no line in list_eval_partition", dataset->path,
-                             dataset->table, (long)words->line, words->word[0]);
+            return spmi_data_fail(dataset, err, words->line, "%s has no line in list_eval_partition", words->word[0]);
         }
         split = spmi_names_list_at(partition, at)[strlen(words->word[0]) + 1] - '0';
     }
@@ -18190,10 +18289,13 @@ static spm_status spmi_celeba_names(spm_dataset *dataset, const spmi_celeba *cel
     dataset->class_names = (char *)spmi_alloc_array(dataset->ctx, 2, SPMI_DATA_LABEL);
     dataset->confounder_names = (char *)spmi_alloc_array(dataset->ctx, n, SPMI_DATA_LABEL);
     dataset->group_names = (char *)spmi_alloc_array(dataset->ctx, 2 * n, SPMI_DATA_GROUP_LABEL);
-    if (!dataset->class_names || !dataset->confounder_names || !dataset->group_names) return spmi_fail_memory(dataset->ctx, err, "names");
+    if (!dataset->class_names || !dataset->confounder_names || !dataset->group_names) {
+        return spmi_fail_memory(dataset->ctx, err, "names");
+    }
     for (i = 0; i < 2; i++) {
         if (usual) spmi_data_set_label(dataset->class_names, i, i ? "blond" : "non-blond");
-        else (void)spmi_format(dataset->class_names + i * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s%s", i ? "" : "not ", celeba->target);
+        else (void)spmi_format(dataset->class_names + i * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s%s", i ? "" : "not ",
+                               celeba->target);
     }
     for (a = 0; a < n; a++) {
         char *to = dataset->confounder_names + a * SPMI_DATA_LABEL;
@@ -18201,12 +18303,13 @@ static spm_status spmi_celeba_names(spm_dataset *dataset, const spmi_celeba *cel
         for (i = 0; i < celeba->confounders && used < SPMI_DATA_LABEL; i++) {
             int on = (a >> (celeba->confounders - 1 - i)) & 1;
             int length = usual ? spmi_format(to, SPMI_DATA_LABEL, "%s", on ? "male" : "female")
-                               : spmi_format(to + used, SPMI_DATA_LABEL - used, "%s%s%s", i ? ", " : "", on ? "" : "not ", celeba->confounder[i]);
+                               : spmi_format(to + used, SPMI_DATA_LABEL - used, "%s%s%s", i ? ", " : "",
+                                             on ? "" : "not ", celeba->confounder[i]);
             used += length > 0 ? (size_t)length : 0;
         }
         for (i = 0; i < 2; i++) {
-            (void)spmi_format(dataset->group_names + (i * n + a) * SPMI_DATA_GROUP_LABEL, SPMI_DATA_GROUP_LABEL, usual ? "%s %s" : "%s, %s",
-                              dataset->class_names + i * SPMI_DATA_LABEL, to);
+            (void)spmi_format(dataset->group_names + (i * n + a) * SPMI_DATA_GROUP_LABEL, SPMI_DATA_GROUP_LABEL,
+                              usual ? "%s %s" : "%s, %s", dataset->class_names + i * SPMI_DATA_LABEL, to);
         }
     }
     return SPM_OK;
@@ -18227,19 +18330,24 @@ static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *ro
     }
     status = spmi_data_file_read(dataset, dataset->table, &data, &size, err);
     words.at = (char *)data;
-    if (!status && !spmi_words_next(&words)) status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, dataset->table);
-    if (!status && words.words == 1 && spmi_data_integer(words.word[0], &promised)) (void)spmi_words_next(&words); /* the count */
+    if (!status && !spmi_words_next(&words)) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, dataset->table);
+    }
+    /* the count */
+    if (!status && words.words == 1 && spmi_data_integer(words.word[0], &promised)) (void)spmi_words_next(&words);
     if (!status) status = spmi_celeba_select(dataset, &words, &celeba, err);
     if (!status) status = spmi_celeba_names(dataset, &celeba, err);
     if (!status) status = spmi_celeba_partition(dataset, &partition, err);
-    while (!status && spmi_words_next(&words)) status = spmi_celeba_row(dataset, &celeba, &words, &partition, rows, err);
+    while (!status && spmi_words_next(&words)) {
+        status = spmi_celeba_row(dataset, &celeba, &words, &partition, rows, err);
+    }
     rows->classes = 2;
     rows->confounders = 1 << celeba.confounders;
     if (!status && rows->count && !rows->names.failed) { /* Kaggle's archive has the folder twice */
         char inside[160];
         (void)spmi_format(inside, sizeof inside, "img_align_celeba/img_align_celeba/%.90s", rows->names.data);
-        (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%s",
-                          spmi_data_file_kind(dataset, inside) == 1 ? "img_align_celeba/img_align_celeba/" : "img_align_celeba/");
+        (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%simg_align_celeba/",
+                          spmi_data_file_kind(dataset, inside) == 1 ? "img_align_celeba/" : "");
     }
     spmi_names_list_free(&partition);
     spm_free(dataset->ctx, data);
@@ -18296,10 +18404,18 @@ static size_t spmi_data_shared_top(const spmi_names_list *pictures, size_t skip)
     return length;
 }
 
+/* Adds a folder's name unless it is the last one already: pictures come sorted, so that few repetitions stay. */
+static void spmi_data_add_level(spmi_names_list *list, const char *name, size_t length)
+{
+    const char *last = list->count ? spmi_names_list_at(list, list->count - 1) : NULL;
+    if (!last || strncmp(last, name, length) != 0 || last[length]) spmi_names_list_add(list, name, length);
+}
+
 static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
-    spmi_names_list pictures = spmi_names_list_create(ctx), classes = spmi_names_list_create(ctx), confounders = spmi_names_list_create(ctx);
+    spmi_names_list pictures = spmi_names_list_create(ctx), classes = spmi_names_list_create(ctx);
+    spmi_names_list confounders = spmi_names_list_create(ctx);
     spmi_data_parts parts = SPM_ZERO;
     size_t skip = 0, step;
     int with_split = 0, with_confounder = 1;
@@ -18314,28 +18430,23 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
     }
     for (i = 0; !status && i < pictures.count; i++) {
         if (!spmi_data_cut_path(spmi_names_list_at(&pictures, i), skip, with_split, &parts)) continue;
-        if (!classes.count || strncmp(spmi_names_list_at(&classes, classes.count - 1), parts.name, parts.name_length) != 0
-            || strlen(spmi_names_list_at(&classes, classes.count - 1)) != parts.name_length) {
-            spmi_names_list_add(&classes, parts.name, parts.name_length);
-        }
+        spmi_data_add_level(&classes, parts.name, parts.name_length);
         if (!parts.confounder_length) with_confounder = 0;
-        if (with_confounder && (!confounders.count
-            || strncmp(spmi_names_list_at(&confounders, confounders.count - 1), parts.confounder, parts.confounder_length) != 0
-            || strlen(spmi_names_list_at(&confounders, confounders.count - 1)) != parts.confounder_length)) {
-            spmi_names_list_add(&confounders, parts.confounder, parts.confounder_length);
-        }
+        if (with_confounder) spmi_data_add_level(&confounders, parts.confounder, parts.confounder_length);
         if (classes.text.failed || confounders.text.failed) status = spmi_fail_memory(ctx, err, "the folders' names");
     }
     spmi_names_list_sort(&classes);
     spmi_names_list_sort(&confounders);
     if (!status && !classes.count) {
-        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: no data set found: there is no metadata.csv, no list_attr_celeba.txt, no idx or "
-                           "CIFAR file, and %s", dataset->path, pictures.count ? "its pictures do not lie in one folder per class"
-                           : "no folder with pictures");
+        status = spmi_fail(ctx, err, SPM_E_DATA,
+                           "%s: no data set found: there is no metadata.csv, no list_attr_celeba.txt, no idx or CIFAR "
+                           "file, and %s", dataset->path,
+                           pictures.count ? "its pictures do not lie in one folder per class"
+                                          : "no folder with pictures");
     }
     if (!status && (classes.count > SPMI_DATA_MAX_LABEL || confounders.count > SPMI_DATA_MAX_LABEL)) {
-        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: has %ld classes; at most %d are possible", dataset->path, (long)classes.count,
-                           SPMI_DATA_MAX_LABEL);
+        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: has %ld classes; at most %d are possible", dataset->path,
+                           (long)classes.count, SPMI_DATA_MAX_LABEL);
     }
     if (!status) {
         rows->classes = (int)classes.count;
@@ -18343,7 +18454,9 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
         dataset->class_names = (char *)spmi_alloc_array(ctx, rows->classes, SPMI_DATA_LABEL);
         dataset->confounder_names = (char *)spmi_alloc_array(ctx, rows->confounders, SPMI_DATA_LABEL);
         if (!dataset->class_names || !dataset->confounder_names) status = spmi_fail_memory(ctx, err, "names");
-        for (i = 0; !status && i < classes.count; i++) spmi_data_set_label(dataset->class_names, i, spmi_names_list_at(&classes, i));
+        for (i = 0; !status && i < classes.count; i++) {
+            spmi_data_set_label(dataset->class_names, i, spmi_names_list_at(&classes, i));
+        }
         for (i = 0; !status && with_confounder && i < confounders.count; i++) {
             spmi_data_set_label(dataset->confounder_names, i, spmi_names_list_at(&confounders, i));
         }
@@ -18352,7 +18465,8 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
         const char *path = spmi_names_list_at(&pictures, i);
         char name[256];
         int64_t y, a = 0;
-        if (!spmi_data_cut_path(path, skip, with_split, &parts) || parts.name_length >= sizeof name || parts.confounder_length >= sizeof name) {
+        if (!spmi_data_cut_path(path, skip, with_split, &parts) || parts.name_length >= sizeof name
+            || parts.confounder_length >= sizeof name) {
             left_out++;
             continue;
         }
@@ -18365,7 +18479,8 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
         spmi_data_row_add(rows, path, y, a, parts.split, 0);
     }
     if (!status && left_out) {
-        spmi_log(ctx, SPM_LOG_WARNING, "%s: %ld pictures lie outside of the class folders and are left out", dataset->path, (long)left_out);
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: %ld pictures lie outside of the class folders and are left out",
+                 dataset->path, (long)left_out);
     }
     spmi_names_list_free(&pictures);
     spmi_names_list_free(&classes);
@@ -18376,7 +18491,8 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
 /* ---- idx (MNIST) and CIFAR: all pictures in a few files, held in memory as they are ---- */
 
 /* Reads `name` or `name`.gz, unpacked; SPM_OK with *data NULL if neither is there. */
-static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size, spm_error *err)
+static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size,
+                                        spm_error *err)
 {
     char packed[80];
     uint8_t *raw = NULL;
@@ -18394,8 +18510,8 @@ static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *
 }
 
 /* Appends pictures of `channels` planes to the block: every data set of this kind has one size for all. */
-static spm_status spmi_data_block_add(spm_dataset *dataset, const char *name, const uint8_t *pixels, int64_t first, int64_t n, int64_t stride,
-                                      spm_error *err)
+static spm_status spmi_data_block_add(spm_dataset *dataset, const char *name, const uint8_t *pixels, int64_t first,
+                                      int64_t n, int64_t stride, spm_error *err)
 {
     size_t each = (size_t)dataset->block_height * (size_t)dataset->block_width * (size_t)dataset->block_channels, bytes;
     uint8_t *bigger;
@@ -18411,8 +18527,8 @@ static spm_status spmi_data_block_add(spm_dataset *dataset, const char *name, co
 }
 
 /* One pair of idx files: pictures (magic 2051) and labels (magic 2049), big-endian. */
-static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, const char *labels, spm_split split, spmi_data_rows *rows,
-                                     spm_error *err)
+static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, const char *labels, spm_split split,
+                                     spmi_data_rows *rows, spm_error *err)
 {
     uint8_t *x = NULL, *y = NULL;
     size_t x_size = 0, y_size = 0;
@@ -18424,18 +18540,25 @@ static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, c
         const uint8_t *at = i < 4 ? x + 4 * i : y + 4 * (i - 4);
         head[i] = (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
     }
-    if (!status && x && !y) status = spmi_fail(dataset->ctx, err, SPM_E_IO, "%s: has %s but not %s", dataset->path, images, labels);
+    if (!status && x && !y) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_IO, "%s: has %s but not %s", dataset->path, images, labels);
+    }
     if (!status && x && (x_size < 16 || y_size < 8 || head[0] != 2051 || head[4] != 2049)) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s and %s are not idx files of pictures and labels", dataset->path, images, labels);
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s and %s are not idx files of pictures and labels",
+                           dataset->path, images, labels);
     }
     if (!status && x && (head[2] < 1 || head[2] > 4096 || head[3] < 1 || head[3] > 4096 || head[1] != head[5]
         || (x_size - 16) / ((size_t)head[2] * head[3]) < head[1] || y_size - 8 < head[5])) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s says %lu pictures of %lu x %lu and %s %lu labels; the files have %lu and %lu "
-                           "bytes", dataset->path, images, (unsigned long)head[1], (unsigned long)head[2], (unsigned long)head[3], labels,
-                           (unsigned long)head[5], (unsigned long)x_size, (unsigned long)y_size);
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT,
+                           "%s: %s says %lu pictures of %lu x %lu and %s %lu labels; the files have %lu and %lu bytes",
+                           dataset->path, images, (unsigned long)head[1], (unsigned long)head[2],
+                           (unsigned long)head[3], labels, (unsigned long)head[5], (unsigned long)x_size,
+                           (unsigned long)y_size);
     }
-    if (!status && x && dataset->block && ((uint32_t)dataset->block_height != head[2] || (uint32_t)dataset->block_width != head[3])) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has pictures of another size than the training set", dataset->path, images);
+    if (!status && x && dataset->block
+        && ((uint32_t)dataset->block_height != head[2] || (uint32_t)dataset->block_width != head[3])) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has pictures of another size than the training set",
+                           dataset->path, images);
     }
     if (!status && x && head[1]) {
         dataset->block_height = (int)head[2];
@@ -18455,15 +18578,21 @@ static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, c
 
 static spm_status spmi_data_read_idx(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
 {
-    spm_status status = spmi_data_idx_pair(dataset, "train-images-idx3-ubyte", "train-labels-idx1-ubyte", SPM_TRAIN, rows, err);
-    if (!status) status = spmi_data_idx_pair(dataset, "train-images.idx3-ubyte", "train-labels.idx1-ubyte", SPM_TRAIN, rows, err);
-    if (!status) status = spmi_data_idx_pair(dataset, "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", SPM_TEST, rows, err);
-    if (!status) status = spmi_data_idx_pair(dataset, "t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte", SPM_TEST, rows, err);
+    spm_status status = SPM_OK;
+    int i;
+    for (i = 0; !status && i < 4; i++) { /* two splits, two spellings */
+        const char *set = i < 2 ? "train" : "t10k";
+        char images[32], labels[32];
+        (void)spmi_format(images, sizeof images, "%s-images%cidx3-ubyte", set, i % 2 ? '.' : '-');
+        (void)spmi_format(labels, sizeof labels, "%s-labels%cidx1-ubyte", set, i % 2 ? '.' : '-');
+        status = spmi_data_idx_pair(dataset, images, labels, i < 2 ? SPM_TRAIN : SPM_TEST, rows, err);
+    }
     return status;
 }
 
 /* One file of CIFAR records: `labels` bytes (the last is the class), then the planes R, G, B of 32 x 32. */
-static spm_status spmi_data_cifar_file(spm_dataset *dataset, const char *file, int labels, spm_split split, spmi_data_rows *rows, spm_error *err)
+static spm_status spmi_data_cifar_file(spm_dataset *dataset, const char *file, int labels, spm_split split,
+                                       spmi_data_rows *rows, spm_error *err)
 {
     uint8_t *data = NULL;
     size_t size = 0, record = (size_t)labels + 3072;
@@ -18472,8 +18601,9 @@ static spm_status spmi_data_cifar_file(spm_dataset *dataset, const char *file, i
     if (spmi_data_file_kind(dataset, file) != 1) return SPM_OK;
     status = spmi_data_file_read(dataset, file, &data, &size, err);
     if (!status && (size == 0 || size % record != 0)) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has %lu bytes, not a multiple of %lu: it is no CIFAR file or cut off",
-                           dataset->path, file, (unsigned long)size, (unsigned long)record);
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT,
+                           "%s: %s has %lu bytes, not a multiple of %lu: it is no CIFAR file or cut off", dataset->path,
+                           file, (unsigned long)size, (unsigned long)record);
     }
     n = (int64_t)(size / record);
     dataset->block_height = dataset->block_width = 32;
@@ -18509,12 +18639,16 @@ static spm_status spmi_data_read_cifar(spm_dataset *dataset, spmi_data_rows *row
 static spm_data_format spmi_data_detect(const spm_dataset *dataset)
 {
     static const char marks[][32] = {
-        "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz",
-        "train-images.idx3-ubyte", "t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz", "data_batch_1.bin", "train.bin", "test_batch.bin"
+        "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv",
+        "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte",
+        "t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz",
+        "data_batch_1.bin", "train.bin", "test_batch.bin"
     };
     static const unsigned char formats[] = {
-        SPM_DATA_METADATA, SPM_DATA_CELEBA, SPM_DATA_CELEBA, SPM_DATA_IDX, SPM_DATA_IDX,
-        SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_CIFAR, SPM_DATA_CIFAR, SPM_DATA_CIFAR
+        SPM_DATA_METADATA, SPM_DATA_CELEBA, SPM_DATA_CELEBA,
+        SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_IDX,
+        SPM_DATA_IDX, SPM_DATA_IDX,
+        SPM_DATA_CIFAR, SPM_DATA_CIFAR, SPM_DATA_CIFAR
     };
     spm_data_format wanted = dataset->desc.format == SPM_DATA_WATERBIRDS ? SPM_DATA_METADATA : dataset->desc.format;
     int i;
@@ -18544,7 +18678,8 @@ static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
         }
         if (!status && folders == 1) {
             char *root = dataset->prefix;
-            dataset->prefix = spmi_string_copy(ctx, spmi_names_list_at(&top, folder), strlen(spmi_names_list_at(&top, folder)));
+            const char *name = spmi_names_list_at(&top, folder);
+            dataset->prefix = spmi_string_copy(ctx, name, strlen(name));
             if (!dataset->prefix) status = spmi_fail_memory(ctx, err, dataset->path);
             else found = spmi_data_detect(dataset);
             if (found == SPM_DATA_AUTO) { /* nothing there either */
@@ -18561,9 +18696,13 @@ static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
         switch (dataset->desc.format) {
         case SPM_DATA_WATERBIRDS:
         case SPM_DATA_METADATA: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no metadata.csv", dataset->path);
-        case SPM_DATA_CELEBA: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no list_attr_celeba.txt or list_attr_celeba.csv", dataset->path);
-        case SPM_DATA_IDX: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no train-images-idx3-ubyte(.gz)", dataset->path);
-        case SPM_DATA_CIFAR: return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no data_batch_1.bin or train.bin", dataset->path);
+        case SPM_DATA_CELEBA:
+            return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no list_attr_celeba.txt or list_attr_celeba.csv",
+                             dataset->path);
+        case SPM_DATA_IDX:
+            return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no train-images-idx3-ubyte(.gz)", dataset->path);
+        case SPM_DATA_CIFAR:
+            return spmi_fail(ctx, err, SPM_E_DATA, "%s: has no data_batch_1.bin or train.bin", dataset->path);
         case SPM_DATA_PACKED: return spmi_fail(ctx, err, SPM_E_DATA, "%s: is no packed data set", dataset->path);
         case SPM_DATA_AUTO:
         case SPM_DATA_FOLDER: break;
@@ -18574,7 +18713,7 @@ static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
     return SPM_OK;
 }
 
-/* ---- transforms: what a picture goes through, on 8-bit pixels, exactly as torchvision does it on Pillow images ---- */
+/* ---- transforms: on 8-bit pixels, exactly as torchvision does it on Pillow images ---- */
 
 SPMDEF spm_transform spm_transform_make(int64_t height, int64_t width)
 {
@@ -18599,7 +18738,8 @@ static int spmi_crop_offset(int64_t size, int64_t crop)
 }
 
 /* The size that a picture is resized to before the crop. */
-static void spmi_transform_resized(const spm_transform *t, int64_t height, int64_t width, int64_t *to_height, int64_t *to_width)
+static void spmi_transform_resized(const spm_transform *t, int64_t height, int64_t width, int64_t *to_height,
+                                   int64_t *to_width)
 {
     int64_t h = t->height * 256 / 224, w = t->width * 256 / 224;
     switch (t->resize) {
@@ -18625,33 +18765,43 @@ static spm_status spmi_transform_check(spm_context *ctx, const spm_transform *t,
 {
     int c;
     if (t->height < 1 || t->width < 1 || t->height > 16384 || t->width > 16384) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "image size %ld x %ld: both sides must be from 1 to 16384", (long)t->height, (long)t->width);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "image size %ld x %ld: both sides must be from 1 to 16384",
+                         (long)t->height, (long)t->width);
     }
     for (c = 0; c < 3; c++) {
-        if (!(t->std[c] > 0)) return spmi_fail(ctx, err, SPM_E_ARGUMENT, "normalisation: the standard deviation %g must be positive", (double)t->std[c]);
+        if (!(t->std[c] > 0)) {
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "normalisation: the standard deviation %g must be positive",
+                             (double)t->std[c]);
+        }
     }
     return SPM_OK;
 }
 
-SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *transform, const spm_image *image, spm_image *result, spm_error *err)
+SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *transform, const spm_image *image,
+                                      spm_image *result, spm_error *err)
 {
     int64_t height, width;
+    int x, y;
     spm_image resized = SPM_ZERO;
     spm_status status = spmi_transform_check(ctx, transform, err);
     memset(result, 0, sizeof *result);
     if (status) return status;
-    if (transform->resize == SPM_RESIZE_NONE && (image->height != transform->height || image->width != transform->width)) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "the picture has %d x %d pixels (height x width), the network wants %ld x %ld; choose a --resize "
-                         "other than none", image->height, image->width, (long)transform->height, (long)transform->width);
+    if (transform->resize == SPM_RESIZE_NONE
+        && (image->height != transform->height || image->width != transform->width)) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE,
+                         "the picture has %d x %d pixels (height x width), the network wants %ld x %ld; choose a "
+                         "--resize other than none", image->height, image->width, (long)transform->height,
+                         (long)transform->width);
     }
     spmi_transform_resized(transform, image->height, image->width, &height, &width);
     if (height > 1 << 20 || width > 1 << 20) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "a picture of %d x %d pixels (height x width) cannot be resized by its short side: it is too narrow",
-                         image->height, image->width);
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "a picture of %d x %d pixels (height x width) cannot be resized by its "
+                         "short side: it is too narrow", image->height, image->width);
     }
+    x = spmi_crop_offset(width, transform->width);
+    y = spmi_crop_offset(height, transform->height);
     if (height == image->height && width == image->width) { /* nothing to resize: crop at once */
-        return spm_image_crop(ctx, image, spmi_crop_offset(width, transform->width), spmi_crop_offset(height, transform->height),
-                              (int)transform->width, (int)transform->height, result, err);
+        return spm_image_crop(ctx, image, x, y, (int)transform->width, (int)transform->height, result, err);
     }
     status = spm_image_resize(ctx, image, (int)width, (int)height, SPM_FILTER_BILINEAR, &resized, err);
     if (status) return status;
@@ -18659,8 +18809,7 @@ SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *tra
         *result = resized;
         return SPM_OK;
     }
-    status = spm_image_crop(ctx, &resized, spmi_crop_offset(width, transform->width), spmi_crop_offset(height, transform->height),
-                            (int)transform->width, (int)transform->height, result, err);
+    status = spm_image_crop(ctx, &resized, x, y, (int)transform->width, (int)transform->height, result, err);
     spm_image_free(ctx, &resized);
     return status;
 }
@@ -18696,7 +18845,8 @@ SPMDEF void spm_transform_normalize(const spm_transform *transform, const spm_im
 
 /* ---- augmentation: every draw is a function of (seed, epoch, example) and of its number ---- */
 
-enum { SPMI_DRAW_FLIP, SPMI_DRAW_Y, SPMI_DRAW_X, SPMI_DRAW_CROP = 16 }; /* RandomResizedCrop: four draws a try, from 16 */
+/* RandomResizedCrop: four draws a try, from 16 */
+enum { SPMI_DRAW_FLIP, SPMI_DRAW_Y, SPMI_DRAW_X, SPMI_DRAW_CROP = 16 };
 
 static float spmi_draw_uniform(uint64_t key, uint64_t draw)
 {
@@ -18718,27 +18868,31 @@ static int spmi_draw_flip(uint64_t key)
 static void spmi_augment_light(float table[3][256], const spm_image *image, uint64_t key, float *out)
 {
     int h = image->height, w = image->width, pad_y = h / 16, pad_x = w / 16;
-    int shift_y = spmi_draw_below(key, SPMI_DRAW_Y, 2 * pad_y + 1) - pad_y, shift_x = spmi_draw_below(key, SPMI_DRAW_X, 2 * pad_x + 1) - pad_x;
+    int shift_y = spmi_draw_below(key, SPMI_DRAW_Y, 2 * pad_y + 1) - pad_y;
+    int shift_x = spmi_draw_below(key, SPMI_DRAW_X, 2 * pad_x + 1) - pad_x;
     int flip = spmi_draw_flip(key), x, y, c;
     for (y = 0; y < h; y++) {
-        int from_y = y + shift_y;
+        int from_y = y + shift_y, inside = from_y >= 0 && from_y < h;
+        const uint8_t *row = image->pixels + (size_t)(inside ? from_y : 0) * (size_t)w * 3;
         for (x = 0; x < w; x++, out += 3) {
             int from_x = x + shift_x;
-            if (from_y < 0 || from_y >= h || from_x < 0 || from_x >= w) {
-                for (c = 0; c < 3; c++) out[c] = table[c][0];
-            } else {
-                const uint8_t *in = image->pixels + ((size_t)from_y * (size_t)w + (size_t)(flip ? w - 1 - from_x : from_x)) * 3;
+            if (inside && from_x >= 0 && from_x < w) {
+                const uint8_t *in = row + 3 * (flip ? w - 1 - from_x : from_x);
                 for (c = 0; c < 3; c++) out[c] = table[c][in[c]];
+            } else {
+                for (c = 0; c < 3; c++) out[c] = table[c][0];
             }
         }
     }
 }
 
-/* torchvision's RandomResizedCrop: a box of 70 to 100 % of the area whose proportions are drawn log-uniformly from 3/4 to
- * 4/3 of the network's own (which are 1 in the paper); after ten misses the largest centred box of allowed proportions. */
+/* torchvision's RandomResizedCrop: a box of 70 to 100 % of the area whose proportions are drawn log-uniformly from
+ * 3/4 to 4/3 of the network's own (which are 1 in the paper); after ten misses the largest centred box of allowed
+ * proportions. */
 static void spmi_augment_box(int height, int width, double aspect, uint64_t key, int box[4])
 {
-    double area = (double)height * width, low = aspect * 3.0 / 4.0, high = aspect * 4.0 / 3.0, ratio = (double)width / height;
+    double area = (double)height * width, ratio = (double)width / height;
+    double low = aspect * 3.0 / 4.0, high = aspect * 4.0 / 3.0;
     int i, w = width, h = height;
     for (i = 0; i < 10; i++) {
         uint64_t draw = SPMI_DRAW_CROP + 4 * (uint64_t)i;
@@ -18761,7 +18915,8 @@ static void spmi_augment_box(int height, int width, double aspect, uint64_t key,
 }
 
 /* paper: the box first, then bilinear resize, then the flip. */
-static spm_status spmi_augment_paper(spm_context *ctx, const spm_transform *t, const spm_image *image, uint64_t key, spm_image *result, spm_error *err)
+static spm_status spmi_augment_paper(spm_context *ctx, const spm_transform *t, const spm_image *image, uint64_t key,
+                                     spm_image *result, spm_error *err)
 {
     int box[4];
     spm_image part = SPM_ZERO;
@@ -18796,7 +18951,8 @@ static int spmi_data_variant_of(spm_dataset *dataset, const spm_transform *t)
         dataset->store->variants++;
     }
     if (!dataset->store->variant[i].kept) {
-        dataset->store->variant[i].kept = (spm_image *)spmi_alloc_array(dataset->ctx, dataset->count, sizeof(spm_image));
+        dataset->store->variant[i].kept = (spm_image *)spmi_alloc_array(dataset->ctx, dataset->count,
+                                                                        sizeof(spm_image));
         if (!dataset->store->variant[i].kept) return -1;
     }
     return i;
@@ -18821,7 +18977,8 @@ static int spmi_data_keep(spm_dataset *dataset, int64_t id, const spm_transform 
     int variant, taken = 0;
     spmi_lock_enter(&dataset->store->lock);
     variant = spmi_data_variant_of(dataset, t);
-    if (variant >= 0 && !dataset->store->variant[variant].kept[id].pixels && bytes <= dataset->store->kept_limit - dataset->store->kept_bytes) {
+    if (variant >= 0 && !dataset->store->variant[variant].kept[id].pixels
+        && bytes <= dataset->store->kept_limit - dataset->store->kept_bytes) {
         dataset->store->variant[variant].kept[id] = *image;
         dataset->store->kept_bytes += bytes;
         taken = 1;
@@ -18858,7 +19015,8 @@ static void spmi_data_add_bad(spm_dataset *dataset, int64_t id, const spm_error 
         char *reason = spmi_string_copy(dataset->ctx, why->text, strlen(why->text));
         dataset->store->bad = (spmi_data_bad *)memory;
         if (reason) {
-            memmove(dataset->store->bad + at + 1, dataset->store->bad + at, (size_t)(dataset->store->bad_count - at) * sizeof *dataset->store->bad);
+            memmove(dataset->store->bad + at + 1, dataset->store->bad + at,
+                    (size_t)(dataset->store->bad_count - at) * sizeof *dataset->store->bad);
             dataset->store->bad[at].id = id;
             dataset->store->bad[at].reason = reason;
             dataset->store->bad[at].status = why->status;
@@ -18884,7 +19042,8 @@ static int spmi_data_known_bad(spm_dataset *dataset, int64_t id, spm_error *why)
 /* A picture of an idx or CIFAR file: planes to RGB, gray repeated. */
 static spm_status spmi_data_block_image(const spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
 {
-    size_t plane = (size_t)dataset->block_height * (size_t)dataset->block_width, step = dataset->block_channels == 3 ? plane : 0, i;
+    size_t plane = (size_t)dataset->block_height * (size_t)dataset->block_width;
+    size_t step = dataset->block_channels == 3 ? plane : 0, i;
     const uint8_t *in = dataset->block + (size_t)id * plane * (size_t)dataset->block_channels;
     spm_status status = spm_image_create(dataset->ctx, dataset->block_width, dataset->block_height, image, err);
     for (i = 0; !status && i < plane; i++) {
@@ -18919,8 +19078,10 @@ static spm_status spmi_data_decode(const spm_dataset *dataset, int64_t id, spm_i
     return spmi_fail(dataset->ctx, err, status, "%s line %ld: %s", dataset->table, (long)dataset->line[id], why.text);
 }
 
-/* A picture, decoded or (t not NULL) transformed as for evaluation. *owned: 1 the caller frees it, 0 it is the data set's. */
-static spm_status spmi_data_picture(spm_dataset *dataset, int64_t id, const spm_transform *t, spm_image *image, int *owned, spm_error *err)
+/* A picture, decoded or (t not NULL) transformed as for evaluation. *owned: 1 the caller frees it, 0 it is the data
+ * set's. */
+static spm_status spmi_data_picture(spm_dataset *dataset, int64_t id, const spm_transform *t, spm_image *image,
+                                    int *owned, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spm_error why = SPM_ZERO;
@@ -18956,7 +19117,8 @@ SPMDEF spm_status spm_dataset_image(spm_dataset *dataset, int64_t id, spm_image 
     spm_status status;
     memset(image, 0, sizeof *image);
     if (id < 0 || id >= dataset->count) {
-        return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld", dataset->path, (long)id, (long)dataset->count);
+        return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld", dataset->path,
+                         (long)id, (long)dataset->count);
     }
     status = spmi_data_picture(dataset, id, NULL, &kept, &owned, err);
     if (status || owned) {
@@ -18981,7 +19143,9 @@ SPMDEF void spm_dataset_close(spm_dataset *dataset)
     store = dataset->store;
     if (store) {
         for (v = 0; v < store->variants; v++) {
-            for (i = 0; store->variant[v].kept && i < dataset->count; i++) spm_image_free(ctx, &store->variant[v].kept[i]);
+            for (i = 0; store->variant[v].kept && i < dataset->count; i++) {
+                spm_image_free(ctx, &store->variant[v].kept[i]);
+            }
             spmi_free(ctx, store->variant[v].kept);
         }
         for (i = 0; i < store->bad_count; i++) spmi_free(ctx, store->bad[i].reason);
@@ -19018,7 +19182,8 @@ static spm_status spmi_data_draw_splits(spm_dataset *dataset, spmi_data_rows *ro
         spmi_free(dataset->ctx, start);
         return spmi_fail_memory(dataset->ctx, err, "splits");
     }
-    for (i = 0; i < rows->count; i++) { /* counting sort by group: start[g + 2] counts, then start[g + 1] begins group g */
+    /* counting sort by group: start[g + 2] counts, then start[g + 1] begins group g */
+    for (i = 0; i < rows->count; i++) {
         const spmi_data_row *row = spmi_data_row_at(rows, i);
         if (row->split < 0) start[row->y * dataset->confounders + row->a + 2]++, drawn++;
     }
@@ -19031,21 +19196,24 @@ static spm_status spmi_data_draw_splits(spm_dataset *dataset, spmi_data_rows *ro
         int64_t n = start[g + 1] - start[g], test = n / 5, val = n / 10;
         spm_random_permutation(0, (uint64_t)g, n, order);
         for (k = 0; k < n; k++) {
-            spmi_data_row_at(rows, member[start[g] + order[k]])->split = (int)(k < test ? SPM_TEST : k < test + val ? SPM_VAL : SPM_TRAIN);
+            spm_split split = k < test ? SPM_TEST : k < test + val ? SPM_VAL : SPM_TRAIN;
+            spmi_data_row_at(rows, member[start[g] + order[k]])->split = (int)split;
         }
     }
     spmi_free(dataset->ctx, order);
     spmi_free(dataset->ctx, member);
     spmi_free(dataset->ctx, start);
     if (drawn) {
-        spmi_log(dataset->ctx, SPM_LOG_INFO, "%s: says nothing about splits; drawn with seed 0: 70 %% train, 10 %% val, 20 %% test of every group",
+        spmi_log(dataset->ctx, SPM_LOG_INFO,
+                 "%s: says nothing about splits; drawn with seed 0: 70 %% train, 10 %% val, 20 %% test of every group",
                  dataset->path);
     }
     return SPM_OK;
 }
 
 /* Optional file of names, one a line, in number order; lines that are not there keep their names. */
-static spm_status spmi_data_name_file(const spm_dataset *dataset, const char *file, char *labels, size_t stride, int n, spm_error *err)
+static spm_status spmi_data_name_file(const spm_dataset *dataset, const char *file, char *labels, size_t stride, int n,
+                                      spm_error *err)
 {
     uint8_t *data;
     size_t size;
@@ -19082,7 +19250,8 @@ static spm_status spmi_data_name(spm_dataset *dataset, const spmi_data_rows *row
     if (!dataset->confounder_names) {
         dataset->confounder_names = (char *)spmi_alloc_array(ctx, na, SPMI_DATA_LABEL);
         for (a = 0; dataset->confounder_names && a < na; a++) {
-            (void)spmi_format(dataset->confounder_names + a * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s=%d", rows->a_label, a);
+            (void)spmi_format(dataset->confounder_names + a * SPMI_DATA_LABEL, SPMI_DATA_LABEL, "%s=%d",
+                              rows->a_label, a);
         }
     }
     if (!dataset->class_names || !dataset->confounder_names) return spmi_fail_memory(ctx, err, "names");
@@ -19092,9 +19261,13 @@ static spm_status spmi_data_name(spm_dataset *dataset, const spmi_data_rows *row
         spmi_data_set_label(dataset->confounder_names, 0, "land");
         spmi_data_set_label(dataset->confounder_names, 1, "water");
     } else if (numbered) {
-        const char *file = dataset->desc.format == SPM_DATA_CIFAR ? nc > 10 ? "fine_label_names.txt" : "batches.meta.txt" : "class_names.txt";
+        const char *file = dataset->desc.format != SPM_DATA_CIFAR ? "class_names.txt"
+                           : nc > 10 ? "fine_label_names.txt" : "batches.meta.txt";
         status = spmi_data_name_file(dataset, file, dataset->class_names, SPMI_DATA_LABEL, nc, err);
-        if (!status) status = spmi_data_name_file(dataset, "confounder_names.txt", dataset->confounder_names, SPMI_DATA_LABEL, na, err);
+        if (!status) {
+            status = spmi_data_name_file(dataset, "confounder_names.txt", dataset->confounder_names, SPMI_DATA_LABEL,
+                                         na, err);
+        }
     }
     if (status || dataset->group_names) return status;
     dataset->group_names = (char *)spmi_alloc_array(ctx, (int64_t)nc * na, SPMI_DATA_GROUP_LABEL);
@@ -19102,7 +19275,8 @@ static spm_status spmi_data_name(spm_dataset *dataset, const spmi_data_rows *row
     for (y = 0; y < nc; y++) {
         for (a = 0; a < na; a++) {
             char *to = dataset->group_names + ((int64_t)y * na + a) * SPMI_DATA_GROUP_LABEL;
-            const char *first = spm_dataset_class_name(dataset, y), *second = dataset->confounder_names + a * SPMI_DATA_LABEL;
+            const char *first = spm_dataset_class_name(dataset, y);
+            const char *second = spm_dataset_confounder_name(dataset, a);
             (void)spmi_format(to, SPMI_DATA_GROUP_LABEL, na == 1 ? "%s" : birds ? "%s on %s" : "%s, %s", first, second);
         }
     }
@@ -19122,7 +19296,8 @@ static spm_status spmi_data_index(spm_dataset *dataset, spm_error *err)
     int64_t groups = (int64_t)dataset->classes * dataset->confounders, i, used = 0;
     int s;
     dataset->split_ids = (int64_t *)spmi_alloc_array(dataset->ctx, dataset->count, sizeof *dataset->split_ids);
-    dataset->group_counts = (int64_t *)spmi_alloc_array(dataset->ctx, groups * SPM_SPLITS, sizeof *dataset->group_counts);
+    dataset->group_counts = (int64_t *)spmi_alloc_array(dataset->ctx, groups * SPM_SPLITS,
+                                                        sizeof *dataset->group_counts);
     if (!dataset->split_ids || !dataset->group_counts) return spmi_fail_memory(dataset->ctx, err, "the splits");
     dataset->hash = UINT64_C(0xcbf29ce484222325);
     for (s = 0; s < SPM_SPLITS; s++) {
@@ -19156,8 +19331,9 @@ static void spmi_data_warn_gaps(const spm_dataset *dataset, const spmi_data_rows
     for (y = 0; y < SPMI_MIN(dataset->classes, 64); y++) {
         for (i = 0; i < dataset->count && dataset->examples[i].y != y; i++) continue;
         if (i < dataset->count) continue;
-        spmi_log(dataset->ctx, SPM_LOG_WARNING, "%s: no example has %s = %d, though the largest value is %d: is a label of %s wrong?", dataset->path,
-                 rows->y_label, y, dataset->classes - 1, dataset->table[0] ? dataset->table : "the data set");
+        spmi_log(dataset->ctx, SPM_LOG_WARNING,
+                 "%s: no example has %s = %d, though the largest value is %d: is a label wrong?", dataset->path,
+                 rows->y_label, y, dataset->classes - 1);
         return;
     }
 }
@@ -19170,7 +19346,8 @@ static spm_status spmi_data_finish(spm_dataset *dataset, spmi_data_rows *rows, i
     spm_status status;
     if (rows->names.failed) return spmi_fail_memory(ctx, err, "the examples");
     if (!rows->count) {
-        return spmi_fail(ctx, err, SPM_E_DATA, "%s: %s%sno examples", dataset->path, dataset->table, dataset->table[0] ? " has " : "has ");
+        return spmi_fail(ctx, err, SPM_E_DATA, "%s: %s%shas no examples", dataset->path, dataset->table,
+                         dataset->table[0] ? " " : "");
     }
     dataset->classes = SPMI_MAX(rows->classes, 1);
     dataset->confounders = SPMI_MAX(rows->confounders, 1);
@@ -19181,8 +19358,10 @@ static spm_status spmi_data_finish(spm_dataset *dataset, spmi_data_rows *rows, i
     }
     groups = (int64_t)dataset->classes * dataset->confounders;
     if (groups > SPMI_DATA_MAX_GROUPS) {
-        return spmi_fail(ctx, err, SPM_E_DATA, "%s: %d classes and %d confounders make %ld groups; at most %d are possible: is a label wrong?",
-                         dataset->path, dataset->classes, dataset->confounders, (long)groups, SPMI_DATA_MAX_GROUPS);
+        return spmi_fail(ctx, err, SPM_E_DATA,
+                         "%s: %d classes and %d confounders make %ld groups; at most %d are possible: is a label "
+                         "wrong?", dataset->path, dataset->classes, dataset->confounders, (long)groups,
+                         SPMI_DATA_MAX_GROUPS);
     }
     status = spmi_data_draw_splits(dataset, rows, err);
     if (status) return status;
@@ -19203,7 +19382,9 @@ static spm_status spmi_data_finish(spm_dataset *dataset, spmi_data_rows *rows, i
         dataset->line[i] = row->line;
     }
     status = spmi_data_index(dataset, err);
-    if (!status) status = spmi_data_name(dataset, rows, birds && dataset->classes == 2 && dataset->confounders == 2, err);
+    if (!status) {
+        status = spmi_data_name(dataset, rows, birds && dataset->classes == 2 && dataset->confounders == 2, err);
+    }
     if (!status) spmi_data_warn_gaps(dataset, rows);
     return status;
 }
@@ -19271,7 +19452,8 @@ SPMDEF spm_dataset *spm_dataset_open(spm_context *ctx, const spm_dataset_desc *d
     rows.names = spmi_text_create(ctx);
     (void)spmi_format(rows.y_label, sizeof rows.y_label, "y");
     (void)spmi_format(rows.a_label, sizeof rows.a_label, "a");
-    status = dataset->path && dataset->prefix ? spmi_data_open(dataset, &rows, err) : spmi_fail_memory(ctx, err, desc->path);
+    status = dataset->path && dataset->prefix ? spmi_data_open(dataset, &rows, err)
+                                              : spmi_fail_memory(ctx, err, desc->path);
     spmi_text_free(&rows.names);
     spmi_free(ctx, rows.rows);
     dataset->desc.path = dataset->path;
@@ -19320,12 +19502,14 @@ SPMDEF const char *spm_dataset_class_name(const spm_dataset *dataset, int y)
 
 SPMDEF const char *spm_dataset_confounder_name(const spm_dataset *dataset, int confounder)
 {
-    return confounder >= 0 && confounder < dataset->confounders ? dataset->confounder_names + confounder * SPMI_DATA_LABEL : "";
+    int known = confounder >= 0 && confounder < dataset->confounders;
+    return known ? dataset->confounder_names + confounder * SPMI_DATA_LABEL : "";
 }
 
 SPMDEF const char *spm_dataset_group_name(const spm_dataset *dataset, int group)
 {
-    return group >= 0 && group < spm_dataset_groups(dataset) ? dataset->group_names + (int64_t)group * SPMI_DATA_GROUP_LABEL : "";
+    int known = group >= 0 && group < spm_dataset_groups(dataset);
+    return known ? dataset->group_names + (int64_t)group * SPMI_DATA_GROUP_LABEL : "";
 }
 
 SPMDEF int64_t spm_dataset_size(const spm_dataset *dataset)
@@ -19350,8 +19534,8 @@ SPMDEF const int64_t *spm_dataset_split_ids(const spm_dataset *dataset, spm_spli
 
 SPMDEF int64_t spm_dataset_group_count(const spm_dataset *dataset, spm_split split, int group)
 {
-    int groups = spm_dataset_groups(dataset);
-    return split < SPM_SPLITS && group >= 0 && group < groups ? dataset->group_counts[(int64_t)split * groups + group] : 0;
+    int groups = spm_dataset_groups(dataset), known = split < SPM_SPLITS && group >= 0 && group < groups;
+    return known ? dataset->group_counts[(int64_t)split * groups + group] : 0;
 }
 
 SPMDEF uint64_t spm_dataset_hash(const spm_dataset *dataset)
@@ -19396,9 +19580,9 @@ typedef struct spmi_loader_slot {
     spm_error error;      /* its error */
 } spmi_loader_slot;
 
-/* Positions 0..n of the epoch's order are taken in turn by the workers; position p belongs to batch p / batch, which lies
- * in slot (p / batch) % slots as soon as the batch before it in that slot has been given back. Who decodes what has no
- * influence: an example's floats depend on (seed, epoch, example) only. */
+/* Positions 0..n of the epoch's order are taken in turn by the workers; position p belongs to batch p / batch, which
+ * lies in slot (p / batch) % slots as soon as the batch before it in that slot has been given back. Who decodes what
+ * has no influence: an example's floats depend on (seed, epoch, example) only. */
 struct spm_loader {
     spm_context *ctx;
     spm_dataset *dataset;
@@ -19440,7 +19624,9 @@ static spm_status spmi_loader_fill(spm_loader *loader, int64_t p, spm_error *why
     slot->y[at] = example->y;
     slot->confounder[at] = example->confounder;
     slot->group[at] = example->group;
-    status = spmi_data_picture(loader->dataset, id, loader->desc.augment == SPM_AUGMENT_PAPER ? NULL : t, &image, &owned, why);
+    /* a random crop begins from the whole picture, everything else from what evaluation sees */
+    status = spmi_data_picture(loader->dataset, id, loader->desc.augment == SPM_AUGMENT_PAPER ? NULL : t, &image,
+                               &owned, why);
     if (status) return status;
     switch (loader->desc.augment) {
     case SPM_AUGMENT_NONE: spmi_transform_lookup(loader->table, image.pixels, size, out); break;
@@ -19502,7 +19688,9 @@ static void spmi_loader_worker(void *arg)
         spmi_lock_enter(&loader->lock);
         loader->busy--;
         spmi_loader_book(loader, p, status, &why);
-        if (!loader->busy || !loader->slot[p / loader->desc.batch % loader->slots].left) spmi_condition_wake_all(&loader->ready);
+        if (!loader->busy || !loader->slot[p / loader->desc.batch % loader->slots].left) {
+            spmi_condition_wake_all(&loader->ready);
+        }
     }
     spmi_lock_leave(&loader->lock);
 }
@@ -19612,7 +19800,8 @@ SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc
     }
 #endif
     if (!spmi_loader_allocate(loader)) {
-        (void)spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for batches of %ld pictures of %ld x %ld; use a smaller batch",
+        (void)spmi_fail(ctx, err, SPM_E_MEMORY,
+                        "out of memory for batches of %ld pictures of %ld x %ld; use a smaller batch",
                         (long)loader->desc.batch, (long)desc->transform.height, (long)desc->transform.width);
         spm_loader_destroy(loader);
         return NULL;
@@ -19629,8 +19818,8 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     loader->waited = 0;
     if (!order) n = spm_dataset_split_size(loader->dataset, loader->desc.split);
     if (n <= 0) {
-        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: the %s split has no examples", loader->dataset->path,
-                         spm_split_name(loader->desc.split));
+        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: the %s split has no examples",
+                         loader->dataset->path, spm_split_name(loader->desc.split));
     }
     if (n > loader->order_room) {
         spmi_free(loader->ctx, loader->order);
@@ -19641,8 +19830,8 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     if (order) {
         for (i = 0; i < n; i++) {
             if (order[i] < 0 || order[i] >= loader->dataset->count) {
-                return spmi_fail(loader->ctx, &loader->error, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld", loader->dataset->path,
-                                 (long)order[i], (long)loader->dataset->count);
+                return spmi_fail(loader->ctx, &loader->error, SPM_E_ARGUMENT, "%s: has no example %ld: there are %ld",
+                                 loader->dataset->path, (long)order[i], (long)loader->dataset->count);
             }
             loader->order[i] = order[i];
         }
@@ -19654,8 +19843,9 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     }
     batches = loader->desc.drop_last ? n / batch : (n - 1) / batch + 1;
     if (!batches) {
-        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: %ld examples do not fill one batch of %ld; use a smaller batch or keep the "
-                         "last one", loader->dataset->path, (long)n, (long)batch);
+        return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA,
+                         "%s: %ld examples do not fill one batch of %ld; use a smaller batch or keep the last one",
+                         loader->dataset->path, (long)n, (long)batch);
     }
 #ifdef SPURMEM_THREADS
     spmi_lock_enter(&loader->lock);
@@ -19772,8 +19962,8 @@ SPMDEF double spm_loader_waited(const spm_loader *loader)
 
 /* ---- a parameter as a file holds it ---- */
 
-/* Our memory holds convolution weights as [O,KH,KW,I], files as [O,I,KH,KW]; tokens and position embeddings have a leading 1
- * in files. */
+/* Our memory holds convolution weights as [O,KH,KW,I], files as [O,I,KH,KW]; tokens and position embeddings have a
+ * leading 1 in files. */
 typedef struct spmi_ckpt_view {
     const char *name;
     int64_t shape[SPM_MAX_RANK];      /* the file's */
@@ -19827,7 +20017,8 @@ static char *spmi_ckpt_shape_text(const int64_t *shape, int rank, char *text, si
     int i;
     (void)spmi_format(text, size, "[]");
     for (i = 0; i < rank && used + 2 < size; i++) {
-        int n = spmi_format(text + used, size - used, "%s%ld%s", i ? "," : "[", (long)shape[i], i + 1 == rank ? "]" : "");
+        int n = spmi_format(text + used, size - used, "%s%ld%s", i ? "," : "[", (long)shape[i],
+                            i + 1 == rank ? "]" : "");
         used += n > 0 ? (size_t)n : 0;
     }
     return text;
@@ -19884,9 +20075,13 @@ static const char *spmi_ckpt_vit_word(const char *name)
     if (spmi_string_equal(name, "self_attention.in_proj_bias")) return "attn.qkv.bias";
     if (spmi_string_equal(name, "self_attention.out_proj.weight")) return "attn.proj.weight";
     if (spmi_string_equal(name, "self_attention.out_proj.bias")) return "attn.proj.bias";
-    if (spmi_string_equal(name, "mlp.0.weight") || spmi_string_equal(name, "mlp.linear_1.weight")) return "mlp.fc1.weight";
+    if (spmi_string_equal(name, "mlp.0.weight") || spmi_string_equal(name, "mlp.linear_1.weight")) {
+        return "mlp.fc1.weight";
+    }
     if (spmi_string_equal(name, "mlp.0.bias") || spmi_string_equal(name, "mlp.linear_1.bias")) return "mlp.fc1.bias";
-    if (spmi_string_equal(name, "mlp.3.weight") || spmi_string_equal(name, "mlp.linear_2.weight")) return "mlp.fc2.weight";
+    if (spmi_string_equal(name, "mlp.3.weight") || spmi_string_equal(name, "mlp.linear_2.weight")) {
+        return "mlp.fc2.weight";
+    }
     if (spmi_string_equal(name, "mlp.3.bias") || spmi_string_equal(name, "mlp.linear_2.bias")) return "mlp.fc2.bias";
     return name;
 }
@@ -19925,7 +20120,9 @@ static const char *spmi_ckpt_head_part(const char *plain)
     int i;
     for (i = 0; i < SPMI_COUNT(heads); i++) {
         const char *at = plain;
-        if (spmi_ckpt_skip(&at, heads[i]) && (spmi_string_equal(at, "weight") || spmi_string_equal(at, "bias"))) return at;
+        if (spmi_ckpt_skip(&at, heads[i]) && (spmi_string_equal(at, "weight") || spmi_string_equal(at, "bias"))) {
+            return at;
+        }
     }
     return NULL;
 }
@@ -19994,10 +20191,14 @@ static int spmi_ckpt_grid(spm_model *model, int64_t *rows, int64_t *columns)
 }
 
 /* Whether a file's embedding of a square grid can be resized to the model's; *side is the square's. */
-static int spmi_ckpt_can_resize(spm_model *model, const spmi_ckpt_view *view, const spm_archive_tensor *from, int64_t *side)
+static int spmi_ckpt_can_resize(spm_model *model, const spmi_ckpt_view *view, const spm_archive_tensor *from,
+                                int64_t *side)
 {
     int64_t rows, columns, width = view->shape[2], tokens, n;
-    if (!spmi_string_equal(view->name, "pos_embed") || from->rank < 2 || from->shape[from->rank - 1] != width || width < 1) return 0;
+    if (!spmi_string_equal(view->name, "pos_embed") || from->rank < 2 || from->shape[from->rank - 1] != width
+        || width < 1) {
+        return 0;
+    }
     if (!spmi_ckpt_grid(model, &rows, &columns)) return 0;
     tokens = view->shape[1] - rows * columns; /* class token, distillation token */
     n = from->count / width - tokens;
@@ -20098,17 +20299,19 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
         return status;
     }
     for (i = 0; i < count; i++) {
-        if (!views[i].kept || !spmi_string_ends(views[i].name, "weight")) continue;
-        spmi_log(ctx, SPM_LOG_WARNING, "%s: %s%s%s; the model's new head (%s) keeps its initialisation", path,
-                 views[i].from ? views[i].from->name : "has no head",
-                 views[i].from ? " has " : "", views[i].from ? spmi_ckpt_shape_text(views[i].from->shape, views[i].from->rank, have, sizeof have) : "",
-                 spmi_ckpt_shape_text(views[i].shape, views[i].rank, want, sizeof want));
+        const spmi_ckpt_view *view = &views[i];
+        if (!view->kept || !spmi_string_ends(view->name, "weight")) continue;
+        (void)spmi_ckpt_shape_text(view->shape, view->rank, want, sizeof want);
+        if (view->from) (void)spmi_ckpt_shape_text(view->from->shape, view->from->rank, have, sizeof have);
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: %s %s; the model's new head (%s) keeps its initialisation", path,
+                 view->from ? view->from->name : view->name, view->from ? have : "is missing", want);
     }
     return SPM_OK;
 }
 
 /* Reads one view into `to` (the file's order of axes). */
-static spm_status spmi_ckpt_read(spm_model *model, spm_archive *archive, const spmi_ckpt_view *view, float *to, spm_error *err)
+static spm_status spmi_ckpt_read(spm_model *model, spm_archive *archive, const spmi_ckpt_view *view, float *to,
+                                 spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
     int64_t rows = 0, columns = 0, side = 0, tokens;
@@ -20123,8 +20326,10 @@ static spm_status spmi_ckpt_read(spm_model *model, spm_archive *archive, const s
     status = spm_archive_read_f32(archive, view->from, whole, err);
     if (!status) {
         memcpy(to, whole, (size_t)(tokens * view->shape[2]) * sizeof(float));
-        spmi_ckpt_resize(whole + tokens * view->shape[2], side, to + tokens * view->shape[2], rows, columns, view->shape[2]);
-        spmi_log(ctx, SPM_LOG_INFO, "pos_embed: resized from %ld x %ld to %ld x %ld patches", (long)side, (long)side, (long)rows, (long)columns);
+        spmi_ckpt_resize(whole + tokens * view->shape[2], side, to + tokens * view->shape[2], rows, columns,
+                         view->shape[2]);
+        spmi_log(ctx, SPM_LOG_INFO, "pos_embed: resized from %ld x %ld to %ld x %ld patches", (long)side, (long)side,
+                 (long)rows, (long)columns);
     }
     spmi_free(ctx, whole);
     return status;
@@ -20141,10 +20346,11 @@ static void spmi_ckpt_move_axes(const float *in, float *out, int64_t o, int64_t 
     }
 }
 
-/* Everything is read before anything is placed, so that a failure midway changes no value.  The gradients' memory, which
- * holds nothing worth keeping then, takes what is read: no second copy of a large model.  Buffers have no gradient; theirs
- * is a small block of its own. */
-static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, const spmi_ckpt_view *views, int count, spm_error *err)
+/* Everything is read before anything is placed, so that a failure midway changes no value.  The gradients' memory,
+ * which holds nothing worth keeping then, takes what is read: no second copy of a large model.  Buffers have no
+ * gradient; theirs is a small block of its own. */
+static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, const spmi_ckpt_view *views, int count,
+                                 spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
     int64_t extra = 0, used = 0;
@@ -20164,7 +20370,10 @@ static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, const s
             if (!p->gradient) used += view->count;
             if (view->kept) continue;
             if (!placing) status = spmi_ckpt_read(model, archive, view, stage, err);
-            else if (view->convolution) spmi_ckpt_move_axes(stage, p->value.data, view->shape[0], view->shape[1], view->shape[2] * view->shape[3]);
+            else if (view->convolution) {
+                spmi_ckpt_move_axes(stage, p->value.data, view->shape[0], view->shape[1],
+                                    view->shape[2] * view->shape[3]);
+            }
             else memcpy(p->value.data, stage, (size_t)view->count * sizeof(float));
         }
     }
@@ -20291,10 +20500,12 @@ static void spmi_ckpt_put_info(spm_archive_writer *writer, const spm_checkpoint_
     if (info->epoch >= 0) spm_archive_add_metadata(writer, "epoch", text);
 }
 
-SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info, spm_error *err)
+SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
+                                      spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
-    int torch = spmi_string_ends(path, ".pth") || spmi_string_ends(path, ".pt") || spmi_string_ends(path, ".th"), count, i;
+    int torch = spmi_string_ends(path, ".pth") || spmi_string_ends(path, ".pt") || spmi_string_ends(path, ".th");
+    int count, i;
     const int64_t steps = 0; /* num_batches_tracked: PyTorch reads it only for momentum = None */
     int64_t largest = 1;
     spmi_ckpt_view *views = spmi_ckpt_views(model, &count);
@@ -20319,14 +20530,16 @@ SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const 
         spm_archive_add(writer, views[i].name, SPM_F32, views[i].rank, views[i].shape);
         if (spmi_string_ends(views[i].name, ".running_var")) {
             char name[160];
-            (void)spmi_format(name, sizeof name, "%.*s.num_batches_tracked", (int)(strlen(views[i].name) - 12), views[i].name);
+            (void)spmi_format(name, sizeof name, "%.*s.num_batches_tracked", (int)(strlen(views[i].name) - 12),
+                              views[i].name);
             spm_archive_add(writer, name, SPM_I64, 0, NULL);
         }
     }
     for (i = 0; i < count; i++) {
         const float *from = spm_model_parameter(model, i)->value.data;
         if (views[i].convolution) {
-            spmi_ckpt_move_axes(from, moved, views[i].shape[0], views[i].shape[2] * views[i].shape[3], views[i].shape[1]);
+            spmi_ckpt_move_axes(from, moved, views[i].shape[0], views[i].shape[2] * views[i].shape[3],
+                                views[i].shape[1]);
             from = moved;
         }
         spm_archive_put(writer, from);

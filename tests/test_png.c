@@ -1,5 +1,6 @@
-/* test_png.c - deflate, PNG, PPM and the recognition of formats: round trips, every kind of PNG built by hand, damage of
- * every sort, bombs, failing allocations, and (with SPURMEM_TEST_DATA) the PNG files of the conformance set. */
+/* test_png.c - deflate, PNG, PPM and the recognition of formats: round trips, every kind of PNG built by hand,
+ * damage of every sort, bombs, failing allocations, and (with SPURMEM_TEST_DATA) the PNG files of the conformance
+ * set. */
 #include "test.h"
 #include "sha256.h"
 #include "../spurmem.h"
@@ -56,7 +57,8 @@ static void fill(uint8_t *data, size_t n, int kind)
     size_t i;
     for (i = 0; i < n; i++) {
         uint8_t r = noise(7, i);
-        data[i] = kind == 0 ? r : kind == 1 ? 0 : kind == 2 ? (uint8_t)("acgt"[r & 3]) : kind == 3 ? (uint8_t)text[i % (sizeof text - 1)]
+        data[i] = kind == 0 ? r : kind == 1 ? 0 : kind == 2 ? (uint8_t)("acgt"[r & 3])
+                : kind == 3 ? (uint8_t)text[i % (sizeof text - 1)]
                 : kind == 4 ? (i && r > 20 ? data[i - 1] : r) : (uint8_t)(i * i / 5000);
     }
 }
@@ -81,7 +83,8 @@ static void deflate_round_trips(void)
                 spm_free(ctx, back);
                 if (n > 1) { /* one byte less is not enough */
                     spm_error err = SPM_ZERO;
-                    CHECK_INT(spm_inflate(ctx, packed, packed_size, wrapper, n - 1, &back, &size, &err), SPM_E_UNSUPPORTED);
+                    CHECK_INT(spm_inflate(ctx, packed, packed_size, wrapper, n - 1, &back, &size, &err),
+                              SPM_E_UNSUPPORTED);
                     CHECK(!back && strstr(err.text, "cap"));
                 }
                 spm_free(ctx, packed);
@@ -90,14 +93,17 @@ static void deflate_round_trips(void)
     }
 }
 
-/* Streams that zlib 1.2.13 made (Python: zlib.compress of the text, level 9; gzip with a name and a comment by hand). */
+/* Streams that zlib 1.2.13 made (zlib.compress of the text at level 9; gzip's name and comment put in by hand). */
 static void inflate_known_streams(void)
 {
-    static const uint8_t fixed[] = { 0x78, 0xda, 0xcb, 0x48, 0xcd, 0xc9, 0xc9, 0xd7, 0x51, 0xc8, 0x00, 0x51, 0x8a, 0x8a, 0x00, 0x26, 0x27,
+    static const uint8_t fixed[] = { 0x78, 0xda, 0xcb, 0x48, 0xcd, 0xc9, 0xc9, 0xd7, 0x51, 0xc8, 0x00, 0x51, 0x8a,
+                                    0x8a, 0x00, 0x26, 0x27,
                                      0x04, 0xb7 };
-    static const uint8_t gzip[] = { 0x1f, 0x8b, 8, 0x1c, 0, 0, 0, 0, 0, 3, 2, 0, 'x', 'y', 'n', 0, 'c', 0, 0x4b, 0x4c, 0x4a, 0x06, 0x00,
+    static const uint8_t gzip[] = { 0x1f, 0x8b, 8, 0x1c, 0, 0, 0, 0, 0, 3, 2, 0, 'x', 'y', 'n', 0, 'c', 0, 0x4b,
+                                   0x4c, 0x4a, 0x06, 0x00,
                                     0xc2, 0x41, 0x24, 0x35, 3, 0, 0, 0,
-                                    0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0x4b, 0x4c, 0x4a, 0x06, 0x00, 0xc2, 0x41, 0x24, 0x35, 3, 0, 0, 0, 0, 0 };
+                                    0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3, 0x4b, 0x4c, 0x4a, 0x06, 0x00, 0xc2, 0x41,
+                                            0x24, 0x35, 3, 0, 0, 0, 0, 0 };
     uint8_t *out;
     size_t size;
     CHECK_INT(spm_inflate(ctx, fixed, sizeof fixed, 1, 0, &out, &size, NULL), SPM_OK);
@@ -123,12 +129,14 @@ static void inflate_refuses_damage(void)
             CHECK_INT(spm_inflate(ctx, copy, i, wrapper, 0, &back, &size, &err), SPM_E_FORMAT);
             CHECK(!back && strstr(err.text, "cut off"));
         }
-        for (i = 0; i < n * 8; i++) { /* one wrong bit: refused, or it carries nothing (padding, fields of gzip's header) */
+        /* one wrong bit: refused, or it carries nothing (padding, fields of gzip's header) */
+        for (i = 0; i < n * 8; i++) {
             spm_error err = SPM_ZERO;
             memcpy(copy, packed, n);
             copy[i / 8] = (uint8_t)(copy[i / 8] ^ 1u << (i & 7));
             if (spm_inflate(ctx, copy, n, wrapper, 1 << 20, &back, &size, &err) == SPM_OK) {
-                CHECK(wrapper == 1 || (size == sizeof data && memcmp(back, data, size) == 0)); /* Adler misses balanced changes */
+                /* Adler misses balanced changes */
+                CHECK(wrapper == 1 || (size == sizeof data && memcmp(back, data, size) == 0));
                 quiet++;
                 spm_free(ctx, back);
             }
@@ -138,7 +146,8 @@ static void inflate_refuses_damage(void)
     }
     CHECK(quiet < 2 * 8 + 80);
     { /* a block type, a stored length, a distance and a code that do not exist */
-        static const uint8_t type3[] = { 7 }, stored[] = { 1, 5, 0, 0, 0, 1, 2, 3, 4, 5 }, far_back[] = { 0x4b, 0x04, 0x22 };
+        static const uint8_t type3[] = { 7 }, stored[] = { 1, 5, 0, 0, 0, 1, 2, 3, 4, 5 };
+        static const uint8_t far_back[] = { 0x4b, 0x04, 0x22 };
         spm_error err = SPM_ZERO;
         CHECK_INT(spm_inflate(ctx, type3, sizeof type3, 0, 0, &back, &size, &err), SPM_E_FORMAT);
         CHECK(strstr(err.text, "type"));
@@ -236,7 +245,8 @@ static unsigned sample(int x, int y, int c, int depth)
 static size_t rows_of(uint8_t *raw, int w, int h, int depth, int color, int x0, int y0, int dx, int dy)
 {
     uint8_t above[1024] = { 0 }, row[1024];
-    int n = channels_of(color), bytes = ((w - x0 + dx - 1) / dx * n * depth + 7) / 8, step = n * depth < 8 ? 1 : n * depth / 8;
+    int n = channels_of(color), bytes = ((w - x0 + dx - 1) / dx * n * depth + 7) / 8;
+    int step = n * depth < 8 ? 1 : n * depth / 8;
     size_t used = 0;
     int x, y, c, i;
     if (x0 >= w) return 0;
@@ -265,11 +275,14 @@ static size_t rows_of(uint8_t *raw, int w, int h, int depth, int color, int x0, 
 
 static size_t raw_of(uint8_t *raw, int w, int h, int depth, int color, int interlaced)
 {
-    static const int pass[7][4] = { { 0, 0, 8, 8 }, { 4, 0, 8, 8 }, { 0, 4, 4, 8 }, { 2, 0, 4, 4 }, { 0, 2, 2, 4 }, { 1, 0, 2, 2 }, { 0, 1, 1, 2 } };
+    static const int pass[7][4] = { { 0, 0, 8, 8 }, { 4, 0, 8, 8 }, { 0, 4, 4, 8 }, { 2, 0, 4, 4 }, { 0, 2, 2, 4 },
+                                   { 1, 0, 2, 2 }, { 0, 1, 1, 2 } };
     size_t used = 0;
     int i;
     if (!interlaced) return rows_of(raw, w, h, depth, color, 0, 0, 1, 1);
-    for (i = 0; i < 7; i++) used += rows_of(raw + used, w, h, depth, color, pass[i][0], pass[i][1], pass[i][2], pass[i][3]);
+    for (i = 0; i < 7; i++) {
+        used += rows_of(raw + used, w, h, depth, color, pass[i][0], pass[i][1], pass[i][2], pass[i][3]);
+    }
     return used;
 }
 
@@ -287,7 +300,8 @@ static void build(file *f, int w, int h, int depth, int color, int interlaced, s
     if (color == 3) chunk(f, "tRNS", "\0\x80", 2);
     n = raw_of(raw, w, h, depth, color, interlaced);
     CHECK_INT(spm_deflate(ctx, raw, n, 1, &packed, &n, NULL), SPM_OK);
-    for (i = 0; i < n; i += piece ? piece : n) chunk(f, "IDAT", packed + i, piece && piece < n - i ? piece : piece ? n - i : n);
+    if (!piece) piece = n;
+    for (i = 0; i < n; i += piece) chunk(f, "IDAT", packed + i, piece < n - i ? piece : n - i);
     spm_free(ctx, packed);
     chunk(f, "IEND", NULL, 0);
 }
@@ -299,7 +313,8 @@ static int right_pixels(const spm_image *image, int depth, int color)
         for (x = 0; x < image->width; x++) {
             for (c = 0; c < 3; c++) {
                 unsigned v = sample(x, y, color & 2 && color != 3 ? c : 0, depth), want;
-                if (color == 3) want = v < 200 ? noise(5, v * 3 + (unsigned)c) : v; /* beyond the palette: a gray ramp */
+                /* beyond the palette: a gray ramp */
+                if (color == 3) want = v < 200 ? noise(5, v * 3 + (unsigned)c) : v;
                 else want = depth == 16 ? v >> 8 : v * 255 / ((1u << depth) - 1);
                 if (image->pixels[((size_t)y * (size_t)image->width + (size_t)x) * 3 + (size_t)c] != want) return 0;
             }
@@ -310,7 +325,8 @@ static int right_pixels(const spm_image *image, int depth, int color)
 
 static void png_of_every_kind(void)
 {
-    static const int kinds[15][2] = { { 1, 0 }, { 2, 0 }, { 4, 0 }, { 8, 0 }, { 16, 0 }, { 8, 2 }, { 16, 2 }, { 1, 3 }, { 2, 3 },
+    static const int kinds[15][2] = { { 1, 0 }, { 2, 0 }, { 4, 0 }, { 8, 0 }, { 16, 0 }, { 8, 2 }, { 16, 2 },
+                                      { 1, 3 }, { 2, 3 },
                                       { 4, 3 }, { 8, 3 }, { 8, 4 }, { 16, 4 }, { 8, 6 }, { 16, 6 } };
     static const int sizes[][2] = { { 1, 1 }, { 2, 9 }, { 5, 3 }, { 8, 8 }, { 33, 21 } };
     static file f;
@@ -424,7 +440,12 @@ static void png_damage(void)
         CHECK(strstr(verdict(&g, NULL), "0 x 4"));
         begin(&g);
         chunk(&g, "IDAT", "x", 1);
-        CHECK(strstr(verdict(&g, NULL), "first chunk must be IHDR"));
+        CHECK(strstr(verdict(&g, NULL), "first chunk, and no other, must be IHDR"));
+        begin(&g);
+        header(&g, 4, 4, 8, 2, 0);
+        header(&g, 5, 5, 8, 2, 0);
+        chunk(&g, "IDAT", "x", 1);
+        CHECK(strstr(verdict(&g, NULL), "chunk IHDR at byte 33: the first chunk, and no other"));
         begin(&g);
         header(&g, 4, 4, 8, 2, 0);
         chunk(&g, "IEND", NULL, 0);
@@ -433,14 +454,18 @@ static void png_damage(void)
     for (i = 0; i < 4000; i++) { /* bytes at random: any verdict, no crash */
         int k;
         build(&g, 5, 4, i & 1 ? 8 : 2, i & 2 ? 3 : 0, (int)(i >> 2 & 1), 9);
-        for (k = 0; k <= (int)(i % 3); k++) g.data[8 + spm_random_below(3, i, (uint64_t)k * 2, (uint32_t)g.size - 8)] = noise(4, i * 3 + (size_t)k);
+        for (k = 0; k <= (int)(i % 3); k++) {
+            g.data[8 + spm_random_below(3, i, (uint64_t)k * 2, (uint32_t)g.size - 8)] = noise(4, i * 3 + (size_t)k);
+        }
         (void)verdict(&g, NULL);
     }
 }
 
 static void png_bombs(void)
 {
-    static const uint32_t sizes[][2] = { { 65500, 65500 }, { 0x7fffffff, 0x7fffffff }, { 0xffffffff, 1 }, { 20000, 10000 }, { 1, 300000000 } };
+    static const uint32_t sizes[][2] = {
+        { 65500, 65500 }, { 0x7fffffff, 0x7fffffff }, { 0xffffffff, 1 }, { 20000, 10000 }, { 1, 300000000 }
+    };
     static file f;
     static uint8_t body[900];
     meter m;
@@ -528,7 +553,8 @@ static void failing_allocations(void)
             case 1: status = spm_image_encode_png(tight, &image, &data, &size, &err); break;
             case 2: status = spm_image_resize(tight, &image, 17, 50, SPM_FILTER_LANCZOS, &out, &err); break;
             case 3: status = spm_image_encode_ppm(tight, &image, &data, &size, &err); break;
-            default: status = spm_inflate(tight, f.data, f.size, 1, 0, &data, &size, &err); break; /* no zlib data at all */
+            /* no zlib data at all */
+            default: status = spm_inflate(tight, f.data, f.size, 1, 0, &data, &size, &err); break;
             }
             done = m.calls < fail_at;
             if (!done) CHECK(status == SPM_E_MEMORY && strstr(err.text, "memory"));
@@ -632,7 +658,8 @@ static void png_conformance(void)
         long bytes, w, h;
         spm_image image;
         spm_error err = SPM_ZERO;
-        if (sscanf(line, "%299[^\t]\t%39[^\t]\t%ld\t%19[^\t]\t%19[^\t]\t%19[^\t]\t%ld\t%ld\t%79[^\t\n]", name, origin, &bytes, verdict_text,
+        if (sscanf(line, "%299[^\t]\t%39[^\t]\t%ld\t%19[^\t]\t%19[^\t]\t%19[^\t]\t%ld\t%ld\t%79[^\t\n]", name,
+                   origin, &bytes, verdict_text,
                    format, mode, &w, &h, hash) != 9) continue;
         if (strcmp(format, "PNG") != 0 && !strstr(name, ".png")) continue;
         snprintf(path, sizeof path, "%s/codec/%s", folder, name);

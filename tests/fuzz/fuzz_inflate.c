@@ -16,7 +16,9 @@ FUZZ_BODY(ctx, data, size)
                 if (again_size != out_size || memcmp(out, again, out_size) != 0) abort();
                 spm_free(ctx, again);
             }
-            if (out_size > 1 && spm_inflate(ctx, data, size, wrapper, out_size - 1, &again, &again_size, &err) == SPM_OK) abort();
+            if (out_size > 1) {
+                if (spm_inflate(ctx, data, size, wrapper, out_size - 1, &again, &again_size, &err) == SPM_OK) abort();
+            }
             spm_free(ctx, out);
         }
         else if (!err.text[0] || out) abort();

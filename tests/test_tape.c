@@ -1,0 +1,990 @@
+/* test_tape.c - the tape: every operation's gradient, planning, segments, masks, hooks, prefixes, threads. */
+#include "../spurmem.h"
+#include "test.h"
+
+#include <stdint.h>
+
+/* ---- every operation against central differences ---- */
+
+typedef struct op_case {
+    spm_op op;
+    int rank[6];
+    int64_t shape[6][4];
+    int n_in;
+    int64_t kernel, stride, padding, dilation, groups, heads, index;
+    float p;
+    int relu, training;
+} op_case;
+
+/* op, ranks, shapes, inputs, kernel stride padding dilation groups heads index p relu training */
+static const op_case cases[] = {
+    { SPM_OP_CONV2D, {4,4,1}, {{2,6,5,3},{4,3,3,3},{4}}, 3, 3,1,1,1,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4}, {{2,7,6,4},{6,3,3,4}}, 2, 3,2,1,1,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4}, {{1,9,8,3},{5,7,7,3}}, 2, 7,2,3,1,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4}, {{2,5,5,8},{12,1,1,8}}, 2, 1,1,0,1,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4,1}, {{2,6,6,8},{16,1,1,8},{16}}, 3, 1,2,0,1,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4}, {{2,6,6,8},{8,3,3,2}}, 2, 3,1,1,1,4, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4}, {{1,8,8,4},{4,3,3,4}}, 2, 3,1,2,2,1, 0,0,0,0,1 },
+    { SPM_OP_CONV2D, {4,4,1}, {{2,8,8,3},{10,4,4,3},{10}}, 3, 4,4,0,1,1, 0,0,0,0,1 },
+    { SPM_OP_LINEAR, {2,2,1}, {{5,7},{9,7},{9}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_LINEAR, {3,2,1}, {{2,3,20},{33,20},{33}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_LINEAR, {2,2}, {{1,16},{2,16}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_BATCH_NORM, {4,1,1,1,1}, {{3,4,5,7},{7},{7},{7},{7}}, 5, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_BATCH_NORM, {4,1,1,1,1}, {{2,4,4,17},{17},{17},{17},{17}}, 5, 0,0,0,0,0, 0,0,0,1,1 },
+    { SPM_OP_BATCH_NORM, {4,1,1,1,1,4}, {{2,4,4,16},{16},{16},{16},{16},{2,4,4,16}}, 6, 0,0,0,0,0, 0,0,0,1,1 },
+    { SPM_OP_BATCH_NORM, {4,1,1,1,1,4}, {{2,3,4,5},{5},{5},{5},{5},{2,3,4,5}}, 6, 0,0,0,0,0, 0,0,0,1,0 },
+    { SPM_OP_BATCH_NORM, {4,1,1,1,1}, {{2,3,4,5},{5},{5},{5},{5}}, 5, 0,0,0,0,0, 0,0,0,0,0 },
+    { SPM_OP_LAYER_NORM, {3,1,1}, {{2,5,24},{24},{24}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_LAYER_NORM, {2,1,1}, {{3,7},{7},{7}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_RELU, {4}, {{2,3,3,5}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_GELU, {3}, {{2,3,19}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_SOFTMAX, {2}, {{4,9}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_SOFTMAX, {3}, {{2,3,33}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_ATTENTION, {3}, {{2,5,36}}, 1, 0,0,0,0,0, 3,0,0,0,1 },
+    { SPM_OP_ATTENTION, {3}, {{1,17,48}}, 1, 0,0,0,0,0, 1,0,0,0,1 },
+    { SPM_OP_MAX_POOL, {4}, {{2,7,6,5}}, 1, 3,2,1,0,0, 0,0,0,0,1 },
+    { SPM_OP_MAX_POOL, {4}, {{1,4,4,3}}, 1, 2,2,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_AVG_POOL, {4}, {{2,5,5,3}}, 1, 3,2,1,0,0, 0,0,0,0,1 },
+    { SPM_OP_AVG_POOL, {4}, {{2,4,4,18}}, 1, 2,2,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_GLOBAL_POOL, {4}, {{2,4,3,9}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_ADD, {3,3}, {{2,4,5},{2,4,5}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_SHORTCUT_A, {4}, {{2,5,4,3}}, 1, 0,2,0,0,6, 0,0,0,0,1 },
+    { SPM_OP_SHORTCUT_A, {4}, {{1,4,4,16}}, 1, 0,2,0,0,32, 0,0,0,0,1 },
+    { SPM_OP_DROPOUT, {3}, {{2,5,11}}, 1, 0,0,0,0,0, 0,0,.3f,0,1 },
+    { SPM_OP_DROP_PATH, {3}, {{9,5,3}}, 1, 0,0,0,0,0, 0,0,.4f,0,1 },
+    { SPM_OP_TOKENS, {4,2,2}, {{2,2,3,8},{1,8},{7,8}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_TOKENS, {4,2,2,2}, {{2,2,2,20},{1,20},{6,20},{1,20}}, 4, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_TOKENS, {4,2,2}, {{2,2,2,20},{2,20},{6,20}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_TOKEN, {3}, {{2,4,9}}, 1, 0,0,0,0,0, 0,1,0,0,1 },
+    { SPM_OP_MEAN2, {2,2}, {{3,4},{3,4}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_CROSS_ENTROPY, {2,2}, {{4,5},{4,5}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_CROSS_ENTROPY, {2,2,1}, {{6,2},{6,2},{6}}, 3, 0,0,0,0,0, 0,0,.1f,0,1 },
+    { SPM_OP_NTXENT, {2,2}, {{5,8},{5,8}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
+    { SPM_OP_NTXENT, {2,2}, {{3,2},{3,2}}, 2, 0,0,0,0,0, 0,0,0,0,1 }
+};
+
+static spm_op_call call_of(const op_case *c)
+{
+    spm_op_call call;
+    int i, k;
+    memset(&call, 0, sizeof call);
+    call.attr.kernel[0] = call.attr.kernel[1] = c->kernel;
+    call.attr.stride[0] = call.attr.stride[1] = c->stride;
+    call.attr.padding[0] = call.attr.padding[1] = c->padding;
+    call.attr.dilation[0] = call.attr.dilation[1] = c->dilation;
+    call.attr.groups = c->groups;
+    call.attr.heads = c->heads;
+    call.attr.index = c->index;
+    call.attr.eps = 1e-5f;
+    call.attr.p = c->p;
+    if (c->op == SPM_OP_CROSS_ENTROPY) call.attr.label_smoothing = c->p;
+    call.attr.temperature = .5f;
+    call.attr.relu = c->relu;
+    call.training = c->training;
+    call.seed = 7;
+    call.n_in = c->n_in;
+    for (i = 0; i < c->n_in; i++) {
+        call.in[i].rank = c->rank[i];
+        for (k = 0; k < c->rank[i]; k++) call.in[i].shape[k] = c->shape[i][k];
+    }
+    return call;
+}
+
+static spm_context *context(int threads)
+{
+    spm_context_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.threads = threads;
+    return spm_context_create(&desc);
+}
+
+static void test_gradients_of_all_ops(void)
+{
+    spm_context *ctx = context(2);
+    int seen[SPM_OP_COUNT], i;
+    memset(seen, 0, sizeof seen);
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        spm_op_call call = call_of(&cases[i]);
+        spm_error err;
+        double error;
+        memset(&err, 0, sizeof err);
+        error = spm_gradient_check(ctx, cases[i].op, &call, 100 + (uint64_t)i, &err);
+        seen[cases[i].op] = 1;
+        if (!(error >= 0 && error < 2e-3)) {
+            char text[600];
+            snprintf(text, sizeof text, "case %d %s: relative error %g %s", i, spm_op_name(cases[i].op), error, err.text);
+            CHECK_MSG(0, text);
+        }
+    }
+    for (i = SPM_OP_NONE + 1; i < SPM_OP_COUNT; i++) CHECK_MSG(seen[i], spm_op_name((spm_op)i));
+    spm_context_destroy(ctx);
+}
+
+
+/* ---- the contract of single operations that the planner relies on ---- */
+
+typedef struct op_data {
+    void *block;
+    float *memory; /* in it, aligned */
+    spm_op_call call;
+} op_data;
+
+/* A call with all its memory; in[] and d_out filled from seed (positive and normalised where an op wants that). */
+static op_data op_make(spm_context *ctx, const op_case *c, uint64_t seed)
+{
+    op_data d;
+    spm_error err;
+    float dummy = 0;
+    size_t at = 0, scratch, packed, total;
+    int i, pass;
+    int64_t k;
+    memset(&err, 0, sizeof err);
+    memset(&d, 0, sizeof d);
+    d.call = call_of(c);
+    for (i = 0; i < d.call.n_in; i++) if (d.call.in[i].rank) d.call.in[i].data = &dummy;
+    CHECK_INT(spm_op_infer(ctx, c->op, &d.call, &err), SPM_OK);
+    scratch = spm_op_scratch(ctx, c->op, &d.call, 0);
+    if (spm_op_scratch(ctx, c->op, &d.call, 1) > scratch) scratch = spm_op_scratch(ctx, c->op, &d.call, 1);
+    packed = spm_op_packed(ctx, c->op, &d.call);
+    d.call.d_out = d.call.out[0];
+    for (i = 0; i < d.call.n_in; i++) d.call.d_in[i] = d.call.in[i];
+    for (pass = 0; pass < 2; pass++) {
+        spm_tensor *all[2 * SPM_OP_MAX_IN + SPM_OP_MAX_OUT + 1];
+        int n = 0;
+        for (i = 0; i < d.call.n_in; i++) { all[n++] = &d.call.in[i]; all[n++] = &d.call.d_in[i]; }
+        for (i = 0; i < d.call.n_out; i++) all[n++] = &d.call.out[i];
+        all[n++] = &d.call.d_out;
+        at = 0;
+        for (i = 0; i < n; i++) {
+            if (!all[i]->rank) continue;
+            if (pass) all[i]->data = d.memory + at;
+            at += ((size_t)spm_tensor_count(all[i]) + 31) / 16 * 16;
+        }
+        if (pass) break;
+        total = at * sizeof(float) + scratch + packed + 256;
+        d.block = calloc(total + 64, 1);
+        d.memory = (float *)(void *)((char *)d.block + (64 - (uintptr_t)d.block % 64) % 64);
+    }
+    d.call.scratch = d.memory + at;
+    d.call.packed = packed ? d.memory + at + (scratch + 63) / 64 * 16 : NULL;
+    for (i = 0; i < d.call.n_in; i++) {
+        for (k = 0; k < spm_tensor_count(&d.call.in[i]); k++) {
+            float x = spm_random_normal(seed, (uint64_t)i, (uint64_t)k);
+            if (c->op == SPM_OP_BATCH_NORM && i == 4) x = 1 + fabsf(x);
+            if (c->op == SPM_OP_CROSS_ENTROPY && i > 0) x = fabsf(x) / 4;
+            d.call.in[i].data[k] = x;
+        }
+        if (!spm_op_differentiable(c->op, i)) d.call.d_in[i].data = NULL;
+    }
+    for (k = 0; k < spm_tensor_count(&d.call.d_out); k++) d.call.d_out.data[k] = spm_random_normal(seed, 50, (uint64_t)k);
+    return d;
+}
+
+static void fill(float *p, int64_t n, float x)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) p[i] = x;
+}
+
+/* What spm_op_backward_reads denies may be gone: NaN there changes no bit. One gradient alone is the same as all together, and
+ * adding is the same as overwriting plus what was there. */
+static void test_ops_read_what_they_say(void)
+{
+    spm_context *ctx = context(2);
+    int i, j;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        op_data a = op_make(ctx, &cases[i], 5), b;
+        spm_op op = cases[i].op;
+        char text[100];
+        snprintf(text, sizeof text, "case %d %s", i, spm_op_name(op));
+        spm_op_forward(ctx, op, &a.call);
+        spm_op_backward(ctx, op, &a.call);
+        b = op_make(ctx, &cases[i], 5);
+        spm_op_forward(ctx, op, &b.call);
+        for (j = 0; j < b.call.n_in; j++) {
+            if (b.call.in[j].data && !spm_op_backward_reads(op, &b.call.attr, 0, j)) fill(b.call.in[j].data, spm_tensor_count(&b.call.in[j]), NAN);
+        }
+        for (j = 0; j < b.call.n_out; j++) {
+            if (!spm_op_backward_reads(op, &b.call.attr, 1, j)) fill(b.call.out[j].data, spm_tensor_count(&b.call.out[j]), NAN);
+        }
+        spm_op_backward(ctx, op, &b.call);
+        for (j = 0; j < b.call.n_in; j++) {
+            if (b.call.d_in[j].data) CHECK_MSG(memcmp(a.call.d_in[j].data, b.call.d_in[j].data, (size_t)spm_tensor_count(&a.call.d_in[j]) * 4) == 0, text);
+        }
+        for (j = 0; j < a.call.n_in; j++) {
+            op_data one = op_make(ctx, &cases[i], 5);
+            int k;
+            int64_t e;
+            double off = 0, top = 1e-6;
+            if (a.call.d_in[j].data) {
+                spm_op_forward(ctx, op, &one.call);
+                for (k = 0; k < one.call.n_in; k++) if (k != j) one.call.d_in[k].data = NULL;
+                one.call.d_in_add[j] = 1;
+                fill(one.call.d_in[j].data, spm_tensor_count(&one.call.d_in[j]), 0.5f);
+                spm_op_backward(ctx, op, &one.call);
+                for (e = 0; e < spm_tensor_count(&one.call.d_in[j]); e++) {
+                    const double x = (double)a.call.d_in[j].data[e], y = (double)one.call.d_in[j].data[e] - 0.5;
+                    if (fabs(x) > top) top = fabs(x);
+                    if (!(fabs(x - y) <= off)) off = fabs(x - y);
+                }
+                CHECK_MSG(off <= 1e-5 * (top + 1), text);
+            }
+            free(one.block);
+        }
+        free(a.block);
+        free(b.block);
+    }
+    spm_context_destroy(ctx);
+}
+
+/* ---- networks for the tests below ---- */
+
+static spm_model *network(spm_context *ctx, const char *name, int px, int classes)
+{
+    spm_arch arch;
+    spm_error err;
+    spm_model *model;
+    memset(&arch, 0, sizeof arch);
+    memset(&err, 0, sizeof err);
+    arch.height = arch.width_px = px;
+    arch.classes = classes;
+    if (spm_arch_parse(ctx, name, &arch, &err)) CHECK_MSG(0, err.text);
+    model = spm_model_build(ctx, &arch, 3, &err);
+    CHECK_STR(err.text, "");
+    return model;
+}
+
+static spm_run *run_of(spm_model *model, int64_t n, int backward, int segments)
+{
+    spm_run_desc desc;
+    spm_error err;
+    spm_run *run;
+    memset(&desc, 0, sizeof desc);
+    memset(&err, 0, sizeof err);
+    desc.max_batch = n;
+    desc.backward = backward;
+    desc.segments = segments;
+    desc.seed = 11;
+    run = spm_run_create(model, &desc, &err);
+    CHECK_STR(err.text, "");
+    return run;
+}
+
+static float *noise(int64_t n, uint64_t seed)
+{
+    float *p = (float *)malloc((size_t)n * sizeof(float));
+    int64_t i;
+    for (i = 0; i < n; i++) p[i] = spm_random_normal(seed, 1, (uint64_t)i);
+    return p;
+}
+
+static spm_value value_of(spm_model *model, const char *name)
+{
+    spm_value v = spm_program_find(spm_model_program(model), name);
+    CHECK_MSG(v > 0, name);
+    return v;
+}
+
+/* forward and backward of a network with a random gradient at the logits */
+static void step(spm_run *run, spm_model *model, const float *image, const float *d_logits, int64_t n, int training)
+{
+    CHECK_INT(spm_run_input(run, value_of(model, "image"), image), SPM_OK);
+    CHECK_INT(spm_run_forward(run, n, training), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(run, value_of(model, "logits"), d_logits), SPM_OK);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    CHECK_STR(spm_run_error(run)->text, "");
+}
+
+/* All gradients of a model, one behind the other. */
+static float *gradients(spm_model *model, int64_t *total)
+{
+    float *all = NULL;
+    int i, pass;
+    for (pass = 0; pass < 2; pass++) {
+        *total = 0;
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            spm_parameter *p = spm_model_parameter(model, i);
+            int64_t n = spm_tensor_count(&p->value);
+            if (!p->gradient) continue;
+            if (pass) memcpy(all + *total, p->gradient, (size_t)n * sizeof(float));
+            *total += n;
+        }
+        if (!pass) all = (float *)malloc((size_t)*total * sizeof(float));
+    }
+    return all;
+}
+
+static int same(const float *a, const float *b, int64_t n)
+{
+    return memcmp(a, b, (size_t)n * sizeof(float)) == 0;
+}
+
+/* Memory sharing, and replays of segments, change no bit: against a run in which every value is kept. */
+static void test_plans_and_segments_change_nothing(void)
+{
+    static const char names[][64] = { "resnet18:width=8,stem=cifar", "resnet50:width=8", "resnet20:width=4",
+                                      "vit:patch=8,dim=24,depth=3,heads=3,mlp=2,drop=.2,drop_path=.3", "vit:patch=8,dim=24,depth=2,heads=2,distilled=1" };
+    int i, v, way, training;
+    for (i = 0; i < 5; i++) {
+        for (training = 0; training < 2; training++) {
+            spm_context *ctx = context(2);
+            spm_model *model = network(ctx, names[i], 32, 3);
+            float *image = noise(4 * 32 * 32 * 3, 1), *d = noise(12, 2), *got[3] = { NULL, NULL, NULL };
+            int64_t total = 0;
+            for (way = 0; way < 3; way++) {
+                spm_run *run = run_of(model, 4, 1, way == 2);
+                if (way == 0) {
+                    for (v = 1; spm_program_shape(spm_model_program(model), v, 1).rank; v++) {
+                        if (i == 0 || v % 7 == 0) (void)spm_run_keep(run, v);
+                        spm_run_error(run)->status = SPM_OK;
+                        spm_run_error(run)->text[0] = 0;
+                    }
+                }
+                spm_model_zero_gradients(model);
+                step(run, model, image, d, 4, training);
+                spm_model_finish_gradients(model);
+                got[way] = gradients(model, &total);
+                spm_run_destroy(run);
+            }
+            CHECK_MSG(same(got[0], got[1], total), names[i]);
+            CHECK_MSG(same(got[1], got[2], total), names[i]);
+            for (way = 0; way < 3; way++) free(got[way]);
+            free(image);
+            free(d);
+            spm_model_destroy(model);
+            spm_context_destroy(ctx);
+        }
+    }
+}
+
+/* A program whose values are used several times: x + x, a shared weight, a value with three readers; against differences. */
+static void test_shared_values(void)
+{
+    spm_context *ctx = context(1);
+    spm_program *p = spm_program_create(ctx);
+    int64_t sx[2] = { 0, 6 }, sw[2] = { 6, 6 };
+    spm_value x = spm_program_input(p, "x", 2, sx, 1), w = spm_program_parameter(p, "w", 2, sw, SPM_INIT_UNIFORM_FAN_IN, 0);
+    spm_value a = spm_linear(p, x, w, 0), b, c;
+    spm_model *model;
+    spm_run *run;
+    float *in = noise(18, 4), *r = noise(18, 5), *wv;
+    const float *dx;
+    int i;
+    double error = 0, norm = 0;
+    b = spm_add(p, a, a);
+    c = spm_linear(p, spm_gelu(p, b), w, 0);
+    c = spm_add(p, c, spm_add(p, a, x));
+    spm_program_output(p, "y", c);
+    model = spm_model_create(p, 1, NULL);
+    CHECK(model != NULL);
+    run = run_of(model, 3, 1, 0);
+    wv = spm_model_parameter(model, 0)->value.data;
+    (void)spm_run_input(run, x, in);
+    CHECK_INT(spm_run_forward(run, 3, 1), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(run, c, r), SPM_OK);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    dx = spm_run_gradient(run, x);
+    CHECK(dx != NULL);
+    for (i = 0; dx && i < 18 + 36; i++) {
+        float *at = i < 18 ? &in[i] : &wv[i - 18], kept = *at;
+        double slope = 0, g;
+        int sign, k;
+        static float dx_copy[18];
+        if (i == 0) memcpy(dx_copy, dx, sizeof dx_copy);
+        for (sign = -1; sign <= 1; sign += 2) {
+            *at = kept + (float)sign * 4e-3f;
+            spm_model_touch(model);
+            (void)spm_run_forward(run, 3, 1);
+            for (k = 0; k < 18; k++) slope += sign * (double)r[k] * (double)spm_run_data(run, c)[k];
+        }
+        *at = kept;
+        slope /= 8e-3;
+        g = i < 18 ? (double)dx_copy[i] : (double)spm_model_parameter(model, 0)->gradient[i - 18];
+        error += (g - slope) * (g - slope);
+        norm += slope * slope;
+    }
+    CHECK(sqrt(error) < 1e-3 * sqrt(norm));
+    free(in);
+    free(r);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- masks: the dense and the pruned branch ---- */
+
+static void test_masks_and_accumulation(void)
+{
+    spm_context *ctx = context(2);
+    spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 16, 2);
+    spm_run *dense = run_of(model, 4, 1, 0), *pruned = run_of(model, 4, 1, 1);
+    float *image = noise(4 * 16 * 16 * 3, 1), *d = noise(8, 2), *e = noise(8, 3), *one, *two, *both, *logits;
+    int64_t total, k, at = 0;
+    int w = spm_model_find_parameter(model, "layer2.0.conv1.weight"), i, dead = 0;
+    spm_parameter *p = spm_model_parameter(model, w);
+    const int64_t n = spm_tensor_count(&p->value);
+    float *keep = (float *)malloc((size_t)n * sizeof(float)), *saved = (float *)malloc((size_t)n * sizeof(float));
+    for (k = 0; k < n; k++) keep[k] = spm_random_uniform(3, 4, (uint64_t)k) < 0.3f ? 0.0f : 1.0f;
+    step(dense, model, image, d, 4, 1);
+    spm_model_finish_gradients(model);
+    one = gradients(model, &total);
+    logits = (float *)malloc(8 * sizeof(float));
+    memcpy(logits, spm_run_data(dense, value_of(model, "logits")), 8 * sizeof(float));
+    /* the pruned branch: as if the weights were zero there, and no gradient reaches them */
+    CHECK_INT(spm_run_set_mask(pruned, w, keep), SPM_OK);
+    spm_model_zero_gradients(model);
+    step(pruned, model, image, e, 4, 1);
+    spm_model_finish_gradients(model);
+    two = gradients(model, &total);
+    memcpy(saved, p->value.data, (size_t)n * sizeof(float));
+    for (k = 0; k < n; k++) {
+        p->value.data[k] *= keep[k];
+        if (keep[k] <= 0) dead += p->gradient[k] != 0.0f;
+    }
+    CHECK_INT(dead, 0);
+    spm_model_touch(model);
+    step(dense, model, image, e, 4, 1);
+    CHECK(same(spm_run_data(dense, value_of(model, "logits")), spm_run_data(pruned, value_of(model, "logits")), 8));
+    memcpy(p->value.data, saved, (size_t)n * sizeof(float));
+    spm_model_touch(model);
+    /* both, interleaved: the sum */
+    spm_model_zero_gradients(model);
+    (void)spm_run_forward(dense, 4, 1);
+    (void)spm_run_forward(pruned, 4, 1);
+    CHECK(same(spm_run_data(dense, value_of(model, "logits")), logits, 8));
+    (void)spm_run_set_gradient(dense, value_of(model, "logits"), d);
+    (void)spm_run_set_gradient(pruned, value_of(model, "logits"), e);
+    CHECK_INT(spm_run_backward(dense), SPM_OK);
+    CHECK_INT(spm_run_backward(pruned), SPM_OK);
+    spm_model_finish_gradients(model);
+    both = gradients(model, &total);
+    {
+        double off = 0, top = 0;
+        for (k = 0; k < total; k++) {
+            const double x = (double)one[k] + (double)two[k];
+            if (fabs(x) > top) top = fabs(x);
+            if (!(fabs(x - (double)both[k]) <= off)) off = fabs(x - (double)both[k]);
+        }
+        CHECK(off <= 1e-6 * top && top > 0);
+    }
+    /* and exactly the dense gradient where the mask is 0 */
+    for (i = 0; i < w; i++) if (spm_model_parameter(model, i)->gradient) at += spm_tensor_count(&spm_model_parameter(model, i)->value);
+    for (k = 0; k < n; k++) if (keep[k] <= 0) dead += both[at + k] != one[at + k];
+    CHECK_INT(dead, 0);
+    /* the mask goes: dense again */
+    spm_run_clear_masks(pruned);
+    (void)spm_run_forward(pruned, 4, 1);
+    CHECK(same(spm_run_data(pruned, value_of(model, "logits")), logits, 8));
+    CHECK(spm_run_set_mask(pruned, spm_model_find_parameter(model, "bn1.running_mean"), keep) != SPM_OK);
+    free(image); free(d); free(e); free(one); free(two); free(both); free(keep); free(saved); free(logits);
+    spm_run_destroy(dense);
+    spm_run_destroy(pruned);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+static void test_frozen_parameters(void)
+{
+    spm_context *ctx = context(2);
+    spm_model *model = network(ctx, "resnet20:width=4", 16, 2);
+    spm_run *run = run_of(model, 3, 1, 0);
+    float *image = noise(3 * 16 * 16 * 3, 1), *d = noise(6, 2), *all, *head;
+    int64_t total;
+    int i, count = spm_model_parameter_count(model);
+    step(run, model, image, d, 3, 1);
+    spm_model_finish_gradients(model);
+    all = gradients(model, &total);
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        if (!(p->flags & SPM_PARAMETER_HEAD)) p->flags |= SPM_PARAMETER_FROZEN;
+        if (p->gradient) p->gradient[0] = 77;
+    }
+    spm_model_zero_gradients(model);
+    step(run, model, image, d, 3, 1);
+    for (i = 0; i < count; i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        if (p->gradient && !(p->flags & SPM_PARAMETER_HEAD)) CHECK(p->gradient[0] == 77.0f);
+    }
+    spm_model_finish_gradients(model);
+    head = gradients(model, &total);
+    CHECK(same(all + total - 2 * 16 - 2, head + total - 2 * 16 - 2, 2 * 16 + 2));
+    CHECK(head[0] == 0.0f);
+    free(image); free(d); free(all); free(head);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- memory ---- */
+
+typedef struct counter {
+    int64_t live, taken, fail_at;
+} counter;
+
+static void *count_alloc(void *user, size_t bytes)
+{
+    counter *c = (counter *)user;
+    if (c->fail_at && c->taken + 1 >= c->fail_at) return NULL;
+    c->taken++;
+    c->live++;
+    return malloc(bytes);
+}
+
+static void count_free(void *user, void *memory)
+{
+    ((counter *)user)->live--;
+    free(memory);
+}
+
+static spm_context *counted(counter *c)
+{
+    spm_context_desc desc;
+    memset(&desc, 0, sizeof desc);
+    memset(c, 0, sizeof *c);
+    desc.alloc = count_alloc;
+    desc.free = count_free;
+    desc.alloc_user = c;
+    desc.threads = 2;
+    return spm_context_create(&desc);
+}
+
+static void test_steps_do_not_allocate(void)
+{
+    counter c;
+    spm_context *ctx = counted(&c);
+    spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 16, 2);
+    spm_run *run = run_of(model, 4, 1, 1);
+    spm_optimizer *optimizer = spm_optimizer_create(model, NULL, NULL);
+    float *image = noise(4 * 16 * 16 * 3, 1), *d = noise(8, 2), *keep = noise(8 * 3 * 3 * 3, 3);
+    double sums[16] = { 0 };
+    int64_t before;
+    int i;
+    CHECK_INT(spm_run_set_mask(run, 0, keep), SPM_OK);
+    CHECK_INT(spm_run_hook(run, spm_model_parameter(model, 0)->id, SPM_HOOK_SUM_SQUARES, 1, sums), SPM_OK);
+    CHECK_INT(spm_run_own_buffers(run, 1), SPM_OK);
+    before = c.taken;
+    for (i = 0; i < 3; i++) {
+        spm_model_zero_gradients(model);
+        step(run, model, image, d, i == 1 ? 3 : 4, i != 2);
+        if (i != 2) CHECK_INT(spm_run_commit_statistics(run, .1f), SPM_OK);
+        (void)spm_clip_gradients(model, 1);
+        spm_optimizer_step(optimizer);
+    }
+    CHECK_INT(c.taken, before);
+    free(image); free(d); free(keep);
+    spm_optimizer_destroy(optimizer);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+    CHECK_INT(c.live, 0);
+}
+
+/* Every allocation made to fail in turn: an error, no leak. */
+static void test_failing_allocations(void)
+{
+    int64_t at;
+    int reached_end = 0;
+    for (at = 1; at < 600 && !reached_end; at++) {
+        counter c;
+        spm_context *ctx = counted(&c);
+        spm_arch arch;
+        spm_error err;
+        spm_model *model;
+        spm_run *run = NULL;
+        double out[64] = { 0 };
+        float keep[4 * 27];
+        spm_run_desc desc;
+        memset(&arch, 0, sizeof arch);
+        memset(&err, 0, sizeof err);
+        memset(&desc, 0, sizeof desc);
+        memset(keep, 0, sizeof keep);
+        desc.backward = desc.segments = 1;
+        arch.height = arch.width_px = 16;
+        CHECK_INT(spm_arch_parse(ctx, "resnet18:width=4,stem=cifar", &arch, &err), SPM_OK);
+        c.fail_at = c.taken + at;
+        model = spm_model_build(ctx, &arch, 1, &err);
+        if (!model) CHECK_INT(err.status, SPM_E_MEMORY);
+        if (model) run = spm_run_create(model, &desc, &err);
+        if (model && !run) CHECK_INT(err.status, SPM_E_MEMORY);
+        if (run) {
+            spm_optimizer *optimizer = spm_optimizer_create(model, NULL, &err);
+            int good = optimizer != NULL;
+            good = !spm_run_set_mask(run, 0, keep) && good;
+            good = !spm_run_own_buffers(run, 1) && good;
+            good = !spm_run_hook(run, spm_model_parameter(model, 0)->norm_output, SPM_HOOK_VALUE_GRADIENT, 0, out) && good;
+            good = !spm_run_hook(run, spm_model_parameter(model, 0)->id, SPM_HOOK_SUM, 1, out) && good;
+            good = !spm_run_keep(run, spm_program_find(spm_model_program(model), "block2")) && good;
+            if (good) reached_end = 1;
+            else CHECK_INT(err.status ? err.status : spm_run_error(run)->status, SPM_E_MEMORY);
+            spm_optimizer_destroy(optimizer);
+        }
+        c.fail_at = 0;
+        spm_run_destroy(run);
+        spm_model_destroy(model);
+        spm_context_destroy(ctx);
+        CHECK_INT(c.live, 0);
+    }
+    CHECK(reached_end);
+}
+
+/* ---- hooks ---- */
+
+static void zero_channel(void *user, spm_tensor *value)
+{
+    const int64_t c = value->shape[value->rank - 1], n = spm_tensor_count(value);
+    int64_t i;
+    for (i = *(int *)user; i < n; i += c) value->data[i] = 0.0f;
+}
+
+static void test_hooks(void)
+{
+    spm_context *ctx = context(2);
+    spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 16, 2);
+    int way, i, channel = 3;
+    for (way = 0; way < 2; way++) {
+        spm_run *run = run_of(model, 3, 1, way);
+        spm_parameter *p = spm_model_parameter(model, spm_model_find_parameter(model, "layer2.0.conv1.weight"));
+        spm_value v = p->norm_output;
+        const int64_t c = p->value.shape[0], per = spm_tensor_count(&p->value) / c;
+        float *image = noise(3 * 16 * 16 * 3, 1), *d = noise(6, 2);
+        double sum[16] = { 0 }, squares[16] = { 0 }, product[16] = { 0 }, dsum[16] = { 0 }, dw[16] = { 0 }, wdw[16] = { 0 };
+        CHECK_INT(spm_run_hook(run, v, SPM_HOOK_SUM, 0, sum), SPM_OK);
+        CHECK_INT(spm_run_hook(run, v, SPM_HOOK_SUM_SQUARES, 0, squares), SPM_OK);
+        CHECK_INT(spm_run_hook(run, v, SPM_HOOK_VALUE_GRADIENT, 0, product), SPM_OK);
+        CHECK_INT(spm_run_hook(run, v, SPM_HOOK_SUM, 1, dsum), SPM_OK);
+        CHECK_INT(spm_run_hook(run, p->id, SPM_HOOK_SUM_SQUARES, 1, dw), SPM_OK);
+        CHECK_INT(spm_run_hook(run, p->id, SPM_HOOK_VALUE_GRADIENT, 1, wdw), SPM_OK);
+        spm_model_zero_gradients(model);
+        step(run, model, image, d, 3, 1);
+        /* against a run that keeps the value */
+        {
+            spm_run *plain = run_of(model, 3, 1, 0);
+            double want[4][16];
+            int64_t k, n;
+            const float *g, *x;
+            memset(want, 0, sizeof want);
+            CHECK_INT(spm_run_keep(plain, v), SPM_OK);
+            spm_model_zero_gradients(model);
+            step(plain, model, image, d, 3, 1);
+            x = spm_run_data(plain, v);
+            g = spm_run_gradient(plain, v);
+            n = 3 * 8 * 8 * 16;
+            CHECK(x && g && c == 16);
+            for (k = 0; x && g && k < n; k++) {
+                want[0][k % c] += (double)x[k];
+                want[1][k % c] += (double)x[k] * (double)x[k];
+                want[2][k % c] += (double)x[k] * (double)g[k];
+                want[3][k % c] += (double)g[k];
+            }
+            for (i = 0; i < c; i++) {
+                double s = 0, t = 0;
+                CHECK_NEAR(sum[i], want[0][i], 1e-9 * (1 + fabs(want[0][i])));
+                CHECK_NEAR(squares[i], want[1][i], 1e-9 * (1 + fabs(want[1][i])));
+                CHECK_NEAR(product[i], want[2][i], 1e-9 * (1 + fabs(want[2][i])));
+                CHECK_NEAR(dsum[i], want[3][i], 1e-9 * (1 + fabs(want[3][i])));
+                for (k = 0; k < per; k++) {
+                    s += (double)p->gradient[i * per + k] * (double)p->gradient[i * per + k];
+                    t += (double)p->gradient[i * per + k] * (double)p->value.data[i * per + k];
+                }
+                CHECK_NEAR(dw[i], s, 1e-9 * (1 + s));
+                CHECK_NEAR(wdw[i], t, 1e-9 * (1 + fabs(t)));
+                CHECK(want[1][i] > 0 && s > 0);
+            }
+            spm_run_destroy(plain);
+        }
+        /* a write hook: the channel is gone, in the replay too */
+        spm_run_clear_hooks(run);
+        memset(sum, 0, sizeof sum);
+        CHECK_INT(spm_run_hook_write(run, v, zero_channel, &channel), SPM_OK);
+        CHECK_INT(spm_run_hook(run, v, SPM_HOOK_SUM_SQUARES, 0, sum), SPM_OK);
+        spm_model_zero_gradients(model);
+        step(run, model, image, d, 3, 1);
+        CHECK(sum[3] == 0.0 && sum[2] > 0.0);
+        { /* conv2's weight gradient of that input channel is exactly 0 */
+            spm_parameter *q = spm_model_parameter(model, spm_model_find_parameter(model, "layer2.0.conv2.weight"));
+            double s = 0, all = 0;
+            int64_t k, m = spm_tensor_count(&q->value);
+            for (k = 0; k < m; k++) {
+                if (k % q->value.shape[3] == channel) s += fabs((double)q->gradient[k]);
+                else all += fabs((double)q->gradient[k]);
+            }
+            CHECK(s == 0.0 && all > 0.0);
+        }
+        CHECK(spm_run_hook(run, 0, SPM_HOOK_SUM, 0, sum) == SPM_E_ARGUMENT);
+        free(image);
+        free(d);
+        spm_run_destroy(run);
+    }
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- prefixes ---- */
+
+static void test_forward_from(void)
+{
+    static const char names[][64] = { "resnet18:width=8,stem=cifar", "vit:patch=8,dim=24,depth=3,heads=3,mlp=2" };
+    int i;
+    for (i = 0; i < 2; i++) {
+        spm_context *ctx = context(2);
+        spm_model *model = network(ctx, names[i], 32, 3);
+        spm_run *run = run_of(model, 4, 0, 0), *tail = run_of(model, 4, 1, 1);
+        spm_value cut = value_of(model, "block3"), logits = value_of(model, "logits");
+        float *image = noise(4 * 32 * 32 * 3, 1), *d = noise(12, 2), *stored, want[12];
+        spm_tensor shape = spm_program_shape(spm_model_program(model), cut, 4);
+        size_t bytes = (size_t)spm_tensor_count(&shape) * sizeof(float);
+        CHECK(spm_run_data(run, cut) == NULL);
+        CHECK_INT(spm_run_keep(run, cut), SPM_OK);
+        (void)spm_run_input(run, value_of(model, "image"), image);
+        CHECK_INT(spm_run_forward(run, 4, 0), SPM_OK);
+        memcpy(want, spm_run_data(run, logits), sizeof want);
+        stored = (float *)malloc(bytes);
+        memcpy(stored, spm_run_data(run, cut), bytes);
+        CHECK_INT(spm_run_input(tail, cut, stored), SPM_OK);
+        CHECK_INT(spm_run_forward_from(tail, cut, 4, 0), SPM_OK);
+        CHECK(same(spm_run_data(tail, logits), want, 12));
+        /* parameters behind the cut get the same gradients, those before it none */
+        CHECK_INT(spm_run_set_gradient(tail, logits, d), SPM_OK);
+        CHECK_INT(spm_run_backward(tail), SPM_OK);
+        {
+            float *part, *whole;
+            int64_t total, at = 0;
+            int k;
+            spm_run *full = run_of(model, 4, 1, 0);
+            spm_model_finish_gradients(model);
+            part = gradients(model, &total);
+            spm_model_zero_gradients(model);
+            step(full, model, image, d, 4, 0);
+            spm_model_finish_gradients(model);
+            whole = gradients(model, &total);
+            for (k = 0; k < spm_model_parameter_count(model); k++) {
+                spm_parameter *p = spm_model_parameter(model, k);
+                int64_t e, n = spm_tensor_count(&p->value);
+                if (!p->gradient) continue;
+                if (p->block >= 3 || (p->flags & SPM_PARAMETER_HEAD)) CHECK_MSG(same(part + at, whole + at, n), p->name);
+                else if (p->block) for (e = 0; e < n; e++) if (part[at + e] != 0.0f) { CHECK_MSG(0, p->name); break; }
+                at += n;
+            }
+            free(part);
+            free(whole);
+            spm_run_destroy(full);
+        }
+        /* an interior value that the rest does not hang on alone */
+        {
+            spm_parameter *p = spm_model_parameter(model, spm_model_find_parameter(model, i ? "blocks.1.attn.proj.weight" : "layer2.0.conv1.weight"));
+            CHECK_INT(spm_run_input(tail, p->norm_output, stored), SPM_OK);
+            CHECK_INT(spm_run_forward_from(tail, p->norm_output, 1, 0), SPM_E_STATE);
+            CHECK(strstr(spm_run_error(tail)->text, "before the value") != NULL);
+        }
+        free(image);
+        free(d);
+        free(stored);
+        spm_run_destroy(run);
+        spm_run_destroy(tail);
+        spm_model_destroy(model);
+        spm_context_destroy(ctx);
+    }
+}
+
+/* ---- batch statistics ---- */
+
+static void test_statistics(void)
+{
+    spm_context *ctx = context(1);
+    spm_program *p = spm_program_create(ctx);
+    int64_t sx[4] = { 0, 2, 1, 2 }, sc[1] = { 2 };
+    spm_value x = spm_program_input(p, "x", 4, sx, 0);
+    spm_value w = spm_program_parameter(p, "w", 1, sc, SPM_INIT_ONE, 0), b = spm_program_parameter(p, "b", 1, sc, SPM_INIT_ZERO, 0);
+    spm_value mean = spm_program_parameter(p, "mean", 1, sc, SPM_INIT_ZERO, SPM_PARAMETER_BUFFER);
+    spm_value var = spm_program_parameter(p, "var", 1, sc, SPM_INIT_ONE, SPM_PARAMETER_BUFFER);
+    spm_value y = spm_batch_norm(p, x, w, b, mean, var, 0, 1e-5f, 0);
+    static const float data[8] = { 1, 10, 2, 20, 3, 30, 6, 60 };
+    spm_model *model;
+    spm_run *run, *other;
+    spm_program_output(p, "y", y);
+    model = spm_model_create(p, 0, NULL);
+    run = run_of(model, 2, 0, 0);
+    other = run_of(model, 2, 0, 0);
+    (void)spm_run_input(run, x, data);
+    (void)spm_run_input(other, x, data);
+    CHECK_INT(spm_run_forward(run, 2, 0), SPM_OK);
+    CHECK_INT(spm_run_commit_statistics(run, .1f), SPM_E_STATE);
+    CHECK_INT(spm_run_own_buffers(other, 1), SPM_OK);
+    CHECK_INT(spm_run_forward(run, 2, 1), SPM_OK);
+    CHECK_NEAR(spm_run_data(run, y)[0], -2 / sqrt(3.5), 1e-5);
+    CHECK_NEAR(spm_run_buffer(run, 2)[0], 0, 0);
+    CHECK_INT(spm_run_commit_statistics(run, .1f), SPM_OK);
+    CHECK_NEAR(spm_run_buffer(run, 2)[0], .3, 1e-7);
+    CHECK_NEAR(spm_run_buffer(run, 3)[0], .9 + .1 * 14 / 3, 1e-6); /* variance 3.5 of 4, unbiased 14/3 */
+    CHECK_NEAR(spm_run_buffer(run, 3)[1], .9 + .1 * 1400 / 3, 1e-4);
+    CHECK_NEAR(spm_run_buffer(other, 2)[0], 0, 0);
+    CHECK_INT(spm_run_forward(other, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_commit_statistics(other, 1.0f), SPM_OK);
+    CHECK_NEAR(spm_run_buffer(other, 2)[1], 30, 1e-5);
+    CHECK_NEAR(spm_model_parameter(model, 2)->value.data[1], 3, 1e-6);
+    CHECK_INT(spm_run_own_buffers(other, 0), SPM_OK);
+    CHECK(spm_run_buffer(other, 2) == spm_model_parameter(model, 2)->value.data);
+    CHECK(spm_run_buffer(other, 0) == NULL);
+    spm_run_destroy(run);
+    spm_run_destroy(other);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- a loss over two runs, per-example results, defaults ---- */
+
+static void test_loss_program(void)
+{
+    spm_context *ctx = context(1);
+    spm_program *p = spm_program_create(ctx);
+    int64_t s[2] = { 0, 3 };
+    spm_value a = spm_program_input(p, "a", 2, s, 1), t = spm_program_input(p, "t", 2, s, 0), loss = spm_cross_entropy(p, a, t, 0, 0);
+    static const float logits[6] = { 0, 0, 0, 1, 2, 3 }, target[6] = { 1, 0, 0, 0, 0, 1 };
+    spm_model *model;
+    spm_run *run;
+    const float *g;
+    spm_program_output(p, "loss", loss);
+    spm_program_output(p, "each", spm_program_result(p, loss, 1));
+    model = spm_model_create(p, 0, NULL);
+    run = run_of(model, 4, 1, 0);
+    CHECK_INT(spm_run_forward(run, 2, 1), SPM_E_STATE); /* nothing bound */
+    CHECK(strstr(spm_run_error(run)->text, "value a is not bound") != NULL);
+    memset(spm_run_error(run), 0, sizeof(spm_error));
+    (void)spm_run_input(run, a, logits);
+    (void)spm_run_input(run, t, target);
+    CHECK_INT(spm_run_forward(run, 5, 1), SPM_E_ARGUMENT);
+    CHECK_INT(spm_run_forward(run, 2, 1), SPM_OK);
+    CHECK_NEAR(spm_run_data(run, loss)[0], (log(3.0) + 0.40760596444438) / 2, 1e-6);
+    CHECK_NEAR(spm_run_data(run, loss + 1)[0], log(3.0), 1e-6);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    g = spm_run_gradient(run, a);
+    CHECK(g != NULL);
+    if (g) CHECK_NEAR(g[0], -1.0 / 3, 1e-6);
+    CHECK(spm_run_gradient(run, t) == NULL);
+    CHECK_INT(spm_run_backward(run), SPM_E_STATE);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+static void test_recording_errors(void)
+{
+    spm_context *ctx = context(1);
+    spm_program *p = spm_program_create(ctx);
+    int64_t sx[2] = { 0, 5 }, sw[2] = { 4, 6 };
+    spm_value x = spm_program_input(p, "x", 2, sx, 0), w = spm_program_parameter(p, "w", 2, sw, SPM_INIT_ZERO, 0);
+    spm_error err;
+    memset(&err, 0, sizeof err);
+    CHECK(x && w);
+    CHECK_INT(spm_linear(p, x, w, 0), 0);
+    CHECK_INT(spm_program_status(p), SPM_E_SHAPE);
+    CHECK_INT(spm_relu(p, x), 0); /* a no-op now */
+    CHECK(spm_model_create(p, 0, &err) == NULL);
+    CHECK_INT(err.status, SPM_E_SHAPE);
+    CHECK(strstr(err.text, "linear") && strstr(err.text, "[4,6]"));
+    p = spm_program_create(ctx);
+    memset(&err, 0, sizeof err);
+    (void)spm_program_input(p, "x", 2, sx, 0);
+    CHECK_INT(spm_program_input(p, "x", 2, sx, 0), 0);
+    CHECK(spm_model_create(p, 0, &err) == NULL && strstr(err.text, "taken"));
+    CHECK_INT(spm_relu(NULL, 1), 0);
+    CHECK(spm_model_create(NULL, 0, &err) == NULL);
+    CHECK_STR(spm_context_error(ctx), "");
+    spm_context_destroy(ctx);
+}
+
+/* Batch 1, 3 and 4 give the same logits for the same picture; fewer examples than max_batch are fine. */
+static void test_batches_do_not_matter(void)
+{
+    static const char names[][64] = { "resnet18:width=8", "vit:patch=16,dim=48,depth=2,heads=3", "resnet50:width=8,groups=2" };
+    int i;
+    for (i = 0; i < 3; i++) {
+        spm_context *ctx = context(2);
+        spm_model *model = network(ctx, names[i], 64, 5);
+        spm_run *run = run_of(model, 4, 0, 0);
+        float *image = noise(4 * 64 * 64 * 3, 1), want[20];
+        spm_value logits = value_of(model, "logits");
+        (void)spm_run_input(run, value_of(model, "image"), image);
+        CHECK_INT(spm_run_forward(run, 4, 0), SPM_OK);
+        memcpy(want, spm_run_data(run, logits), sizeof want);
+        CHECK_INT(spm_run_forward(run, 1, 0), SPM_OK);
+        CHECK_MSG(same(spm_run_data(run, logits), want, 5), names[i]);
+        CHECK_INT(spm_run_forward(run, 3, 0), SPM_OK);
+        CHECK_MSG(same(spm_run_data(run, logits), want, 15), names[i]);
+        CHECK_INT(spm_run_tensor(run, logits).shape[0], 3);
+        free(image);
+        spm_run_destroy(run);
+        spm_model_destroy(model);
+        spm_context_destroy(ctx);
+    }
+}
+
+/* ---- two runs of one model at the same time: tasks of a parallel-for each own one ---- */
+
+typedef struct side_job {
+    spm_run *run[2];
+    spm_value image, logits;
+    const float *data[2];
+    int failed;
+} side_job;
+
+static void side_task(void *arg, int64_t task, int slot)
+{
+    side_job *job = (side_job *)arg;
+    int i;
+    (void)slot;
+    for (i = 0; i < 3; i++) {
+        if (spm_run_input(job->run[task], job->image, job->data[task]) || spm_run_forward(job->run[task], 2, 0)) job->failed = 1;
+    }
+}
+
+static void test_runs_on_two_threads(void)
+{
+    spm_context *ctx = context(2);
+    spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 32, 3);
+    float *a = noise(2 * 32 * 32 * 3, 1), *b = noise(2 * 32 * 32 * 3, 2), want[2][6];
+    side_job job;
+    int k;
+    memset(&job, 0, sizeof job);
+    job.image = value_of(model, "image");
+    job.logits = value_of(model, "logits");
+    job.data[0] = a;
+    job.data[1] = b;
+    for (k = 0; k < 2; k++) {
+        job.run[k] = run_of(model, 2, 0, 0);
+        side_task(&job, k, 0);
+        memcpy(want[k], spm_run_data(job.run[k], job.logits), sizeof want[k]);
+    }
+    spm_model_touch(model);
+    spm_parallel(ctx, 2, side_task, &job);
+    CHECK_INT(job.failed, 0);
+    for (k = 0; k < 2; k++) {
+        CHECK(same(spm_run_data(job.run[k], job.logits), want[k], 6));
+        spm_run_destroy(job.run[k]);
+    }
+    CHECK(!same(want[0], want[1], 6));
+    free(a);
+    free(b);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+int main(void)
+{
+    TEST(test_gradients_of_all_ops);
+    TEST(test_ops_read_what_they_say);
+    TEST(test_plans_and_segments_change_nothing);
+    TEST(test_shared_values);
+    TEST(test_masks_and_accumulation);
+    TEST(test_frozen_parameters);
+    TEST(test_steps_do_not_allocate);
+    TEST(test_failing_allocations);
+    TEST(test_hooks);
+    TEST(test_forward_from);
+    TEST(test_statistics);
+    TEST(test_loss_program);
+    TEST(test_recording_errors);
+    TEST(test_batches_do_not_matter);
+    TEST(test_runs_on_two_threads);
+    return TEST_END;
+}
