@@ -423,7 +423,8 @@ typedef int spm_value; /* a value of a program, from 1; 0 is "none" (an optional
  *   UNIFORM_FAN_IN  U(-1/sqrt(f), 1/sqrt(f)), f the fan-in of the weight or of the weight that this bias belongs to:
  *                   PyTorch's default for convolutions and linear layers
  * A draw depends on (seed, the parameter's name, the element) and on nothing else. */
-typedef enum spm_init { SPM_INIT_ZERO, SPM_INIT_ONE, SPM_INIT_HE_FAN_OUT, SPM_INIT_TRUNC_NORMAL, SPM_INIT_UNIFORM_FAN_IN } spm_init;
+typedef enum spm_init { SPM_INIT_ZERO, SPM_INIT_ONE, SPM_INIT_HE_FAN_OUT, SPM_INIT_TRUNC_NORMAL,
+                       SPM_INIT_UNIFORM_FAN_IN } spm_init;
 
 typedef enum spm_parameter_flags {
     SPM_PARAMETER_BUFFER     = 1,  /* running statistics: no gradient, no optimizer */
@@ -441,13 +442,15 @@ typedef struct spm_parameter {
     float *gradient;           /* same count, valid after a backward pass; NULL for buffers */
     unsigned flags;            /* of spm_parameter_flags */
     spm_init init;
-    int block;                 /* number of the residual or transformer block it belongs to, from 1; 0: before or after them */
+    /* number of the residual or transformer block it belongs to, from 1; 0: before or after them */
+    int block;
     /* what follows the unit: indices of parameters, or -1 */
     int norm_weight, norm_bias; /* the batch norm behind a convolution */
     int bias;                   /* the convolution's or linear layer's own bias */
     spm_value id;              /* this parameter in the program */
     spm_value output;          /* of a convolution or linear weight: what it computes, [..,O]; else 0 */
-    spm_value norm_output;     /* the same after the batch norm behind it (and its residual and ReLU); without one = output */
+    /* the same after the batch norm behind it (and its residual and ReLU); without one = output */
+    spm_value norm_output;
 } spm_parameter;
 
 /* ---- recording ---- */
@@ -461,13 +464,17 @@ SPMDEF spm_status spm_program_status(const spm_program *program);
 
 /* A value the caller binds with spm_run_input.  shape[0] == 0 stands for the batch; every shape that follows from it is
  * linear in the batch.  Pass gradient = 1 if spm_run_gradient() of it will be asked for. */
-SPMDEF spm_value spm_program_input(spm_program *program, const char *name, int rank, const int64_t *shape, int gradient);
+SPMDEF spm_value spm_program_input(spm_program *program, const char *name, int rank, const int64_t *shape,
+                                   int gradient);
 /* A parameter (flags: spm_parameter_flags).  Names are unique within a program; the order is the order of recording. */
-SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, int rank, const int64_t *shape, spm_init init, unsigned flags);
+SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, int rank, const int64_t *shape,
+                                       spm_init init, unsigned flags);
 /* Any operation of the table in section 08, by its inputs in that order (0: an optional input that is absent); returns
  * its out[0].  The others, the only ones without a gradient of their own, are had by spm_program_result. */
-SPMDEF spm_value spm_program_op(spm_program *program, spm_op op, const spm_value *in, int n_in, const spm_op_attr *attr);
-/* out[index] of the operation that computed `value` as its out[0]: per_example of a cross_entropy, probs of attention. */
+SPMDEF spm_value spm_program_op(spm_program *program, spm_op op, const spm_value *in, int n_in,
+                                const spm_op_attr *attr);
+/* out[index] of the operation that computed `value` as its out[0]: per_example of a cross_entropy, probs of
+ * attention. */
 SPMDEF spm_value spm_program_result(spm_program *program, spm_value value, int index);
 /* Names a value as an output: readable with spm_run_data until the next forward, and open to spm_run_set_gradient. */
 SPMDEF void spm_program_output(spm_program *program, const char *name, spm_value value);
@@ -479,9 +486,11 @@ SPMDEF void spm_program_segment(spm_program *program);
 SPMDEF void spm_program_block(spm_program *program, int block); /* parameters recorded from here belong to this block */
 
 /* convenience recorders: spm_program_op with the attributes of section 08's table */
-SPMDEF spm_value spm_conv2d(spm_program *program, spm_value x, spm_value w, spm_value b, int64_t stride, int64_t padding, int64_t dilation, int64_t groups);
+SPMDEF spm_value spm_conv2d(spm_program *program, spm_value x, spm_value w, spm_value b, int64_t stride,
+                            int64_t padding, int64_t dilation, int64_t groups);
 SPMDEF spm_value spm_linear(spm_program *program, spm_value x, spm_value w, spm_value b);
-SPMDEF spm_value spm_batch_norm(spm_program *program, spm_value x, spm_value w, spm_value b, spm_value mean, spm_value var, spm_value residual, float eps, int relu);
+SPMDEF spm_value spm_batch_norm(spm_program *program, spm_value x, spm_value w, spm_value b, spm_value mean,
+                                spm_value var, spm_value residual, float eps, int relu);
 SPMDEF spm_value spm_layer_norm(spm_program *program, spm_value x, spm_value w, spm_value b, float eps);
 SPMDEF spm_value spm_relu(spm_program *program, spm_value x);
 SPMDEF spm_value spm_gelu(spm_program *program, spm_value x);
@@ -495,7 +504,8 @@ SPMDEF spm_value spm_dropout(spm_program *program, spm_value x, float p);
 SPMDEF spm_value spm_drop_path(spm_program *program, spm_value x, float p);
 SPMDEF spm_value spm_tokens(spm_program *program, spm_value x, spm_value class_token, spm_value position);
 SPMDEF spm_value spm_token(spm_program *program, spm_value x, int64_t index);
-SPMDEF spm_value spm_cross_entropy(spm_program *program, spm_value logits, spm_value target, spm_value weight, float label_smoothing);
+SPMDEF spm_value spm_cross_entropy(spm_program *program, spm_value logits, spm_value target, spm_value weight,
+                                   float label_smoothing);
 SPMDEF spm_value spm_ntxent(spm_program *program, spm_value a, spm_value b, float temperature);
 
 /* ---- reading a program ---- */
@@ -560,13 +570,13 @@ SPMDEF void spm_run_step(spm_run *run, uint64_t step);   /* the draws' stream (e
 /* Executes for 1 <= n <= max_batch examples. training: 1 batch statistics and dropout, 0 evaluation mode.
  * Every input that an operation uses must be bound. */
 SPMDEF spm_status spm_run_forward(spm_run *run, int64_t n, int training);
-/* As forward, but only what was recorded after the value `first` (any result; outputs and marks are found by name), which
- * the caller has bound with spm_run_input.  Everything `first` depends on is left alone, and nothing after `first` may
- * need it otherwise.  This is how a scan re-uses the part of the network that a change does not touch.  A backward pass
- * after it stops at `first` (its own gradient is had if it is an output or kept). */
+/* As forward, but only what was recorded after the value `first` (any result; outputs and marks are found by name),
+ * which the caller has bound with spm_run_input.  Everything `first` depends on is left alone, and nothing after
+ * `first` may need it otherwise.  This is how a scan re-uses the part of the network that a change does not touch.  A
+ * backward pass after it stops at `first` (its own gradient is had if it is an output or kept). */
 SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n, int training);
-/* Keeps any value, and its gradient, readable until the next forward.  Plans the run's memory anew (call it once, before
- * forward); the value then counts as an output for the functions below. */
+/* Keeps any value, and its gradient, readable until the next forward.  Plans the run's memory anew (call it once,
+ * before forward); the value then counts as an output for the functions below. */
 SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value);
 /* Data of inputs, parameters (masked if they are), outputs and kept values, after forward; NULL for any other. */
 SPMDEF float *spm_run_data(spm_run *run, spm_value value);
@@ -595,20 +605,23 @@ SPMDEF float *spm_run_buffer(spm_run *run, int parameter); /* the buffer this ru
  *   SPM_HOOK_SUM             sum of v            (on_gradient: of v's gradient)
  *   SPM_HOOK_SUM_SQUARES     sum of v^2          (on_gradient: of its gradient)
  *   SPM_HOOK_VALUE_GRADIENT  sum of v * gradient (on_gradient is not read)
- * in double, by a fixed tree.  A parameter's gradient is this run's own, before it is added to the model's (and before the
- * mask).  `out` [channels] is added to by every pass and must live as long as the hook.  Hooks on a gradient need a run
- * with backward and make that gradient computed even where nothing else asks for it.  Set them before forward. */
+ * in double, by a fixed tree.  A parameter's gradient is this run's own, before it is added to the model's (and
+ * before the mask).  `out` [channels] is added to by every pass and must live as long as the hook.  Hooks on a
+ * gradient need a run with backward and make that gradient computed even where nothing else asks for it.  Set them
+ * before forward. */
 typedef enum spm_hook_kind { SPM_HOOK_SUM, SPM_HOOK_SUM_SQUARES, SPM_HOOK_VALUE_GRADIENT } spm_hook_kind;
 SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind, int on_gradient, double *out);
-/* Write hook: called on the caller's thread after the result is computed (again when a segment is replayed), may change
- * it (ablation); the backward pass takes the change for a constant factor of 1.  It must give the same bits each time. */
-SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value), void *user);
+/* Write hook: called on the caller's thread after the result is computed (again when a segment is replayed), may
+ * change it (ablation); the backward pass takes the change for a constant factor of 1.  It must give the same bits
+ * each time. */
+SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value),
+                                     void *user);
 SPMDEF void spm_run_clear_hooks(spm_run *run);
 
-/* Checks an operation's backward pass: for random inputs kept away from kinks and L = sum(r * out[0]) with random r, the
- * gradient of each differentiable input against central differences (L summed in double; at most 192 elements per
- * input).  `shapes` gives attr, n_in, training, seed and the inputs' shapes (rank 0: absent).  Returns the largest over
- * the inputs of ||g - d|| / max(||d||, tiny) (about 1e-3 or less in fp32), or -1 with an error set. */
+/* Checks an operation's backward pass: for random inputs kept away from kinks and L = sum(r * out[0]) with random r,
+ * the gradient of each differentiable input against central differences (L summed in double; at most 192 elements
+ * per input).  `shapes` gives attr, n_in, training, seed and the inputs' shapes (rank 0: absent).  Returns the largest
+ * over the inputs of ||g - d|| / max(||d||, tiny) (about 1e-3 or less in fp32), or -1 with an error set. */
 SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call *shapes, uint64_t seed, spm_error *err);
 
 /* ================================================================================================================
@@ -627,7 +640,8 @@ typedef struct spm_arch {
     /* ResNet (He et al. 2015; torchvision's v1.5: the stride stands in the 3x3) */
     int64_t blocks[4];             /* 0 ends the list (CIFAR nets have three stages) */
     int64_t width;                 /* channels of the first stage (64; CIFAR nets 16); every stage doubles them */
-    int64_t groups, width_per_group; /* of a bottleneck's 3x3: width * width_per_group / 64 * groups channels at first */
+    /* of a bottleneck's 3x3: width * width_per_group / 64 * groups channels at first */
+    int64_t groups, width_per_group;
     int bottleneck, cifar_stem, option_a;
     /* ViT (Dosovitskiy et al. 2020; DeiT: Touvron et al. 2020), pre-norm */
     int64_t patch, dim, depth, heads, mlp_ratio;
@@ -638,8 +652,8 @@ typedef struct spm_arch {
 
 /* Parses NAME[:option=value,...].  Names: spm_arch_name_at, and "vit" for a free one (dim 192, depth 12, heads 3).
  * Options of ResNets: width, stem=imagenet|cifar, groups, width_per_group; of ViTs: patch, dim, depth, heads, mlp,
- * distilled=0|1, eps, drop, drop_path.  *arch is an input as well: height, width_px and classes that are not 0 stay (else
- * 224 px and 1000 classes; with a CIFAR stem 32 px and 10), softmax_head stays; the rest is overwritten.
+ * distilled=0|1, eps, drop, drop_path.  *arch is an input as well: height, width_px and classes that are not 0 stay
+ * (else 224 px and 1000 classes; with a CIFAR stem 32 px and 10), softmax_head stays; the rest is overwritten.
  * Errors name the option and the nearest known name.  Covered by test_nets. */
 SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err);
 /* The canonical text: the name and the options that differ from its defaults, in a fixed order; cut at size, returns
@@ -647,16 +661,17 @@ SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *a
 SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size);
 SPMDEF const char *spm_arch_name_at(int index); /* the known names, in order; NULL behind the last */
 
-/* Builds the network, initialised from seed (or SPM_NO_SEED).  Input "image" [N,H,W,3], normalised; outputs "features" [N,D] (penultimate: after
- * the global pool, or the class token after the last norm), "logits" [N,classes], "outputs" (= logits, or their softmax
- * for softmax_head).  Marks (readable after spm_run_keep; any can be the start of spm_run_forward_from): "block1",
- * "block2", ... the input of residual or transformer block i; "last" [N,H',W',D] or [N,T,D], what the pool or
- * the last norm reads.  A checkpoint segment begins at every block.
- * Parameters bear the names of torchvision (conv1.weight, layer1.0.bn1.bias, layer2.0.downsample.0.weight, fc.weight), of
- * timm (cls_token [1,D], pos_embed [T,D], blocks.0.attn.qkv.weight, head.weight, head_dist.weight), CIFAR nets end in
- * `linear`.  Initial values: ResNet convolutions He fan-out, norms 1 and 0, the head uniform (PyTorch's default); ViT
- * linear layers, tokens and positions truncated normal (.02), biases 0, the patch embedding PyTorch's default, which timm leaves.
- * Errors: sizes that do not divide (image by patch, dim by heads, channels by groups).  Covered by test_nets. */
+/* Builds the network, initialised from seed (or SPM_NO_SEED).  Input "image" [N,H,W,3], normalised; outputs
+ * "features" [N,D] (penultimate: after the global pool, or the class token after the last norm), "logits"
+ * [N,classes], "outputs" (= logits, or their softmax for softmax_head).  Marks (readable after spm_run_keep; any can
+ * be the start of spm_run_forward_from): "block1", "block2", ... the input of residual or transformer block i;
+ * "last" [N,H',W',D] or [N,T,D], what the pool or the last norm reads.  A checkpoint segment begins at every block.
+ * Parameters bear the names of torchvision (conv1.weight, layer1.0.bn1.bias, layer2.0.downsample.0.weight,
+ * fc.weight), of timm (cls_token [1,D], pos_embed [T,D], blocks.0.attn.qkv.weight, head.weight, head_dist.weight),
+ * CIFAR nets end in `linear`.  Initial values: ResNet convolutions He fan-out, norms 1 and 0, the head uniform
+ * (PyTorch's default); ViT linear layers, tokens and positions truncated normal (.02), biases 0, the patch embedding
+ * PyTorch's default, which timm leaves. Errors: sizes that do not divide (image by patch, dim by heads, channels by
+ * groups).  Covered by test_nets. */
 SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64_t seed, spm_error *err);
 
 /* ================================================================================================================
@@ -665,8 +680,9 @@ SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64
 
 typedef enum spm_optimizer_kind { SPM_ADAM, SPM_ADAMW, SPM_SGD } spm_optimizer_kind;
 
-/* PyTorch's semantics and defaults.  spm_optimizer_desc_init: Adam, lr 1e-3, momentum 0, betas .9 .999, eps 1e-8, decay 0
- * on all parameters.  Numbers are taken for the shortest decimal that rounds to them, so .999f means .999 exactly. */
+/* PyTorch's semantics and defaults.  spm_optimizer_desc_init: Adam, lr 1e-3, momentum 0, betas .9 .999, eps 1e-8,
+ * decay 0 on all parameters.  Numbers are taken for the shortest decimal that rounds to them, so .999f means .999
+ * exactly. */
 typedef struct spm_optimizer_desc {
     float lr, momentum, beta1, beta2, eps, weight_decay;
     int nesterov;                /* SGD with momentum only */
@@ -678,15 +694,17 @@ SPMDEF spm_optimizer_desc spm_optimizer_desc_init(void);
 
 /* An optimizer for all parameters of a model that are no buffers, its state zero.  Per step, with g the gradient:
  *   SGD    g += decay p;  m = momentum m + g;  p -= lr (nesterov ? g + momentum m : m)
- *   Adam   g += decay p;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p -= lr/(1 - b1^t) m / (sqrt(v)/sqrt(1 - b2^t) + eps)
+ *   Adam   g += decay p;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+ *          p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
  *   AdamW  p -= lr decay p, then as Adam without decay
- * (Sutskever et al. 2013; Kingma and Ba 2015; Loshchilov and Hutter 2019.)  Elements in PyTorch's order of operations, bias
- * corrections in double.  The model must outlive it.  NULL with an error for a desc that makes no sense (betas outside
- * [0, 1), momentum with Adam, Nesterov without momentum, negative numbers).  Covered by test_optim. */
+ * (Sutskever et al. 2013; Kingma and Ba 2015; Loshchilov and Hutter 2019.)  Elements in PyTorch's order of
+ * operations, bias corrections in double.  The model must outlive it.  NULL with an error for a desc that makes no
+ * sense (betas outside [0, 1), momentum with Adam, Nesterov without momentum, negative numbers).  Covered by
+ * test_optim. */
 SPMDEF spm_optimizer *spm_optimizer_create(spm_model *model, const spm_optimizer_desc *desc, spm_error *err);
 SPMDEF void spm_optimizer_destroy(spm_optimizer *optimizer); /* NULL is fine */
-/* One step of all parameters that are neither buffers nor frozen, from the model's gradients (finished first); touches the
- * model.  One pass over the memory, no allocation, the same bits for any number of threads. */
+/* One step of all parameters that are neither buffers nor frozen, from the model's gradients (finished first);
+ * touches the model.  One pass over the memory, no allocation, the same bits for any number of threads. */
 SPMDEF void spm_optimizer_step(spm_optimizer *optimizer);
 SPMDEF void spm_optimizer_set_lr(spm_optimizer *optimizer, float lr);
 SPMDEF float spm_optimizer_lr(const spm_optimizer *optimizer);
@@ -697,16 +715,17 @@ SPMDEF int spm_optimizer_slots(const spm_optimizer *optimizer);
 SPMDEF float *spm_optimizer_state(spm_optimizer *optimizer, int slot, int parameter);
 SPMDEF void spm_optimizer_set_steps(spm_optimizer *optimizer, int64_t steps);
 
-/* Global L2 norm of the gradients of all parameters that are neither buffers nor frozen (finished first), summed in double by
- * a fixed tree; scales them by max_norm / (norm + 1e-6) if that is below 1 (PyTorch's clip_grad_norm_).  max_norm 0 only
- * measures; so does a norm that is not finite. */
+/* Global L2 norm of the gradients of all parameters that are neither buffers nor frozen (finished first), summed in
+ * double by a fixed tree; scales them by max_norm / (norm + 1e-6) if that is below 1 (PyTorch's
+ * clip_grad_norm_).  max_norm 0 only measures; so does a norm that is not finite. */
 SPMDEF double spm_clip_gradients(spm_model *model, double max_norm);
 
 typedef enum spm_schedule_kind { SPM_SCHEDULE_NONE, SPM_SCHEDULE_PLATEAU, SPM_SCHEDULE_COSINE } spm_schedule_kind;
 
 /* Learning rate by epoch.
  *   warm-up   epochs e < warmup: lr (e + 1) / warmup, before either of the others
- *   PLATEAU   PyTorch's ReduceLROnPlateau(mode min, relative threshold 1e-4, factor, patience, eps 1e-8) on the watched number
+ *   PLATEAU   PyTorch's ReduceLROnPlateau(mode min, relative threshold 1e-4, factor, patience, eps 1e-8) on the watched
+ *             number
  *   COSINE    lr (1 + cos(pi t)) / 2, t = (e - warmup) / (epochs - warmup): CosineAnnealingLR's down to 0 over `epochs`
  * A plain struct: what is saved and read back goes on as before. */
 typedef struct spm_schedule {
@@ -717,9 +736,11 @@ typedef struct spm_schedule {
     float scale;                 /* state: what plateau has multiplied so far, 1 at first */
     spm_schedule_kind kind;
 } spm_schedule;
-SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup, int64_t patience);
+SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup,
+                                      int64_t patience);
 SPMDEF float spm_schedule_lr(const spm_schedule *schedule, int64_t epoch);      /* for this epoch, from 0 */
-SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched);       /* after an epoch; only plateau listens */
+/* after an epoch; only plateau listens */
+SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched);
 /* ================================================================================================================
  * >>API-IMAGE  12  pictures: JPEG, PNG, PPM; resize, crop, flip; deflate
  * ============================================================================================================= */
@@ -742,11 +763,13 @@ typedef enum spm_image_format {
 } spm_image_format;
 
 /* Pillow's resampling filters: reach in input pixels (times the shrinking factor) 1, -, 1/2, 2 and 3. */
-typedef enum spm_filter { SPM_FILTER_BILINEAR, SPM_FILTER_NEAREST, SPM_FILTER_BOX, SPM_FILTER_BICUBIC, SPM_FILTER_LANCZOS } spm_filter;
+typedef enum spm_filter {
+    SPM_FILTER_BILINEAR, SPM_FILTER_NEAREST, SPM_FILTER_BOX, SPM_FILTER_BICUBIC, SPM_FILTER_LANCZOS
+} spm_filter;
 
 /* How to decode.  All zero (or a NULL desc) is Pillow's behaviour. */
 typedef struct spm_decode_desc {
-    size_t max_bytes;    /* 0: SPURMEM_MAX_IMAGE_BYTES: cap on the decoded picture and the memory for it, before allocation */
+    size_t max_bytes;    /* cap on the picture and the memory to decode it; 0: SPURMEM_MAX_IMAGE_BYTES */
     int apply_exif;      /* JPEG only: 1 turns the picture as its EXIF orientation says (off, as in Pillow's open) */
     int allow_truncated; /* 1: a cut-off file gives what is there instead of an error; the rest is black (colour 0) */
     int scale;           /* JPEG only: 0 or 1 full size; 2, 4, 8: that fraction, made in the DCT domain */
@@ -760,8 +783,8 @@ SPMDEF spm_image_format spm_image_probe(const void *data, size_t size, int *widt
 /* Decodes JPEG, PNG, PPM or PGM to RGB with the bytes of Pillow 9.4's open(...).convert("RGB"): gray is repeated, alpha
  * and tRNS are dropped (not blended), palettes are applied (indices beyond the palette give their number as gray), 1, 2
  * and 4 bits are spread over 0..255, CMYK and YCCK go through Pillow's formula, 16 bits keep their high byte.  The one
- * wanted difference: 16-bit gray is clipped at 255 by Pillow, which turns almost everything white; here it keeps its high
- * byte as well.
+ * wanted difference: 16-bit gray is clipped at 255 by Pillow, which turns almost everything white; here it keeps its
+ * high byte as well.
  *
  * Damage: JPEG as in Pillow.  PNG: wrong CRCs before the pixels, wrong Adler checksums, missing rows, reserved header
  * values are errors; a wrong CRC of an IDAT chunk whose Adler checksum holds, a missing end behind complete pixels and
@@ -778,7 +801,8 @@ SPMDEF spm_status spm_image_decode(spm_context *ctx, const char *name, const voi
                                    const spm_decode_desc *desc, spm_image *image, spm_error *err);
 
 /* spm_image_decode of a file; `path` is the name in error sentences.  Errors: as there, and SPM_E_IO. */
-SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image, spm_error *err);
+SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image,
+                                 spm_error *err);
 
 /* A black picture of the given size.  Errors: SPM_E_FORMAT for a side below 1, SPM_E_UNSUPPORTED over the cap,
  * SPM_E_MEMORY.  Test: test_resize.c. */
@@ -787,37 +811,46 @@ SPMDEF void spm_image_free(spm_context *ctx, spm_image *image); /* and empties i
 
 /* Baseline JPEG.  quality 1..100 with libjpeg's tables; chroma_420: 1 halves the chroma planes in both directions.
  * *data (free it with spm_free) gets *size bytes.  Errors: SPM_E_ARGUMENT, SPM_E_MEMORY.  Test: test_jpeg.c. */
-SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image, int quality, int chroma_420, uint8_t **data, size_t *size, spm_error *err);
+SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image, int quality, int chroma_420,
+                                        uint8_t **data, size_t *size, spm_error *err);
 /* PNG, 8 bits: gray where all pixels are gray, else RGB.  Each row takes the filter with the least sum of absolute
  * values; packed by spm_deflate: about as small as Pillow's. *data and errors as above.  Test: test_png.c. */
-SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err);
+SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err);
 /* Binary PPM (P6, maxval 255). *data and errors as above.  Test: test_png.c. */
-SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err);
+SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err);
 
-/* Resizes to width x height, bit-exact with Pillow's Image.resize((width, height), filter) of 8-bit pictures: each output
- * pixel is the weighted mean of the input pixels under the filter, which is stretched by the shrinking factor
+/* Resizes to width x height, bit-exact with Pillow's Image.resize((width, height), filter) of 8-bit pictures: each
+ * output pixel is the weighted mean of the input pixels under the filter, which is stretched by the shrinking factor
  * (antialiasing); first along x, rounded to 8 bits, then along y; a direction whose size stays is left out; weights are
  * rounded to 22 bits.  NEAREST takes the input pixel under the centre.  The same bits on every instruction set.
  * `result` becomes a new picture; it may be the same struct as `image` only if the old pixels are held elsewhere.
  * Cost: about 0.5 ms for 500 x 375 to 256 x 256, bilinear, on one AVX2 core; memory: the result and a few rows.
  * Errors: SPM_E_ARGUMENT, SPM_E_FORMAT (a side below 1), SPM_E_UNSUPPORTED (over the cap), SPM_E_MEMORY.
  * Test: test_resize.c. */
-SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int width, int height, spm_filter filter, spm_image *result, spm_error *err);
+SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int width, int height,
+                                   spm_filter filter, spm_image *result, spm_error *err);
 
 /* Copies the rectangle of width x height pixels whose top left corner is (x, y) into the new picture `result` (aliasing
- * as for spm_image_resize). Errors: SPM_E_ARGUMENT if it does not lie in the picture, SPM_E_MEMORY. Test: test_resize.c. */
-SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x, int y, int width, int height, spm_image *result, spm_error *err);
+ * as for spm_image_resize). Errors: SPM_E_ARGUMENT if it does not lie in the picture, SPM_E_MEMORY.
+ * Test: test_resize.c. */
+SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x, int y, int width, int height,
+                                 spm_image *result, spm_error *err);
 SPMDEF void spm_image_flip(spm_image *image); /* left-right, in place.  Test: test_resize.c */
 
 /* Unpacks deflate data (RFC 1951): wrapper 0 bare, 1 zlib (RFC 1950, Adler-32 checked), 2 gzip (RFC 1952, all members,
  * CRC-32 and sizes checked).  Bytes behind the end of the data are ignored.  *out (free it with spm_free; never NULL on
- * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.  Memory: at most max_bytes, twice while growing.
- * Errors: SPM_E_FORMAT with the byte offset, SPM_E_UNSUPPORTED over the cap, SPM_E_MEMORY.  Tests: test_png.c, fuzz/. */
-SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes, uint8_t **out, size_t *out_size, spm_error *err);
+ * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.
+ * Memory: at most max_bytes, twice while growing.  Errors: SPM_E_FORMAT with the byte offset, SPM_E_UNSUPPORTED over
+ * the cap, SPM_E_MEMORY.  Tests: test_png.c, fuzz/. */
+SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes,
+                              uint8_t **out, size_t *out_size, spm_error *err);
 /* Packs by deflate: hash chains with lazy matching; blocks stored, of the fixed or of their own Huffman code, whichever
  * is shortest: about zlib's level 6.  Same wrappers; the same bytes on every machine.  Errors: SPM_E_ARGUMENT,
  * SPM_E_MEMORY.  Test: test_png.c. */
-SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out, size_t *out_size, spm_error *err);
+SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out,
+                              size_t *out_size, spm_error *err);
 
 /* ================================================================================================================
  * >>API-PACK  13  file formats: JSON, CSV, safetensors, torch files, tar, idx, npy
@@ -1839,9 +1872,9 @@ SPMDEF spm_status spm_file_read(spm_context *ctx, const char *path, uint8_t **da
     *data = NULL;
     *size = 0;
     if (!file) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be opened: %s", path, strerror(errno));
-    if (fseek(file, 0, SEEK_END) == 0) { /* a hint only: the file is read to its end whatever this says */
+    if (fseek(file, 0, SEEK_END) == 0) { /* a hint only (LONG_MAX of a folder): it is read to its end whatever this says */
         long end = ftell(file);
-        if (end > 0 && !spmi_grow(ctx, &memory, 0, &capacity, (size_t)end + 2)) {
+        if (end > 0 && end < LONG_MAX && !spmi_grow(ctx, &memory, 0, &capacity, (size_t)end + 2)) {
             fclose(file);
             return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for its %ld bytes", path, end);
         }
@@ -1878,13 +1911,28 @@ typedef struct spmi_writer {
     FILE *file;
     char *path, *temporary;
     int failed; /* errno of the first failed write */
+    int direct; /* 1: a device or pipe, which must not be replaced: written under its own name */
 } spmi_writer;
+
+/* 0 nothing there, 1 a file, 2 a folder, 3 something else (device, pipe). */
+static int spmi_path_kind(const char *path)
+{
+#if defined(_WIN32)
+    DWORD attributes = GetFileAttributesA(path);
+    if (attributes == INVALID_FILE_ATTRIBUTES) return 0;
+    return attributes & FILE_ATTRIBUTE_DIRECTORY ? 2 : 1;
+#else
+    struct stat info;
+    if (stat(path, &info) != 0) return 0;
+    return S_ISDIR(info.st_mode) ? 2 : S_ISREG(info.st_mode) ? 1 : 3;
+#endif
+}
 
 static void spmi_writer_abort(spmi_writer *writer)
 {
     if (writer->file) {
         fclose(writer->file);
-        (void)remove(writer->temporary);
+        if (!writer->direct) (void)remove(writer->temporary);
     }
     writer->file = NULL;
     spmi_free(writer->ctx, writer->path);
@@ -1903,7 +1951,8 @@ static spm_status spmi_writer_open(spmi_writer *writer, spm_context *ctx, const 
         spmi_writer_abort(writer);
         return spmi_fail_memory(ctx, err, path);
     }
-    (void)spmi_format(writer->temporary, length + 16, "%s.part", path);
+    writer->direct = spmi_path_kind(path) == 3;
+    (void)spmi_format(writer->temporary, length + 16, writer->direct ? "%s" : "%s.part", path);
     writer->file = fopen(writer->temporary, "wb");
     if (!writer->file) {
         spm_status status = spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -1947,9 +1996,9 @@ static spm_status spmi_writer_commit(spmi_writer *writer, spm_error *err)
     if (!reason && !spmi_file_sync(writer->file)) reason = errno ? errno : EIO;
     if (fclose(writer->file) != 0 && !reason) reason = errno ? errno : EIO;
     writer->file = NULL;
-    if (!reason && !spmi_file_rename(writer->temporary, writer->path)) reason = errno ? errno : EIO;
+    if (!reason && !writer->direct && !spmi_file_rename(writer->temporary, writer->path)) reason = errno ? errno : EIO;
     if (reason) {
-        (void)remove(writer->temporary);
+        if (!writer->direct) (void)remove(writer->temporary);
         status = spmi_fail(writer->ctx, err, SPM_E_IO, "%s: writing failed: %s; free some space or choose another folder",
                            writer->path, strerror(reason));
     }
@@ -1976,20 +2025,6 @@ SPMDEF spm_status spm_file_write(spm_context *ctx, const char *path, const void 
     if (status) return status;
     spmi_writer_put(&writer, data, size);
     return spmi_writer_commit(&writer, err);
-}
-
-/* 0 nothing there, 1 a file, 2 a folder. */
-static int spmi_path_kind(const char *path)
-{
-#if defined(_WIN32)
-    DWORD attributes = GetFileAttributesA(path);
-    if (attributes == INVALID_FILE_ATTRIBUTES) return 0;
-    return attributes & FILE_ATTRIBUTE_DIRECTORY ? 2 : 1;
-#else
-    struct stat info;
-    if (stat(path, &info) != 0) return 0;
-    return S_ISDIR(info.st_mode) ? 2 : 1;
-#endif
 }
 
 static int spmi_make_directory(const char *path)
@@ -2843,7 +2878,10 @@ typedef struct spmi_outer {
     float *c;
     int64_t c_row, columns;
     int accumulate;
+    const float *ahead;    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line for every pixel */
+    int64_t ahead_tiles;
 } spmi_outer;
+#define SPMI_LINE 16       /* floats of a cache line */
 
 #if defined(__GNUC__) || defined(__clang__)
   #define SPMI_INLINE static inline __attribute__((always_inline))
@@ -2852,8 +2890,10 @@ typedef struct spmi_outer {
 #endif
 #if defined(__GNUC__) || defined(__clang__)
   #define SPMI_PREFETCH(p) __builtin_prefetch(p)
+  #define SPMI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
   #define SPMI_PREFETCH(p) ((void)(p))
+  #define SPMI_PREFETCH_L2(p) ((void)(p))
 #endif
 #if defined(__clang__)
   #define SPMI_UNROLL _Pragma("clang loop unroll(full)")
@@ -3054,11 +3094,13 @@ static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, 
 #endif
 
 /* T_OR rows of C by nv vectors. `last` is the number of valid lanes of the last vector; full says that it is V_W. */
-SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *c, int rows, int last, int nv, int full)
+SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *c, const float *ahead, int rows, int last, int nv, int full)
 {
     v_t acc[T_OR][4];
+    const int64_t line = ahead ? SPMI_LINE : 0;
     int64_t t, p;
     int i, j;
+    if (!ahead) ahead = c;
     SPMI_UNROLL for (i = 0; i < T_OR; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
@@ -3077,6 +3119,8 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
                 v_t av = v_set(a[i]);
                 SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_fma(av, bv[j], acc[i][j]);
             }
+            SPMI_PREFETCH_L2(ahead);
+            ahead += line;
             a += T_OR;
             b += g->b_row;
         }
@@ -3103,15 +3147,16 @@ static void SPMI_K(outer)(const spmi_outer *g)
     float *c = g->c;
     int64_t i;
     for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
+        const float *ahead = i / T_OR < g->ahead_tiles ? g->ahead + i / T_OR * g->blocks * g->k * SPMI_LINE : NULL;
         int rows = (int)SPMI_MIN(g->rows - i, T_OR);
         if (last == V_W) {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, rows, V_W, 3, 1);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, rows, V_W, 2, 1);
-            else SPMI_K(outer_tile)(g, a, c, rows, V_W, 1, 1);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 3, 1);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 2, 1);
+            else SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 1, 1);
         } else {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, rows, last, 3, 0);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, rows, last, 2, 0);
-            else SPMI_K(outer_tile)(g, a, c, rows, last, 1, 0);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 3, 0);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 2, 0);
+            else SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 1, 0);
         }
     }
 }
@@ -3801,9 +3846,10 @@ static void SPMI_K(optim_scale)(int64_t n, float factor, float *x)
     for (; i < n; i++) x[i] *= factor;
 }
 
-/* Adam and AdamW, in the order of PyTorch's operations.  k: decay added to the gradient (Adam), factor of the parameter
- * (AdamW: 1 - lr decay), beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, -lr / (1 - beta1^t).
- *   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps) */
+/* Adam and AdamW, in the order of PyTorch's operations.  k: decay added to the gradient (Adam), factor of the
+ * parameter (AdamW: 1 - lr decay), beta1, 1 - beta1, beta2, 1 - beta2, sqrt(1 - beta2^t), eps, -lr / (1 - beta1^t).
+ *   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 -
+ *     beta2^t) + eps) */
 static inline void SPMI_K(optim_adam_vector)(v_t *p, v_t g, v_t *m, v_t *v, const float *k)
 {
     if (k[0] != 0.0f) g = v_fma(*p, v_set(k[0]), g);
@@ -3863,7 +3909,8 @@ static void SPMI_K(optim_sgd)(int64_t n, const float *k, int nesterov, const flo
         } else {
             int left = (int)(n - i);
             if (m) b = v_loadn(m + i, left);
-            v_storen(p + i, SPMI_K(optim_sgd_vector)(v_loadn(p + i, left), v_loadn(g + i, left), m ? &b : NULL, k, nesterov), left);
+            v_storen(p + i, SPMI_K(optim_sgd_vector)(v_loadn(p + i, left), v_loadn(g + i, left), m ? &b : NULL, k,
+                                                     nesterov), left);
             if (m) v_storen(m + i, b, left);
         }
     }
@@ -4047,7 +4094,9 @@ static void SPMI_K(resize_row)(const spmi_resize_axis *axis, const uint8_t *row,
         const uint8_t *p = row + 3 * axis->lane_start[x];
         i_t sum = i_set(0);
         uint32_t pixel;
-        for (g = 0; g < axis->groups; g++, weight += I_W, p += I_W / 3 * 3) sum = i_mla(sum, i_bytes(p), i_load(weight));
+        for (g = 0; g < axis->groups; g++, weight += I_W, p += I_W / 3 * 3) {
+            sum = i_mla(sum, i_bytes(p), i_load(weight));
+        }
         pixel = i_pixel(sum);
         out[0] = (uint8_t)pixel;
         out[1] = (uint8_t)(pixel >> 8);
@@ -4574,6 +4623,7 @@ typedef struct spmi_weight_job {
     /* worked out by spmi_weight_plan */
     int64_t block, chunk, chunks;        /* output rows that are read together; rows of a chunk */
     int64_t range, ranges;               /* outputs of a task */
+    int64_t parts;                       /* of the columns, where there are still too few tasks */
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
     size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes;
     char *scratch;                       /* slots, then partial sums of chunks 1.. */
@@ -4581,7 +4631,8 @@ typedef struct spmi_weight_job {
 
 #define SPMI_WEIGHT_PIXELS 128           /* read together: three vectors of each fill most of the first-level cache */
 #define SPMI_WEIGHT_PARTIAL (1 << 20)    /* floats of partial sums at most */
-#define SPMI_WEIGHT_RANGE 64             /* outputs of a task at least, if there are as many: they share the reading */
+#define SPMI_WEIGHT_RANGE 128            /* outputs of a task at least, if there are as many: they share the reading */
+#define SPMI_WEIGHT_PARTS 4
 
 /* Height of the tile of the `outer` kernel. */
 static int spmi_outer_rows(const spm_context *ctx)
@@ -4594,6 +4645,13 @@ static int64_t spmi_outer_columns(const spm_context *ctx, int64_t left)
 {
     const int64_t lanes = ctx->isa == SPM_ISA_C ? 1 : spmi_lanes(ctx);
     return SPMI_MIN(left, left > 3 * lanes && left <= 4 * lanes ? 2 * lanes : 3 * lanes);
+}
+
+static int64_t spmi_outer_panels(const spm_context *ctx, int64_t columns)
+{
+    int64_t j, n = 0;
+    for (j = 0; j < columns; j += spmi_outer_columns(ctx, columns - j)) n++;
+    return n;
 }
 
 static void spmi_weight_plan(spmi_weight_job *job)
@@ -4613,6 +4671,8 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->ranges = SPMI_MAX(1, SPMI_MIN((SPMI_TASKS + job->chunks - 1) / job->chunks, job->outputs / SPMI_WEIGHT_RANGE));
     job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, 8);
     job->ranges = (job->outputs + job->range - 1) / job->range;
+    job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->chunks * job->ranges)) : 1;
+    job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, s->taps * s->run)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
     job->panel_bytes = job->collect ? spmi_float_bytes(job->block * s->w.count * spmi_outer_columns(job->ctx, s->taps * s->run)) : 0;
     job->slot_bytes = job->copy_bytes + job->panel_bytes + spmi_float_bytes((job->block * s->w.count + 4) * job->range)
@@ -4620,8 +4680,44 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
 
+/* What the next block will read, fetched while this one is computed: two stretches of memory, x and dy. */
+typedef struct spmi_ahead {
+    const float *at[2];
+    int64_t lines[2];
+} spmi_ahead;
+
+static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, int64_t count)
+{
+    const spmi_window *s = &job->window;
+    const int64_t rows = SPMI_MIN(job->block, end - row), line = s->w.size * s->pixel;
+    spmi_ahead next = SPM_ZERO;
+    if (rows <= 0) return next;
+    if (s->depth == s->pixel) {
+        const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
+        next.at[0] = s->in + y * line;
+        next.lines[0] = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+    }
+    if (2 * count >= job->dy_pixel) {
+        next.at[1] = job->dy + row * s->w.count * job->dy_pixel;
+        next.lines[1] = rows * s->w.count * job->dy_pixel / SPMI_LINE;
+    }
+    return next;
+}
+
+/* One call of the kernel, with its share of the fetching. */
+static void spmi_weight_outer(spm_context *ctx, spmi_outer *g, spmi_ahead *next)
+{
+    const int64_t lines = g->blocks * g->k, rows = spmi_outer_rows(ctx);
+    const int which = next->lines[0] >= lines ? 0 : 1;
+    g->ahead = next->at[which];
+    g->ahead_tiles = SPMI_MIN(next->lines[which] / lines, (g->rows + rows - 1) / rows);
+    if (g->ahead_tiles > 0) next->at[which] += g->ahead_tiles * lines * SPMI_LINE;
+    next->lines[which] -= g->ahead_tiles * lines;
+    SPMI_KERNEL(ctx, outer, (g));
+}
+
 /* dw (+)= dy x input over the pixels of g, the input read where it lies. */
-static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at)
+static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at, spmi_ahead *next)
 {
     const spmi_window *s = &job->window;
     const float *b = g.b;
@@ -4630,34 +4726,36 @@ static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const i
         for (j = 0; j < s->run; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, s->run - j);
             g.b = b + tap_at[t] + j;
-            SPMI_KERNEL(job->ctx, outer, (&g));
+            spmi_weight_outer(job->ctx, &g, next);
             g.c += g.columns;
         }
     }
 }
 
 /* The same with the pixels of each panel of columns collected first: one run of short rows, whatever the picture's size,
- * and panels that run on from one tap into the next. */
-static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at, float *panel)
+ * and panels that run on from one tap into the next. Panels [first, end) only. */
+static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at, spmi_ahead *next, float *panel,
+                                  int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
     const int64_t size = s->taps * s->run, none = 0;
     spmi_outer p = g;
-    int64_t j, i, piece;
+    int64_t j = 0, n, i, piece;
     p.b = panel;
     p.b_at = &none;
     p.blocks = 1;
     p.k = g.blocks * g.k;
-    for (j = 0; j < size; j += p.columns) {
+    for (n = 0; n < end; n++, j += p.columns) {
         p.columns = spmi_outer_columns(job->ctx, size - j);
+        if (n < first) continue;
         p.b_row = p.columns;
         for (i = 0; i < p.columns; i += piece) {
             int64_t tap = (j + i) / s->run, from = (j + i) % s->run;
             piece = SPMI_MIN(p.columns - i, s->run - from);
             SPMI_KERNEL(job->ctx, collect, (g.blocks, g.k, g.b + tap_at[tap] + from, g.b_at, g.b_row, piece, panel + i, p.b_row));
         }
-        SPMI_KERNEL(job->ctx, outer, (&p));
-        p.c += p.columns;
+        p.c = g.c + j;
+        spmi_weight_outer(job->ctx, &p, next);
     }
 }
 
@@ -4666,7 +4764,9 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
     const spmi_window *s = &job->window;
     spm_context *ctx = job->ctx;
-    const int64_t size = s->taps * s->run, chunk = task / job->ranges, o0 = task % job->ranges * job->range;
+    const int64_t size = s->taps * s->run, part = task % job->parts;
+    const int64_t o0 = task / job->parts % job->ranges * job->range, chunk = task / job->parts / job->ranges;
+    const int64_t panels = spmi_outer_panels(ctx, size);
     const int64_t count = SPMI_MIN(job->range, job->outputs - o0), first = chunk * job->chunk;
     const int64_t end = SPMI_MIN(first + job->chunk, s->images * s->h.count);
     char *at = job->scratch + (size_t)slot * job->slot_bytes;
@@ -4675,6 +4775,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + spmi_float_bytes((job->block * s->w.count + 4) * job->range));
     int64_t *tap_at = row_at + job->block, row;
     int add_dw = job->add_dw, add_db = job->add_db;
+    spmi_ahead next;
     spmi_outer g;
     if (chunk > 0) { /* partial sums: [outputs][size] and [outputs] of each chunk */
         float *partial = (float *)(void *)(job->scratch + (size_t)ctx->threads * job->slot_bytes);
@@ -4683,6 +4784,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         add_dw = add_db = 0;
     }
     spmi_window_taps(s, tap_at);
+    if (part > 0) db = NULL;
     if (db && !add_db) memset(db + o0, 0, (size_t)count * sizeof *db);
     for (row = first; row < end; row += job->block) {
         int64_t rows = SPMI_MIN(job->block, end - row);
@@ -4700,10 +4802,12 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         g.b_row = s->w_stride * s->at_pixel;
         g.c = dw + o0 * size;
         g.c_row = size;
-        g.columns = 0;
+        g.columns = g.ahead_tiles = 0;
+        g.ahead = NULL;
         g.accumulate = add_dw || row > first;
-        if (job->collect) spmi_weight_collected(job, g, tap_at, panel);
-        else spmi_weight_direct(job, g, tap_at);
+        next = spmi_weight_ahead(job, row + rows, end, count);
+        if (job->collect) spmi_weight_collected(job, g, tap_at, &next, panel, part * panels / job->parts, (part + 1) * panels / job->parts);
+        else spmi_weight_direct(job, g, tap_at, &next);
     }
 }
 
@@ -4733,7 +4837,7 @@ static size_t spmi_weight_scratch(const spmi_weight_job *job)
 static void spmi_weight_run(spmi_weight_job *job)
 {
     int64_t all = job->outputs * (job->window.taps * job->window.run + 1);
-    spm_parallel(job->ctx, job->chunks * job->ranges, spmi_weight_task, job);
+    spm_parallel(job->ctx, job->chunks * job->ranges * job->parts, spmi_weight_task, job);
     if (job->chunks > 1) spm_parallel(job->ctx, (all + SPMI_WEIGHT_FOLD - 1) / SPMI_WEIGHT_FOLD, spmi_weight_fold, job);
 }
 
@@ -7236,7 +7340,8 @@ static int spmi_program_add_name(spm_program *program, const char *name, int val
     void *array;
     spmi_tape_name *entry;
     if (spmi_program_find_name(program, name) >= 0) {
-        (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT, "%s: this name is taken already; names of a program are unique", name);
+        (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT,
+                        "%s: this name is taken already; names of a program are unique", name);
         return -1;
     }
     array = spmi_program_room(program, program->names, &program->names_room, program->n_names, sizeof *entry);
@@ -7258,13 +7363,15 @@ static int spmi_program_check(spm_program *program, spm_value value, const char 
 {
     if (!program || program->error.status) return 0;
     if (value > 0 && value < program->n_values) return 1;
-    (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT, "%s: value %d does not exist; the program has 1 to %d",
+    (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT,
+                    "%s: value %d does not exist; the program has 1 to %d",
                     what, value, program->n_values - 1);
     return 0;
 }
 
 /* Shape of a value of the user's own: 1 if it is sound. */
-static int spmi_program_set_shape(spm_program *program, const char *name, int rank, const int64_t *shape, int batch, spmi_tape_value *value)
+static int spmi_program_set_shape(spm_program *program, const char *name, int rank, const int64_t *shape, int batch,
+                                  spmi_tape_value *value)
 {
     int64_t count = 1;
     int i, good = rank >= 1 && rank <= SPM_MAX_RANK;
@@ -7280,8 +7387,8 @@ static int spmi_program_set_shape(spm_program *program, const char *name, int ra
     }
     value->rank = rank;
     if (good && count <= INT64_MAX / 8) return 1;
-    (void)spmi_fail(program->ctx, &program->error, SPM_E_SHAPE, "%s: a shape wants 1 to %d dimensions of at least 1%s", name,
-                    SPM_MAX_RANK, batch ? " (the first may be 0: the batch)" : "");
+    (void)spmi_fail(program->ctx, &program->error, SPM_E_SHAPE, "%s: a shape wants 1 to %d dimensions of at least 1%s",
+                    name, SPM_MAX_RANK, batch ? " (the first may be 0: the batch)" : "");
     return 0;
 }
 
@@ -7297,7 +7404,8 @@ SPMDEF spm_value spm_program_input(spm_program *program, const char *name, int r
     return id && spmi_program_add_name(program, name, id, 0) >= 0 ? id : 0;
 }
 
-SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, int rank, const int64_t *shape, spm_init init, unsigned flags)
+SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, int rank, const int64_t *shape,
+                                       spm_init init, unsigned flags)
 {
     spmi_tape_value value = SPM_ZERO;
     spmi_tape_parameter *parameter;
@@ -7306,7 +7414,8 @@ SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, i
     if (!program || program->error.status || !spmi_program_set_shape(program, name, rank, shape, 0, &value)) return 0;
     value.kind = SPMI_VALUE_PARAMETER;
     value.index = program->n_parameters;
-    array = spmi_program_room(program, program->parameters, &program->parameters_room, program->n_parameters, sizeof *parameter);
+    array = spmi_program_room(program, program->parameters, &program->parameters_room, program->n_parameters,
+                              sizeof *parameter);
     if (!array) return 0;
     program->parameters = (spmi_tape_parameter *)array;
     id = spmi_program_add_value(program, &value);
@@ -7336,7 +7445,8 @@ static spm_tensor spmi_tape_shape(const spm_program *program, int id, int64_t n,
 }
 
 /* A call of a step as far as it follows from shapes; the inputs that are there point to `present`. */
-static void spmi_tape_call(const spm_program *program, const spmi_tape_step *step, int64_t n, float *present, spm_op_call *call)
+static void spmi_tape_call(const spm_program *program, const spmi_tape_step *step, int64_t n, float *present,
+                           spm_op_call *call)
 {
     int i;
     memset(call, 0, sizeof *call);
@@ -7355,7 +7465,8 @@ SPMDEF spm_value spm_program_op(spm_program *program, spm_op op, const spm_value
     int i, k, id = 0;
     if (!program || program->error.status) return 0;
     if (op <= SPM_OP_NONE || op >= SPM_OP_COUNT || n_in < 1 || n_in > SPM_OP_MAX_IN) {
-        (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT, "operation %d with %d inputs does not exist", (int)op, n_in);
+        (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT, "operation %d with %d inputs does not exist",
+                        (int)op, n_in);
         return 0;
     }
     step.op = op;
@@ -7394,8 +7505,10 @@ SPMDEF spm_value spm_program_result(spm_program *program, spm_value value, int i
     const spmi_tape_value *v;
     if (!spmi_program_check(program, value, "spm_program_result")) return 0;
     v = &program->values[value];
-    if (v->kind == SPMI_VALUE_RESULT && v->slot == 0 && index >= 0 && index < program->steps[v->index].n_out) return value + index;
-    (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT, "spm_program_result: value %d is no operation's first result, or it has no result %d",
+    if (v->kind == SPMI_VALUE_RESULT && v->slot == 0 && index >= 0 && index < program->steps[v->index].n_out)
+        return value + index;
+    (void)spmi_fail(program->ctx, &program->error, SPM_E_ARGUMENT,
+                    "spm_program_result: value %d is no operation's first result, or it has no result %d",
                     value, index);
     return 0;
 }
@@ -7455,7 +7568,8 @@ SPMDEF spm_value spm_program_op_at(const spm_program *program, int index, spm_op
 
 /* ---- recorders of single operations ---- */
 
-static spm_value spmi_record(spm_program *program, spm_op op, int n_in, spm_value a, spm_value b, spm_value c, const spm_op_attr *attr)
+static spm_value spmi_record(spm_program *program, spm_op op, int n_in, spm_value a, spm_value b, spm_value c,
+                             const spm_op_attr *attr)
 {
     spm_value in[3];
     in[0] = a;
@@ -7473,7 +7587,8 @@ static spm_op_attr spmi_window_attr(int64_t kernel, int64_t stride, int64_t padd
     return attr;
 }
 
-SPMDEF spm_value spm_conv2d(spm_program *program, spm_value x, spm_value w, spm_value b, int64_t stride, int64_t padding, int64_t dilation, int64_t groups)
+SPMDEF spm_value spm_conv2d(spm_program *program, spm_value x, spm_value w, spm_value b, int64_t stride,
+                            int64_t padding, int64_t dilation, int64_t groups)
 {
     spm_op_attr attr;
     spm_tensor weight;
@@ -7492,7 +7607,8 @@ SPMDEF spm_value spm_linear(spm_program *program, spm_value x, spm_value w, spm_
     return spmi_record(program, SPM_OP_LINEAR, 3, x, w, b, NULL);
 }
 
-SPMDEF spm_value spm_batch_norm(spm_program *program, spm_value x, spm_value w, spm_value b, spm_value mean, spm_value var, spm_value residual, float eps, int relu)
+SPMDEF spm_value spm_batch_norm(spm_program *program, spm_value x, spm_value w, spm_value b, spm_value mean,
+                                spm_value var, spm_value residual, float eps, int relu)
 {
     spm_op_attr attr = SPM_ZERO;
     spm_value in[6];
@@ -7584,7 +7700,8 @@ SPMDEF spm_value spm_token(spm_program *program, spm_value x, int64_t index)
     return spmi_record(program, SPM_OP_TOKEN, 1, x, 0, 0, &attr);
 }
 
-SPMDEF spm_value spm_cross_entropy(spm_program *program, spm_value logits, spm_value target, spm_value weight, float label_smoothing)
+SPMDEF spm_value spm_cross_entropy(spm_program *program, spm_value logits, spm_value target, spm_value weight,
+                                   float label_smoothing)
 {
     spm_op_attr attr = SPM_ZERO;
     attr.label_smoothing = label_smoothing;
@@ -7608,7 +7725,8 @@ static void spmi_tape_needs(const spm_program *program, const unsigned char *wan
     need[0] = 0;
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
-        if (value->kind == SPMI_VALUE_PARAMETER) need[v] = !(program->parameters[value->index].flags & SPM_PARAMETER_BUFFER);
+        if (value->kind == SPMI_VALUE_PARAMETER)
+            need[v] = !(program->parameters[value->index].flags & SPM_PARAMETER_BUFFER);
         else need[v] = (unsigned char)(wanted ? wanted[v] : value->kind == SPMI_VALUE_INPUT && value->wanted);
     }
     for (s = 0; s < program->n_steps; s++) {
@@ -7689,8 +7807,10 @@ static void spmi_model_resolve(spm_model *model)
             const spmi_tape_step *norm = &program->steps[t];
             if (norm->op != SPM_OP_BATCH_NORM || norm->in[0] != step->out) continue;
             p->norm_output = norm->out;
-            if (program->values[norm->in[1]].kind == SPMI_VALUE_PARAMETER) p->norm_weight = program->values[norm->in[1]].index;
-            if (program->values[norm->in[2]].kind == SPMI_VALUE_PARAMETER) p->norm_bias = program->values[norm->in[2]].index;
+            if (program->values[norm->in[1]].kind == SPMI_VALUE_PARAMETER)
+                p->norm_weight = program->values[norm->in[1]].index;
+            if (program->values[norm->in[2]].kind == SPMI_VALUE_PARAMETER)
+                p->norm_bias = program->values[norm->in[2]].index;
             break;
         }
     }
@@ -7770,7 +7890,8 @@ SPMDEF spm_model *spm_model_create(spm_program *program, uint64_t seed, spm_erro
     if (model->parameters && model->written && model->fan_in && spmi_model_layout(model, &total)) {
         model->values = (float *)spmi_alloc_array(ctx, total, sizeof(float));
         /* left as the system gives it: pages that no backward pass writes are never touched */
-        if ((uint64_t)total <= SIZE_MAX / sizeof(float)) model->gradients = (float *)spmi_alloc(ctx, (size_t)total * sizeof(float));
+        if ((uint64_t)total <= SIZE_MAX / sizeof(float))
+            model->gradients = (float *)spmi_alloc(ctx, (size_t)total * sizeof(float));
     }
     if (!model->values || !model->gradients) {
         (void)spmi_fail_memory(ctx, err, "the parameters of a model");
@@ -7905,7 +8026,8 @@ SPMDEF void spm_model_finish_gradients(spm_model *model)
     int i;
     for (i = 0; i < model->n_parameters; i++) {
         spm_parameter *p = &model->parameters[i];
-        if (p->gradient && !model->written[i]) memset(p->gradient, 0, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+        if (p->gradient && !model->written[i])
+            memset(p->gradient, 0, (size_t)spm_tensor_count(&p->value) * sizeof(float));
         model->written[i] = 1;
     }
 }
@@ -7938,8 +8060,8 @@ typedef struct spmi_plan {
     unsigned char *replayed; /* per step */
     int *replay_time, *backward_time; /* per step; -1: never */
     int n_buffers;
-    /* three buffers per value (value, replay, gradient), then one per step for a gradient that cannot be written in place
-     * because its value stands among the inputs twice */
+    /* three buffers per value (value, replay, gradient), then one per step for a gradient that cannot be written in
+     * place because its value stands among the inputs twice */
     spmi_buffer *buffers;
 } spmi_plan;
 
@@ -8012,7 +8134,8 @@ static void spmi_plan_segments(const spm_program *program, const unsigned char *
         for (i = 0; i < step->n_in; i++) {
             v = step->in[i];
             if (plan->active[s] && spm_op_backward_reads(step->op, &step->attr, 0, i)) plan->saved[v] = 1;
-            if (program->values[v].kind == SPMI_VALUE_RESULT && program->steps[program->values[v].index].segment != step->segment) plan->kept[v] = 1;
+            if (program->values[v].kind == SPMI_VALUE_RESULT
+                && program->steps[program->values[v].index].segment != step->segment) plan->kept[v] = 1;
         }
         for (i = 0; i < step->n_out; i++) {
             v = step->out + i;
@@ -8041,7 +8164,8 @@ static void spmi_plan_times(const spm_program *program, int backward, spmi_plan 
     int s, end = program->n_steps, first, now = program->n_steps;
     for (s = 0; s < program->n_steps; s++) plan->replay_time[s] = plan->backward_time[s] = -1;
     while (backward && end > 0) {
-        for (first = end - 1; first > 0 && plan->segments > 1 && program->steps[first - 1].segment == program->steps[end - 1].segment; first--) {
+        for (first = end - 1; first > 0 && plan->segments > 1
+             && program->steps[first - 1].segment == program->steps[end - 1].segment; first--) {
         }
         if (plan->segments < 2) first = 0;
         for (s = first; s < end; s++) {
@@ -8090,7 +8214,9 @@ static void spmi_plan_step(const spm_program *program, int s, spmi_plan *plan)
     for (i = 0; i < step->n_in && plan->active[s]; i++) {
         const int v = step->in[i];
         if (!plan->need[v] || !spm_op_differentiable(step->op, i)) continue;
-        if (program->values[v].kind != SPMI_VALUE_PARAMETER) spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], back);
+        if (program->values[v].kind != SPMI_VALUE_PARAMETER) {
+            spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], back);
+        }
         for (j = 0; j < i; j++) {
             if (step->in[j] == v) spmi_buffer_use(&plan->buffers[SPMI_BUFFER_TWICE(program, s)], back);
         }
@@ -8098,7 +8224,8 @@ static void spmi_plan_step(const spm_program *program, int s, spmi_plan *plan)
 }
 
 /* The lives of all buffers and their sizes. 0 if a size overflows. */
-static int spmi_plan_lives(const spm_program *program, const unsigned char *want, int64_t n, int backward, spmi_plan *plan)
+static int spmi_plan_lives(const spm_program *program, const unsigned char *want, int64_t n, int backward,
+                           spmi_plan *plan)
 {
     int v, s, i;
     for (i = 0; i < plan->n_buffers; i++) {
@@ -8118,13 +8245,16 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
         for (i = 0; i < 3; i++) plan->buffers[3 * v + i].bytes = spmi_line_bytes(bytes);
         if (!backward) continue;
         /* gradients that come from or go to the outside */
-        if (plan->pinned[v] && plan->need[v]) spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], program->n_steps);
+        if (plan->pinned[v] && plan->need[v]) {
+            spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], program->n_steps);
+        }
         if ((plan->pinned[v] || value->kind == SPMI_VALUE_INPUT) && plan->wanted[v] && plan->have[v]) {
             spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], plan->last);
         }
         /* a hook reads the value when its gradient is complete: just before its own step goes backward */
         if ((want[v] & SPMI_WANT_VALUE_GRADIENT) && value->kind == SPMI_VALUE_RESULT) {
-            spmi_buffer_use(&plan->buffers[plan->kept[v] ? SPMI_BUFFER_VALUE(v) : SPMI_BUFFER_REPLAY(v)], plan->backward_time[value->index]);
+            spmi_buffer_use(&plan->buffers[plan->kept[v] ? SPMI_BUFFER_VALUE(v) : SPMI_BUFFER_REPLAY(v)],
+                            plan->backward_time[value->index]);
         }
     }
     for (s = 0; s < program->n_steps; s++) {
@@ -8132,7 +8262,9 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
         if (twice->end < 0) continue;
         for (i = 0; i < program->steps[s].n_in; i++) {
             const spm_tensor shape = spmi_tape_shape(program, program->steps[s].in[i], n, NULL);
-            if (program->steps[s].in[i]) twice->bytes = SPMI_MAX(twice->bytes, spmi_line_bytes((size_t)spm_tensor_count(&shape) * sizeof(float)));
+            if (program->steps[s].in[i])
+                twice->bytes = SPMI_MAX(twice->bytes,
+                                        spmi_line_bytes((size_t)spm_tensor_count(&shape) * sizeof(float)));
         }
     }
     return 1;
@@ -8185,7 +8317,8 @@ static int spmi_plan_pack(spm_context *ctx, spmi_plan *plan)
 }
 
 /* A plan for batches of n; `want` are the run's wishes per value. 0 if memory runs out. */
-static int spmi_plan_create(const spm_program *program, const unsigned char *want, int64_t n, int backward, int segments, spmi_plan *plan)
+static int spmi_plan_create(const spm_program *program, const unsigned char *want, int64_t n, int backward,
+                            int segments, spmi_plan *plan)
 {
     if (!spmi_plan_alloc(program, plan)) return 0;
     plan->segments = backward && segments ? program->segment + 1 : 1;
@@ -8298,7 +8431,8 @@ static spm_status spmi_run_plan(spm_run *run)
         if (!arena) spmi_plan_free(run->ctx, &plan);
     }
     spmi_free(run->ctx, want);
-    if (!arena) return spmi_fail(run->ctx, &run->error, SPM_E_MEMORY, "out of memory for a run's activations at batch %lld", (long long)run->desc.max_batch);
+    if (!arena) return spmi_fail(run->ctx, &run->error, SPM_E_MEMORY,
+                                 "out of memory for a run's activations at batch %lld", (long long)run->desc.max_batch);
     spmi_plan_free(run->ctx, &run->plan);
     spmi_free(run->ctx, run->arena);
     run->plan = plan;
@@ -8361,7 +8495,9 @@ static spm_status spmi_run_pack_memory(spm_run *run)
             bytes = spm_op_packed(run->ctx, step->op, &run->calls[s]);
             if (!bytes) continue;
             if (pass) run->calls[s].packed = run->packed + at;
-            if (!spmi_add_size(at, spmi_line_bytes(bytes), &at)) return spmi_fail_memory(run->ctx, &run->error, "packed weights");
+            if (!spmi_add_size(at, spmi_line_bytes(bytes), &at)) {
+                return spmi_fail_memory(run->ctx, &run->error, "packed weights");
+            }
         }
         if (pass || !at) break;
         run->packed = (char *)spmi_alloc(run->ctx, at);
@@ -8387,14 +8523,17 @@ SPMDEF spm_run *spm_run_create(spm_model *model, const spm_run_desc *desc, spm_e
     if (desc) run->desc = *desc;
     if (run->desc.max_batch == 0) run->desc.max_batch = 1;
     if (run->desc.max_batch < 0 || run->desc.max_batch > INT32_MAX) {
-        (void)spmi_fail(ctx, &run->error, SPM_E_ARGUMENT, "a run's max_batch is %lld; it must be 1 or more", (long long)run->desc.max_batch);
+        (void)spmi_fail(ctx, &run->error, SPM_E_ARGUMENT, "a run's max_batch is %lld; it must be 1 or more",
+                        (long long)run->desc.max_batch);
     }
     run->values = (spmi_run_value *)spmi_alloc_array(ctx, program->n_values, sizeof *run->values);
     run->parameters = (spmi_run_parameter *)spmi_alloc_array(ctx, program->n_parameters, sizeof *run->parameters);
     run->calls = (spm_op_call *)spmi_alloc_array(ctx, program->n_steps, sizeof *run->calls);
     run->packed_version = (uint64_t *)spmi_alloc_array(ctx, program->n_steps, sizeof *run->packed_version);
-    if (!run->values || !run->parameters || !run->calls || !run->packed_version) (void)spmi_fail_memory(ctx, &run->error, "a run");
-    if (!run->error.status && !spmi_run_shapes(run, run->desc.max_batch) && !spmi_run_pack_memory(run)) (void)spmi_run_plan(run);
+    if (!run->values || !run->parameters || !run->calls || !run->packed_version)
+        (void)spmi_fail_memory(ctx, &run->error, "a run");
+    if (!run->error.status && !spmi_run_shapes(run, run->desc.max_batch) && !spmi_run_pack_memory(run))
+        (void)spmi_run_plan(run);
     if (run->error.status) {
         (void)spmi_fail(ctx, err, run->error.status, "%s", run->error.text);
         spm_run_destroy(run);
@@ -8416,7 +8555,8 @@ SPMDEF spm_error *spm_run_error(spm_run *run)
 
 SPMDEF size_t spm_run_bytes(const spm_run *run)
 {
-    return run->plan.bytes + run->scratch_bytes + run->packed_bytes + run->mask_bytes + (size_t)run->aside_count * sizeof(float)
+    return run->plan.bytes + run->scratch_bytes + run->packed_bytes + run->mask_bytes
+        + (size_t)run->aside_count * sizeof(float)
         + (size_t)run->partial_channels * SPMI_HOOK_CHUNKS * sizeof(double);
 }
 
@@ -8427,7 +8567,8 @@ static int spmi_run_has(const spm_run *run, spm_value value)
 
 static spm_status spmi_run_no_value(spm_run *run, spm_value value, const char *what)
 {
-    return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT, "%s: value %d is not one for this call (a program's values are 1 to %d)", what, value,
+    return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
+                     "%s: value %d is not one for this call (a program's values are 1 to %d)", what, value,
                      run->program->n_values - 1);
 }
 
@@ -8449,7 +8590,8 @@ static float *spmi_run_value_data(const spm_run *run, int v, int replay)
 
 SPMDEF spm_status spm_run_input(spm_run *run, spm_value value, const float *data)
 {
-    if (!spmi_run_has(run, value) || run->program->values[value].kind == SPMI_VALUE_PARAMETER) return spmi_run_no_value(run, value, "spm_run_input");
+    if (!spmi_run_has(run, value) || run->program->values[value].kind == SPMI_VALUE_PARAMETER)
+        return spmi_run_no_value(run, value, "spm_run_input");
     memcpy(&run->values[value].bound, &data, sizeof data); /* only read */
     return SPM_OK;
 }
@@ -8529,7 +8671,8 @@ static void spmi_hook_unit_task(void *arg, int64_t task, int slot)
 }
 
 /* Adds the reduction of `shape`d data to out. unit: per first axis, else per last. */
-static void spmi_hook_reduce(spm_run *run, const spmi_hook *hook, const spm_tensor *shape, const float *x, const float *gradient, int unit)
+static void spmi_hook_reduce(spm_run *run, const spmi_hook *hook, const spm_tensor *shape, const float *x,
+                             const float *gradient, int unit)
 {
     spmi_tape_job job = SPM_ZERO;
     int64_t c, k, chunks;
@@ -8567,7 +8710,8 @@ static void spmi_run_hooks(spm_run *run, int v, float *data, const float *gradie
         if (hook->kind < 0) {
             if (!gradient) hook->fn(hook->user, &tensor);
         } else if (!replay && backward == (gradient != NULL)) {
-            spmi_hook_reduce(run, hook, &tensor, hook->on_gradient && hook->kind != SPM_HOOK_VALUE_GRADIENT ? gradient : data, gradient, unit);
+            const int of_gradient = hook->on_gradient && hook->kind != SPM_HOOK_VALUE_GRADIENT;
+            spmi_hook_reduce(run, hook, &tensor, of_gradient ? gradient : data, gradient, unit);
         }
     }
 }
@@ -8580,8 +8724,13 @@ static void spmi_run_point(spm_run *run, int s, int replay)
     const spmi_tape_step *step = &run->program->steps[s];
     spm_op_call *call = &run->calls[s];
     int i;
-    for (i = 0; i < step->n_in; i++) call->in[i].data = step->in[i] ? spmi_run_value_data(run, step->in[i], replay) : NULL;
-    for (i = 0; i < step->n_out; i++) call->out[i].data = replay ? run->values[step->out + i].replay : run->values[step->out + i].data;
+    for (i = 0; i < step->n_in; i++) {
+        call->in[i].data = step->in[i] ? spmi_run_value_data(run, step->in[i], replay) : NULL;
+    }
+    for (i = 0; i < step->n_out; i++) {
+        const spmi_run_value *out = &run->values[step->out + i];
+        call->out[i].data = replay ? out->replay : out->data;
+    }
     call->scratch = run->scratch;
 }
 
@@ -8592,7 +8741,8 @@ static void spmi_run_forward_step(spm_run *run, int s, int replay)
     spmi_run_point(run, s, replay);
     spm_op_forward(run->ctx, step->op, &run->calls[s]);
     for (i = 0; run->n_hooks && i < step->n_out; i++) {
-        if (run->values[step->out + i].hooked) spmi_run_hooks(run, step->out + i, run->calls[s].out[i].data, NULL, replay);
+        if (!run->values[step->out + i].hooked) continue;
+        spmi_run_hooks(run, step->out + i, run->calls[s].out[i].data, NULL, replay);
     }
 }
 
@@ -8629,11 +8779,14 @@ static spm_status spmi_run_check_bound(spm_run *run)
                 if (run->values[v].bound) continue;
                 for (j = 0; j < program->n_names && program->names[j].value != v; j++) {
                 }
-                return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "%s: the value %s is not bound; call spm_run_input before forward",
-                                 spm_op_name(program->steps[s].op), j < program->n_names ? program->names[j].text : "to start from");
+                return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                                 "%s: the value %s is not bound; call spm_run_input before forward",
+                                 spm_op_name(program->steps[s].op),
+                                 j < program->n_names ? program->names[j].text : "to start from");
             }
             if (value->index < run->first_step) {
-                return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "%s (operation %d) needs value %d from before the value that the run starts from",
+                return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                                 "%s (operation %d) needs value %d from before the value that the run starts from",
                                  spm_op_name(program->steps[s].op), s, v);
             }
         }
@@ -8648,7 +8801,8 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
     int s, v;
     run->state = SPMI_RUN_IDLE;
     if (n < 1 || n > run->desc.max_batch) {
-        return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT, "a forward pass of %lld examples in a run made for 1 to %lld", (long long)n,
+        return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
+                         "a forward pass of %lld examples in a run made for 1 to %lld", (long long)n,
                          (long long)run->desc.max_batch);
     }
     run->first = first;
@@ -8661,7 +8815,8 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
     mode = spmi_denormals_off();
     spmi_run_refresh(run);
     for (v = 1; v < program->n_values && run->n_hooks; v++) {
-        if (run->values[v].hooked && program->values[v].kind != SPMI_VALUE_RESULT) spmi_run_hooks(run, v, spmi_run_value_data(run, v, 0), NULL, 0);
+        if (run->values[v].hooked && program->values[v].kind != SPMI_VALUE_RESULT)
+            spmi_run_hooks(run, v, spmi_run_value_data(run, v, 0), NULL, 0);
     }
     for (s = first_step; s < program->n_steps; s++) {
         spm_op_call *call = &run->calls[s];
@@ -8702,7 +8857,8 @@ SPMDEF float *spm_run_data(spm_run *run, spm_value value)
     const spmi_tape_value *v;
     if (!spmi_run_has(run, value)) return NULL;
     v = &run->program->values[value];
-    if (v->kind != SPMI_VALUE_RESULT || value == run->first || spmi_run_kept(run, value)) return spmi_run_value_data(run, value, 0);
+    if (v->kind != SPMI_VALUE_RESULT || value == run->first || spmi_run_kept(run, value))
+        return spmi_run_value_data(run, value, 0);
     return NULL;
 }
 
@@ -8715,7 +8871,8 @@ SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value)
 
 SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
 {
-    if (!spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT) return spmi_run_no_value(run, value, "spm_run_keep");
+    if (!spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT)
+        return spmi_run_no_value(run, value, "spm_run_keep");
     if (spmi_run_kept(run, value)) return SPM_OK;
     run->values[value].want |= SPMI_WANT_KEEP;
     if (!spmi_run_plan(run)) return SPM_OK;
@@ -8728,9 +8885,11 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
 SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const float *gradient)
 {
     spm_tensor shape;
-    if (!spmi_run_has(run, value) || !spmi_run_kept(run, value)) return spmi_run_no_value(run, value, "spm_run_set_gradient takes outputs and kept values");
+    if (!spmi_run_has(run, value) || !spmi_run_kept(run, value))
+        return spmi_run_no_value(run, value, "spm_run_set_gradient takes outputs and kept values");
     if (run->state != SPMI_RUN_FORWARD || !run->desc.backward) {
-        return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "a gradient is set between forward and backward, in a run made with backward = 1");
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "a gradient is set between forward and backward, in a run made with backward = 1");
     }
     run->set_gradients = 1;
     if (!run->values[value].gradient) return SPM_OK; /* nothing it could reach */
@@ -8757,9 +8916,11 @@ static void spmi_run_needs(spm_run *run)
         spmi_run_value *mine = &run->values[v];
         if (value->kind == SPMI_VALUE_PARAMETER) {
             const unsigned flags = run->model->parameters[value->index].flags;
-            mine->need = !(flags & SPM_PARAMETER_BUFFER) && (!(flags & SPM_PARAMETER_FROZEN) || run->parameters[value->index].hooked);
+            mine->need = !(flags & SPM_PARAMETER_BUFFER)
+                && (!(flags & SPM_PARAMETER_FROZEN) || run->parameters[value->index].hooked);
         } else {
-            mine->need = run->plan.wanted[v] && mine->gradient && (value->kind == SPMI_VALUE_INPUT || value->index >= run->first_step || v == run->first);
+            mine->need = run->plan.wanted[v] && mine->gradient
+                && (value->kind == SPMI_VALUE_INPUT || value->index >= run->first_step || v == run->first);
         }
     }
     for (s = run->first_step; s < program->n_steps; s++) {
@@ -8781,7 +8942,8 @@ static void spmi_run_point_gradient(spm_run *run, int s, int i, int64_t *aside)
     call->d_in[i] = call->in[i];
     for (j = 0; j < i; j++) {
         if (step->in[j] == v) {
-            call->d_in[i].data = (float *)(void *)(run->arena + run->plan.buffers[SPMI_BUFFER_TWICE(run->program, s)].offset);
+            const spmi_buffer *twice = &run->plan.buffers[SPMI_BUFFER_TWICE(run->program, s)];
+            call->d_in[i].data = (float *)(void *)(run->arena + twice->offset);
             return;
         }
     }
@@ -8818,14 +8980,16 @@ static void spmi_run_collect(spm_run *run, int s)
     for (i = 0; i < step->n_in; i++) {
         const int v = step->in[i], p = run->program->values[v].index;
         spm_parameter *parameter;
-        if (!v || !call->d_in[i].data || run->program->values[v].kind != SPMI_VALUE_PARAMETER || !spmi_run_aside(run, p)) continue;
+        if (!v || !call->d_in[i].data || run->program->values[v].kind != SPMI_VALUE_PARAMETER
+            || !spmi_run_aside(run, p)) continue;
         for (j = 0; j < i && step->in[j] != v; j++) {
         }
         if (j < i) continue; /* it came with the first one */
         parameter = &run->model->parameters[p];
         if (run->parameters[p].hooked) spmi_run_hooks(run, v, call->in[i].data, call->d_in[i].data, 0);
         if (parameter->flags & SPM_PARAMETER_FROZEN) continue;
-        spmi_masked(run->ctx, spm_tensor_count(&parameter->value), call->d_in[i].data, run->parameters[p].keep, parameter->gradient, run->model->written[p]);
+        spmi_masked(run->ctx, spm_tensor_count(&parameter->value), call->d_in[i].data, run->parameters[p].keep,
+                    parameter->gradient, run->model->written[p]);
         run->model->written[p] = 1;
     }
 }
@@ -8849,7 +9013,8 @@ static void spmi_run_backward_step(spm_run *run, int s)
     call->d_out = call->out[0];
     call->d_out.data = out->gradient;
     for (i = 0; i < step->n_in; i++) {
-        if (step->in[i] && run->values[step->in[i]].need && spm_op_differentiable(step->op, i)) spmi_run_point_gradient(run, s, i, &aside);
+        if (step->in[i] && run->values[step->in[i]].need && spm_op_differentiable(step->op, i))
+            spmi_run_point_gradient(run, s, i, &aside);
     }
     spm_op_backward(run->ctx, step->op, call);
     spmi_run_collect(run, s);
@@ -8863,7 +9028,8 @@ static spm_status spmi_run_default_gradient(spm_run *run)
     const spm_tensor shape = spm_program_shape(run->program, loss, run->n);
     if (loss && spm_tensor_count(&shape) == 1 && spmi_run_kept(run, loss)) return spm_run_set_gradient(run, loss, &one);
     return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
-                     "nothing to go backward from: set a gradient with spm_run_set_gradient, or name a scalar output \"loss\"");
+                     "nothing to go backward from: set a gradient with spm_run_set_gradient, or name a scalar output"
+                     " \"loss\"");
 }
 
 SPMDEF spm_status spm_run_backward(spm_run *run)
@@ -8872,7 +9038,8 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
     unsigned mode;
     int s, v, first, end = program->n_steps;
     if (run->state != SPMI_RUN_FORWARD || !run->desc.backward) {
-        return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "a backward pass wants a forward pass before it, in a run made with backward = 1");
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "a backward pass wants a forward pass before it, in a run made with backward = 1");
     }
     if (!run->set_gradients && spmi_run_default_gradient(run)) return run->error.status;
     mode = spmi_denormals_off();
@@ -8880,7 +9047,8 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
     while (end > run->first_step) { /* one segment: [first, end) */
         int useful = run->values[program->steps[end - 1].out].need;
         first = end - 1;
-        while (first > run->first_step && (run->plan.segments < 2 || program->steps[first - 1].segment == program->steps[end - 1].segment)) {
+        while (first > run->first_step
+               && (run->plan.segments < 2 || program->steps[first - 1].segment == program->steps[end - 1].segment)) {
             first--;
             useful |= run->values[program->steps[first].out].need;
         }
@@ -8903,14 +9071,16 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
 SPMDEF const float *spm_run_gradient(spm_run *run, spm_value value)
 {
     if (!spmi_run_has(run, value) || run->state != SPMI_RUN_BACKWARD || !run->values[value].written) return NULL;
-    return run->program->values[value].kind == SPMI_VALUE_INPUT || spmi_run_kept(run, value) ? run->values[value].gradient : NULL;
+    return run->program->values[value].kind == SPMI_VALUE_INPUT || spmi_run_kept(run, value)
+        ? run->values[value].gradient : NULL;
 }
 
 /* ---- batch statistics and buffers ---- */
 
 SPMDEF float *spm_run_buffer(spm_run *run, int parameter)
 {
-    if (parameter < 0 || parameter >= run->model->n_parameters || !(run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) return NULL;
+    if (parameter < 0 || parameter >= run->model->n_parameters
+        || !(run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) return NULL;
     return spmi_run_parameter_data(run, parameter);
 }
 
@@ -8920,7 +9090,8 @@ SPMDEF spm_status spm_run_commit_statistics(spm_run *run, float momentum)
     int s, k;
     int64_t c;
     if (run->state == SPMI_RUN_IDLE || !run->training) {
-        return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "there are no batch statistics to commit: the last forward pass was not in training mode");
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "there are no batch statistics to commit: the last forward pass was not in training mode");
     }
     for (s = run->first_step; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
@@ -8949,7 +9120,8 @@ SPMDEF spm_status spm_run_own_buffers(spm_run *run, int own)
     int64_t total = 0, at = 0;
     int i;
     for (i = 0; i < run->model->n_parameters; i++) {
-        if (run->model->parameters[i].flags & SPM_PARAMETER_BUFFER) total += spmi_line_floats(spm_tensor_count(&run->model->parameters[i].value));
+        if (run->model->parameters[i].flags & SPM_PARAMETER_BUFFER)
+            total += spmi_line_floats(spm_tensor_count(&run->model->parameters[i].value));
     }
     if (own && !run->own) {
         run->own = (float *)spmi_alloc_array(run->ctx, total, sizeof(float));
@@ -8979,7 +9151,8 @@ static spm_status spmi_run_aside_memory(spm_run *run)
         int64_t sum = 0;
         for (i = 0; i < program->steps[s].n_in; i++) {
             const spmi_tape_value *value = &program->values[program->steps[s].in[i]];
-            if (!program->steps[s].in[i] || value->kind != SPMI_VALUE_PARAMETER || !spmi_run_aside(run, value->index)) continue;
+            if (!program->steps[s].in[i] || value->kind != SPMI_VALUE_PARAMETER || !spmi_run_aside(run, value->index))
+                continue;
             sum += spmi_line_floats(spm_tensor_count(&run->model->parameters[value->index].value));
         }
         most = SPMI_MAX(most, sum);
@@ -9009,7 +9182,8 @@ static void spmi_run_stale(spm_run *run, int parameter)
     int s;
     for (s = 0; s < program->n_steps; s++) {
         const int v = program->steps[s].n_in > 1 ? program->steps[s].in[1] : 0;
-        if (v && program->values[v].kind == SPMI_VALUE_PARAMETER && program->values[v].index == parameter) run->packed_version[s] = 0;
+        if (v && program->values[v].kind == SPMI_VALUE_PARAMETER && program->values[v].index == parameter)
+            run->packed_version[s] = 0;
     }
 }
 
@@ -9017,8 +9191,11 @@ SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *kee
 {
     spmi_run_parameter *p;
     int64_t count;
-    if (parameter < 0 || parameter >= run->model->n_parameters || (run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) {
-        return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT, "spm_run_set_mask: parameter %d does not exist or is a buffer, which takes no mask", parameter);
+    if (parameter < 0 || parameter >= run->model->n_parameters
+        || (run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
+                         "spm_run_set_mask: parameter %d does not exist or is a buffer, which takes no mask",
+                         parameter);
     }
     p = &run->parameters[parameter];
     count = spm_tensor_count(&run->model->parameters[parameter].value);
@@ -9058,9 +9235,11 @@ static spm_status spmi_run_add_hook(spm_run *run, const spmi_hook *hook, unsigne
     const int parameter = value->kind == SPMI_VALUE_PARAMETER;
     const unsigned char before = run->values[hook->value].want;
     const spm_tensor shape = spmi_tape_shape(program, hook->value, run->desc.max_batch, NULL);
-    int64_t channels = parameter ? (shape.shape[0] + SPMI_HOOK_CHUNKS - 1) / SPMI_HOOK_CHUNKS : shape.shape[shape.rank - 1];
+    int64_t channels = parameter ? (shape.shape[0] + SPMI_HOOK_CHUNKS - 1) / SPMI_HOOK_CHUNKS
+        : shape.shape[shape.rank - 1];
     void *memory = run->hooks;
-    if (!spmi_grow(run->ctx, &memory, (size_t)run->n_hooks * sizeof *hook, &run->hooks_room, (size_t)(run->n_hooks + 1) * sizeof *hook)) {
+    if (!spmi_grow(run->ctx, &memory, (size_t)run->n_hooks * sizeof *hook, &run->hooks_room,
+                   (size_t)(run->n_hooks + 1) * sizeof *hook)) {
         return spmi_fail_memory(run->ctx, &run->error, "a hook");
     }
     run->hooks = (spmi_hook *)memory;
@@ -9095,15 +9274,18 @@ SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind
 {
     spmi_hook hook = SPM_ZERO;
     const int backward = on_gradient || kind == SPM_HOOK_VALUE_GRADIENT;
-    if (!spmi_run_has(run, value) || !out || (unsigned)kind > (unsigned)SPM_HOOK_VALUE_GRADIENT) return spmi_run_no_value(run, value, "spm_run_hook");
+    if (!spmi_run_has(run, value) || !out || (unsigned)kind > (unsigned)SPM_HOOK_VALUE_GRADIENT)
+        return spmi_run_no_value(run, value, "spm_run_hook");
     if (backward && !run->desc.backward) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "a hook on a gradient wants a run made with backward = 1");
     }
     if (backward && run->program->values[value].kind == SPMI_VALUE_PARAMETER) {
         const int p = run->program->values[value].index;
-        if (run->model->parameters[p].flags & SPM_PARAMETER_BUFFER) return spmi_run_no_value(run, value, "spm_run_hook on the gradient of a buffer");
+        if (run->model->parameters[p].flags & SPM_PARAMETER_BUFFER)
+            return spmi_run_no_value(run, value, "spm_run_hook on the gradient of a buffer");
         if (kind == SPM_HOOK_SUM_SQUARES && run->parameters[p].uses > 1) {
-            return spmi_fail(run->ctx, &run->error, SPM_E_UNSUPPORTED, "%s: squares of a gradient cannot be watched, because %d operations share the parameter",
+            return spmi_fail(run->ctx, &run->error, SPM_E_UNSUPPORTED,
+                             "%s: squares of a gradient cannot be watched, because %d operations share the parameter",
                              run->model->parameters[p].name, run->parameters[p].uses);
         }
     }
@@ -9111,13 +9293,17 @@ SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind
     hook.kind = (int)kind;
     hook.on_gradient = on_gradient != 0;
     hook.out = out;
-    return spmi_run_add_hook(run, &hook, !backward ? 0 : kind == SPM_HOOK_VALUE_GRADIENT ? SPMI_WANT_VALUE_GRADIENT : SPMI_WANT_GRADIENT);
+    if (!backward) return spmi_run_add_hook(run, &hook, 0);
+    if (kind == SPM_HOOK_VALUE_GRADIENT) return spmi_run_add_hook(run, &hook, SPMI_WANT_VALUE_GRADIENT);
+    return spmi_run_add_hook(run, &hook, SPMI_WANT_GRADIENT);
 }
 
-SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value), void *user)
+SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value),
+                                     void *user)
 {
     spmi_hook hook = SPM_ZERO;
-    if (!fn || !spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT) return spmi_run_no_value(run, value, "spm_run_hook_write");
+    if (!fn || !spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT)
+        return spmi_run_no_value(run, value, "spm_run_hook_write");
     hook.value = value;
     hook.kind = -1;
     hook.fn = fn;
@@ -9131,7 +9317,8 @@ SPMDEF void spm_run_clear_hooks(spm_run *run)
     for (i = 0; i < run->n_hooks; i++) {
         const int v = run->hooks[i].value;
         run->values[v].hooked = 0;
-        if (run->program->values[v].kind == SPMI_VALUE_PARAMETER) run->parameters[run->program->values[v].index].hooked = 0;
+        if (run->program->values[v].kind == SPMI_VALUE_PARAMETER)
+            run->parameters[run->program->values[v].index].hooked = 0;
     }
     run->n_hooks = 0;
 }
@@ -9213,7 +9400,8 @@ static void spmi_check_direction(spmi_check *check, uint64_t seed)
 static int spmi_check_alloc(spmi_check *check)
 {
     spm_op_call *call = &check->call;
-    const size_t scratch = spmi_line_bytes(SPMI_MAX(spm_op_scratch(check->ctx, check->op, call, 0), spm_op_scratch(check->ctx, check->op, call, 1)));
+    const size_t scratch = spmi_line_bytes(SPMI_MAX(spm_op_scratch(check->ctx, check->op, call, 0),
+                                                    spm_op_scratch(check->ctx, check->op, call, 1)));
     const size_t packed = spmi_line_bytes(spm_op_packed(check->ctx, check->op, call));
     size_t bytes = scratch + packed, floats = 0;
     char *at;
@@ -9245,7 +9433,8 @@ static double spmi_check_input(spmi_check *check, int i, uint64_t seed)
     double error = 0.0, norm = 0.0;
     int64_t t;
     for (t = 0; t < tries; t++) {
-        const int64_t k = tries == count ? t : (int64_t)spm_random_below(seed, 55 + (uint64_t)i, (uint64_t)t, (uint32_t)SPMI_MIN(count, (int64_t)UINT32_MAX));
+        const int64_t k = tries == count ? t : (int64_t)spm_random_below(seed, 55 + (uint64_t)i, (uint64_t)t,
+            (uint32_t)SPMI_MIN(count, (int64_t)UINT32_MAX));
         const float kept = in->data[k], up = kept + SPMI_CHECK_STEP, down = kept - SPMI_CHECK_STEP;
         double slope, off;
         in->data[k] = up;
@@ -9271,7 +9460,8 @@ SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call 
     check.ctx = ctx;
     check.op = op;
     check.call = *shapes;
-    for (i = 0; i < SPM_OP_MAX_IN; i++) check.call.in[i].data = i < shapes->n_in && shapes->in[i].rank > 0 ? &present : NULL;
+    for (i = 0; i < SPM_OP_MAX_IN; i++) check.call.in[i].data = i < shapes->n_in && shapes->in[i].rank > 0 ? &present
+        : NULL;
     if (spm_op_infer(ctx, op, &check.call, err)) return -1.0;
     check.call.d_out = check.call.out[0];
     for (i = 0; i < check.call.n_in; i++) {
@@ -9358,7 +9548,8 @@ typedef enum spmi_arch_option {
 static const char *spmi_arch_option_name(int option)
 {
     static const char names[SPMI_ARCH_OPTIONS][16] = {
-        "width", "stem", "groups", "width_per_group", "patch", "dim", "depth", "heads", "mlp", "distilled", "eps", "drop", "drop_path"
+        "width", "stem", "groups", "width_per_group", "patch", "dim", "depth", "heads", "mlp", "distilled",
+        "eps", "drop", "drop_path"
     };
     return names[option];
 }
@@ -9440,11 +9631,13 @@ static const spmi_arch_row *spmi_arch_find(const char *name, size_t n, int *near
             n = strlen(name);
         }
     }
-    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1; /* timm's long names */
+    /* timm's long names */
+    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1;
     *nearest = 0;
     for (i = 0; i < SPMI_COUNT(spmi_arch_rows); i++) {
         const int distance = spmi_edit_distance(name, n, spmi_arch_rows[i].name);
-        if (strlen(spmi_arch_rows[i].name) == n && memcmp(spmi_arch_rows[i].name, name, n) == 0) return &spmi_arch_rows[i];
+        if (strlen(spmi_arch_rows[i].name) == n && memcmp(spmi_arch_rows[i].name, name, n) == 0)
+            return &spmi_arch_rows[i];
         if (distance < best) {
             best = distance;
             *nearest = i;
@@ -9470,9 +9663,11 @@ SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size)
         const char *name = spmi_arch_option_name(option);
         used = strlen(text);
         if (a && *a != *b) (void)spmi_format(text + used, size - used, "%c%s=%lld", separator, name, (long long)*a);
-        else if (x && (*x < *y || *x > *y)) (void)spmi_format(text + used, size - used, "%c%s=%.6g", separator, name, (double)*x);
+        else if (x && (*x < *y || *x > *y)) (void)spmi_format(text + used, size - used, "%c%s=%.6g", separator, name,
+                                                              (double)*x);
         else if (option == SPMI_ARCH_STEM && arch->cifar_stem != plain.cifar_stem) {
-            (void)spmi_format(text + used, size - used, "%cstem=%s", separator, arch->cifar_stem ? "cifar" : "imagenet");
+            (void)spmi_format(text + used, size - used, "%cstem=%s", separator, arch->cifar_stem ? "cifar"
+                              : "imagenet");
         } else if (option == SPMI_ARCH_DISTILLED && arch->distilled != plain.distilled) {
             (void)spmi_format(text + used, size - used, "%cdistilled=%d", separator, arch->distilled);
         } else continue;
@@ -9501,7 +9696,8 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
         }
     }
     if (option == SPMI_ARCH_OPTIONS) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: \"%.*s\" is no option of a %s; the nearest is %s", arch->name, (int)SPMI_MIN(name, (size_t)64), text,
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: \"%.*s\" is no option of a %s; the nearest is %s", arch->name,
+                         (int)SPMI_MIN(name, (size_t)64), text,
                          arch->family == SPM_VIT ? "ViT" : "ResNet", spmi_arch_option_name(nearest));
     }
     value[0] = 0;
@@ -9518,12 +9714,14 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
         const double number = strtod(value, &end);
         *spmi_arch_rate(arch, option) = (float)number;
         if (end > value && *end == 0 && number >= 0.0 && number < 1.0) return SPM_OK;
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a number from 0 to below 1", arch->name, length, text);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a number from 0 to below 1", arch->name, length,
+                         text);
     } else {
         const long number = strtol(value, &end, 10);
         const int flag = option == SPMI_ARCH_DISTILLED;
         if (end == value || *end != 0 || number < (flag ? 0 : 1) || number > (flag ? 1 : 65536)) {
-            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a whole number from %d to %d", arch->name, length, text, flag ? 0 : 1, flag ? 1 : 65536);
+            return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a whole number from %d to %d", arch->name,
+                             length, text, flag ? 0 : 1, flag ? 1 : 65536);
         }
         if (flag) arch->distilled = (int)number;
         else *spmi_arch_integer(arch, option) = number;
@@ -9540,7 +9738,8 @@ SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *a
     int nearest;
     const spmi_arch_row *row = spmi_arch_find(text, n, &nearest);
     if (!row) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "\"%.*s\" is no known architecture; the nearest is %s", (int)SPMI_MIN(n, (size_t)64), text,
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "\"%.*s\" is no known architecture; the nearest is %s",
+                         (int)SPMI_MIN(n, (size_t)64), text,
                          spmi_arch_rows[nearest].name);
     }
     memcpy(made.name, row->name, strlen(row->name));
@@ -9570,7 +9769,8 @@ typedef struct spmi_build {
     int block;
 } spmi_build;
 
-static spm_value spmi_build_parameter(spmi_build *build, const char *rest, int rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3, spm_init init, unsigned flags)
+static spm_value spmi_build_parameter(spmi_build *build, const char *rest, int rank, int64_t d0, int64_t d1, int64_t d2,
+                                      int64_t d3, spm_init init, unsigned flags)
 {
     int64_t shape[4];
     shape[0] = d0;
@@ -9601,27 +9801,32 @@ static spmi_build_norm spmi_build_batch_norm(spmi_build *build, const char *laye
     return norm;
 }
 
-static spm_value spmi_build_norm_op(spmi_build *build, spm_value x, const spmi_build_norm *norm, spm_value residual, int relu)
+static spm_value spmi_build_norm_op(spmi_build *build, spm_value x, const spmi_build_norm *norm, spm_value residual,
+                                    int relu)
 {
     return spm_batch_norm(build->program, x, norm->weight, norm->bias, norm->mean, norm->var, residual, 1e-5f, relu);
 }
 
-static spm_value spmi_build_conv_weight(spmi_build *build, const char *layer, int64_t out, int64_t kernel, int64_t in, unsigned flags)
+static spm_value spmi_build_conv_weight(spmi_build *build, const char *layer, int64_t out, int64_t kernel, int64_t in,
+                                        unsigned flags)
 {
     char rest[32];
     (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
-    return spmi_build_parameter(build, rest, 4, out, kernel, kernel, in, SPM_INIT_HE_FAN_OUT, SPM_PARAMETER_PRUNABLE | flags);
+    return spmi_build_parameter(build, rest, 4, out, kernel, kernel, in, SPM_INIT_HE_FAN_OUT,
+                                SPM_PARAMETER_PRUNABLE | flags);
 }
 
 /* A linear layer with bias. */
-static spm_value spmi_build_linear(spmi_build *build, const char *layer, spm_value x, int64_t out, int64_t in, spm_init weight, spm_init bias, unsigned flags)
+static spm_value spmi_build_linear(spmi_build *build, const char *layer, spm_value x, int64_t out, int64_t in,
+                                   spm_init weight, spm_init bias, unsigned flags)
 {
     spm_value w, b;
     char rest[32];
     (void)spmi_format(rest, sizeof rest, "%s.weight", layer);
     w = spmi_build_parameter(build, rest, 2, out, in, 0, 0, weight, flags);
     (void)spmi_format(rest, sizeof rest, "%s.bias", layer);
-    b = spmi_build_parameter(build, rest, 1, out, 0, 0, 0, bias, (flags & (unsigned)SPM_PARAMETER_HEAD) | SPM_PARAMETER_NO_DECAY);
+    b = spmi_build_parameter(build, rest, 1, out, 0, 0, 0, bias,
+                             (flags & (unsigned)SPM_PARAMETER_HEAD) | SPM_PARAMETER_NO_DECAY);
     return spm_linear(build->program, x, w, b);
 }
 
@@ -9646,7 +9851,8 @@ static void spmi_build_outputs(spmi_build *build, spm_value features, spm_value 
 
 /* One residual block: two 3x3, or 1x1 3x3 1x1 (channels of the middle: `middle`, in `groups`); x has `in` channels, the
  * result `out`.  The last norm adds the shortcut and then applies the ReLU. */
-static spm_value spmi_build_residual(spmi_build *build, spm_value x, int64_t in, int64_t middle, int64_t out, int64_t stride)
+static spm_value spmi_build_residual(spmi_build *build, spm_value x, int64_t in, int64_t middle, int64_t out,
+                                     int64_t stride)
 {
     spm_program *program = build->program;
     const spm_arch *arch = build->arch;
@@ -9713,7 +9919,8 @@ static void spmi_build_resnet(spmi_build *build, spm_value x)
     spm_program_block(program, 0);
     spm_program_mark(program, "last", x);
     features = spm_global_pool(program, x);
-    x = spmi_build_linear(build, arch->option_a ? "linear" : "fc", features, arch->classes, in, SPM_INIT_UNIFORM_FAN_IN, SPM_INIT_UNIFORM_FAN_IN,
+    x = spmi_build_linear(build, arch->option_a ? "linear" : "fc", features, arch->classes, in, SPM_INIT_UNIFORM_FAN_IN,
+                          SPM_INIT_UNIFORM_FAN_IN,
                           SPM_PARAMETER_HEAD);
     spmi_build_outputs(build, features, x);
 }
@@ -9748,9 +9955,11 @@ static spm_value spmi_build_transformer(spmi_build *build, spm_value x, float pa
     y = spmi_build_linear(build, "attn.proj", y, d, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
     x = spm_add(program, x, spmi_build_dropped(build, y, path));
     y = spmi_build_layer_norm(build, "norm2", x);
-    y = spmi_build_linear(build, "mlp.fc1", y, d * arch->mlp_ratio, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    y = spmi_build_linear(build, "mlp.fc1", y, d * arch->mlp_ratio, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO,
+                          SPM_PARAMETER_PRUNABLE);
     y = spmi_build_dropped(build, spm_gelu(program, y), 0.0f);
-    y = spmi_build_linear(build, "mlp.fc2", y, d, d * arch->mlp_ratio, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    y = spmi_build_linear(build, "mlp.fc2", y, d, d * arch->mlp_ratio, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO,
+                          SPM_PARAMETER_PRUNABLE);
     return spm_add(program, x, spmi_build_dropped(build, y, path));
 }
 
@@ -9763,26 +9972,32 @@ static void spmi_build_vit(spmi_build *build, spm_value x)
     spm_value in[4], w, b, features, logits;
     int64_t i;
     in[1] = spmi_build_parameter(build, "cls_token", 2, 1, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY);
-    in[3] = arch->distilled ? spmi_build_parameter(build, "dist_token", 2, 1, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY) : 0;
+    in[3] = arch->distilled ? spmi_build_parameter(build, "dist_token", 2, 1, d, 0, 0, SPM_INIT_TRUNC_NORMAL,
+                                                   SPM_PARAMETER_NO_DECAY) : 0;
     in[2] = spmi_build_parameter(build, "pos_embed", 2, tokens, d, 0, 0, SPM_INIT_TRUNC_NORMAL, SPM_PARAMETER_NO_DECAY);
-    w = spmi_build_parameter(build, "patch_embed.proj.weight", 4, d, arch->patch, arch->patch, 3, SPM_INIT_UNIFORM_FAN_IN, 0);
-    b = spmi_build_parameter(build, "patch_embed.proj.bias", 1, d, 0, 0, 0, SPM_INIT_UNIFORM_FAN_IN, SPM_PARAMETER_NO_DECAY);
+    w = spmi_build_parameter(build, "patch_embed.proj.weight", 4, d, arch->patch, arch->patch, 3,
+                             SPM_INIT_UNIFORM_FAN_IN, 0);
+    b = spmi_build_parameter(build, "patch_embed.proj.bias", 1, d, 0, 0, 0, SPM_INIT_UNIFORM_FAN_IN,
+                             SPM_PARAMETER_NO_DECAY);
     in[0] = spm_conv2d(program, x, w, b, arch->patch, 0, 1, 1);
     x = spmi_build_dropped(build, spm_program_op(program, SPM_OP_TOKENS, in, 4, NULL), 0.0f);
     for (i = 0; i < arch->depth; i++) {
         spmi_build_block(build, x);
         (void)spmi_format(build->prefix, sizeof build->prefix, "blocks.%d.", (int)i);
-        x = spmi_build_transformer(build, x, arch->depth > 1 ? arch->drop_path * (float)i / (float)(arch->depth - 1) : arch->drop_path);
+        x = spmi_build_transformer(build, x, arch->depth > 1 ? arch->drop_path * (float)i / (float)(arch->depth - 1)
+                                   : arch->drop_path);
     }
     build->prefix[0] = 0;
     spm_program_block(program, 0);
     spm_program_mark(program, "last", x);
     x = spmi_build_layer_norm(build, "norm", x);
     features = spm_token(program, x, 0);
-    logits = spmi_build_linear(build, "head", features, arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_HEAD);
+    logits = spmi_build_linear(build, "head", features, arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO,
+                               SPM_PARAMETER_HEAD);
     if (arch->distilled) {
         in[0] = logits;
-        in[1] = spmi_build_linear(build, "head_dist", spm_token(program, x, 1), arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_HEAD);
+        in[1] = spmi_build_linear(build, "head_dist", spm_token(program, x, 1), arch->classes, d, SPM_INIT_TRUNC_NORMAL,
+                                  SPM_INIT_ZERO, SPM_PARAMETER_HEAD);
         logits = spm_program_op(program, SPM_OP_MEAN2, in, 2, NULL);
     }
     spmi_build_outputs(build, features, logits);
@@ -9792,33 +10007,44 @@ static void spmi_build_vit(spmi_build *build, spm_value x)
 static spm_status spmi_arch_check(spm_context *ctx, const spm_arch *arch, spm_error *err)
 {
     const char *name = arch->name;
-    if (arch->height < 1 || arch->width_px < 1 || arch->height > 65536 || arch->width_px > 65536 || arch->classes < 1 || arch->classes > 1000000) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %lldx%lld pixels and %lld classes cannot be built", name, (long long)arch->height,
+    if (arch->height < 1 || arch->width_px < 1 || arch->height > 65536 || arch->width_px > 65536 || arch->classes < 1
+        || arch->classes > 1000000) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %lldx%lld pixels and %lld classes cannot be built", name,
+                         (long long)arch->height,
                          (long long)arch->width_px, (long long)arch->classes);
     }
     if (arch->family == SPM_VIT) {
-        if (arch->patch < 1 || arch->dim < 1 || arch->depth < 1 || arch->heads < 1 || arch->mlp_ratio < 1 || arch->depth > 1000
+        if (arch->patch < 1 || arch->dim < 1 || arch->depth < 1 || arch->heads < 1 || arch->mlp_ratio < 1
+            || arch->depth > 1000
             || arch->dim > 65536 || arch->mlp_ratio > 65536) {
             return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: patch, dim, depth, heads and mlp must be at least 1", name);
         }
         if (arch->height % arch->patch || arch->width_px % arch->patch) {
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: the image size %lldx%lld is no multiple of the patch size %lld", name, (long long)arch->height,
+            return spmi_fail(ctx, err, SPM_E_SHAPE,
+                             "%s: the image size %lldx%lld is no multiple of the patch size %lld", name,
+                             (long long)arch->height,
                              (long long)arch->width_px, (long long)arch->patch);
         }
         if (arch->dim % arch->heads) {
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: dim %lld is no multiple of heads %lld", name, (long long)arch->dim, (long long)arch->heads);
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: dim %lld is no multiple of heads %lld", name,
+                             (long long)arch->dim, (long long)arch->heads);
         }
         return SPM_OK;
     }
     if (arch->width < 1 || arch->width > 8192 || arch->groups < 1 || arch->width_per_group < 1 || arch->blocks[0] < 1) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: width, groups, width_per_group and the number of blocks must be at least 1 (and width at most 8192)", name);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT,
+                         "%s: width, groups, width_per_group and the number of blocks must be at least 1"
+                         " (and width at most 8192)", name);
     }
     if (arch->bottleneck && arch->width * arch->width_per_group / 64 < 1) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: width %lld leaves no channel for a group; it must be at least %lld", name, (long long)arch->width,
+        return spmi_fail(ctx, err, SPM_E_SHAPE,
+                         "%s: width %lld leaves no channel for a group; it must be at least %lld", name,
+                         (long long)arch->width,
                          (long long)((63 + arch->width_per_group) / arch->width_per_group));
     }
     if (!arch->bottleneck && (arch->groups != 1 || arch->width_per_group != 64)) {
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: only bottleneck networks (resnet50 and up) have groups", name);
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: only bottleneck networks (resnet50 and up) have groups",
+                         name);
     }
     return SPM_OK;
 }
@@ -9896,14 +10122,17 @@ SPMDEF spm_optimizer_desc spm_optimizer_desc_init(void)
 /* The sentence about what is wrong with a desc, or NULL. */
 static const char *spmi_optimizer_fault(const spm_optimizer_desc *d)
 {
-    if (!(d->lr >= 0.0f) || !(d->eps >= 0.0f) || !(d->weight_decay >= 0.0f)) return "the learning rate, eps and weight decay must be 0 or more";
+    if (!(d->lr >= 0.0f) || !(d->eps >= 0.0f) || !(d->weight_decay >= 0.0f))
+        return "the learning rate, eps and weight decay must be 0 or more";
     if (d->kind == SPM_SGD) {
         if (!(d->momentum >= 0.0f && d->momentum < 1.0f)) return "momentum must be at least 0 and below 1";
         if (d->nesterov && !(d->momentum > 0.0f)) return "Nesterov needs a momentum above 0";
         return NULL;
     }
-    if (d->momentum > 0.0f || d->momentum < 0.0f || d->nesterov) return "Adam takes no momentum setting; use sgd, or leave it at 0";
-    if (!(d->beta1 >= 0.0f && d->beta1 < 1.0f && d->beta2 >= 0.0f && d->beta2 < 1.0f)) return "betas must be at least 0 and below 1";
+    if (d->momentum > 0.0f || d->momentum < 0.0f || d->nesterov)
+        return "Adam takes no momentum setting; use sgd, or leave it at 0";
+    if (!(d->beta1 >= 0.0f && d->beta1 < 1.0f && d->beta2 >= 0.0f && d->beta2 < 1.0f))
+        return "betas must be at least 0 and below 1";
     return NULL;
 }
 
@@ -9997,7 +10226,8 @@ static void spmi_optim_task(void *arg, int64_t task, int slot)
     (void)slot;
     if (p->flags & SPM_PARAMETER_FROZEN) return;
     if (o->desc.kind == SPM_SGD) {
-        SPMI_KERNEL(o->model->ctx, optim_sgd, (chunk->count, k, o->desc.nesterov, g, value, o->slots ? o->state[0] + at : NULL));
+        SPMI_KERNEL(o->model->ctx, optim_sgd, (chunk->count, k, o->desc.nesterov, g, value, o->slots ? o->state[0] + at
+                                               : NULL));
     } else {
         SPMI_KERNEL(o->model->ctx, optim_adam, (chunk->count, k, g, value, o->state[0] + at, o->state[1] + at));
     }
@@ -10056,7 +10286,8 @@ SPMDEF int spm_optimizer_slots(const spm_optimizer *optimizer)
 
 SPMDEF float *spm_optimizer_state(spm_optimizer *optimizer, int slot, int parameter)
 {
-    if (slot < 0 || slot >= optimizer->slots || parameter < 0 || parameter >= optimizer->model->n_parameters) return NULL;
+    if (slot < 0 || slot >= optimizer->slots || parameter < 0 || parameter >= optimizer->model->n_parameters)
+        return NULL;
     if (optimizer->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER) return NULL;
     return optimizer->state[slot] + spmi_optim_offset(optimizer, parameter);
 }
@@ -10079,7 +10310,8 @@ typedef struct spmi_clip {
 static void spmi_clip_sum_task(void *arg, int64_t task, int slot)
 {
     spmi_clip *clip = (spmi_clip *)arg;
-    const int64_t at = (clip->first + task) * SPMI_OPTIM_CHUNK, n = SPMI_MIN(clip->count - at, (int64_t)SPMI_OPTIM_CHUNK);
+    const int64_t at = (clip->first + task) * SPMI_OPTIM_CHUNK, n = SPMI_MIN(clip->count - at,
+        (int64_t)SPMI_OPTIM_CHUNK);
     const float *g = clip->parameter->gradient + at;
     double lane[8] = { 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0 };
     int64_t i;
@@ -10136,7 +10368,8 @@ SPMDEF double spm_clip_gradients(spm_model *model, double max_norm)
 
 /* ---- schedules ---- */
 
-SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup, int64_t patience)
+SPMDEF spm_schedule spm_schedule_make(spm_schedule_kind kind, float lr, int64_t epochs, int64_t warmup,
+                                      int64_t patience)
 {
     spm_schedule schedule = SPM_ZERO;
     schedule.kind = kind;
@@ -10156,7 +10389,8 @@ SPMDEF float spm_schedule_lr(const spm_schedule *schedule, int64_t epoch)
     if (epoch < schedule->warmup) return (float)(lr * (double)(epoch + 1) / (double)schedule->warmup);
     if (schedule->kind == SPM_SCHEDULE_PLATEAU) return (float)(lr * (double)schedule->scale);
     if (schedule->kind == SPM_SCHEDULE_COSINE && schedule->epochs > schedule->warmup) {
-        const double t = (double)(SPMI_MIN(epoch, schedule->epochs) - schedule->warmup) / (double)(schedule->epochs - schedule->warmup);
+        const int64_t now = SPMI_MIN(epoch, schedule->epochs) - schedule->warmup;
+        const double t = (double)now / (double)(schedule->epochs - schedule->warmup);
         return (float)(lr * 0.5 * (1.0 + cos(3.14159265358979323846 * t)));
     }
     return schedule->lr;
@@ -10192,7 +10426,8 @@ static spm_status spmi_image_check_size(spm_context *ctx, const char *name, int6
     const int64_t side = (int64_t)1 << 30;
     const uint64_t cap = max_bytes ? max_bytes : SPURMEM_MAX_IMAGE_BYTES;
     if (width < 1 || height < 1) {
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: a picture of %.0f x %.0f pixels has no content; both sides must be at least 1",
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: a picture of %.0f x %.0f pixels has no content; both sides must be at least 1",
                          name, (double)width, (double)height);
     }
     if (width >= side || height >= side || (uint64_t)(width * height) > cap / 3) {
@@ -10235,7 +10470,8 @@ SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x
     spm_status status;
     int row;
     if (x < 0 || y < 0 || width < 1 || height < 1 || x > image->width - width || y > image->height - height) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "crop of %d x %d pixels at (%d, %d) does not lie in the picture of %d x %d",
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT,
+                         "crop of %d x %d pixels at (%d, %d) does not lie in the picture of %d x %d",
                          width, height, x, y, image->width, image->height);
     }
     status = spm_image_create(ctx, width, height, &cut, err);
@@ -10268,6 +10504,16 @@ SPMDEF void spm_image_flip(spm_image *image)
 
 /* ---- checksums ---- */
 
+static uint32_t spmi_load32(const uint8_t *p)
+{
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+static uint32_t spmi_load32_big(const uint8_t *p)
+{
+    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+}
+
 /* CRC-32 of PNG, gzip and zip (polynomial 0xEDB88320), continued from `crc` (0 at the start). Short data goes by
  * half-bytes; long data by eight bytes at a time with tables that cost 2,048 steps to make. */
 static uint32_t spmi_crc32(uint32_t crc, const uint8_t *data, size_t size)
@@ -10278,7 +10524,7 @@ static uint32_t spmi_crc32(uint32_t crc, const uint8_t *data, size_t size)
     };
     crc = ~crc;
     if (size >= 4096) {
-        uint32_t table[8][256], low, high;
+        uint32_t table[8][256];
         int i, k;
         for (i = 0; i < 256; i++) {
             uint32_t c = (uint32_t)i;
@@ -10289,8 +10535,7 @@ static uint32_t spmi_crc32(uint32_t crc, const uint8_t *data, size_t size)
             for (i = 0; i < 256; i++) table[k][i] = table[0][table[k - 1][i] & 255] ^ (table[k - 1][i] >> 8);
         }
         for (; size >= 8; data += 8, size -= 8) {
-            low = crc ^ ((uint32_t)data[0] | (uint32_t)data[1] << 8 | (uint32_t)data[2] << 16 | (uint32_t)data[3] << 24);
-            high = (uint32_t)data[4] | (uint32_t)data[5] << 8 | (uint32_t)data[6] << 16 | (uint32_t)data[7] << 24;
+            uint32_t low = crc ^ spmi_load32(data), high = spmi_load32(data + 4);
             crc = table[7][low & 255] ^ table[6][low >> 8 & 255] ^ table[5][low >> 16 & 255] ^ table[4][low >> 24]
                 ^ table[3][high & 255] ^ table[2][high >> 8 & 255] ^ table[1][high >> 16 & 255] ^ table[0][high >> 24];
         }
@@ -10350,7 +10595,7 @@ static const char *spmi_inflate_text(spmi_inflate_result result)
     switch (result) {
     case SPMI_INFLATE_OK: break;
     case SPMI_INFLATE_CUT: return "the data ends too early; the file is cut off";
-    case SPMI_INFLATE_FULL: return "it unpacks to more bytes than are allowed; raise the cap if the data is to be trusted";
+    case SPMI_INFLATE_FULL: return "it unpacks to more bytes than are allowed; raise the cap if they are wanted";
     case SPMI_INFLATE_BLOCK: return "a block has an unknown type; the file is damaged";
     case SPMI_INFLATE_STORED: return "a stored block's length does not match its complement; the file is damaged";
     case SPMI_INFLATE_LENGTHS: return "a block's Huffman code is impossible; the file is damaged";
@@ -10369,7 +10614,9 @@ static const char *spmi_inflate_text(spmi_inflate_result result)
 #define SPMI_INFLATE_NOTHING 0x2000u
 #define SPMI_INFLATE_FAST 10
 
-typedef enum spmi_inflate_alphabet { SPMI_ALPHABET_LENGTHS, SPMI_ALPHABET_LITERALS, SPMI_ALPHABET_DISTANCES } spmi_inflate_alphabet;
+typedef enum spmi_inflate_alphabet {
+    SPMI_ALPHABET_LENGTHS, SPMI_ALPHABET_LITERALS, SPMI_ALPHABET_DISTANCES
+} spmi_inflate_alphabet;
 
 /* A Huffman code: codes of up to SPMI_INFLATE_FAST bits through `fast`, longer ones (rare by nature) bit by bit. */
 typedef struct spmi_inflate_code {
@@ -10458,8 +10705,7 @@ static uint32_t spmi_inflate_slow(const spmi_inflate_code *code, uint64_t bits)
 
 static uint64_t spmi_load64(const uint8_t *p)
 {
-    return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24
-         | (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
+    return (uint64_t)spmi_load32(p) | (uint64_t)spmi_load32(p + 4) << 32;
 }
 
 /* Tops `bits` up to 56 or more while there is input. */
@@ -10683,7 +10929,9 @@ static spmi_inflate_result spmi_inflate_stored(spmi_inflater *s)
     spmi_inflate_align(s);
     if (s->size - s->at < 4) return SPMI_INFLATE_CUT;
     length = (uint32_t)s->in[s->at] | (uint32_t)s->in[s->at + 1] << 8;
-    if ((length ^ 0xffffu) != ((uint32_t)s->in[s->at + 2] | (uint32_t)s->in[s->at + 3] << 8)) return SPMI_INFLATE_STORED;
+    if ((length ^ 0xffffu) != ((uint32_t)s->in[s->at + 2] | (uint32_t)s->in[s->at + 3] << 8)) {
+        return SPMI_INFLATE_STORED;
+    }
     s->at += 4;
     n = SPMI_MIN((size_t)length, s->size - s->at);
     room = spmi_inflate_room(s, n);
@@ -10768,10 +11016,7 @@ static spmi_inflate_result spmi_inflate_stream(spmi_inflater *s, int wrapper)
         if (s->size - s->at < 4) return SPMI_INFLATE_CUT;
         p += s->at;
         s->at += 4;
-        if (((uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3]) != spmi_adler32(s->out, s->used)) {
-            return SPMI_INFLATE_CHECKSUM;
-        }
-        return SPMI_INFLATE_OK;
+        return spmi_load32_big(p) == spmi_adler32(s->out, s->used) ? SPMI_INFLATE_OK : SPMI_INFLATE_CHECKSUM;
     }
     do {
         result = spmi_inflate_gzip_header(s);
@@ -10781,18 +11026,16 @@ static spmi_inflate_result spmi_inflate_stream(spmi_inflater *s, int wrapper)
         if (s->size - s->at < 8) return SPMI_INFLATE_CUT;
         p = s->in + s->at;
         s->at += 8;
-        if (((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24)
-                != spmi_crc32(0, s->out + s->start, s->used - s->start)
-            || ((uint32_t)p[4] | (uint32_t)p[5] << 8 | (uint32_t)p[6] << 16 | (uint32_t)p[7] << 24)
-                != (uint32_t)((s->used - s->start) & 0xffffffffu)) {
+        if (spmi_load32(p) != spmi_crc32(0, s->out + s->start, s->used - s->start)
+            || spmi_load32(p + 4) != (uint32_t)((s->used - s->start) & 0xffffffffu)) {
             return SPMI_INFLATE_CHECKSUM;
         }
     } while (s->size - s->at >= 2 && s->in[s->at] == 0x1f && s->in[s->at + 1] == 0x8b);
     return SPMI_INFLATE_OK;
 }
 
-SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes, uint8_t **out,
-                              size_t *out_size, spm_error *err)
+SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes,
+                              uint8_t **out, size_t *out_size, spm_error *err)
 {
     spmi_inflater *s;
     spmi_inflate_result result;
@@ -10800,7 +11043,8 @@ SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, i
     *out = NULL;
     *out_size = 0;
     if (wrapper < 0 || wrapper > 2) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_inflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 (gzip)", wrapper);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_inflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 "
+                         "(gzip)", wrapper);
     }
     s = (spmi_inflater *)spmi_alloc_zero(ctx, sizeof *s);
     if (!s) return spmi_fail_memory(ctx, err, "unpacking deflate data");
@@ -10817,9 +11061,11 @@ SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, i
         spmi_free(ctx, s);
         return SPM_OK;
     }
-    status = result == SPMI_INFLATE_MEMORY ? SPM_E_MEMORY : result == SPMI_INFLATE_FULL ? SPM_E_UNSUPPORTED : SPM_E_FORMAT;
-    status = spmi_fail(ctx, err, status, "%s data at byte %.0f of %.0f: %s", wrapper == 1 ? "zlib" : wrapper == 2 ? "gzip" : "deflate",
-                       (double)s->at, (double)size, spmi_inflate_text(result));
+    status = result == SPMI_INFLATE_MEMORY ? SPM_E_MEMORY
+           : result == SPMI_INFLATE_FULL   ? SPM_E_UNSUPPORTED : SPM_E_FORMAT;
+    status = spmi_fail(ctx, err, status, "%s data at byte %.0f of %.0f: %s",
+                       wrapper == 1 ? "zlib" : wrapper == 2 ? "gzip" : "deflate", (double)s->at, (double)size,
+                       spmi_inflate_text(result));
     spmi_free(ctx, s->out);
     spmi_free(ctx, s);
     return status;
@@ -10843,9 +11089,9 @@ typedef struct spmi_deflater {
     uint64_t bits;
     int count, failed;
     int symbols;
-    uint32_t shortest;                        /* match that is taken: 3; 6 for filtered rows, whose short matches are chance */
-    uint32_t symbol[SPMI_DEFLATE_BLOCK];      /* a literal, or 2^31 | length << 16 | distance */
-    uint32_t head[32768], before[32768];      /* newest position of a hash; the one before with the same hash */
+    uint32_t shortest;        /* match that is taken: 3; 6 for filtered rows, whose short matches are chance */
+    uint32_t symbol[SPMI_DEFLATE_BLOCK];  /* a literal, or 2^31 | length << 16 | distance */
+    uint32_t head[32768], before[32768];  /* newest position of a hash; the one before with the same hash */
     uint32_t literal_uses[286], distance_uses[30];
     uint8_t lengths[320];
     uint16_t codes[320];
@@ -10988,8 +11234,12 @@ static uint64_t spmi_deflate_cost(const spmi_deflater *d, const uint8_t *literal
 {
     uint64_t bits = 0;
     int i;
-    for (i = 0; i < 286; i++) bits += (uint64_t)d->literal_uses[i] * (uint64_t)(literals[i] + (i > 256 ? spmi_length_extra[i - 257] : 0));
-    for (i = 0; i < 30; i++) bits += (uint64_t)d->distance_uses[i] * (uint64_t)(distances[i] + spmi_distance_extra[i]);
+    for (i = 0; i < 286; i++) {
+        bits += (uint64_t)d->literal_uses[i] * (uint64_t)(literals[i] + (i > 256 ? spmi_length_extra[i - 257] : 0));
+    }
+    for (i = 0; i < 30; i++) {
+        bits += (uint64_t)d->distance_uses[i] * (uint64_t)(distances[i] + spmi_distance_extra[i]);
+    }
     return bits;
 }
 
@@ -11056,7 +11306,7 @@ static void spmi_deflate_block(spmi_deflater *d, size_t from, size_t to, int las
     }
     else if (cost_fixed <= cost_own) {
         for (i = 0; i < 320; i++) {
-            int code = i < 144 ? 0x30 + i : i < 256 ? 0x190 + i - 144 : i < 280 ? i - 256 : i < 288 ? 0xc0 + i - 280 : i - 288, k;
+            int code = i < 144 ? i + 48 : i < 256 ? i + 256 : i < 280 ? i - 256 : i < 288 ? i - 88 : i - 288, k;
             for (fixed_codes[i] = 0, k = 0; k < fixed[i]; k++) {
                 fixed_codes[i] = (uint16_t)(fixed_codes[i] | (code >> k & 1) << (fixed[i] - 1 - k));
             }
@@ -11068,7 +11318,7 @@ static void spmi_deflate_block(spmi_deflater *d, size_t from, size_t to, int las
     }
     else {
         spmi_deflate_put(d, (uint32_t)last | 2 << 1, 3);
-        spmi_deflate_put(d, (uint32_t)(literals - 257) | (uint32_t)(distances - 1) << 5 | (uint32_t)(given - 4) << 10, 14);
+        spmi_deflate_put(d, (uint32_t)((literals - 257) | (distances - 1) << 5 | (given - 4) << 10), 14);
         for (i = 0; i < given; i++) spmi_deflate_put(d, run_lengths[spmi_code_order[i]], 3);
         for (i = 0; i < n; i++) {
             int symbol = runs[i] & 255;
@@ -11097,7 +11347,8 @@ static uint32_t spmi_deflate_enter(spmi_deflater *d, size_t at)
 }
 
 /* The longest match at `at` longer than `best`; its length, or `best` if there is none. */
-static uint32_t spmi_deflate_match(const spmi_deflater *d, size_t at, uint32_t candidate, uint32_t best, uint32_t *distance)
+static uint32_t spmi_deflate_match(const spmi_deflater *d, size_t at, uint32_t candidate, uint32_t best,
+                                   uint32_t *distance)
 {
     const uint8_t *here = d->in + at;
     uint32_t most = (uint32_t)SPMI_MIN(d->size - at, 258), previous = 0;
@@ -11106,11 +11357,13 @@ static uint32_t spmi_deflate_match(const spmi_deflater *d, size_t at, uint32_t c
     for (; tries; tries--) {
         uint32_t back = (uint32_t)at - candidate, n = 0;
         const uint8_t *there;
-        if (back <= previous || back > SPMI_DEFLATE_WINDOW || back > at) break; /* older entries only lie farther back */
+        /* older entries only lie farther back */
+        if (back <= previous || back > SPMI_DEFLATE_WINDOW || back > at) break;
         there = here - back;
         if (there[best] == here[best] && there[0] == here[0]) {
             while (n < most && there[n] == here[n]) n++;
-            if (n > best && n >= d->shortest && (n > 3 || back <= 4096)) { /* 3 bytes from far away cost more than literals */
+            /* 3 bytes from far away cost more than literals */
+            if (n > best && n >= d->shortest && (n > 3 || back <= 4096)) {
                 best = n;
                 *distance = back;
                 if (n == most || n >= SPMI_DEFLATE_NICE) break;
@@ -11180,7 +11433,8 @@ static spm_status spmi_deflate_pack(spm_context *ctx, const void *data, size_t s
     *out = NULL;
     *out_size = 0;
     if (wrapper < 0 || wrapper > 2) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_deflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 (gzip)", wrapper);
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_deflate: wrapper is %d; it must be 0 (bare), 1 (zlib) or 2 "
+                         "(gzip)", wrapper);
     }
     d = (spmi_deflater *)spmi_alloc_zero(ctx, sizeof *d);
     if (!d) return spmi_fail_memory(ctx, err, "packing by deflate");
@@ -11214,8 +11468,8 @@ static spm_status spmi_deflate_pack(spm_context *ctx, const void *data, size_t s
     return SPM_OK;
 }
 
-SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out, size_t *out_size,
-                              spm_error *err)
+SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out,
+                              size_t *out_size, spm_error *err)
 {
     return spmi_deflate_pack(ctx, data, size, wrapper, 3, out, out_size, err);
 }
@@ -11246,7 +11500,9 @@ static double spmi_filter_value(spm_filter filter, double x)
         if (y < 1.0) return spmi_product(spmi_product(spmi_product(1.5, y) - 2.5, y), y) + 1.0;
         if (y < 2.0) return spmi_product(spmi_product(spmi_product(y - 5.0, y) + 8.0, y) - 4.0, -0.5);
         return 0.0;
-    case SPM_FILTER_LANCZOS: return x >= -3.0 && x < 3.0 ? spmi_product(spmi_filter_sinc(x), spmi_filter_sinc(x / 3.0)) : 0.0;
+    case SPM_FILTER_LANCZOS:
+        if (x < -3.0 || x >= 3.0) return 0.0;
+        return spmi_product(spmi_filter_sinc(x), spmi_filter_sinc(x / 3.0));
     case SPM_FILTER_BILINEAR:
     case SPM_FILTER_NEAREST: break;
     }
@@ -11255,7 +11511,8 @@ static double spmi_filter_value(spm_filter filter, double x)
 
 static double spmi_filter_support(spm_filter filter)
 {
-    return filter == SPM_FILTER_BOX ? 0.5 : filter == SPM_FILTER_BICUBIC ? 2.0 : filter == SPM_FILTER_LANCZOS ? 3.0 : 1.0;
+    if (filter == SPM_FILTER_BOX) return 0.5;
+    return filter == SPM_FILTER_BICUBIC ? 2.0 : filter == SPM_FILTER_LANCZOS ? 3.0 : 1.0;
 }
 
 static void spmi_resize_axis_free(spm_context *ctx, spmi_resize_axis *axis)
@@ -11278,13 +11535,14 @@ static int spmi_resize_lanes(spm_context *ctx, spmi_resize_axis *axis)
     window = axis->groups * each;
     if (window > axis->in) return 1;
     axis->lane_start = (int64_t *)spmi_alloc_array(ctx, axis->out, sizeof *axis->lane_start);
-    axis->lane_weight = (int32_t *)spmi_alloc_array(ctx, axis->out, (size_t)(axis->groups * width) * sizeof *axis->lane_weight);
+    axis->lane_weight = (int32_t *)spmi_alloc_array(ctx, axis->out, (size_t)(axis->groups * width) * sizeof(int32_t));
     if (!axis->lane_start || !axis->lane_weight) return 0;
     for (x = 0; x < axis->out; x++) {
         int64_t start = SPMI_MIN(axis->start[x], axis->in - window), shift = axis->start[x] - start;
         axis->lane_start[x] = start;
         for (k = 0; k < axis->count[x]; k++) {
-            int32_t *lane = axis->lane_weight + (x * axis->groups + (k + shift) / each) * width + (k + shift) % each * 3;
+            int64_t at = k + shift;
+            int32_t *lane = axis->lane_weight + (x * axis->groups + at / each) * width + at % each * 3;
             lane[0] = lane[1] = lane[2] = axis->weight[x * axis->taps + k];
         }
     }
@@ -11292,8 +11550,10 @@ static int spmi_resize_lanes(spm_context *ctx, spmi_resize_axis *axis)
 }
 
 /* Weights of one direction.  The window of output x is centred at (x + 1/2) * in / out; when shrinking, the filter is
- * stretched by that factor (antialiasing).  Weights are normalised in double, then rounded to 22 bits, as Pillow does. */
-static int spmi_resize_axis_make(spm_context *ctx, spmi_resize_axis *axis, spm_filter filter, int64_t in, int64_t out, int lanes)
+ * stretched by that factor (antialiasing).  Weights are normalised in double, then rounded to 22 bits, as in
+ * Pillow. */
+static int spmi_resize_axis_make(spm_context *ctx, spmi_resize_axis *axis, spm_filter filter, int64_t in,
+                                 int64_t out, int lanes)
 {
     const double scale = (double)in / (double)out, stretch = scale < 1.0 ? 1.0 : scale;
     const double support = spmi_product(spmi_filter_support(filter), stretch), inverse = 1.0 / stretch;
@@ -11360,7 +11620,8 @@ static spm_status spmi_resize_sweep(spm_context *ctx, const spm_image *image, co
             SPMI_KERNEL(ctx, resize_row, (across, row, rows + (size_t)(made % ring) * out_row));
         }
         for (k = 0; k < count; k++) {
-            window[k] = across ? rows + (size_t)((start + k) % ring) * out_row : image->pixels + (size_t)(start + k) * in_row;
+            if (across) window[k] = rows + (size_t)((start + k) % ring) * out_row;
+            else window[k] = image->pixels + (size_t)(start + k) * in_row;
         }
         if (down) SPMI_KERNEL(ctx, resize_blend, (window, down->weight + y * down->taps, count, (int64_t)out_row, out));
         else memcpy(out, window[0], out_row);
@@ -11374,7 +11635,8 @@ static spm_status spmi_resize_sweep(spm_context *ctx, const spm_image *image, co
 /* Takes the pixel at the centre of each output pixel; positions are summed up step by step, as Pillow does. */
 static spm_status spmi_resize_nearest(spm_context *ctx, const spm_image *image, spm_image *result, spm_error *err)
 {
-    const double step_x = (double)image->width / (double)result->width, step_y = (double)image->height / (double)result->height;
+    const double step_x = (double)image->width / (double)result->width;
+    const double step_y = (double)image->height / (double)result->height;
     double at = spmi_product(step_x, 0.5);
     int64_t *column = (int64_t *)spmi_alloc_array(ctx, result->width, sizeof *column), x, y;
     uint8_t *out = result->pixels;
@@ -13204,13 +13466,9 @@ typedef struct spmi_png {
 
 /* Adam7: first column and row of each pass and the steps; the last line is a picture without interlacing. */
 static const uint8_t spmi_png_passes[8][4] = {
-    { 0, 0, 8, 8 }, { 4, 0, 8, 8 }, { 0, 4, 4, 8 }, { 2, 0, 4, 4 }, { 0, 2, 2, 4 }, { 1, 0, 2, 2 }, { 0, 1, 1, 2 }, { 0, 0, 1, 1 }
+    { 0, 0, 8, 8 }, { 4, 0, 8, 8 }, { 0, 4, 4, 8 }, { 2, 0, 4, 4 }, { 0, 2, 2, 4 }, { 1, 0, 2, 2 }, { 0, 1, 1, 2 },
+    { 0, 0, 1, 1 }
 };
-
-static uint32_t spmi_load32_big(const uint8_t *p)
-{
-    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-}
 
 static int spmi_png_is(const uint8_t *chunk, const char *type)
 {
@@ -13238,7 +13496,8 @@ static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t len
 {
     int depth, color, known;
     if (length < 13) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IHDR at byte %.0f: it has %.0f bytes instead of 13; the file is damaged",
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IHDR at byte %.0f: it has %.0f bytes instead of "
+                         "13; the file is damaged",
                          png->name, (double)at, (double)length);
     }
     png->width = spmi_load32_big(body);
@@ -13246,12 +13505,13 @@ static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t len
     png->depth = depth = body[8];
     png->color = color = body[9];
     png->interlaced = body[12];
-    known = depth == 8 || depth == 16 ? color == 0 || color == 2 || color == 4 || color == 6 || (color == 3 && depth == 8)
-                                      : (depth == 1 || depth == 2 || depth == 4) && (color == 0 || color == 3);
+    if (color == 2 || color == 4 || color == 6) known = depth == 8 || depth == 16;
+    else if (depth == 8 || depth == 16) known = color == 0 || (color == 3 && depth == 8);
+    else known = (depth == 1 || depth == 2 || depth == 4) && (color == 0 || color == 3);
     if (!known || body[10] != 0 || body[11] != 0 || png->interlaced > 1) {
         return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
-                         "%s: chunk IHDR at byte %.0f: colour type %d with %d bits, compression %d, filter %d, interlacing %d "
-                         "do not exist in PNG; the file is damaged",
+                         "%s: chunk IHDR at byte %.0f: colour type %d with %d bits, compression %d, filter %d, "
+                         "interlacing %d do not exist in PNG; the file is damaged",
                          png->name, (double)at, color, depth, body[10], body[11], png->interlaced);
     }
     return SPM_OK;
@@ -13278,12 +13538,14 @@ static spm_status spmi_png_chunks(spmi_png *png)
         }
         if (!critical) {
             if (png->idat_count) break;
-            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: byte %.0f: a chunk's name should stand here; the file is damaged",
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: byte %.0f: a chunk's name should stand here; the "
+                             "file is damaged",
                              png->name, (double)at);
         }
         if (png->idat_count && spmi_png_is(chunk, "IEND")) break;
         is_idat = spmi_png_is(chunk, "IDAT");
-        if (length > rest - 8 && is_idat && !after) { /* whether the pixels are complete is seen when they are unpacked */
+        /* whether the pixels are complete is seen when they are unpacked */
+        if (length > rest - 8 && is_idat && !after) {
             png->cut = 1;
             length = rest - 8;
             if (!png->idat_count++) png->first = at;
@@ -13292,39 +13554,46 @@ static spm_status spmi_png_chunks(spmi_png *png)
         }
         if (length > rest - 8) {
             return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
-                             "%s: chunk %.4s at byte %.0f: it claims %.0f bytes, the file has %.0f more; the file is cut off or damaged",
+                             "%s: chunk %.4s at byte %.0f: it claims %.0f bytes, the file has %.0f more; the file is "
+                             "cut off or damaged",
                              png->name, (const char *)chunk + 4, (double)at, (double)length, (double)(rest - 8));
         }
         if (png->idat_count && !is_idat) after = 1;
         if (spmi_png_is(chunk, "IEND")) break;
         if (!after) {
-            int matches = length + 12 <= rest && spmi_crc32(0, chunk + 4, length + 4) == spmi_load32_big(chunk + 8 + length);
+            int matches = length + 12 <= rest;
+            if (matches) matches = spmi_crc32(0, chunk + 4, length + 4) == spmi_load32_big(chunk + 8 + length);
             if (!matches && is_idat && !png->bad_crc) png->bad_crc = at;
             if (!matches && !is_idat) {
-                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: CRC does not match; the file is damaged",
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: CRC does not match; "
+                                 "the file is damaged",
                                  png->name, (const char *)chunk + 4, (double)at);
             }
         }
         if (spmi_png_is(chunk, "CgBI")) {
             return spmi_fail(png->ctx, png->err, SPM_E_UNSUPPORTED,
-                             "%s: chunk CgBI at byte %.0f: this is Apple's private variant of PNG; convert it to a standard PNG",
+                             "%s: chunk CgBI at byte %.0f: this is Apple's private variant of PNG; convert it to a "
+                             "standard PNG",
                              png->name, (double)at);
         }
-        if (!seen_header && !spmi_png_is(chunk, "IHDR")) {
-            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: the first chunk must be IHDR; the file is damaged",
+        if (!after && seen_header == spmi_png_is(chunk, "IHDR")) {
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
+                             "%s: chunk %.4s at byte %.0f: the first chunk, and no other, must be IHDR; the file is "
+                             "damaged",
                              png->name, (const char *)chunk + 4, (double)at);
         }
         if (is_idat && !after) {
             if (!png->idat_count++) png->first = at;
             png->idat_bytes += length;
         }
-        else if (spmi_png_is(chunk, "IHDR") && !png->idat_count) {
+        else if (!seen_header) {
             status = spmi_png_header(png, chunk + 8, length, at);
             seen_header = 1;
         }
         else if (spmi_png_is(chunk, "PLTE") && !png->idat_count && png->color == 3) {
             if (length > 768) {
-                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk PLTE at byte %.0f: %.0f bytes are more than 256 colours; the file is damaged",
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk PLTE at byte %.0f: %.0f bytes are more "
+                                 "than 256 colours; the file is damaged",
                                  png->name, (double)at, (double)length);
             }
             png->palette_count = (int)(length / 3);
@@ -13335,7 +13604,8 @@ static spm_status spmi_png_chunks(spmi_png *png)
         at += length + 12;
     }
     if (!png->idat_count) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: the file ends at byte %.0f without an IDAT chunk, so it has no pixels; it is cut off or damaged",
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: the file ends at byte %.0f without an IDAT chunk, so "
+                         "it has no pixels; it is cut off or damaged",
                          png->name, (double)at);
     }
     return SPM_OK;
@@ -13443,7 +13713,8 @@ static spm_status spmi_png_pixels(spmi_png *png, uint8_t *raw, uint8_t *line, ui
         for (y = 0; y < h; y++, above = raw + 1, raw += n + 1) {
             uint8_t *to = pixels + ((p[1] + y * p[3]) * png->width + p[0]) * 3;
             if (!spmi_png_unfilter(raw[0], raw + 1, above, n, step)) {
-                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: row %.0f has filter %d, which PNG does not know; the file is damaged",
+                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: row %.0f has filter "
+                                 "%d, which PNG does not know; the file is damaged",
                                  png->name, (double)png->first, (double)(p[1] + y * p[3]), raw[0]);
             }
             if (p[2] == 1) {
@@ -13490,17 +13761,19 @@ static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes,
     filled = s->used;
     spmi_free(png->ctx, joined);
     spmi_free(png->ctx, s);
-    if (filled == raw_bytes && (result == SPMI_INFLATE_OK || result == SPMI_INFLATE_FULL || result == SPMI_INFLATE_CUT)) {
+    if (filled == raw_bytes && (!result || result == SPMI_INFLATE_FULL || result == SPMI_INFLATE_CUT)) {
+        const char *what = result == SPMI_INFLATE_FULL ? "it holds more than the picture"
+                         : result == SPMI_INFLATE_CUT ? "its checksum is cut off" : "CRC does not match";
         if (result || png->bad_crc) {
-            spmi_log(png->ctx, SPM_LOG_WARNING, "%s: chunk IDAT at byte %.0f: %s; the picture itself is complete", png->name,
-                     (double)(png->bad_crc ? png->bad_crc : png->first),
-                     result == SPMI_INFLATE_FULL ? "it holds more than the picture" : result ? "its checksum is cut off" : "CRC does not match");
+            spmi_log(png->ctx, SPM_LOG_WARNING, "%s: chunk IDAT at byte %.0f: %s; the picture itself is complete",
+                     png->name, (double)(png->bad_crc ? png->bad_crc : png->first), what);
         }
         return SPM_OK;
     }
     if (allow_truncated && (result == SPMI_INFLATE_CUT || result == SPMI_INFLATE_OK)) return SPM_OK;
     if (result == SPMI_INFLATE_OK || result == SPMI_INFLATE_CUT) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: the pixels end after %.0f of %.0f bytes; the file is cut off or damaged",
+        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: the pixels end after %.0f of "
+                         "%.0f bytes; the file is cut off or damaged",
                          png->name, (double)png->first, (double)filled, (double)raw_bytes);
     }
     return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IDAT at byte %.0f: %s%s", png->name,
@@ -13530,25 +13803,32 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
     line_bytes = png.width * 3 + spmi_png_row_bytes(&png, png.width);
     if ((uint64_t)raw_bytes + (uint64_t)line_bytes > cap - (size_t)(png.width * png.height) * 3) {
         return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
-                         "%s: decoding %.0f x %.0f pixels of %d bits needs more than the cap of %.0f bytes; raise max_bytes (or "
-                         "SPURMEM_MAX_IMAGE_BYTES) if the picture is to be trusted",
-                         name, (double)png.width, (double)png.height, png.depth * spmi_png_channels(png.color), (double)cap);
+                         "%s: decoding %.0f x %.0f pixels of %d bits needs more than the cap of %.0f bytes; raise "
+                         "max_bytes (or SPURMEM_MAX_IMAGE_BYTES) if the picture is to be trusted",
+                         name, (double)png.width, (double)png.height, png.depth * spmi_png_channels(png.color),
+                         (double)cap);
     }
     if (!desc->allow_truncated && (uint64_t)raw_bytes / 1032 > png.idat_bytes) { /* deflate packs 1032 : 1 at best */
         return spmi_fail(ctx, err, SPM_E_FORMAT,
-                         "%s: chunk IDAT at byte %.0f: %.0f bytes cannot hold the %.0f x %.0f pixels of the header; the file is cut off or damaged",
+                         "%s: chunk IDAT at byte %.0f: %.0f bytes cannot hold the %.0f x %.0f pixels of the header; "
+                         "the file is cut off or damaged",
                          name, (double)png.first, (double)png.idat_bytes, (double)png.width, (double)png.height);
     }
-    raw = (uint8_t *)(desc->allow_truncated ? spmi_alloc_zero(ctx, (size_t)raw_bytes) : spmi_alloc(ctx, (size_t)raw_bytes));
+    raw = (uint8_t *)spmi_alloc(ctx, (size_t)raw_bytes);
+    if (raw && desc->allow_truncated) memset(raw, 0, (size_t)raw_bytes);
     line = (uint8_t *)spmi_alloc_zero(ctx, (size_t)line_bytes);
     pixels = NULL;
     if (!raw || !line) {
-        status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)png.width, (double)png.height);
+        status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name,
+                           (double)png.width, (double)png.height);
     }
     if (!status) status = spmi_png_unpack(&png, raw, (size_t)raw_bytes, desc->allow_truncated);
     if (!status) {
         pixels = (uint8_t *)spmi_alloc(ctx, (size_t)(png.width * png.height) * 3);
-        if (!pixels) status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)png.width, (double)png.height);
+        if (!pixels) {
+            status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name,
+                               (double)png.width, (double)png.height);
+        }
     }
     if (!status) status = spmi_png_pixels(&png, raw, line, pixels);
     spmi_free(ctx, raw);
@@ -13578,7 +13858,8 @@ static void spmi_png_filter(int filter, const uint8_t *row, const uint8_t *above
     int64_t i;
     for (i = 0; i < n; i++) {
         int a = i < step ? 0 : row[i - step], b = above[i], c = i < step ? 0 : above[i - step];
-        int guess = filter == 0 ? 0 : filter == 1 ? a : filter == 2 ? b : filter == 3 ? (a + b) >> 1 : spmi_png_paeth(a, b, c);
+        int guess = filter == 1 ? a : filter == 2 ? b : filter == 3 ? (a + b) >> 1 : 0;
+        if (filter == 4) guess = spmi_png_paeth(a, b, c);
         out[i] = (uint8_t)(row[i] - guess);
     }
 }
@@ -13596,7 +13877,8 @@ static uint8_t *spmi_png_put(uint8_t *at, const char *type, const uint8_t *body,
     return at + 4;
 }
 
-SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err)
+SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err)
 {
     const int64_t w = image->width, h = image->height;
     int gray = 1, step;
@@ -13609,7 +13891,10 @@ SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image,
     status = spmi_image_check_size(ctx, "PNG", w, h, 0, err);
     if (status) return status;
     pixels = (size_t)(w * h);
-    for (i = 0; i < w * h && gray; i++) gray = image->pixels[3 * i] == image->pixels[3 * i + 1] && image->pixels[3 * i] == image->pixels[3 * i + 2];
+    for (i = 0; i < w * h && gray; i++) {
+        const uint8_t *p = image->pixels + 3 * i;
+        gray = p[0] == p[1] && p[0] == p[2];
+    }
     step = gray ? 1 : 3;
     n = w * step;
     raw = (uint8_t *)spmi_alloc(ctx, pixels * (size_t)step + (size_t)h);
@@ -13617,7 +13902,8 @@ SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image,
     if (!raw || !rows) {
         spmi_free(ctx, raw);
         spmi_free(ctx, rows);
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width, image->height);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width,
+                         image->height);
     }
     above = rows;
     row = rows + n;
@@ -13646,13 +13932,15 @@ SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image,
     if (status) return status;
     if (packed_size > 0x7fffffffu) {
         spmi_free(ctx, packed);
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "a PNG of %d x %d pixels would need a chunk over 2 GiB; write smaller pictures",
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "a PNG of %d x %d pixels would need a chunk over 2 GiB; write "
+                         "smaller pictures",
                          image->width, image->height);
     }
     file = (uint8_t *)spmi_alloc(ctx, packed_size + 57);
     if (!file) {
         spmi_free(ctx, packed);
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width, image->height);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PNG of %d x %d pixels", image->width,
+                         image->height);
     }
     memset(header, 0, sizeof header);
     for (i = 0; i < 4; i++) {
@@ -13728,7 +14016,8 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
     uint8_t *pixels;
     spm_status status;
     if (kind == 1 || kind == 4) {
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: a one-bit netpbm picture (P%d) is not read; convert it to PGM, PNG or JPEG", name, kind);
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: a one-bit netpbm picture (P%d) is not read; convert it to "
+                         "PGM, PNG or JPEG", name, kind);
     }
     ppm.data = data;
     ppm.size = size;
@@ -13737,7 +14026,8 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
     height = spmi_ppm_number(&ppm);
     most = spmi_ppm_number(&ppm);
     if (width < 0 || height < 0 || most < 1 || most > 65535 || ppm.at >= size || !spmi_ppm_space(data[ppm.at])) {
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: the header of a P%d picture should give width, height and a largest value up to 65535; the file is damaged",
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: the header of a P%d picture should give width, "
+                         "height and a largest value up to 65535; the file is damaged",
                          name, (double)ppm.at, kind);
     }
     ppm.at++;
@@ -13746,18 +14036,23 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
     samples = width * height * channels;
     step = plain ? 1 : most > 255 ? 2 : 1; /* a plain sample has a digit at least */
     if (samples * step > (int64_t)(size - ppm.at) && !desc->allow_truncated) {
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: %.0f x %.0f pixels need at least %.0f bytes after the header, the file has %.0f; it is cut off",
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: %.0f x %.0f pixels need at least %.0f bytes after the header, "
+                         "the file has %.0f; it is cut off",
                          name, (double)width, (double)height, (double)(samples * step), (double)(size - ppm.at));
     }
     pixels = (uint8_t *)spmi_alloc_zero(ctx, (size_t)(width * height) * 3);
-    if (!pixels) return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)width, (double)height);
+    if (!pixels) {
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)width,
+                         (double)height);
+    }
     for (i = 0; i < samples; i++) {
         int64_t value, twice;
         if (plain) {
             value = spmi_ppm_number(&ppm);
             if ((value < 0 && !(desc->allow_truncated && ppm.at >= size)) || value > most) {
                 spmi_free(ctx, pixels);
-                return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: sample %.0f of %.0f is not a number from 0 to %.0f; the file is cut off or damaged",
+                return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: sample %.0f of %.0f is not a number from 0 "
+                                 "to %.0f; the file is cut off or damaged",
                                  name, (double)ppm.at, (double)i, (double)samples, (double)most);
             }
             if (value < 0) break;
@@ -13782,7 +14077,8 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
     return SPM_OK;
 }
 
-SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size, spm_error *err)
+SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err)
 {
     char header[64];
     size_t head, body;
@@ -13794,7 +14090,10 @@ SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image,
     head = (size_t)spmi_format(header, sizeof header, "P6\n%d %d\n255\n", image->width, image->height);
     body = (size_t)image->width * (size_t)image->height * 3;
     *data = (uint8_t *)spmi_alloc(ctx, head + body);
-    if (!*data) return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PPM of %d x %d pixels", image->width, image->height);
+    if (!*data) {
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PPM of %d x %d pixels", image->width,
+                         image->height);
+    }
     memcpy(*data, header, head);
     memcpy(*data + head, image->pixels, body);
     *size = head + body;
@@ -13847,10 +14146,12 @@ SPMDEF spm_status spm_image_decode(spm_context *ctx, const char *name, const voi
     case SPM_IMAGE_UNKNOWN: break;
     }
     if (!size) return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: the file is empty", name);
-    return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its first bytes are those of no picture known here; JPEG, PNG, PPM and PGM are read", name);
+    return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its first bytes are those of no picture known here; JPEG, PNG, PPM "
+                     "and PGM are read", name);
 }
 
-SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image, spm_error *err)
+SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image,
+                                 spm_error *err)
 {
     uint8_t *data;
     size_t size;
@@ -17621,15 +17922,15 @@ static char *spmi_data_file_path(const spm_dataset *dataset, const char *name)
     return full;
 }
 
-/* 0 not there, 1 a file, 2 a folder (tar files: files only), -1 out of memory. */
-static int spmi_data_file_kind(const spm_dataset *dataset, const char *name)
+/* *has: 1 if there is a file of this name.  Fails only for want of memory. */
+static spm_status spmi_data_has_file(const spm_dataset *dataset, const char *name, int *has, spm_error *err)
 {
     char *path = spmi_data_file_path(dataset, name);
-    int kind;
-    if (!path) return -1;
-    kind = dataset->tar ? spm_tar_find(dataset->tar, path) >= 0 : spmi_path_kind(path);
+    *has = 0;
+    if (!path) return spmi_fail_memory(dataset->ctx, err, name);
+    *has = dataset->tar ? spm_tar_find(dataset->tar, path) >= 0 : spmi_path_kind(path) == 1;
     spmi_free(dataset->ctx, path);
-    return kind;
+    return SPM_OK;
 }
 
 static spm_status spmi_data_file_read(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size,
@@ -18221,9 +18522,13 @@ static spm_status spmi_celeba_partition(const spm_dataset *dataset, spmi_names_l
     size_t size;
     spmi_words words = SPM_ZERO;
     const char *table = "list_eval_partition.txt";
-    spm_status status = SPM_OK;
-    if (spmi_data_file_kind(dataset, table) != 1) table = "list_eval_partition.csv";
-    if (spmi_data_file_kind(dataset, table) != 1) return SPM_OK; /* none: the split is drawn */
+    int has;
+    spm_status status = spmi_data_has_file(dataset, table, &has, err);
+    if (!status && !has) {
+        table = "list_eval_partition.csv";
+        status = spmi_data_has_file(dataset, table, &has, err);
+    }
+    if (status || !has) return status; /* none: the split is drawn */
     status = spmi_data_file_read(dataset, table, &data, &size, err);
     if (status) return status;
     words.at = (char *)data;
@@ -18323,12 +18628,12 @@ static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *ro
     uint8_t *data = NULL;
     size_t size;
     int64_t promised;
+    int has;
     spm_status status;
     (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.txt");
-    if (spmi_data_file_kind(dataset, dataset->table) != 1) {
-        (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.csv");
-    }
-    status = spmi_data_file_read(dataset, dataset->table, &data, &size, err);
+    status = spmi_data_has_file(dataset, dataset->table, &has, err);
+    if (!has) (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.csv");
+    if (!status) status = spmi_data_file_read(dataset, dataset->table, &data, &size, err);
     words.at = (char *)data;
     if (!status && !spmi_words_next(&words)) {
         status = spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s is empty", dataset->path, dataset->table);
@@ -18346,8 +18651,9 @@ static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *ro
     if (!status && rows->count && !rows->names.failed) { /* Kaggle's archive has the folder twice */
         char inside[160];
         (void)spmi_format(inside, sizeof inside, "img_align_celeba/img_align_celeba/%.90s", rows->names.data);
+        status = spmi_data_has_file(dataset, inside, &has, err);
         (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%simg_align_celeba/",
-                          spmi_data_file_kind(dataset, inside) == 1 ? "img_align_celeba/" : "");
+                          has ? "img_align_celeba/" : "");
     }
     spmi_names_list_free(&partition);
     spm_free(dataset->ctx, data);
@@ -18497,12 +18803,14 @@ static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *
     char packed[80];
     uint8_t *raw = NULL;
     size_t raw_size;
-    spm_status status;
+    int has;
+    spm_status status = spmi_data_has_file(dataset, name, &has, err);
     *data = NULL;
     *size = 0;
-    if (spmi_data_file_kind(dataset, name) == 1) return spmi_data_file_read(dataset, name, data, size, err);
+    if (has) return spmi_data_file_read(dataset, name, data, size, err);
     (void)spmi_format(packed, sizeof packed, "%s.gz", name);
-    if (spmi_data_file_kind(dataset, packed) != 1) return SPM_OK;
+    if (!status) status = spmi_data_has_file(dataset, packed, &has, err);
+    if (status || !has) return status;
     status = spmi_data_file_read(dataset, packed, &raw, &raw_size, err);
     if (!status) status = spm_inflate(dataset->ctx, raw, raw_size, 2, (size_t)1 << 30, data, size, err);
     spm_free(dataset->ctx, raw);
@@ -18597,8 +18905,9 @@ static spm_status spmi_data_cifar_file(spm_dataset *dataset, const char *file, i
     uint8_t *data = NULL;
     size_t size = 0, record = (size_t)labels + 3072;
     int64_t i, n, first = rows->count;
-    spm_status status;
-    if (spmi_data_file_kind(dataset, file) != 1) return SPM_OK;
+    int has;
+    spm_status status = spmi_data_has_file(dataset, file, &has, err);
+    if (status || !has) return status;
     status = spmi_data_file_read(dataset, file, &data, &size, err);
     if (!status && (size == 0 || size % record != 0)) {
         status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT,
@@ -18635,8 +18944,8 @@ static spm_status spmi_data_read_cifar(spm_dataset *dataset, spmi_data_rows *row
 
 /* ---- which format is it? ---- */
 
-/* By the files that only one format has; SPM_DATA_AUTO if none is there. */
-static spm_data_format spmi_data_detect(const spm_dataset *dataset)
+/* By the files that only one format has; *found is SPM_DATA_AUTO if none is there. */
+static spm_status spmi_data_detect(const spm_dataset *dataset, spm_data_format *found, spm_error *err)
 {
     static const char marks[][32] = {
         "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv",
@@ -18651,24 +18960,26 @@ static spm_data_format spmi_data_detect(const spm_dataset *dataset)
         SPM_DATA_CIFAR, SPM_DATA_CIFAR, SPM_DATA_CIFAR
     };
     spm_data_format wanted = dataset->desc.format == SPM_DATA_WATERBIRDS ? SPM_DATA_METADATA : dataset->desc.format;
-    int i;
-    if (wanted == SPM_DATA_FOLDER) return SPM_DATA_FOLDER;
-    for (i = 0; i < SPMI_COUNT(formats); i++) {
+    int i, has = 0;
+    spm_status status = SPM_OK;
+    *found = wanted == SPM_DATA_FOLDER ? SPM_DATA_FOLDER : SPM_DATA_AUTO;
+    for (i = 0; !status && *found == SPM_DATA_AUTO && i < SPMI_COUNT(formats); i++) {
         if (wanted != SPM_DATA_AUTO && wanted != (spm_data_format)formats[i]) continue;
-        if (spmi_data_file_kind(dataset, marks[i]) == 1) return (spm_data_format)formats[i];
+        status = spmi_data_has_file(dataset, marks[i], &has, err);
+        if (has) *found = (spm_data_format)formats[i];
     }
-    return SPM_DATA_AUTO;
+    return status;
 }
 
 /* Finds the format, looking into the one top folder if there is nothing beside it; sets desc.format and prefix. */
 static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
-    spm_data_format found = spmi_data_detect(dataset);
+    spm_data_format found;
     spmi_names_list top = spmi_names_list_create(ctx);
-    spm_status status = SPM_OK;
+    spm_status status = spmi_data_detect(dataset, &found, err);
     int64_t i, folder = -1, folders = 0;
-    if (found == SPM_DATA_AUTO) {
+    if (!status && found == SPM_DATA_AUTO) {
         status = spmi_data_top(dataset, &top, err);
         for (i = 0; !status && i < top.count; i++) {
             const char *name = spmi_names_list_at(&top, i);
@@ -18681,7 +18992,7 @@ static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
             const char *name = spmi_names_list_at(&top, folder);
             dataset->prefix = spmi_string_copy(ctx, name, strlen(name));
             if (!dataset->prefix) status = spmi_fail_memory(ctx, err, dataset->path);
-            else found = spmi_data_detect(dataset);
+            else status = spmi_data_detect(dataset, &found, err);
             if (found == SPM_DATA_AUTO) { /* nothing there either */
                 spmi_free(ctx, dataset->prefix);
                 dataset->prefix = root;
@@ -19001,16 +19312,19 @@ static int spmi_data_is_bad(spm_status status)
     return status == SPM_E_IO || status == SPM_E_FORMAT || status == SPM_E_UNSUPPORTED;
 }
 
-static void spmi_data_add_bad(spm_dataset *dataset, int64_t id, const spm_error *why)
+/* 0 when there is no memory to remember it. */
+static int spmi_data_add_bad(spm_dataset *dataset, int64_t id, const spm_error *why)
 {
     size_t used;
     void *memory;
     int64_t at;
+    int known;
     spmi_lock_enter(&dataset->store->lock);
     at = spmi_data_bad_place(dataset, id);
     used = (size_t)dataset->store->bad_count * sizeof *dataset->store->bad;
     memory = dataset->store->bad;
-    if ((at == dataset->store->bad_count || dataset->store->bad[at].id != id)
+    known = at < dataset->store->bad_count && dataset->store->bad[at].id == id;
+    if (!known
         && spmi_grow(dataset->ctx, &memory, used, &dataset->store->bad_capacity, used + sizeof *dataset->store->bad)) {
         char *reason = spmi_string_copy(dataset->ctx, why->text, strlen(why->text));
         dataset->store->bad = (spmi_data_bad *)memory;
@@ -19021,9 +19335,11 @@ static void spmi_data_add_bad(spm_dataset *dataset, int64_t id, const spm_error 
             dataset->store->bad[at].reason = reason;
             dataset->store->bad[at].status = why->status;
             dataset->store->bad_count++;
+            known = 1;
         }
     }
     spmi_lock_leave(&dataset->store->lock);
+    return known;
 }
 
 /* 1 and the old reason if the picture is known to be bad: it is not tried again. */
@@ -19095,7 +19411,9 @@ static spm_status spmi_data_picture(spm_dataset *dataset, int64_t id, const spm_
         if (spmi_data_known_bad(dataset, id, &why)) return spmi_fail(ctx, err, why.status, "%s", why.text);
         status = spmi_data_decode(dataset, id, &decoded, &why);
         if (status) {
-            if (dataset->desc.skip_bad_images && spmi_data_is_bad(status)) spmi_data_add_bad(dataset, id, &why);
+            if (dataset->desc.skip_bad_images && spmi_data_is_bad(status) && !spmi_data_add_bad(dataset, id, &why)) {
+                return spmi_fail_memory(ctx, err, "the list of bad pictures");
+            }
             return spmi_fail(ctx, err, status, "%s", why.text);
         }
     }
@@ -19218,9 +19536,9 @@ static spm_status spmi_data_name_file(const spm_dataset *dataset, const char *fi
     uint8_t *data;
     size_t size;
     char *at;
-    int i;
-    spm_status status;
-    if (spmi_data_file_kind(dataset, file) != 1) return SPM_OK;
+    int i, has;
+    spm_status status = spmi_data_has_file(dataset, file, &has, err);
+    if (status || !has) return status;
     status = spmi_data_file_read(dataset, file, &data, &size, err);
     if (status) return status;
     at = (char *)data;
@@ -20653,6 +20971,18 @@ static spm_status spmi_eval_create(spm_dataset *dataset, spm_split split, int cl
     return SPM_OK;
 }
 
+/* A logit that is no number ends an evaluation: nothing that is made from it would mean anything. */
+static spm_status spmi_eval_finite(spm_context *ctx, spm_split split, int64_t id, const float *logits, int classes, spm_error *err)
+{
+    int c;
+    for (c = 0; c < classes; c++) {
+        if (fabsf(logits[c]) <= FLT_MAX) continue;
+        return spmi_fail(ctx, err, SPM_E_NUMERIC, "evaluation of %s: logit %d of example %ld is not a finite number; the checkpoint has diverged, or a change of its units is too large",
+                         spm_split_name(split), c, (long)id);
+    }
+    return SPM_OK;
+}
+
 /* Takes one example's logits in. */
 static void spmi_eval_add(spm_eval *eval, const spm_reading *reading, int64_t id, int y, int group, const float *logits)
 {
@@ -20831,13 +21161,8 @@ static spm_status spmi_eval_loop(spm_model *model, spm_run *run, spm_loader *loa
         out = spm_run_data(run, logits);
         for (i = 0; i < batch.count; i++) {
             const float *row = out + i * eval->n_classes;
-            int c;
-            for (c = 0; c < eval->n_classes; c++) {
-                if (!(fabsf(row[c]) <= FLT_MAX)) {
-                    return spmi_fail(ctx, err, SPM_E_NUMERIC, "evaluation of %s: logit %d of example %ld is not a finite number; the checkpoint has diverged",
-                                     spm_split_name(desc->split), c, (long)batch.id[i]);
-                }
-            }
+            status = spmi_eval_finite(ctx, desc->split, batch.id[i], row, eval->n_classes, err);
+            if (status) return status;
             spmi_eval_add(eval, &desc->reading, batch.id[i], batch.y[i], batch.group[i], row);
         }
         progress.done += batch.count;
@@ -20870,7 +21195,9 @@ SPMDEF spm_status spm_evaluate(spm_model *model, spm_dataset *dataset, const spm
     loader = spm_loader_create(dataset, &loading, err);
     run = loader ? spm_run_create(model, &running, err) : NULL;
     if (!loader || !run) status = err ? err->status : spm_context_status(ctx);
-    if (!status) status = spm_loader_start(loader, 0, NULL, 0);
+    if (!status && spm_loader_start(loader, 0, NULL, 0)) {
+        status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    }
     if (!status) status = spmi_eval_loop(model, run, loader, desc, spm_dataset_split_size(dataset, desc->split), eval, err);
     if (!status) status = spmi_eval_finish(dataset, eval, err);
     spm_run_destroy(run);
@@ -20974,7 +21301,7 @@ static int spmi_candidate_order(const void *a, const void *b)
 static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval, int64_t **ids, int64_t *count, spm_error *err)
 {
     spm_context *ctx = spm_dataset_context(dataset);
-    int64_t i, n = 0, wanted = desc->samples > 0 ? desc->samples : 200;
+    int64_t i, n = 0, wanted = SPMI_MIN(desc->samples > 0 ? desc->samples : 200, SPMI_MAX(eval->count, 1));
     spmi_candidate *all = (spmi_candidate *)spmi_alloc_array(ctx, SPMI_MAX(eval->count, 1), sizeof *all);
     *ids = (int64_t *)spmi_alloc_array(ctx, wanted, sizeof **ids);
     *count = 0;
@@ -21344,6 +21671,8 @@ static spm_status spmi_probe_pass(spmi_probe *probe, int from, int store, spm_ev
         if (store) spmi_probe_store(probe, at, count, from);
         out = spm_run_data(probe->run, logits);
         for (i = 0; i < count; i++) {
+            spm_status status = spmi_eval_finite(probe->ctx, probe->split, probe->id[at + i], out + i * probe->classes, probe->classes, err);
+            if (status) return status;
             spmi_eval_add(eval, &probe->desc->reading, probe->id[at + i], probe->y[at + i], probe->group[at + i], out + i * probe->classes);
         }
     }
@@ -22005,6 +22334,7 @@ static spm_status spmi_cut_back(spm_context *ctx, const char *path, int64_t byte
     uint8_t *data = NULL;
     size_t size = 0;
     spm_status status;
+    if (spmi_path_kind(path) == 3) return SPM_OK; /* a pipe or device has no length */
     if (bytes == 0) {
         (void)remove(path);
         return SPM_OK;
@@ -22041,8 +22371,9 @@ static const char *spmi_select_name(spm_select select)
 static spm_status spmi_train_config(spmi_trainer *t)
 {
     const spm_train_desc *d = t->desc;
-    char hash[24];
-    const char *text;
+    const spm_transform *tr = &d->reading.transform;
+    char hash[24], text[160];
+    const char *finished;
     int g;
     spm_json *json = spm_json_create(t->ctx);
     if (!json) return spmi_fail_memory(t->ctx, t->err, "config.json");
@@ -22053,7 +22384,10 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_string(json, "arch", d->arch.name);
     spm_json_int(json, "height", d->arch.height);
     spm_json_int(json, "width", d->arch.width_px);
-    spm_json_string(json, "resize", spm_resize_mode_name(d->reading.transform.resize));
+    spm_json_string(json, "resize", spm_resize_mode_name(tr->resize));
+    (void)spmi_format(text, sizeof text, "%.9g,%.9g,%.9g/%.9g,%.9g,%.9g", (double)tr->mean[0], (double)tr->mean[1], (double)tr->mean[2],
+                      (double)tr->std[0], (double)tr->std[1], (double)tr->std[2]);
+    spm_json_string(json, "normalize", text);
     spm_json_bool(json, "label_reversed", d->reading.label_reversed);
     spm_json_bool(json, "softmax_head", d->reading.softmax_head);
     spm_json_string(json, "data", spm_dataset_path(t->dataset));
@@ -22067,7 +22401,11 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_number(json, "lr", (double)d->optimizer.lr);
     spm_json_number(json, "momentum", (double)d->optimizer.momentum);
     spm_json_bool(json, "nesterov", d->optimizer.nesterov);
+    spm_json_number(json, "beta1", (double)d->optimizer.beta1);
+    spm_json_number(json, "beta2", (double)d->optimizer.beta2);
+    spm_json_number(json, "eps", (double)d->optimizer.eps);
     spm_json_number(json, "weight_decay", (double)d->optimizer.weight_decay);
+    spm_json_bool(json, "decay_all", d->optimizer.decay_all);
     spm_json_string(json, "schedule", spmi_schedule_name(d->schedule));
     spm_json_int(json, "warmup", d->warmup);
     spm_json_int(json, "patience", d->patience);
@@ -22075,6 +22413,7 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_string(json, "augment", spm_augment_name(d->augment));
     spm_json_bool(json, "shuffle", d->shuffle);
     spm_json_bool(json, "drop_last", d->drop_last);
+    spm_json_int(json, "eval_every", SPMI_MAX(d->eval_every, 1));
     spm_json_string(json, "select", spmi_select_name(d->select));
     spm_json_string(json, "select_labels", d->select == SPM_SELECT_WGA ? "validation classes and groups"
                                            : d->select == SPM_SELECT_ACCURACY ? "validation classes" : "none");
@@ -22096,11 +22435,12 @@ static spm_status spmi_train_config(spmi_trainer *t)
     for (g = 0; g < t->n_groups; g++) spm_json_string(json, NULL, spm_dataset_group_name(t->dataset, g));
     spm_json_array_end(json);
     spm_json_object_end(json);
-    text = spm_json_finish(json);
-    if (text) spmi_text_add(&t->config, text);
-    spm_json_destroy(json);
+    finished = spm_json_finish(json);
+    if (finished) spmi_text_add(&t->config, finished);
     spmi_text_add(&t->config, "\n");
-    return t->config.failed || !text ? spmi_fail_memory(t->ctx, t->err, "config.json") : SPM_OK;
+    g = t->config.failed || !finished;
+    spm_json_destroy(json);
+    return g ? spmi_fail_memory(t->ctx, t->err, "config.json") : SPM_OK;
 }
 
 /* A field that may differ between the saved run and the resuming call. */
@@ -22108,6 +22448,25 @@ static int spmi_config_free_field(const spm_train_desc *desc, const char *key)
 {
     return spmi_string_equal(key, "data") || spmi_string_equal(key, "initial_checkpoint")
         || (spmi_string_equal(key, "epochs") && desc->schedule != SPM_SCHEDULE_COSINE);
+}
+
+/* A setting as text, to compare and to show. */
+static const char *spmi_config_value(const spm_json_value *value, char *text, size_t size)
+{
+    int64_t whole = spm_json_as_int(value, INT64_MIN);
+    switch (spm_json_type_of(value)) {
+    case SPM_JSON_NULL: return "none";
+    case SPM_JSON_BOOL: return whole ? "on" : "off";
+    case SPM_JSON_STRING: return spm_json_as_string(value, "");
+    case SPM_JSON_NUMBER:
+        if (whole != INT64_MIN) (void)spmi_format(text, size, "%lld", (long long)whole);
+        else (void)spmi_format(text, size, "%.9g", spm_json_as_number(value, 0.0));
+        return text;
+    case SPM_JSON_ARRAY:
+    case SPM_JSON_OBJECT: break;
+    }
+    (void)spmi_format(text, size, "%lld entries", (long long)spm_json_length(value));
+    return text;
 }
 
 /* Refuses to resume a run with other settings: names the first that differs, and both values. */
@@ -22126,17 +22485,11 @@ static spm_status spmi_train_same_config(spmi_trainer *t)
     }
     for (i = 0; !status && i < spm_json_length(is); i++) {
         const char *key = spm_json_key_at(is, i);
-        const spm_json_value *a = spm_json_get(was, key), *b = spm_json_at(is, i);
-        const char *x = spm_json_as_string(a, ""), *y = spm_json_as_string(b, "");
-        double u = spm_json_as_number(a, 0.0), v = spm_json_as_number(b, 0.0);
-        if (spmi_config_free_field(t->desc, key) || (spm_json_type_of(a) == spm_json_type_of(b) && spmi_string_equal(x, y) && u >= v && u <= v)) continue;
-        if (*x || *y) {
-            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %s, now it is %s; give the same options or another --out",
-                               path, key, *x ? x : "(none)", *y ? y : "(none)");
-        } else {
-            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %g, now it is %g; give the same options or another --out",
-                               path, key, u, v);
-        }
+        char before[40], now[40];
+        const char *x = spmi_config_value(spm_json_get(was, key), before, sizeof before), *y = spmi_config_value(spm_json_at(is, i), now, sizeof now);
+        if (spmi_config_free_field(t->desc, key) || spmi_string_equal(x, y)) continue;
+        status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %s, now it is %s; give the same options or another --out",
+                           path, key, x, y);
     }
     spm_json_free(t->ctx, was);
     spm_json_free(t->ctx, is);
@@ -22321,9 +22674,8 @@ static int spmi_float_order(const void *a, const void *b)
 }
 
 /* 1 for what official masks and counts over: convolutions; in a ViT the linear layers of the blocks. */
-static int spmi_official_prunable(const spm_model *model, const spm_parameter *p)
+static int spmi_official_prunable(const spm_parameter *p)
 {
-    (void)model;
     return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD) && (p->value.rank == 4 || p->block > 0);
 }
 
@@ -22335,14 +22687,14 @@ static spm_status spmi_mask_official(spmi_trainer *t)
     float *sorted, threshold;
     for (i = 0; i < count; i++) {
         spm_parameter *p = spm_model_parameter(t->model, i);
-        if (spmi_official_prunable(t->model, p)) n += spm_tensor_count(&p->value);
+        if (spmi_official_prunable(p)) n += spm_tensor_count(&p->value);
     }
     if (n == 0) return SPM_OK;
     sorted = (float *)spmi_alloc_array(t->ctx, n, sizeof *sorted);
     if (!sorted) return spmi_fail_memory(t->ctx, t->err, "the mask");
     for (i = 0; i < count; i++) {
         spm_parameter *p = spm_model_parameter(t->model, i);
-        if (!spmi_official_prunable(t->model, p)) continue;
+        if (!spmi_official_prunable(p)) continue;
         for (j = 0; j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
     }
     qsort(sorted, (size_t)n, sizeof *sorted, spmi_float_order);
@@ -22352,7 +22704,7 @@ static spm_status spmi_mask_official(spmi_trainer *t)
     for (i = 0; i < count; i++) {
         spm_parameter *p = spm_model_parameter(t->model, i);
         float *keep;
-        if (!spmi_official_prunable(t->model, p)) continue;
+        if (!spmi_official_prunable(p)) continue;
         keep = spmi_mask_of(t, i);
         if (!keep) return SPM_E_MEMORY;
         for (j = 0; j < spm_tensor_count(&p->value); j++) keep[j] = fabsf(p->value.data[j]) >= threshold ? 1.0f : 0.0f;
@@ -22780,6 +23132,23 @@ static int spmi_train_report(spmi_trainer *t, int64_t count)
     return t->desc->progress(t->desc->progress_user, &progress);
 }
 
+/* Where the epoch goes on after this batch.  Pictures that were left out have left no trace in it, whole batches of them
+ * neither, so its last example is looked up. */
+static int64_t spmi_train_next_position(const spmi_trainer *t, const spm_batch *batch, int64_t end)
+{
+    int64_t at = t->position;
+    while (at < end - 1 && t->order[at] != batch->id[batch->count - 1]) at++;
+    return SPMI_MIN((at / t->desc->batch + 1) * t->desc->batch, end);
+}
+
+/* Stopped amid an epoch: the run folder holds both checkpoints and the state to go on from. */
+static spm_status spmi_train_pause(spmi_trainer *t)
+{
+    spm_status status = spmi_train_save(t, "last.safetensors");
+    if (!status && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
+    return status ? status : spmi_state_save(t);
+}
+
 static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pruned)
 {
     spm_batch batch;
@@ -22799,11 +23168,11 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     while (!t->stopped && (more = spm_loader_next(t->loader, &batch)) > 0) {
         status = spmi_train_step(t, &batch, d_dense, d_pruned);
         if (status) return status;
-        t->position = SPMI_MIN(t->position + t->desc->batch, end);
+        t->position = spmi_train_next_position(t, &batch, end);
         t->stopped = spmi_train_report(t, batch.count);
     }
     if (more < 0) return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
-    if (t->stopped && t->position < end) return spmi_state_save(t);
+    if (t->stopped && t->position < end) return spmi_train_pause(t);
     return spmi_train_epoch_end(t);
 }
 
@@ -22943,11 +23312,10 @@ static spm_status spmi_train_folder(spmi_trainer *t)
         }
         if (!status) status = spm_directory_create(t->ctx, t->desc->out, t->err);
         if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
-        if (!status && t->desc->log_steps) (void)remove(t->desc->log_steps);
         if (!status) status = spmi_state_save(t);
     }
     if (!status && t->desc->log_steps) {
-        t->steps = fopen(t->desc->log_steps, "ab");
+        t->steps = fopen(t->desc->log_steps, t->desc->resume ? "ab" : "wb");
         if (!t->steps) status = spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: cannot be written: %s", t->desc->log_steps, strerror(errno));
     }
     spmi_free(t->ctx, config);
@@ -23009,12 +23377,13 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
     if (!status && desc->select != SPM_SELECT_LAST && spm_dataset_split_size(dataset, SPM_VAL) == 0) {
         spmi_log(ctx, SPM_LOG_INFO, "%s: no validation split, so the last epoch is kept as the best", spm_dataset_path(dataset));
     }
+    t.stopped = desc->max_steps > 0 && t.step >= desc->max_steps;
     while (!status && !t.stopped && t.epoch < desc->epochs) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
     result->epochs = t.epoch;
     result->steps = t.step;
     result->best_epoch = t.best_epoch;
     result->best_score = t.best_score;
-    result->stopped = t.stopped;
+    result->stopped = t.stopped && t.epoch < desc->epochs;
     spmi_free(ctx, gradients);
     spmi_train_free(&t);
     if (!status) status = error.status;

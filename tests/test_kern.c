@@ -157,6 +157,8 @@ static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t
         g.c_row = columns + 5;
         g.columns = spmi_outer_columns(ctx, columns - j);
         g.accumulate = accumulate;
+        g.ahead = x;
+        g.ahead_tiles = 0;
         SPMI_KERNEL(ctx, outer, (&g));
     }
     free(a);
