@@ -1433,8 +1433,8 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
  *                                               IMPLEMENTATION
  * ============================================================================================================= */
 #if (defined(SPURMEM_IMPLEMENTATION) || defined(SPURMEM_STATIC)) && !defined(SPURMEM_IMPLEMENTED)
-/* 0 where an application included a system header under -std=c99 first, so that POSIX stayed hidden: no fsync then and a
- * coarser clock. */
+/* 0 where an application included a system header under -std=c99 first, so that POSIX stayed hidden: no fsync then and
+ * a coarser clock. */
 #if defined(_WIN32) || (defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(__cplusplus))
   #define SPMI_POSIX 0
 #else
@@ -1589,7 +1589,8 @@ static int spmi_utf8_length(const char *at, size_t left)
     return length;
 }
 
-/* Error sentences quote names out of files: control characters and broken UTF-8 (also where a name was cut) become '?'. */
+/* Error sentences quote names out of files: control characters and broken UTF-8 (also where a name was cut) become
+ * '?'. */
 static void spmi_sentence_clean(char *text)
 {
     size_t left = strlen(text);
@@ -1829,12 +1830,18 @@ SPMDEF const char *spm_status_text(spm_status status)
 
 SPMDEF spm_status spm_context_status(const spm_context *ctx)
 {
-    return ctx->error.status;
+    spmi_lock *lock = (spmi_lock *)(uintptr_t)&ctx->lock; /* another thread may be failing right now */
+    spm_status status;
+    spmi_lock_enter(lock);
+    status = ctx->error.status;
+    spmi_lock_leave(lock);
+    return status;
 }
 
+/* A sentence that is there is not written again before the next clear, so it may be handed out. */
 SPMDEF const char *spm_context_error(const spm_context *ctx)
 {
-    return ctx->error.text;
+    return spm_context_status(ctx) ? ctx->error.text : "";
 }
 
 SPMDEF void spm_context_clear_error(spm_context *ctx)
@@ -1872,7 +1879,7 @@ SPMDEF spm_status spm_file_read(spm_context *ctx, const char *path, uint8_t **da
     *data = NULL;
     *size = 0;
     if (!file) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be opened: %s", path, strerror(errno));
-    if (fseek(file, 0, SEEK_END) == 0) { /* a hint only (LONG_MAX of a folder): it is read to its end whatever this says */
+    if (fseek(file, 0, SEEK_END) == 0) { /* a hint only (LONG_MAX of a folder): it is read to its end in any case */
         long end = ftell(file);
         if (end > 0 && end < LONG_MAX && !spmi_grow(ctx, &memory, 0, &capacity, (size_t)end + 2)) {
             fclose(file);
@@ -1999,8 +2006,9 @@ static spm_status spmi_writer_commit(spmi_writer *writer, spm_error *err)
     if (!reason && !writer->direct && !spmi_file_rename(writer->temporary, writer->path)) reason = errno ? errno : EIO;
     if (reason) {
         if (!writer->direct) (void)remove(writer->temporary);
-        status = spmi_fail(writer->ctx, err, SPM_E_IO, "%s: writing failed: %s; free some space or choose another folder",
-                           writer->path, strerror(reason));
+        status = spmi_fail(writer->ctx, err, SPM_E_IO,
+                           "%s: writing failed: %s; free some space or choose another folder", writer->path,
+                           strerror(reason));
     }
 #if SPMI_POSIX
     else { /* the folder's entry must reach the disk as well */
@@ -2045,10 +2053,14 @@ SPMDEF spm_status spm_directory_create(spm_context *ctx, const char *path, spm_e
         char saved = part[i];
         if (saved != '/' && saved != 0) continue;
         part[i] = 0;
-        if (spmi_path_kind(part) != 2 && !spmi_make_directory(part) && spmi_path_kind(part) != 2) {
-            spm_status status = spmi_fail(ctx, err, SPM_E_IO, "%s: cannot create the folder %s: %s", path, part, strerror(errno));
-            spmi_free(ctx, part);
-            return status;
+        if (spmi_path_kind(part) != 2 && !spmi_make_directory(part)) {
+            const int reason = errno;
+            if (spmi_path_kind(part) != 2) { /* nobody else has made it meanwhile */
+                spm_status status = spmi_fail(ctx, err, SPM_E_IO, "%s: cannot create the folder %s: %s", path, part,
+                                              strerror(reason));
+                spmi_free(ctx, part);
+                return status;
+            }
         }
         part[i] = saved;
     }
@@ -2298,16 +2310,25 @@ static void spmi_condition_wake_all(spmi_condition *condition)
 
 /* ---- the pool ---- */
 
-#if defined(__GNUC__) || defined(__clang__)
-  #define SPMI_ATOMICS 1
-  #define SPMI_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-  #define SPMI_FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL)
+/* Some 32-bit targets have atomic 64-bit counters in an extra library only: they get the lock. */
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__GCC_ATOMIC_LLONG_LOCK_FREE)
+  #define SPMI_ATOMICS (__GCC_ATOMIC_LLONG_LOCK_FREE == 2)
 #else
   #define SPMI_ATOMICS 0
 #endif
+#if SPMI_ATOMICS
+  #define SPMI_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+  #define SPMI_FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL)
+#endif
+
+typedef struct spmi_worker {
+    struct spmi_pool *pool;
+    int slot;
+} spmi_worker;
 
 /* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep.  Tasks are taken
- * from a shared counter; a task belongs to no thread, so results cannot depend on who takes it. */
+ * from a shared counter; a task belongs to no thread, so results cannot depend on who takes it.  A worker joins a job
+ * only while it is open: one that wakes up when all tasks are taken is not waited for. */
 struct spmi_pool {
     spm_context *ctx;
     spmi_lock lock;
@@ -2316,19 +2337,15 @@ struct spmi_pool {
     void *arg;
     int64_t tasks, next;      /* `next` is the counter */
     int64_t sequence;         /* of the current job */
-    int working;              /* workers that have not finished the current job */
+    int working;              /* workers inside the current job */
     int sleeping;             /* workers inside wait */
-    int quit, busy;           /* `busy`: a job is under way */
+    int quit;
+    int busy, open;           /* a job is under way; it may have tasks left */
     int workers;
     spmi_thread *threads;
     spmi_thread_start *starts;
-    struct spmi_worker *slots;
+    spmi_worker *slots;
 };
-
-typedef struct spmi_worker {
-    struct spmi_pool *pool;
-    int slot;
-} spmi_worker;
 
 static int64_t spmi_pool_take(struct spmi_pool *pool)
 {
@@ -2387,10 +2404,14 @@ static void spmi_pool_worker(void *arg)
             return;
         }
         seen = pool->sequence;
-        spmi_lock_leave(&pool->lock);
-        spmi_pool_work(pool, worker->slot);
-        spmi_lock_enter(&pool->lock);
-        if (--pool->working == 0) spmi_condition_wake_all(&pool->done);
+        if (pool->open) {
+            pool->working++;
+            spmi_lock_leave(&pool->lock);
+            spmi_pool_work(pool, worker->slot);
+            spmi_lock_enter(&pool->lock);
+            pool->open = 0;
+            if (--pool->working == 0) spmi_condition_wake_all(&pool->done);
+        }
         spmi_lock_leave(&pool->lock);
     }
 }
@@ -2456,12 +2477,11 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
         spmi_lock_leave(&pool->lock);
         return 0;
     }
-    pool->busy = 1;
+    pool->busy = pool->open = 1;
     pool->fn = fn;
     pool->arg = arg;
     pool->tasks = tasks;
     pool->next = 0;
-    pool->working = pool->workers;
 #if SPMI_ATOMICS
     (void)SPMI_FETCH_ADD(&pool->sequence, 1);
 #else
@@ -2471,6 +2491,7 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
     spmi_lock_leave(&pool->lock);
     spmi_pool_work(pool, 0);
     spmi_lock_enter(&pool->lock);
+    pool->open = 0;
     while (pool->working) spmi_condition_wait(&pool->done, &pool->lock);
     pool->busy = 0;
     spmi_lock_leave(&pool->lock);
@@ -2478,12 +2499,30 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
 }
 #endif /* SPURMEM_THREADS */
 
+/* A task on a thread of the application's executor, with the library's denormal mode: else its bits would depend on the
+ * thread. */
+typedef struct spmi_foreign_job {
+    void (*fn)(void *arg, int64_t task, int slot);
+    void *arg;
+} spmi_foreign_job;
+
+static void spmi_foreign_task(void *arg, int64_t task, int slot)
+{
+    const spmi_foreign_job *job = (const spmi_foreign_job *)arg;
+    const unsigned mode = spmi_denormals_off();
+    job->fn(job->arg, task, slot);
+    spmi_denormals_restore(mode);
+}
+
 SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
 {
     int64_t task;
     unsigned mode = spmi_denormals_off();
     if (ctx->desc.execute && tasks > 1) {
-        ctx->desc.execute(ctx->desc.execute_user, tasks, fn, arg);
+        spmi_foreign_job job;
+        job.fn = fn;
+        job.arg = arg;
+        ctx->desc.execute(ctx->desc.execute_user, tasks, spmi_foreign_task, &job);
     } else {
 #ifdef SPURMEM_THREADS
         if (tasks > 1 && ctx->pool && spmi_pool_run(ctx->pool, tasks, fn, arg)) {
@@ -2666,7 +2705,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #undef SPMI_K
   #if defined(__clang__)
     #pragma clang attribute pop
-    #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
+    #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
+                                 apply_to = function)
   #else
     #pragma GCC pop_options
     #pragma GCC push_options
@@ -2705,7 +2745,11 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
           else SPMI_JOIN(spmi_##name, _c) arguments;                                   \
       } while (0)
 #else
-  #define SPMI_KERNEL(ctx, name, arguments) SPMI_JOIN(spmi_##name, _c) arguments
+  #define SPMI_KERNEL(ctx, name, arguments)                                            \
+      do {                                                                             \
+          (void)(ctx);                                                                 \
+          SPMI_JOIN(spmi_##name, _c) arguments;                                        \
+      } while (0)
 #endif
 
 #endif /* implementation, sections 01 to 05 */
@@ -2763,7 +2807,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
   #define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
-  #define v_exp2i(k) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23))
+  #define v_exp2i(k) _mm256_castsi256_ps(_mm256_slli_epi32( \
+      _mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23))
 #elif SPMI_PASS == 4
   #define V_W 4
   #define v_t float32x4_t
@@ -2847,9 +2892,9 @@ static float SPMI_K(sum)(v_t v)
  *   rows    C[i][:] (+)= sum over taps t, k of  a[a_at[i] + tap_at[t] + k] * b[t][k][:]     (forward, backward data)
  *   outer   C[o][:] (+)= sum over rows t, p of  a[t][p][o] * b[b_at[t] + p * b_row + :]     (weight gradients)
  *
- * Both keep a tile of C in registers over the whole sum, load the vector side as it lies and broadcast the other side. In
- * `rows` the vector side is packed (panels of `width` columns), and the rows of the other are gathered by offset, so that
- * a tile may run over the end of an image row or of an image: small pictures fill tiles as well as large ones. */
+ * Both keep a tile of C in registers over the whole sum, load the vector side as it lies and broadcast the other side.
+ * In `rows` the vector side is packed (panels of `width` columns), and the rows of the other are gathered by offset, so
+ * that a tile may run over the end of an image row or of an image: small pictures fill tiles as well as large ones. */
 #if SPMI_PASS == 1
 typedef struct spmi_rows {
     const float *a;
@@ -2878,7 +2923,8 @@ typedef struct spmi_outer {
     float *c;
     int64_t c_row, columns;
     int accumulate;
-    const float *ahead;    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line for every pixel */
+    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line for every pixel */
+    const float *ahead;
     int64_t ahead_tiles;
 } spmi_outer;
 #define SPMI_LINE 16       /* floats of a cache line */
@@ -2904,7 +2950,8 @@ typedef struct spmi_outer {
 #endif
 #endif /* first pass */
 
-/* Tiles: vectors across (nv) and rows down (mr), so that accumulators + one row of b + one broadcast fit the registers. */
+/* Tiles: vectors across (nv) and rows down (mr), so that accumulators + one row of b + one broadcast fit the
+ * registers. */
 #if SPMI_PASS == 3 || SPMI_PASS == 4
   #define T_NV 4
   #define T_MR 12
@@ -2916,7 +2963,8 @@ typedef struct spmi_outer {
   #define T_MR 4
 #endif
 
-/* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` <= mr rows are stored. */
+/* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` <= mr rows are
+ * stored. */
 SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, int mr, int nv)
 {
     v_t acc[T_MR][T_NV];
@@ -3035,7 +3083,8 @@ static void SPMI_K(rows)(const spmi_rows *g)
 #undef T_MR
 
 /* to[c * to_row + r] = from[r * from_row + c]: packs weights [O][K] into panels [K][O], and transposed operands. */
-static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, int64_t from_row, float *to, int64_t to_row)
+static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, int64_t from_row, float *to,
+                              int64_t to_row)
 {
     int64_t r = 0, c;
 #if SPMI_PASS == 2 || SPMI_PASS == 3
@@ -3094,7 +3143,8 @@ static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, 
 #endif
 
 /* T_OR rows of C by nv vectors. `last` is the number of valid lanes of the last vector; full says that it is V_W. */
-SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *c, const float *ahead, int rows, int last, int nv, int full)
+SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *c, const float *ahead, int rows,
+                                    int last, int nv, int full)
 {
     v_t acc[T_OR][4];
     const int64_t line = ahead ? SPMI_LINE : 0;
@@ -3130,7 +3180,8 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
             float *to = c + i * g->c_row;
             if (g->accumulate) {
                 SPMI_UNROLL for (j = 0; j < nv - 1; j++) acc[i][j] = v_add(v_load(to + j * V_W), acc[i][j]);
-                acc[i][nv - 1] = v_add(full ? v_load(to + (nv - 1) * V_W) : v_loadn(to + (nv - 1) * V_W, last), acc[i][nv - 1]);
+                acc[i][nv - 1] = v_add(full ? v_load(to + (nv - 1) * V_W) : v_loadn(to + (nv - 1) * V_W, last),
+                                       acc[i][nv - 1]);
             }
             SPMI_UNROLL for (j = 0; j < nv - 1; j++) v_store(to + j * V_W, acc[i][j]);
             if (full) v_store(to + (nv - 1) * V_W, acc[i][nv - 1]);
@@ -3176,9 +3227,10 @@ static void SPMI_K(deal)(int64_t pixels, int64_t columns, const float *dy, int64
 }
 #undef T_OR
 
-/* to[t * k + p][:columns] = from[at[t] + p * from_row + :columns]: the pixels that `outer` reads, moved close together. */
-static void SPMI_K(collect)(int64_t blocks, int64_t k, const float *from, const int64_t *at, int64_t from_row, int64_t columns,
-                            float *to, int64_t to_row)
+/* to[t * k + p][:columns] = from[at[t] + p * from_row + :columns]: the pixels that `outer` reads, moved close
+ * together. */
+static void SPMI_K(collect)(int64_t blocks, int64_t k, const float *from, const int64_t *at, int64_t from_row,
+                            int64_t columns, float *to, int64_t to_row)
 {
     const int64_t vectors = columns / V_W;
     const int rest = (int)(columns - vectors * V_W);
@@ -4241,7 +4293,8 @@ static int spmi_stride_collides(int64_t floats)
 }
 
 /* to[i][j] = from[i * row + j * column], i < rows, j < columns. */
-static void spmi_gather(spm_context *ctx, int64_t rows, int64_t columns, const float *from, int64_t row, int64_t column, float *to, int64_t to_row)
+static void spmi_gather(spm_context *ctx, int64_t rows, int64_t columns, const float *from, int64_t row,
+                        int64_t column, float *to, int64_t to_row)
 {
     int64_t i, j;
     if (column == 1) {
@@ -4256,7 +4309,8 @@ static void spmi_gather(spm_context *ctx, int64_t rows, int64_t columns, const f
 }
 
 /* Packs one panel, B[k, columns] -> to[k][width]; the missing columns become 0. */
-static void spmi_pack_panel(spm_context *ctx, int64_t k, int64_t columns, int width, const float *b, int64_t b_row, int64_t b_col, float *to)
+static void spmi_pack_panel(spm_context *ctx, int64_t k, int64_t columns, int width, const float *b, int64_t b_row,
+                            int64_t b_col, float *to)
 {
     int64_t i;
     spmi_gather(ctx, k, columns, b, b_row, b_col, to, width);
@@ -4266,7 +4320,8 @@ static void spmi_pack_panel(spm_context *ctx, int64_t k, int64_t columns, int wi
 }
 
 /* Packs B[k,n] into panels. */
-static void spmi_pack_panels(spm_context *ctx, int64_t k, int64_t n, const float *b, int64_t b_row, int64_t b_col, float *to)
+static void spmi_pack_panels(spm_context *ctx, int64_t k, int64_t n, const float *b, int64_t b_row, int64_t b_col,
+                             float *to)
 {
     int64_t j;
     int width;
@@ -4288,8 +4343,8 @@ static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch
 {
     int64_t a_at[SPMI_GEMM_MC + SPMI_ROWS_PAD], c_at[SPMI_GEMM_MC], none = 0, n0, k0, m0, j, i;
     float *panels = (float *)scratch, *a_packed;
-    a_packed = panels + spmi_float_bytes(SPMI_MIN(g->k, SPMI_GEMM_KC)
-                                         * spmi_round_up(SPMI_MIN(g->n, SPMI_GEMM_NC), spmi_lanes(ctx))) / sizeof(float);
+    i = SPMI_MIN(g->k, SPMI_GEMM_KC) * spmi_round_up(SPMI_MIN(g->n, SPMI_GEMM_NC), spmi_lanes(ctx));
+    a_packed = panels + spmi_float_bytes(i) / sizeof(float);
     for (n0 = 0; n0 < g->n; n0 += SPMI_GEMM_NC) {
         int64_t nc = SPMI_MIN(g->n - n0, SPMI_GEMM_NC);
         k0 = 0;
@@ -4330,58 +4385,16 @@ static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch
     }
 }
 
-/* The same on all threads: C is cut into blocks of rows and columns, each a serial product. */
-#define SPMI_GEMM_TASK_M 192
-#define SPMI_GEMM_TASK_N 256
-
-typedef struct spmi_gemm_job {
-    spm_context *ctx;
-    const spmi_gemm *g;
-    char *scratch;
-    size_t slot_bytes;
-    int64_t blocks_m;
-} spmi_gemm_job;
-
-static void spmi_gemm_task(void *arg, int64_t task, int slot)
-{
-    const spmi_gemm_job *job = (const spmi_gemm_job *)arg;
-    spmi_gemm part = *job->g;
-    int64_t m0 = task % job->blocks_m * SPMI_GEMM_TASK_M, n0 = task / job->blocks_m * SPMI_GEMM_TASK_N;
-    part.m = SPMI_MIN(part.m - m0, SPMI_GEMM_TASK_M);
-    part.n = SPMI_MIN(part.n - n0, SPMI_GEMM_TASK_N);
-    part.a += m0 * part.a_row;
-    part.b += n0 * part.b_col;
-    part.c += m0 * part.c_row + n0;
-    if (part.bias) part.bias += n0;
-    spmi_gemm_serial(job->ctx, &part, job->scratch + (size_t)slot * job->slot_bytes);
-}
-
-static size_t spmi_gemm_parallel_scratch(spm_context *ctx, int64_t m, int64_t n, int64_t k)
-{
-    return (size_t)ctx->threads * spmi_gemm_scratch(ctx, SPMI_MIN(m, SPMI_GEMM_TASK_M), SPMI_MIN(n, SPMI_GEMM_TASK_N), k);
-}
-
-static void spmi_gemm_parallel(spm_context *ctx, const spmi_gemm *g, void *scratch)
-{
-    spmi_gemm_job job;
-    job.ctx = ctx;
-    job.g = g;
-    job.scratch = (char *)scratch;
-    job.slot_bytes = spmi_gemm_scratch(ctx, SPMI_MIN(g->m, SPMI_GEMM_TASK_M), SPMI_MIN(g->n, SPMI_GEMM_TASK_N), g->k);
-    job.blocks_m = (g->m + SPMI_GEMM_TASK_M - 1) / SPMI_GEMM_TASK_M;
-    spm_parallel(ctx, job.blocks_m * ((g->n + SPMI_GEMM_TASK_N - 1) / SPMI_GEMM_TASK_N), spmi_gemm_task, &job);
-}
-
 /* ---- convolution by taps ----
  * One engine serves the forward pass, the backward pass to the data and linear layers:
  *
  *     out[n, q, r, :] (+)= sum over taps (s, t) of  in[n, q * h.stride + h.offset + s * h.step,
  *                                                         r * w.stride + w.offset + t * w.step, :] W[s, t]
  *
- * with zeros outside the picture. NHWC makes the channels of neighbouring pixels one run, so taps next to each other in w
- * (step 1) become one tap of taps * depth channels: a 3x3 convolution is three long dot products, a 7x7 stem over 3
- * channels is seven of 21. Where taps reach outside, or a group's channels do not lie next to each other, the rows that
- * a task needs are first copied to its scratch with their zero border; activations stay dense in memory. */
+ * with zeros outside the picture. NHWC makes the channels of neighbouring pixels one run, so taps next to each other
+ * in w (step 1) become one tap of taps * depth channels: a 3x3 convolution is three long dot products, a 7x7 stem over
+ * 3 channels is seven of 21. Where taps reach outside, or a group's channels do not lie next to each other, the rows
+ * that a task needs are first copied to its scratch with their zero border; activations stay dense in memory. */
 typedef struct spmi_axis {
     int64_t size, count;                 /* of the input and of the output */
     int64_t stride, offset, step, taps;
@@ -4462,7 +4475,8 @@ static void spmi_window_copy_row(spm_context *ctx, const spmi_window *s, int64_t
 
 /* Makes output rows [row0, row1) readable: copies if need be, and writes the offset of each row's first pixel, counted
  * from what it returns, to row_at. */
-static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int64_t row0, int64_t row1, float *copy, int64_t *row_at)
+static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int64_t row0, int64_t row1, float *copy,
+                                     int64_t *row_at)
 {
     const spmi_axis *h = &s->h;
     int64_t row = row0, used = 0;
@@ -4625,7 +4639,7 @@ typedef struct spmi_weight_job {
     int64_t range, ranges;               /* outputs of a task */
     int64_t parts;                       /* of the columns, where there are still too few tasks */
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
-    size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes;
+    size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes, dy_bytes;
     char *scratch;                       /* slots, then partial sums of chunks 1.. */
 } spmi_weight_job;
 
@@ -4657,7 +4671,7 @@ static int64_t spmi_outer_panels(const spm_context *ctx, int64_t columns)
 static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
-    int64_t rows, blocks, size, most;
+    int64_t rows, blocks, size, most, columns;
     spmi_window_plan(s, 0);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
@@ -4671,12 +4685,14 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->ranges = SPMI_MAX(1, SPMI_MIN((SPMI_TASKS + job->chunks - 1) / job->chunks, job->outputs / SPMI_WEIGHT_RANGE));
     job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, 8);
     job->ranges = (job->outputs + job->range - 1) / job->range;
-    job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->chunks * job->ranges)) : 1;
+    /* each copies the input */
+    job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / 2 / (job->chunks * job->ranges)) : 1;
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, s->taps * s->run)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
-    job->panel_bytes = job->collect ? spmi_float_bytes(job->block * s->w.count * spmi_outer_columns(job->ctx, s->taps * s->run)) : 0;
-    job->slot_bytes = job->copy_bytes + job->panel_bytes + spmi_float_bytes((job->block * s->w.count + 4) * job->range)
-                    + spmi_float_bytes(2 * (job->block + s->taps));
+    columns = job->collect ? spmi_outer_columns(job->ctx, s->taps * s->run) : 0;
+    job->panel_bytes = spmi_float_bytes(job->block * s->w.count * columns);
+    job->dy_bytes = spmi_float_bytes((job->block * s->w.count + 4) * job->range);
+    job->slot_bytes = job->copy_bytes + job->panel_bytes + job->dy_bytes + spmi_float_bytes(2 * (job->block + s->taps));
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
 
@@ -4732,10 +4748,10 @@ static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const i
     }
 }
 
-/* The same with the pixels of each panel of columns collected first: one run of short rows, whatever the picture's size,
- * and panels that run on from one tap into the next. Panels [first, end) only. */
-static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at, spmi_ahead *next, float *panel,
-                                  int64_t first, int64_t end)
+/* The same with the pixels of each panel of columns collected first: one run of short rows, whatever the picture's
+ * size, and panels that run on from one tap into the next. Panels [first, end) only. */
+static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, const int64_t *tap_at, spmi_ahead *next,
+                                  float *panel, int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
     const int64_t size = s->taps * s->run, none = 0;
@@ -4752,7 +4768,8 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
         for (i = 0; i < p.columns; i += piece) {
             int64_t tap = (j + i) / s->run, from = (j + i) % s->run;
             piece = SPMI_MIN(p.columns - i, s->run - from);
-            SPMI_KERNEL(job->ctx, collect, (g.blocks, g.k, g.b + tap_at[tap] + from, g.b_at, g.b_row, piece, panel + i, p.b_row));
+            SPMI_KERNEL(job->ctx, collect, (g.blocks, g.k, g.b + tap_at[tap] + from, g.b_at, g.b_row, piece, panel + i,
+                                            p.b_row));
         }
         p.c = g.c + j;
         spmi_weight_outer(job->ctx, &p, next);
@@ -4772,7 +4789,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     char *at = job->scratch + (size_t)slot * job->slot_bytes;
     float *copy = (float *)(void *)at, *panel = (float *)(void *)(at + job->copy_bytes);
     float *dy_panels = (float *)(void *)(at + job->copy_bytes + job->panel_bytes), *dw = job->dw, *db = job->db;
-    int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + spmi_float_bytes((job->block * s->w.count + 4) * job->range));
+    int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + job->dy_bytes);
     int64_t *tap_at = row_at + job->block, row;
     int add_dw = job->add_dw, add_db = job->add_db;
     spmi_ahead next;
@@ -4806,7 +4823,8 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         g.ahead = NULL;
         g.accumulate = add_dw || row > first;
         next = spmi_weight_ahead(job, row + rows, end, count);
-        if (job->collect) spmi_weight_collected(job, g, tap_at, &next, panel, part * panels / job->parts, (part + 1) * panels / job->parts);
+        if (job->collect) spmi_weight_collected(job, g, tap_at, &next, panel, part * panels / job->parts,
+                                                (part + 1) * panels / job->parts);
         else spmi_weight_direct(job, g, tap_at, &next);
     }
 }
@@ -4824,7 +4842,9 @@ static void spmi_weight_fold(void *arg, int64_t task, int slot)
     (void)slot;
     for (c = 0; c < job->chunks - 1; c++, partial += all) {
         for (i = from; job->dw && i < SPMI_MIN(end, job->outputs * size); i++) job->dw[i] += partial[i];
-        for (i = SPMI_MAX(from, job->outputs * size); job->db && i < end; i++) job->db[i - job->outputs * size] += partial[i];
+        for (i = SPMI_MAX(from, job->outputs * size); job->db && i < end; i++) {
+            job->db[i - job->outputs * size] += partial[i];
+        }
     }
 }
 
@@ -4935,8 +4955,12 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b)
     if (!spm_tensor_same_shape(a, b)) return HUGE_VAL;
     for (i = 0; i < n; i++) {
         const double x = (double)a->data[i], y = (double)b->data[i], d = fabs(x - y);
-        if (!(d <= worst)) worst = x == y ? worst : d; /* equal infinities differ by nothing */
-        if (worst != worst) return HUGE_VAL;
+        if (x == y) { /* equal infinities differ by nothing, and set no scale */
+            if (fabs(y) <= DBL_MAX) largest = SPMI_MAX(largest, fabs(y));
+            continue;
+        }
+        if (!(d <= DBL_MAX)) return HUGE_VAL;
+        worst = SPMI_MAX(worst, d);
         largest = SPMI_MAX(largest, fabs(y));
     }
     return worst > 0.0 ? worst / SPMI_MAX(largest, 1e-30) : 0.0;
@@ -5176,28 +5200,37 @@ static spm_status spmi_conv2d_infer(spm_context *ctx, spm_op_call *call, spm_err
     const int64_t groups = SPMI_MAX(attr->groups, 1);
     int64_t out[2];
     int i;
-    if (call->n_in < 2 || call->n_in > 3 || x->rank != 4 || w->rank != 4 || !spmi_shape_sane(x) || !spmi_shape_sane(w)) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: wants x[N,H,W,C] and w[O,KH,KW,C/groups], got %d inputs of ranks %d and %d",
+    if (call->n_in < 2 || call->n_in > 3 || x->rank != 4 || w->rank != 4 || !spmi_shape_sane(x)
+        || !spmi_shape_sane(w)) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE,
+                         "conv2d: wants x[N,H,W,C] and w[O,KH,KW,C/groups], got %d inputs of ranks %d and %d",
                          call->n_in, x->rank, w->rank);
     }
     if (x->shape[3] % groups || w->shape[0] % groups || w->shape[3] != x->shape[3] / groups) {
         return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: x has %ld channels, w is [%ld,%ld,%ld,%ld], groups %ld; "
                          "w's last axis must be channels / groups, and both counts divisible by groups",
-                         (long)x->shape[3], (long)w->shape[0], (long)w->shape[1], (long)w->shape[2], (long)w->shape[3], (long)groups);
+                         (long)x->shape[3], (long)w->shape[0], (long)w->shape[1], (long)w->shape[2], (long)w->shape[3],
+                         (long)groups);
     }
     if (call->n_in == 3 && b->rank != 0 && (b->rank != 1 || b->shape[0] != w->shape[0])) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: the bias has %ld elements, w has %ld outputs", (long)b->shape[0], (long)w->shape[0]);
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: the bias has %ld elements, w has %ld outputs",
+                         (long)b->shape[0], (long)w->shape[0]);
     }
     for (i = 0; i < 2; i++) {
         int64_t stride = SPMI_MAX(attr->stride[i], 1), dilation = SPMI_MAX(attr->dilation[i], 1), span;
         if (attr->kernel[i] != 0 && attr->kernel[i] != w->shape[1 + i]) {
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: kernel %ld does not match w's %ld", (long)attr->kernel[i], (long)w->shape[1 + i]);
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: kernel %ld does not match w's %ld", (long)attr->kernel[i],
+                             (long)w->shape[1 + i]);
         }
         if (attr->stride[i] < 0 || attr->dilation[i] < 0 || attr->padding[i] < 0 || stride >= SPMI_DIM_MAX
-            || dilation >= SPMI_DIM_MAX || attr->padding[i] >= SPMI_DIM_MAX || !spmi_mul_dim(dilation, w->shape[1 + i] - 1, &span)
+            || dilation >= SPMI_DIM_MAX || attr->padding[i] >= SPMI_DIM_MAX
+            || !spmi_mul_dim(dilation, w->shape[1 + i] - 1, &span)
             || span >= x->shape[1 + i] + 2 * attr->padding[i]) {
-            return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: kernel %ld with stride %ld, padding %ld, dilation %ld does not fit an input of %ld",
-                             (long)w->shape[1 + i], (long)stride, (long)attr->padding[i], (long)dilation, (long)x->shape[1 + i]);
+            return spmi_fail(ctx, err, SPM_E_SHAPE,
+                             "conv2d: kernel %ld with stride %ld, padding %ld, dilation %ld does not fit an "
+                             "input of %ld",
+                             (long)w->shape[1 + i], (long)stride, (long)attr->padding[i], (long)dilation,
+                             (long)x->shape[1 + i]);
         }
         out[i] = (x->shape[1 + i] + 2 * attr->padding[i] - span - 1) / stride + 1;
     }
@@ -5207,30 +5240,38 @@ static spm_status spmi_conv2d_infer(spm_context *ctx, spm_op_call *call, spm_err
     call->out[0].shape[2] = out[1];
     call->out[0].shape[3] = w->shape[0];
     call->n_out = 1;
-    if (!spmi_shape_sane(&call->out[0])) return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: the output [%ld,%ld,%ld,%ld] is too large",
-        (long)x->shape[0], (long)out[0], (long)out[1], (long)w->shape[0]);
+    if (!spmi_shape_sane(&call->out[0])) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "conv2d: the output [%ld,%ld,%ld,%ld] is too large", (long)x->shape[0],
+                         (long)out[0], (long)out[1], (long)w->shape[0]);
+    }
     return SPM_OK;
 }
 
 static spm_status spmi_linear_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
 {
     const spm_tensor *x = &call->in[0], *w = &call->in[1], *b = &call->in[2];
-    if (call->n_in < 2 || call->n_in > 3 || (x->rank != 2 && x->rank != 3) || w->rank != 2 || !spmi_shape_sane(x) || !spmi_shape_sane(w)) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: wants x[N,I] or [N,T,I] and w[O,I], got %d inputs of ranks %d and %d",
+    if (call->n_in < 2 || call->n_in > 3 || (x->rank != 2 && x->rank != 3) || w->rank != 2 || !spmi_shape_sane(x)
+        || !spmi_shape_sane(w)) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE,
+                         "linear: wants x[N,I] or [N,T,I] and w[O,I], got %d inputs of ranks %d and %d",
                          call->n_in, x->rank, w->rank);
     }
     if (x->shape[x->rank - 1] != w->shape[1]) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: x has %ld features, w is [%ld,%ld]", (long)x->shape[x->rank - 1],
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: x has %ld features, w is [%ld,%ld]",
+                         (long)x->shape[x->rank - 1],
                          (long)w->shape[0], (long)w->shape[1]);
     }
     if (call->n_in == 3 && b->rank != 0 && (b->rank != 1 || b->shape[0] != w->shape[0])) {
-        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: the bias has %ld elements, w has %ld outputs", (long)b->shape[0], (long)w->shape[0]);
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: the bias has %ld elements, w has %ld outputs",
+                         (long)b->shape[0], (long)w->shape[0]);
     }
     call->out[0].rank = x->rank;
     memcpy(call->out[0].shape, x->shape, sizeof x->shape);
     call->out[0].shape[x->rank - 1] = w->shape[0];
     call->n_out = 1;
-    if (!spmi_shape_sane(&call->out[0])) return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: the output with %ld features is too large", (long)w->shape[0]);
+    if (!spmi_shape_sane(&call->out[0])) {
+        return spmi_fail(ctx, err, SPM_E_SHAPE, "linear: the output with %ld features is too large", (long)w->shape[0]);
+    }
     return SPM_OK;
 }
 
@@ -5249,7 +5290,8 @@ static void spmi_conv_widen(const spmi_conv *v, const float *w, float *to)
     int64_t o, t;
     memset(to, 0, (size_t)(v->o * v->k) * sizeof *to);
     for (o = 0; o < v->o; o++) {
-        for (t = 0; t < taps; t++) memcpy(to + o * v->k + t * v->ci + o / co % v->joined * ci, w + (o * taps + t) * ci, (size_t)ci * sizeof *to);
+        float *at = to + o * v->k + o / co % v->joined * ci;
+        for (t = 0; t < taps; t++) memcpy(at + t * v->ci, w + (o * taps + t) * ci, (size_t)ci * sizeof *to);
     }
 }
 
@@ -5289,13 +5331,14 @@ static void spmi_conv_pack_task(void *arg, int64_t task, int slot)
         j += width;
         width = spmi_panel_width(job->ctx, job->columns - j);
     }
-    spmi_pack_panel(job->ctx, job->k, SPMI_MIN(job->columns - j, width), width, w + j * job->column_at, job->k_at, job->column_at,
-                    job->to + j * taps * job->k + tap * job->k * width);
+    spmi_pack_panel(job->ctx, job->k, SPMI_MIN(job->columns - j, width), width, w + j * job->column_at, job->k_at,
+                    job->column_at, job->to + j * taps * job->k + tap * job->k * width);
 }
 
 static void spmi_conv_pack_run(spmi_conv_pack *job)
 {
-    spm_parallel(job->ctx, job->taps_h * job->taps_w * spmi_panel_count(job->ctx, job->columns), spmi_conv_pack_task, job);
+    spm_parallel(job->ctx, job->taps_h * job->taps_w * spmi_panel_count(job->ctx, job->columns), spmi_conv_pack_task,
+                 job);
 }
 
 /* Floats of one group's packed forward weights; a filter is one run of k floats there. */
@@ -5427,7 +5470,8 @@ static spmi_conv_phase spmi_conv_phase_of(const spmi_conv *v, int d, int64_t pha
     return p;
 }
 
-static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, const spmi_conv_phase *ph, const spmi_conv_phase *pw)
+static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, const spmi_conv_phase *ph,
+                                        const spmi_conv_phase *pw)
 {
     spmi_taps_job job = SPM_ZERO;
     job.ctx = ctx;
@@ -5564,7 +5608,8 @@ static size_t spmi_conv_packed(spm_context *ctx, const spm_op_call *call, int li
 static double spmi_conv_flops(const spm_op_call *call, int backward, int linear)
 {
     const spm_tensor *w = &call->in[1];
-    const double filter = linear ? (double)w->shape[1] : (double)w->shape[1] * (double)w->shape[2] * (double)w->shape[3];
+    const double taps = linear ? 1.0 : (double)w->shape[1] * (double)w->shape[2];
+    const double filter = taps * (double)w->shape[w->rank - 1];
     const double product = 2.0 * (double)spm_tensor_count(&call->out[0]) * filter;
     return backward ? product * ((call->d_in[0].data != NULL) + (call->d_in[1].data != NULL)) : product;
 }
@@ -6253,7 +6298,7 @@ static spm_status spmi_pooling_infer(spm_context *ctx, spm_op_call *call, spm_er
     if (x->rank != 4) return spmi_op_fail(ctx, err, op, "x", x, "[N,H,W,C]");
     for (i = 0; i < 2; i++) {
         const int64_t k = attr->kernel[i], s = SPMI_MAX(attr->stride[i], (int64_t)1), p = attr->padding[i];
-        if (k < 1 || attr->stride[i] < 0 || p < 0 || p > k / 2) {
+        if (k < 1 || k >= SPMI_DIM_MAX || attr->stride[i] < 0 || p < 0 || p > k / 2) {
             return spmi_fail(ctx, err, SPM_E_ARGUMENT,
                              "%s: kernel %lld, stride %lld, padding %lld; the kernel must be at least 1 and "
                              "the padding at most half of it", op, (long long)k, (long long)attr->stride[i],
@@ -6444,6 +6489,10 @@ static spm_status spmi_shortcut_a_infer(spm_context *ctx, spm_op_call *call, spm
     const spm_tensor *x = &call->in[0];
     const int64_t sh = SPMI_MAX(call->attr.stride[0], (int64_t)1), sw = SPMI_MAX(call->attr.stride[1], (int64_t)1);
     if (x->rank != 4) return spmi_op_fail(ctx, err, "shortcut_a", "x", x, "[N,H,W,C]");
+    if (sh >= SPMI_DIM_MAX || sw >= SPMI_DIM_MAX) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "shortcut_a: stride %lld, %lld is too large", (long long)sh,
+                         (long long)sw);
+    }
     if (call->attr.groups < x->shape[3]) {
         return spmi_fail(ctx, err, SPM_E_ARGUMENT,
                          "shortcut_a: x has %lld channels, y would have %lld (attr.groups); it must not have less",
@@ -7105,16 +7154,29 @@ SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output,
     return 0;
 }
 
-/* Every input that is there has 1 to 4 axes of at least 1, and fits into memory with room for what scratch derives
- * from it. */
+/* 1 if the tensor fits into memory with room for what scratch derives from it. */
+static int spmi_op_fits(const spm_tensor *tensor)
+{
+    int64_t count = 64 * (int64_t)sizeof(double);
+    int i;
+    for (i = 0; i < tensor->rank; i++) {
+        if (!spmi_mul_dim(count, tensor->shape[i], &count) || (uint64_t)count > SIZE_MAX / 2) return 0;
+    }
+    return 1;
+}
+
+/* Every input that is there has 1 to 4 axes of at least 1, and fits. */
 static spm_status spmi_op_check_inputs(spm_context *ctx, spm_op op, spm_op_call *call, spm_error *err)
 {
     const spmi_op_facts info = spmi_op_info(op);
     const spm_tensor absent = SPM_ZERO;
     int i, k;
+    if (call->n_in < 0 || call->n_in > SPM_OP_MAX_IN) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %d inputs; there can be 0 to %d", spm_op_name(op), call->n_in,
+                         SPM_OP_MAX_IN);
+    }
     for (i = 0; i < SPM_OP_MAX_IN; i++) {
         const spm_tensor *x = &call->in[i];
-        int64_t count = 64 * (int64_t)sizeof(double);
         char text[96];
         if (i >= call->n_in || i >= info.most) {
             if (i < call->n_in && x->rank) {
@@ -7137,10 +7199,24 @@ static spm_status spmi_op_check_inputs(spm_context *ctx, spm_op op, spm_op_call 
                 return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s; no size may be below 1", spm_op_name(op),
                                  i, spm_tensor_shape_text(x, text, sizeof text));
             }
-            if (!spmi_mul_dim(count, x->shape[k], &count) || (uint64_t)count > SIZE_MAX / 2) {
-                return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s, which does not fit into memory",
-                                 spm_op_name(op), i, spm_tensor_shape_text(x, text, sizeof text));
-            }
+        }
+        if (!spmi_op_fits(x)) {
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: input %d is %s, which does not fit into memory",
+                             spm_op_name(op), i, spm_tensor_shape_text(x, text, sizeof text));
+        }
+    }
+    return SPM_OK;
+}
+
+/* The same limit for what comes out: [N,heads,T,T] grows faster than the inputs do. */
+static spm_status spmi_op_check_outputs(spm_context *ctx, spm_op op, const spm_op_call *call, spm_error *err)
+{
+    int i;
+    for (i = 0; i < call->n_out; i++) {
+        if (!spmi_op_fits(&call->out[i])) {
+            char text[96];
+            return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: output %d would be %s, which does not fit into memory",
+                             spm_op_name(op), i, spm_tensor_shape_text(&call->out[i], text, sizeof text));
         }
     }
     return SPM_OK;
@@ -7148,16 +7224,20 @@ static spm_status spmi_op_check_inputs(spm_context *ctx, spm_op op, spm_op_call 
 
 SPMDEF spm_status spm_op_infer(spm_context *ctx, spm_op op, spm_op_call *call, spm_error *err)
 {
-    const spm_status status = spmi_op_check_inputs(ctx, op, call, err);
+    spm_status status;
     call->n_out = 0;
+    if (op <= SPM_OP_NONE || op >= SPM_OP_COUNT) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "operation %d is not known", (int)op);
+    }
+    status = spmi_op_check_inputs(ctx, op, call, err);
     if (status) return status;
-#define SPM_X(OP, name, packed, scratch) case SPM_OP_##OP: return spmi_##name##_infer(ctx, call, err);
+#define SPM_X(OP, name, packed, scratch) case SPM_OP_##OP: status = spmi_##name##_infer(ctx, call, err); break;
     switch (op) {
     SPMI_OPS(SPM_X)
     case SPM_OP_NONE: case SPM_OP_COUNT: break;
     }
 #undef SPM_X
-    return spmi_fail(ctx, err, SPM_E_ARGUMENT, "operation %d is not known", (int)op);
+    return status ? status : spmi_op_check_outputs(ctx, op, call, err);
 }
 
 SPMDEF size_t spm_op_scratch(spm_context *ctx, spm_op op, const spm_op_call *call, int backward)
@@ -7739,9 +7819,11 @@ static void spmi_tape_needs(const spm_program *program, const unsigned char *wan
 
 SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backward)
 {
-    unsigned char *need = program ? (unsigned char *)spmi_alloc_array(program->ctx, program->n_values, 1) : NULL;
+    unsigned char *need;
     double flops = 0.0;
     int s, i;
+    if (!program || n < 1) return 0.0;
+    need = (unsigned char *)spmi_alloc_array(program->ctx, program->n_values, 1);
     if (!need) return 0.0;
     spmi_tape_needs(program, NULL, need);
     for (s = 0; s < program->n_steps; s++) {
@@ -8427,7 +8509,7 @@ static spm_status spmi_run_plan(spm_run *run)
     int v;
     for (v = 0; want && v < program->n_values; v++) want[v] = run->values[v].want;
     if (want && spmi_plan_create(program, want, run->desc.max_batch, run->desc.backward, run->desc.segments, &plan)) {
-        arena = (char *)spmi_alloc(run->ctx, plan.bytes + SPMI_ALIGN);
+        if (plan.bytes < SIZE_MAX - SPMI_ALIGN) arena = (char *)spmi_alloc(run->ctx, plan.bytes + SPMI_ALIGN);
         if (!arena) spmi_plan_free(run->ctx, &plan);
     }
     spmi_free(run->ctx, want);
@@ -8452,6 +8534,7 @@ static spm_status spmi_run_plan(spm_run *run)
  * memory at a larger batch, so it is: taken once at max_batch). */
 static spm_status spmi_run_shapes(spm_run *run, int64_t n)
 {
+    spm_status status;
     int s, pass;
     size_t scratch = 0;
     run->n = 0;
@@ -8463,7 +8546,8 @@ static spm_status spmi_run_shapes(spm_run *run, int64_t n)
         spmi_tape_call(run->program, step, n, &run->model->program->present, call);
         call->packed = packed;
         call->packed_ready = ready;
-        if (spm_op_infer(run->ctx, step->op, call, &run->error)) return run->error.status;
+        status = spm_op_infer(run->ctx, step->op, call, &run->error);
+        if (status) return status;
         for (pass = 0; pass < 2; pass++) {
             call->training = pass;
             scratch = SPMI_MAX(scratch, spm_op_scratch(run->ctx, step->op, call, 0));
@@ -8708,7 +8792,7 @@ static void spmi_run_hooks(spm_run *run, int v, float *data, const float *gradie
         const int backward = hook->on_gradient || hook->kind == SPM_HOOK_VALUE_GRADIENT;
         if (hook->value != v) continue;
         if (hook->kind < 0) {
-            if (!gradient) hook->fn(hook->user, &tensor);
+            if (!gradient && v != run->first) hook->fn(hook->user, &tensor); /* what is bound is only read */
         } else if (!replay && backward == (gradient != NULL)) {
             const int of_gradient = hook->on_gradient && hook->kind != SPM_HOOK_VALUE_GRADIENT;
             spmi_hook_reduce(run, hook, &tensor, of_gradient ? gradient : data, gradient, unit);
@@ -8765,6 +8849,20 @@ static void spmi_run_refresh(spm_run *run)
     }
 }
 
+/* 1 if `v`, an input, a parameter or where the pass starts from, is read by one of its steps. */
+static int spmi_run_reads(const spm_run *run, int v)
+{
+    const spm_program *program = run->program;
+    int s, i;
+    if (program->values[v].kind == SPMI_VALUE_RESULT && v != run->first) return 0;
+    for (s = run->first_step; s < program->n_steps; s++) {
+        for (i = 0; i < program->steps[s].n_in; i++) {
+            if (program->steps[s].in[i] == v) return 1;
+        }
+    }
+    return 0;
+}
+
 /* Checks that everything the steps from run->first_step on read is there. */
 static spm_status spmi_run_check_bound(spm_run *run)
 {
@@ -8797,6 +8895,7 @@ static spm_status spmi_run_check_bound(spm_run *run)
 static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int64_t n, int training)
 {
     const spm_program *program = run->program;
+    spm_status status;
     unsigned mode;
     int s, v;
     run->state = SPMI_RUN_IDLE;
@@ -8807,15 +8906,16 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
     }
     run->first = first;
     run->first_step = first_step;
-    if (spmi_run_check_bound(run)) return run->error.status;
-    if (run->n != n && spmi_run_shapes(run, n)) return run->error.status;
+    status = spmi_run_check_bound(run);
+    if (!status && run->n != n) status = spmi_run_shapes(run, n);
+    if (status) return status;
     run->training = training != 0;
     run->set_gradients = 0;
     for (v = 0; v < program->n_values; v++) run->values[v].written = 0;
     mode = spmi_denormals_off();
     spmi_run_refresh(run);
     for (v = 1; v < program->n_values && run->n_hooks; v++) {
-        if (run->values[v].hooked && program->values[v].kind != SPMI_VALUE_RESULT)
+        if (run->values[v].hooked && spmi_run_reads(run, v))
             spmi_run_hooks(run, v, spmi_run_value_data(run, v, 0), NULL, 0);
     }
     for (s = first_step; s < program->n_steps; s++) {
@@ -8871,13 +8971,14 @@ SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value)
 
 SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
 {
+    spm_status status;
     if (!spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT)
         return spmi_run_no_value(run, value, "spm_run_keep");
     if (spmi_run_kept(run, value)) return SPM_OK;
     run->values[value].want |= SPMI_WANT_KEEP;
-    if (!spmi_run_plan(run)) return SPM_OK;
-    run->values[value].want &= (unsigned char)~SPMI_WANT_KEEP;
-    return run->error.status;
+    status = spmi_run_plan(run);
+    if (status) run->values[value].want &= (unsigned char)~SPMI_WANT_KEEP;
+    return status;
 }
 
 /* ---- backward ---- */
@@ -8885,8 +8986,10 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
 SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const float *gradient)
 {
     spm_tensor shape;
-    if (!spmi_run_has(run, value) || !spmi_run_kept(run, value))
-        return spmi_run_no_value(run, value, "spm_run_set_gradient takes outputs and kept values");
+    if (!spmi_run_has(run, value) || !spmi_run_kept(run, value) || run->program->values[value].slot || !gradient) {
+        return spmi_run_no_value(run, value, "spm_run_set_gradient takes the gradient of an output or a kept value,"
+                                             " the first result of its operation");
+    }
     if (run->state != SPMI_RUN_FORWARD || !run->desc.backward) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                          "a gradient is set between forward and backward, in a run made with backward = 1");
@@ -9035,13 +9138,15 @@ static spm_status spmi_run_default_gradient(spm_run *run)
 SPMDEF spm_status spm_run_backward(spm_run *run)
 {
     const spm_program *program = run->program;
+    spm_status status = SPM_OK;
     unsigned mode;
     int s, v, first, end = program->n_steps;
     if (run->state != SPMI_RUN_FORWARD || !run->desc.backward) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                          "a backward pass wants a forward pass before it, in a run made with backward = 1");
     }
-    if (!run->set_gradients && spmi_run_default_gradient(run)) return run->error.status;
+    if (!run->set_gradients) status = spmi_run_default_gradient(run);
+    if (status) return status;
     mode = spmi_denormals_off();
     spmi_run_needs(run);
     while (end > run->first_step) { /* one segment: [first, end) */
@@ -9059,7 +9164,8 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
         end = first;
     }
     for (v = 1; v < program->n_values && run->n_hooks; v++) {
-        if (run->values[v].hooked && program->values[v].kind == SPMI_VALUE_INPUT && run->values[v].written) {
+        if (run->values[v].hooked && run->values[v].written
+            && (program->values[v].kind == SPMI_VALUE_INPUT || v == run->first)) {
             spmi_run_hooks(run, v, run->values[v].bound, run->values[v].gradient, 0);
         }
     }
@@ -9237,6 +9343,7 @@ static spm_status spmi_run_add_hook(spm_run *run, const spmi_hook *hook, unsigne
     const spm_tensor shape = spmi_tape_shape(program, hook->value, run->desc.max_batch, NULL);
     int64_t channels = parameter ? (shape.shape[0] + SPMI_HOOK_CHUNKS - 1) / SPMI_HOOK_CHUNKS
         : shape.shape[shape.rank - 1];
+    spm_status status = SPM_OK;
     void *memory = run->hooks;
     if (!spmi_grow(run->ctx, &memory, (size_t)run->n_hooks * sizeof *hook, &run->hooks_room,
                    (size_t)(run->n_hooks + 1) * sizeof *hook)) {
@@ -9254,17 +9361,14 @@ static spm_status spmi_run_add_hook(spm_run *run, const spmi_hook *hook, unsigne
     if (parameter && want) {
         const unsigned char watched = run->parameters[value->index].hooked;
         run->parameters[value->index].hooked = 1;
-        if (spmi_run_aside_memory(run)) {
-            run->parameters[value->index].hooked = watched;
-            return run->error.status;
-        }
+        status = spmi_run_aside_memory(run);
+        if (status) run->parameters[value->index].hooked = watched;
     } else if (want & (unsigned char)~before) {
         run->values[hook->value].want |= want;
-        if (spmi_run_plan(run)) {
-            run->values[hook->value].want = before;
-            return run->error.status;
-        }
+        status = spmi_run_plan(run);
+        if (status) run->values[hook->value].want = before;
     }
+    if (status) return status;
     run->hooks[run->n_hooks++] = *hook;
     run->values[hook->value].hooked = 1;
     return SPM_OK;
@@ -9276,6 +9380,8 @@ SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind
     const int backward = on_gradient || kind == SPM_HOOK_VALUE_GRADIENT;
     if (!spmi_run_has(run, value) || !out || (unsigned)kind > (unsigned)SPM_HOOK_VALUE_GRADIENT)
         return spmi_run_no_value(run, value, "spm_run_hook");
+    if (backward && run->program->values[value].slot)
+        return spmi_run_no_value(run, value, "spm_run_hook on the gradient of a result that has none");
     if (backward && !run->desc.backward) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE, "a hook on a gradient wants a run made with backward = 1");
     }

@@ -58,7 +58,8 @@ static float draw(void)
 }
 
 #define GUARD 32
-/* An array with guards that `check_guards` looks at; filled with NaN, so that what is read before it is written shows. */
+/* An array with guards that `check_guards` looks at; filled with NaN, so that what is read before it is written shows.
+ * */
 static float *array_new(size_t count)
 {
     float *p = (float *)malloc((count + 2 * GUARD) * sizeof *p);
@@ -107,7 +108,8 @@ static void reference(problem *p)
     int64_t stride[2] = { 1, 1 }, dilation[2] = { 1, 1 }, padding[2] = { 0, 0 };
     if (p->linear) N = (int64_t)p->count_x / C;
     else {
-        N = x->shape[0]; H = x->shape[1]; W = x->shape[2]; KH = w->shape[1]; KW = w->shape[2]; Q = y->shape[1]; R = y->shape[2];
+        N = x->shape[0]; H = x->shape[1]; W = x->shape[2]; KH = w->shape[1]; KW = w->shape[2]; Q = y->shape[1];
+        R = y->shape[2];
         stride[0] = a->stride[0]; stride[1] = a->stride[1]; padding[0] = a->padding[0]; padding[1] = a->padding[1];
         dilation[0] = a->dilation[0]; dilation[1] = a->dilation[1];
     }
@@ -186,7 +188,8 @@ static void problem_free(problem *p)
     free(p->db);
 }
 
-static void compare(const char *what, const float *got, const double *want, const float *start, size_t count, double depth, spm_isa isa, int index)
+static void compare(const char *what, const float *got, const double *want, const float *start, size_t count,
+                    double depth, spm_isa isa, int index)
 {
     double worst = 0.0, allowed = 1e-6 + 3.5e-6 * sqrt(depth);
     size_t i, at = 0;
@@ -199,7 +202,8 @@ static void compare(const char *what, const float *got, const double *want, cons
     }
     if (!(worst <= allowed)) {
         char text[200];
-        snprintf(text, sizeof text, "%s %s, case %d: element %lu off by %g, allowed %g", spm_isa_name(isa), what, index, (unsigned long)at, worst, allowed);
+        snprintf(text, sizeof text, "%s %s, case %d: element %lu off by %g, allowed %g", spm_isa_name(isa), what,
+                 index, (unsigned long)at, worst, allowed);
         test_report(__FILE__, __LINE__, text);
     }
 }
@@ -280,7 +284,8 @@ static void check_problem(spm_context **ctx, int contexts, problem *p, int index
             for (j = 0; j < 3 + bias; j++) {
                 if (memcmp(first[j], out[j], count[j] * sizeof(float)) != 0) {
                     char text[160];
-                    snprintf(text, sizeof text, "%s, case %d: result %d has other bits with %d threads", spm_isa_name(isa), index, j, spm_context_threads(ctx[i]));
+                    snprintf(text, sizeof text, "%s, case %d: result %d has other bits with %d threads",
+                             spm_isa_name(isa), index, j, spm_context_threads(ctx[i]));
                     test_report(__FILE__, __LINE__, text);
                 }
             }
@@ -306,8 +311,10 @@ static int contexts_make(spm_isa isa, spm_context *ctx[4])
 
 static void test_isa(spm_isa isa)
 {
-    static const int linear[][4] = { { 1, 0, 16, 2 }, { 5, 0, 33, 2 }, { 16, 0, 512, 1000 }, { 3, 17, 48, 144 }, { 2, 197, 64, 65 },
-                                     { 7, 1, 1, 1 }, { 300, 0, 20, 30 }, { 1, 3, 1300, 7 } };
+    static const int linear[][4] = {
+        { 1, 0, 16, 2 }, { 5, 0, 33, 2 }, { 16, 0, 512, 1000 }, { 3, 17, 48, 144 }, { 2, 197, 64, 65 }, { 7, 1, 1, 1 },
+        { 300, 0, 20, 30 }, { 1, 3, 1300, 7 }
+    };
     spm_context *ctx[4];
     int n = contexts_make(isa, ctx), i, d;
     if (!n) return; /* not on this machine */
@@ -330,7 +337,8 @@ static void test_isa(spm_isa isa)
         const int *c = linear[i];
         problem p = SPM_ZERO;
         p.linear = 1;
-        p.call.in[0] = c[1] ? spm_tensor_make(NULL, 3, c[0], c[1], c[2], 0) : spm_tensor_make(NULL, 2, c[0], c[2], 0, 0);
+        p.call.in[0] = c[1] ? spm_tensor_make(NULL, 3, c[0], c[1], c[2], 0) : spm_tensor_make(NULL, 2, c[0], c[2], 0,
+                                                                                              0);
         p.call.in[1] = spm_tensor_make(NULL, 2, c[3], c[2], 0, 0);
         problem_make(ctx[0], &p, i % 3 != 0);
         check_problem(ctx, n, &p, 100 + i);
@@ -348,8 +356,10 @@ static void test_avx512(void) { test_isa(SPM_ISA_AVX512); }
 static void test_refusals(void)
 {
     static const int bad[][12] = { /* h w c o kh kw wi stride padding dilation groups */
-        { 5, 5, 4, 4, 3, 3, 3, 1, 0, 1, 1, 0 }, { 5, 5, 4, 4, 6, 3, 4, 1, 0, 1, 1, 0 }, { 5, 5, 4, 6, 3, 3, 1, 1, 0, 1, 4, 0 },
-        { 5, 5, 4, 4, 3, 3, 4, -1, 0, 1, 1, 0 }, { 5, 5, 4, 4, 3, 3, 4, 1, -1, 1, 1, 0 }, { 5, 5, 4, 4, 3, 3, 4, 1, 0, 3, 1, 0 },
+        { 5, 5, 4, 4, 3, 3, 3, 1, 0, 1, 1, 0 }, { 5, 5, 4, 4, 6, 3, 4, 1, 0, 1, 1, 0 }, { 5, 5, 4, 6, 3, 3, 1, 1, 0, 1,
+                                                                                          4, 0 },
+        { 5, 5, 4, 4, 3, 3, 4, -1, 0, 1, 1, 0 }, { 5, 5, 4, 4, 3, 3, 4, 1, -1, 1, 1, 0 }, { 5, 5, 4, 4, 3, 3, 4, 1, 0,
+                                                                                            3, 1, 0 },
         { 0, 5, 4, 4, 3, 3, 4, 1, 1, 1, 1, 0 }
     };
     spm_context *ctx = spm_context_create(NULL);

