@@ -11,7 +11,6 @@
 #include "../spurmem.h"
 #include "terminal.h"
 #include <math.h>
-#include <time.h>
 #if !defined(_WIN32)
   #include <sys/resource.h>
 #endif
@@ -90,7 +89,7 @@ static const option options[] = {
     { O_ALLOW_PARTIAL, WITH_MODEL, 'b', "allow-partial", NULL, NULL, "accept a checkpoint with another head; the head starts anew" },
     { O_HEAD, WITH_MODEL, 'c', "head", "logits|softmax", "logits", "softmax: quirk Q1 of the published code" },
     { O_LABEL_ORDER, WITH_MODEL, 'c', "label-order", "forward|reversed", "forward", "reversed: quirk Q2, output column 0 is the last class" },
-    { O_PROFILE, LEARN | EVAL | LOCALIZE | PREDICT, 'c', "profile", "sound|official", "sound", "official: the published code's behaviour, quirks included" },
+    { O_PROFILE, WITH_MODEL, 'c', "profile", "sound|official", "sound", "official: the published code's behaviour, quirks included" },
     { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
     { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
     { O_OUT, LEARN, 's', "out", "RUN", NULL, "run folder" },
@@ -154,7 +153,7 @@ typedef struct cli {
     const char **operand;
     int operands;
     spm_context *ctx;
-    FILE *out;
+    double peak; /* bench: measured once, GFLOP/s */
 } cli;
 
 /* Edit distance, for suggestions. */
@@ -190,6 +189,13 @@ static int failed(const spm_error *error)
     return 1;
 }
 
+/* Ctrl-C ended the work before its result was there. */
+static int stopped(const char *what, int64_t done, int64_t total)
+{
+    fprintf(stderr, "spurmem: %s: stopped after %lld of %lld\n", what, (long long)done, (long long)total);
+    return 1;
+}
+
 static void print_option(const option *o)
 {
     char left[80];
@@ -199,14 +205,16 @@ static void print_option(const option *o)
     printf("\n");
 }
 
-static void help_all(void)
+static void help_all(FILE *out)
 {
     int i;
-    printf("spurmem %d.%d - find, prove and remove the memory of spurious correlations in image classifiers\n\n"
-           "usage: spurmem COMMAND [--option value | --option=value]... [operand]...\n\ncommands:\n", SPURMEM_VERSION_MAJOR, SPURMEM_VERSION_MINOR);
-    for (i = 0; i < N_COMMANDS; i++) printf("  %-10s %-10s %s\n", commands[i].name, commands[i].operands, commands[i].summary);
-    printf("\nspurmem COMMAND --help lists the command's options; spurmem --version prints the version.\n"
-           "Exit codes: 0 done, 1 a file or a run failed, 2 the command line is wrong.\n");
+    fprintf(out, "spurmem %d.%d - find, prove and remove the memory of spurious correlations in image classifiers\n\n"
+           "usage: spurmem COMMAND [--option value | --option=value]... [operand]...\n\ncommands:\n",
+            SPURMEM_VERSION_MAJOR, SPURMEM_VERSION_MINOR);
+    for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-10s %-10s %s\n", commands[i].name, commands[i].operands, commands[i].summary);
+    fprintf(out, "\nspurmem COMMAND --help lists the command's options; spurmem --version prints the version.\n"
+                 "Exit codes: 0 done (a training that Ctrl-C or --max-steps stopped has saved its state: also 0),\n"
+                 "1 a file or a run failed or was stopped, 2 the command line is wrong.\n");
 }
 
 static void help_command(const command *c)
@@ -230,27 +238,59 @@ static int is_choice(const char *choices, const char *value)
     return 0;
 }
 
+/* The choice of "a|b|c" that is nearest to `value`, in `text`; 0 if none is near. */
+static int nearest_choice(const char *choices, const char *value, char *text, size_t size)
+{
+    int least = 4;
+    text[0] = 0;
+    while (*choices) {
+        char choice[32];
+        size_t n = strcspn(choices, "|");
+        int d;
+        snprintf(choice, sizeof choice, "%.*s", (int)(n < 31 ? n : 31), choices);
+        d = distance(value, choice);
+        if (d < least && d < (int)n) {
+            least = d;
+            snprintf(text, size, "%s", choice);
+        }
+        choices += n + (choices[n] == '|');
+    }
+    return text[0] != 0;
+}
+
 /* Checks one value by its option's type; 0 and a sentence when it is wrong. */
 static int check_value(const option *o, const char *value)
 {
-    char text[400], *end;
+    char text[400], nearest[32], *end;
     if (o->type == 'c' && !is_choice(o->value, value)) {
-        snprintf(text, sizeof text, "--%s %s: it must be one of %s", o->name, value, o->value);
+        int near = nearest_choice(o->value, value, nearest, sizeof nearest);
+        snprintf(text, sizeof text, "--%s %.100s: it must be one of %s%s%s%s", o->name, value, o->value, near ? "; did you mean " : "", nearest, near ? "?" : "");
         wrong(text);
         return 0;
     }
-    if (o->type == 'i') {
+    if (o->type == 'i' && o->id != O_SEED) {
         long long number = strtoll(value, &end, 10);
-        if (end == value || *end || (number < 0 && o->id != O_SEED)) {
-            snprintf(text, sizeof text, "--%s %s: it must be a whole number, 0 or more", o->name, value);
+        int least = o->id == O_BATCH || o->id == O_EPOCHS || o->id == O_SAMPLES || o->id == O_REPEATS;
+        if (end == value || *end || number < least || number > 1000000000) {
+            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number from %d to 1000000000", o->name, value, least);
+            wrong(text);
+            return 0;
+        }
+    }
+    if (o->id == O_SEED) {
+        (void)strtoll(value, &end, 10);
+        if (end == value || *end) {
+            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number", o->name, value);
             wrong(text);
             return 0;
         }
     }
     if (o->type == 'n') {
         double number = strtod(value, &end);
-        if (end == value || *end || !(number >= 0.0 && number < 1e30)) {
-            snprintf(text, sizeof text, "--%s %s: it must be a number, 0 or more", o->name, value);
+        const char *range = o->id == O_TAU ? "above 0" : o->id == O_PRUNE_FRACTION ? "from 0 to below 1" : "0 or more";
+        int inside = number >= 0.0 && number < 1e30 && !(o->id == O_TAU && number <= 0.0) && !(o->id == O_PRUNE_FRACTION && number >= 1.0);
+        if (end == value || *end || !inside) {
+            snprintf(text, sizeof text, "--%s %.100s: it must be a number, %s", o->name, value, range);
             wrong(text);
             return 0;
         }
@@ -368,16 +408,28 @@ static int required(const cli *line, option_id id)
     return 0;
 }
 
-/* A comma list of numbers. Returns how many, or -1. */
+/* A comma list of finite numbers. Returns how many, or -1. */
 static int number_list(const char *text, double *out, int most)
 {
     int n = 0;
     char *end;
-    while (*text) {
-        if (n == most) return -1;
-        out[n++] = strtod(text, &end);
-        if (end == text || (*end && *end != ',')) return -1;
-        text = *end ? end + 1 : end;
+    while (n < most) {
+        out[n] = strtod(text, &end);
+        if (end == text || !(fabs(out[n]) < 1e15)) return -1;
+        n++;
+        if (*end == 0) return n;
+        if (*end != ',') return -1;
+        text = end + 1;
+    }
+    return -1;
+}
+
+/* A comma list of whole numbers, 0 or more. Returns how many, or -1. */
+static int whole_list(const char *text, double *out, int most)
+{
+    int i, n = number_list(text, out, most);
+    for (i = 0; i < n; i++) {
+        if (out[i] < 0.0 || out[i] > 1e9 || out[i] != floor(out[i])) return -1;
     }
     return n;
 }
@@ -400,10 +452,7 @@ static int finish_json(cli *line, spm_json *json)
         fprintf(stderr, "spurmem: out of memory for the JSON result\n");
         rc = 1;
     } else if (is(line, O_JSON, "-")) {
-        if (printf("%s\n", text) < 0 || fflush(stdout) != 0) {
-            fprintf(stderr, "spurmem: stdout: writing failed\n");
-            rc = 1;
-        }
+        printf("%s\n", text); /* main sees whether it arrived */
     } else if (line->value[O_JSON]) {
         if (spm_file_write(line->ctx, line->value[O_JSON], text, strlen(text), &err)) rc = failed(&err);
     }
@@ -476,11 +525,39 @@ static int check_model_options(const cli *line)
         snprintf(text, sizeof text, "--image-size %s: it must be N or HxW", line->value[O_IMAGE_SIZE]);
         return wrong(text);
     }
+    if (line->value[O_ARCH]) {
+        spm_arch arch;
+        spm_error err = SPM_ZERO;
+        memset(&arch, 0, sizeof arch);
+        if (spm_arch_parse(line->ctx, line->value[O_ARCH], &arch, &err)) {
+            snprintf(text, sizeof text, "--arch: %.250s", err.text);
+            return wrong(text);
+        }
+    }
     if (line->value[O_NORMALIZE] && !parse_normalize(line->value[O_NORMALIZE], &transform)) {
         snprintf(text, sizeof text, "--normalize %s: it must be imagenet, none or m1,m2,m3/s1,s2,s3", line->value[O_NORMALIZE]);
         return wrong(text);
     }
     return 0;
+}
+
+/* Rows of the classifier in a file that does not say how many classes it has; 0 if it has none. */
+static int64_t head_classes(cli *line, const char *file)
+{
+    static const char heads[][20] = { "fc.weight", "fc.0.weight", "head.weight", "head.0.weight", "heads.head.weight", "linear.weight", "classifier.weight" };
+    spm_error err = SPM_ZERO;
+    spm_archive *archive = spm_archive_open(line->ctx, file, &err);
+    int64_t i, classes = 0;
+    int h;
+    for (i = 0; archive && i < spm_archive_count(archive); i++) {
+        const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
+        for (h = 0; h < 7; h++) { /* whatever wraps the name */
+            size_t n = strlen(t->name), m = strlen(heads[h]);
+            if (t->rank == 2 && n >= m && strcmp(t->name + n - m, heads[h]) == 0 && (n == m || t->name[n - m - 1] == '.')) classes = t->shape[0];
+        }
+    }
+    spm_archive_close(archive);
+    return classes;
 }
 
 /* Architecture and reading, from the checkpoint where it says and from the options where they are given. */
@@ -509,7 +586,8 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
         arch->height = h ? h : info.has_arch ? info.arch.height : 0;
         arch->width_px = w ? w : info.has_arch ? info.arch.width_px : 0;
         arch->classes = integer(line, O_NUM_CLASSES);
-        if (!arch->classes) arch->classes = info.arch.classes ? info.arch.classes : data_classes;
+        if (!arch->classes && file) arch->classes = info.has_arch ? info.arch.classes : head_classes(line, file);
+        if (!arch->classes) arch->classes = data_classes;
         if (line->value[O_ALLOW_PARTIAL] && !integer(line, O_NUM_CLASSES) && data_classes) arch->classes = data_classes;
         arch->softmax_head = info.has_arch ? info.arch.softmax_head : 0;
         status = spm_arch_parse(line->ctx, line->value[O_ARCH], arch, err);
@@ -643,6 +721,7 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->group_weighting = is_on(line, O_GROUP_WEIGHTING);
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
     if (fill_optimizer(line, desc)) return 2;
+    if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy) return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
     if (is(line, O_PROFILE, "official")) fill_official(line, desc, intervene);
     desc->progress = on_progress;
     desc->on_epoch = on_epoch;
@@ -668,19 +747,17 @@ static int run_train(cli *line)
     list_bad(data);
     if (rc == 0) {
         json = spm_json_create(line->ctx);
-        if (json) {
-            spm_json_object_begin(json, NULL);
-            spm_json_string(json, "command", line->command->name);
-            spm_json_string(json, "out", desc.out);
-            spm_json_int(json, "epochs", result.epochs);
-            spm_json_int(json, "steps", result.steps);
-            spm_json_int(json, "best_epoch", result.best_epoch);
-            spm_json_number(json, "best_score", result.best_score);
-            spm_json_bool(json, "stopped", result.stopped);
-            spm_json_object_end(json);
-            rc = finish_json(line, json);
-        }
-        if (prints(line) && result.stopped) printf("%s: stopped after %lld steps; the same command with --resume goes on\n", desc.out, (long long)result.steps);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "command", line->command->name);
+        spm_json_string(json, "out", desc.out);
+        spm_json_int(json, "epochs", result.epochs);
+        spm_json_int(json, "steps", result.steps);
+        spm_json_int(json, "best_epoch", result.best_epoch);
+        spm_json_number(json, "best_score", result.best_score);
+        spm_json_bool(json, "stopped", result.stopped);
+        spm_json_object_end(json);
+        rc = finish_json(line, json);
+        if (prints(line) && result.stopped) printf("%s: stopped after %lld steps; the same command with --resume%s goes on\n", desc.out, (long long)result.steps, desc.max_steps ? " and without --max-steps" : "");
         else if (prints(line)) printf("%s: %lld epochs, %lld steps; best.safetensors is epoch %lld\n", desc.out, (long long)result.epochs, (long long)result.steps, (long long)result.best_epoch + 1);
     } else rc = failed(&err);
     spm_dataset_close(data);
@@ -714,10 +791,8 @@ static int run_eval(cli *line)
             progress_clear();
             list_bad(data);
             if (prints(line)) print_eval(&eval);
-            if (json) {
-                spm_eval_json(json, NULL, &eval);
-                rc = finish_json(line, json);
-            }
+            spm_eval_json(json, NULL, &eval);
+            rc = finish_json(line, json);
             spm_eval_free(line->ctx, &eval);
         }
     }
@@ -736,7 +811,7 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
     char text[300];
     int i, n;
     if (!is(line, O_GROUPS, "all")) {
-        n = number_list(line->value[O_GROUPS], list, SPM_LOCALIZE_MAX);
+        n = whole_list(line->value[O_GROUPS], list, SPM_LOCALIZE_MAX);
         if (n < 1) {
             snprintf(text, sizeof text, "--groups %s: it must be all or a list like 0,1", line->value[O_GROUPS]);
             return wrong(text);
@@ -745,22 +820,22 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
         desc->groups = groups;
         desc->n_groups = n;
     }
-    n = number_list(line->value[O_TOP], list, SPM_LOCALIZE_MAX);
-    for (i = 0; i < n; i++) {
-        desc->top[i] = (int64_t)list[i];
-        if (list[i] < 0.0 || list[i] != floor(list[i])) n = -1;
-    }
+    n = whole_list(line->value[O_TOP], list, SPM_LOCALIZE_MAX);
+    for (i = 0; i < n; i++) desc->top[i] = (int64_t)list[i];
     if (n < 1) {
         snprintf(text, sizeof text, "--top %s: it must be a list of whole numbers like 1,2,3", line->value[O_TOP]);
         return wrong(text);
     }
     desc->n_top = n;
     n = number_list(line->value[O_STD], list, SPM_LOCALIZE_MAX);
+    for (i = 0; i < n; i++) {
+        desc->std[i] = list[i];
+        if (list[i] < 0.0) n = -1;
+    }
     if (n < 1) {
-        snprintf(text, sizeof text, "--std %s: it must be a list of numbers like .005,.01", line->value[O_STD]);
+        snprintf(text, sizeof text, "--std %s: it must be a list of numbers, 0 or more, like .005,.01", line->value[O_STD]);
         return wrong(text);
     }
-    for (i = 0; i < n; i++) desc->std[i] = list[i];
     desc->n_std = n;
     for (i = 0; i < SPM_SPLITS; i++) desc->report[i] = 0;
     snprintf(text, sizeof text, "%s", line->value[O_REPORT_SPLITS]);
@@ -775,6 +850,15 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
             }
             desc->report[split] = 1;
         }
+    }
+    if (!desc->report[SPM_TRAIN] && !desc->report[SPM_VAL] && !desc->report[SPM_TEST]) return wrong("--report-splits needs at least one of train, val and test");
+    (void)spm_split_parse(line->value[O_SELECT_SPLIT], &desc->select_split);
+    desc->official = is(line, O_PROFILE, "official");
+    desc->allow_same_split = is_on(line, O_ALLOW_SAME_SPLIT);
+    if (desc->select_split != SPM_TRAIN && desc->report[desc->select_split] && !desc->allow_same_split && !desc->official) {
+        snprintf(text, sizeof text, "--select-split %s: units chosen on the split that is reported would flatter the result; report another with --report-splits, or pass --allow-same-split",
+                 line->value[O_SELECT_SPLIT]);
+        return wrong(text);
     }
     return 0;
 }
@@ -861,10 +945,8 @@ static int run_localize(cli *line)
     int rc = 1, groups[SPM_LOCALIZE_MAX];
     if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
     if (fill_localize(line, &desc, groups)) return 2;
-    desc.official = is(line, O_PROFILE, "official");
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc.criterion);
     (void)spm_modify_parse(desc.official && !line->given[O_MODIFY] ? "zero" : line->value[O_MODIFY], &desc.modify);
-    (void)spm_split_parse(line->value[O_SELECT_SPLIT], &desc.select_split);
     desc.rewind_file = line->value[O_REWIND];
     if ((desc.modify == SPM_MODIFY_REWIND || desc.modify == SPM_MODIFY_LAYER_REWIND) && !desc.rewind_file) return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
     desc.repeats = integer(line, O_REPEATS);
@@ -873,13 +955,16 @@ static int run_localize(cli *line)
     desc.batch = integer(line, O_BATCH);
     desc.workers = (int)integer(line, O_WORKERS);
     desc.seed = (uint64_t)integer(line, O_SEED);
-    desc.allow_same_split = is_on(line, O_ALLOW_SAME_SPLIT);
     desc.progress = on_progress;
     data = open_data(line, &err);
     model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
     if (model) {
         desc.rewind_arch = arch;
         json = spm_json_create(line->ctx);
+        if (!json) {
+            err.status = SPM_E_MEMORY;
+            snprintf(err.text, sizeof err.text, "out of memory for the JSON result");
+        }
     }
     if (json && !spm_localize(model, data, &desc, json, NULL, &err)) {
         const char *text = spm_json_finish(json);
@@ -918,21 +1003,36 @@ static void class_name(const char *names, int c, char *text, size_t size)
     snprintf(text, size, "%d", c);
 }
 
-static int predict_one(cli *line, spm_run *run, const spm_program *program, const spm_reading *reading, const char *names, const char *file, float *pixels,
-                       float *probabilities, int classes, spm_error *err)
+/* Loads a picture as the network sees it; errors name the file. */
+static spm_status load_picture(cli *line, const char *file, const spm_transform *transform, spm_image *ready, spm_error *err)
 {
-    spm_image image = SPM_ZERO, ready = SPM_ZERO;
+    spm_image image = SPM_ZERO;
     spm_decode_desc decoding = SPM_ZERO;
+    spm_error why = SPM_ZERO;
+    spm_status status;
+    decoding.apply_exif = is_on(line, O_EXIF);
+    status = spm_image_load(line->ctx, file, &decoding, transform ? &image : ready, err);
+    if (status || !transform) return status;
+    status = spm_transform_image(line->ctx, transform, &image, ready, &why);
+    spm_image_free(line->ctx, &image);
+    if (status) {
+        err->status = status;
+        snprintf(err->text, sizeof err->text, "%.200s: %.250s", file, why.text);
+    }
+    return status;
+}
+
+/* One line on stdout; with --json - only the element of the object. */
+static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program *program, const spm_reading *reading, const char *names, const char *file,
+                       float *pixels, float *probabilities, int classes, spm_error *err)
+{
+    spm_image ready = SPM_ZERO;
     const float *logits;
     const char *text;
     char name[128];
     spm_json *json;
     int c, best, ok;
-    decoding.apply_exif = is_on(line, O_EXIF);
-    if (spm_image_load(line->ctx, file, &decoding, &image, err)) return 0;
-    ok = !spm_transform_image(line->ctx, &reading->transform, &image, &ready, err);
-    spm_image_free(line->ctx, &image);
-    if (!ok) return 0;
+    if (load_picture(line, file, &reading->transform, &ready, err)) return 0;
     spm_transform_normalize(&reading->transform, &ready, pixels);
     spm_image_free(line->ctx, &ready);
     if (spm_run_input(run, spm_program_find(program, "image"), pixels) || spm_run_forward(run, 1, 0)) {
@@ -942,7 +1042,6 @@ static int predict_one(cli *line, spm_run *run, const spm_program *program, cons
     logits = spm_run_data(run, spm_program_find(program, "logits"));
     best = spm_classify(reading, logits, classes, probabilities);
     json = spm_json_create(line->ctx);
-    if (!json) return 0;
     class_name(names, best, name, sizeof name);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "file", file);
@@ -956,12 +1055,14 @@ static int predict_one(cli *line, spm_run *run, const spm_program *program, cons
     spm_json_array_end(json);
     spm_json_object_end(json);
     text = spm_json_finish(json);
-    ok = text && printf("%s\n", text) > 0;
-    spm_json_destroy(json);
-    if (!ok && !err->status) {
-        err->status = SPM_E_IO;
-        snprintf(err->text, sizeof err->text, "stdout: writing failed");
+    ok = text != NULL;
+    if (ok) spm_json_raw(all, NULL, text);
+    if (ok && prints(line)) ok = printf("%s\n", text) > 0;
+    if (!ok) {
+        err->status = text ? SPM_E_IO : SPM_E_MEMORY;
+        snprintf(err->text, sizeof err->text, "%s", text ? "stdout: writing failed" : "out of memory for the JSON result");
     }
+    spm_json_destroy(json);
     return ok;
 }
 
@@ -973,6 +1074,7 @@ static int run_predict(cli *line)
     spm_checkpoint_info info;
     spm_model *model;
     spm_run *run = NULL;
+    spm_json *json;
     float *pixels = NULL, *probabilities = NULL;
     int i, rc = 0;
     if (!required(line, O_CHECKPOINT)) return 2;
@@ -986,12 +1088,25 @@ static int run_predict(cli *line)
         pixels = (float *)malloc((size_t)(arch.height * arch.width_px * 3) * sizeof *pixels);
         probabilities = (float *)malloc((size_t)arch.classes * sizeof *probabilities);
         if (!run || !pixels || !probabilities) rc = 1;
+        if (rc && !err.status) snprintf(err.text, sizeof err.text, "out of memory for one picture");
     }
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "predict");
+    spm_json_array_begin(json, "predictions");
     for (i = 0; !rc && i < line->operands && !interrupted; i++) {
-        if (!predict_one(line, run, spm_model_program(model), &reading, info.class_names, line->operand[i], pixels, probabilities, (int)arch.classes, &err)) rc = 1;
+        if (!predict_one(line, json, run, spm_model_program(model), &reading, info.class_names, line->operand[i], pixels, probabilities, (int)arch.classes, &err)) rc = 1;
     }
-    fflush(stdout);
-    if (rc) rc = failed(&err);
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    if (!rc && interrupted) {
+        rc = stopped("predict", i, line->operands);
+        spm_json_destroy(json);
+    } else if (rc) {
+        fflush(stdout);
+        rc = failed(&err);
+        spm_json_destroy(json);
+    } else rc = finish_json(line, json);
     free(pixels);
     free(probabilities);
     spm_run_destroy(run);
@@ -1008,27 +1123,28 @@ static void output_name(char *text, size_t size, const char *dir, const char *fi
     snprintf(text, size, "%s/%.*s.%s", dir, dot && dot > base ? (int)(dot - base) : (int)strlen(base), base, extension);
 }
 
-static int decode_one(cli *line, const char *file, const char *path, spm_error *err)
+static int decode_one(cli *line, spm_json *json, const char *file, const char *path, spm_error *err)
 {
-    spm_image image = SPM_ZERO, ready = SPM_ZERO;
-    spm_decode_desc decoding = SPM_ZERO;
+    spm_image image = SPM_ZERO;
+    spm_transform transform;
     uint8_t *bytes = NULL;
     size_t size = 0;
+    int64_t h = 8, w = 8;
     spm_status status;
-    decoding.apply_exif = is_on(line, O_EXIF);
-    status = spm_image_load(line->ctx, file, &decoding, &image, err);
-    if (!status && line->value[O_IMAGE_SIZE]) {
-        int64_t h = 0, w = 0;
-        spm_transform transform;
-        (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
-        transform = spm_transform_make(h, w);
-        (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
-        status = spm_transform_image(line->ctx, &transform, &image, &ready, err);
-        spm_image_free(line->ctx, &image);
-        image = ready;
-    }
+    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+    transform = spm_transform_make(h, w);
+    (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
+    status = load_picture(line, file, line->value[O_IMAGE_SIZE] ? &transform : NULL, &image, err);
     if (!status) status = is(line, O_AS, "ppm") ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err) : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
     if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
+    if (!status) {
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "file", file);
+        spm_json_string(json, "output", path);
+        spm_json_int(json, "width", image.width);
+        spm_json_int(json, "height", image.height);
+        spm_json_object_end(json);
+    }
     spm_free(line->ctx, bytes);
     spm_image_free(line->ctx, &image);
     return status == SPM_OK;
@@ -1038,7 +1154,8 @@ static int run_decode(cli *line)
 {
     spm_error err = SPM_ZERO;
     char path[4096], other[4096], text[4200];
-    int i, j;
+    spm_json *json;
+    int i, j, ok = 1;
     if (!required(line, O_OUT_DIR)) return 2;
     if (line->operands == 0) return wrong("decode needs at least one picture");
     for (i = 0; i < line->operands; i++) {
@@ -1046,18 +1163,26 @@ static int run_decode(cli *line)
         for (j = 0; j < i; j++) {
             output_name(other, sizeof other, line->value[O_OUT_DIR], line->operand[j], line->value[O_AS]);
             if (strcmp(path, other) == 0) {
-                snprintf(text, sizeof text, "%s and %s would both become %s; decode them into different folders", line->operand[j], line->operand[i], path);
+                snprintf(text, sizeof text, "%.1000s and %.1000s would both become %.2000s; decode them into different folders", line->operand[j], line->operand[i], path);
                 return wrong(text);
             }
         }
     }
     if (spm_directory_create(line->ctx, line->value[O_OUT_DIR], &err)) return failed(&err);
-    for (i = 0; i < line->operands && !interrupted; i++) {
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "decode");
+    spm_json_array_begin(json, "pictures");
+    for (i = 0; ok && i < line->operands && !interrupted; i++) {
         output_name(path, sizeof path, line->value[O_OUT_DIR], line->operand[i], line->value[O_AS]);
-        if (!decode_one(line, line->operand[i], path, &err)) return failed(&err);
-        printf("%s\n", path);
+        ok = decode_one(line, json, line->operand[i], path, &err);
+        if (ok && prints(line)) printf("%s\n", path);
     }
-    return 0;
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    if (ok && !interrupted) return finish_json(line, json);
+    spm_json_destroy(json);
+    return ok ? stopped("decode", i, line->operands) : failed(&err);
 }
 
 /* ---- report ---- */
@@ -1066,12 +1191,22 @@ static int run_report(cli *line)
 {
     spm_report_desc desc = SPM_ZERO;
     spm_error err = SPM_ZERO;
+    spm_json *json;
+    int i;
     if (line->operands == 0) return wrong("report needs at least one run folder");
     desc.runs = line->operand;
     desc.n_runs = line->operands;
     if (spm_report_write(line->ctx, &desc, line->value[O_OUTPUT], &err)) return failed(&err);
-    printf("%s\n", line->value[O_OUTPUT]);
-    return 0;
+    if (prints(line)) printf("%s\n", line->value[O_OUTPUT]);
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "report");
+    spm_json_string(json, "output", line->value[O_OUTPUT]);
+    spm_json_array_begin(json, "runs");
+    for (i = 0; i < line->operands; i++) spm_json_string(json, NULL, line->operand[i]);
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    return finish_json(line, json);
 }
 
 /* ---- inspect and convert ---- */
@@ -1165,11 +1300,11 @@ static int inspect_picture(cli *line, const char *path)
     return finish_json(line, json);
 }
 
-/* Decodes every picture once, to find the broken ones. */
-static void find_broken(spm_dataset *data, spm_json *json, int print)
+/* Decodes every picture once, to find the broken ones. Returns how many it came to. */
+static int64_t find_broken(spm_dataset *data, spm_json *json, int print)
 {
     int64_t i, n = spm_dataset_size(data), broken = 0;
-    clock_t start = clock();
+    double start = spm_seconds();
     spm_json_array_begin(json, "broken");
     for (i = 0; i < n && !interrupted; i++) {
         spm_image image = SPM_ZERO;
@@ -1179,7 +1314,7 @@ static void find_broken(spm_dataset *data, spm_json *json, int print)
         p.unit = "images";
         p.done = i + 1;
         p.total = n;
-        p.seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        p.seconds = spm_seconds() - start;
         (void)on_progress(NULL, &p);
         if (spm_dataset_image(data, i, &image, &err)) {
             broken++;
@@ -1194,7 +1329,8 @@ static void find_broken(spm_dataset *data, spm_json *json, int print)
     }
     spm_json_array_end(json);
     progress_clear();
-    if (print) printf("%lld of %lld pictures cannot be read\n", (long long)broken, (long long)n);
+    if (print && i == n) printf("%lld of %lld pictures cannot be read\n", (long long)broken, (long long)n);
+    return i;
 }
 
 static int inspect_data(cli *line, const char *path)
@@ -1202,6 +1338,7 @@ static int inspect_data(cli *line, const char *path)
     spm_error err = SPM_ZERO;
     spm_dataset *data;
     spm_json *json;
+    int64_t read, total;
     int s, g;
     line->value[O_DATA] = path;
     data = open_data(line, &err);
@@ -1231,6 +1368,10 @@ static int inspect_data(cli *line, const char *path)
             spm_json_int(json, "y", g / spm_dataset_confounders(data));
             spm_json_int(json, "confounder", g % spm_dataset_confounders(data));
             spm_json_int(json, "count", spm_dataset_group_count(data, (spm_split)s, g));
+            spm_json_null(json, "correct"); /* no model has seen it: the rest of a group is null */
+            spm_json_null(json, "accuracy");
+            spm_json_null(json, "ci95");
+            spm_json_null(json, "loss");
             spm_json_object_end(json);
             if (prints(line)) printf("  %*lld", (int)strlen(name), (long long)spm_dataset_group_count(data, (spm_split)s, g));
         }
@@ -1240,10 +1381,13 @@ static int inspect_data(cli *line, const char *path)
     }
     spm_json_array_end(json);
     if (prints(line)) printf("\n");
-    find_broken(data, json, prints(line));
+    read = find_broken(data, json, prints(line));
+    total = spm_dataset_size(data);
     spm_json_object_end(json);
     spm_dataset_close(data);
-    return finish_json(line, json);
+    if (read == total) return finish_json(line, json);
+    spm_json_destroy(json);
+    return stopped("reading the pictures", read, total);
 }
 
 /* The parameters of an architecture that is named, not loaded. */
@@ -1253,22 +1397,38 @@ static int inspect_arch(cli *line)
     spm_arch arch;
     spm_reading reading;
     spm_model *model;
+    spm_json *json;
     int64_t total = 0;
-    int i;
+    int i, d;
     if (resolve_model(line, 2, &arch, &reading, &err)) return failed(&err);
     model = spm_model_build(line->ctx, &arch, 0, &err);
     if (!model) return failed(&err);
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "inspect");
+    spm_json_string(json, "arch", arch.name);
+    spm_json_array_begin(json, "tensors");
     for (i = 0; i < spm_model_parameter_count(model); i++) {
         const spm_parameter *p = spm_model_parameter(model, i);
         char shape[128];
         if (p->flags & SPM_PARAMETER_BUFFER) continue;
         spm_tensor_shape_text(&p->value, shape, sizeof shape);
         total += spm_tensor_count(&p->value);
-        printf("  %-52s %s\n", p->name, shape);
+        if (prints(line)) printf("  %-52s %s\n", p->name, shape);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "name", p->name);
+        spm_json_string(json, "dtype", "F32");
+        spm_json_array_begin(json, "shape");
+        for (d = 0; d < p->value.rank; d++) spm_json_int(json, NULL, p->value.shape[d]);
+        spm_json_array_end(json);
+        spm_json_object_end(json);
     }
-    printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px, (long long)total);
+    spm_json_array_end(json);
+    spm_json_int(json, "values", total);
+    spm_json_object_end(json);
+    if (prints(line)) printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px, (long long)total);
     spm_model_destroy(model);
-    return 0;
+    return finish_json(line, json);
 }
 
 static int run_inspect(cli *line)
@@ -1276,17 +1436,24 @@ static int run_inspect(cli *line)
     unsigned char head[512];
     FILE *file;
     size_t got;
+    int folder;
     if (line->operands == 0 && line->value[O_ARCH]) return inspect_arch(line);
     if (line->operands != 1) return wrong("inspect takes one checkpoint, picture or data set (or --arch NAME)");
     file = fopen(line->operand[0], "rb");
     if (!file) {
         spm_error err = SPM_ZERO;
-        snprintf(err.text, sizeof err.text, "%s: there is no such file or folder", line->operand[0]);
+        snprintf(err.text, sizeof err.text, "%.400s: there is no such file or folder", line->operand[0]);
         return failed(&err);
     }
     got = fread(head, 1, sizeof head, file);
+    folder = ferror(file); /* a folder opens but does not read */
     fclose(file);
-    if (got == 0 || (got > 262 && memcmp(head + 257, "ustar", 5) == 0)) return inspect_data(line, line->operand[0]);
+    if (got == 0 && !folder) {
+        spm_error err = SPM_ZERO;
+        snprintf(err.text, sizeof err.text, "%.400s: the file is empty", line->operand[0]);
+        return failed(&err);
+    }
+    if (folder || (got > 262 && memcmp(head + 257, "ustar", 5) == 0)) return inspect_data(line, line->operand[0]);
     if (spm_image_probe(head, got, NULL, NULL) != SPM_IMAGE_UNKNOWN) return inspect_picture(line, line->operand[0]);
     return inspect_checkpoint(line, line->operand[0]);
 }
@@ -1324,7 +1491,8 @@ static int convert_tensor(spm_archive *in, spm_archive_writer *out, const spm_ar
 
 static int run_convert(cli *line)
 {
-    static const char keys[][24] = { "arch", "image_size", "classes", "class_names", "resize", "mean", "std", "head", "label_order", "method", "epoch", "spurmem" };
+    static const char keys[][24] = { "format", "writer", "arch", "image_size", "classes", "resize", "mean", "std", "head", "label_order", "method",
+                                     "class_names", "epoch" };
     spm_error err = SPM_ZERO;
     spm_archive *in;
     spm_archive_writer *out;
@@ -1355,9 +1523,19 @@ static int run_convert(cli *line)
     for (i = 0; ok && i < spm_archive_count(in); i++) ok = convert_tensor(in, out, spm_archive_tensor_at(in, i), &err);
     if (ok) ok = spm_archive_commit(out, &err) == SPM_OK;
     else spm_archive_abort(out);
-    if (ok) printf("%s: %lld tensors\n", to, (long long)spm_archive_count(in));
+    if (ok && prints(line)) printf("%s: %lld tensors\n", to, (long long)spm_archive_count(in));
+    if (ok) {
+        spm_json *json = spm_json_create(line->ctx);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "command", "convert");
+        spm_json_string(json, "file", line->operand[0]);
+        spm_json_string(json, "output", to);
+        spm_json_int(json, "tensors", spm_archive_count(in));
+        spm_json_object_end(json);
+        ok = finish_json(line, json) == 0;
+    } else (void)failed(&err);
     spm_archive_close(in);
-    return ok ? 0 : failed(&err);
+    return !ok;
 }
 
 /* ---- bench ---- */
@@ -1380,7 +1558,7 @@ static int64_t peak_bytes(void)
 /* One line of the bench's table and of its JSON. flops: of one repetition; images: of one repetition, 0 for kernels. */
 static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch, double seconds, double flops, double images)
 {
-    double gflops = flops / seconds * 1e-9, peak = spm_measure_peak(line->ctx);
+    double gflops = flops / seconds * 1e-9, peak = line->peak;
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "name", name);
     spm_json_int(json, "batch", batch);
@@ -1461,7 +1639,7 @@ static int bench_model(cli *line, spm_json *json, const char *name, int train, s
         image = spm_program_find(spm_model_program(model), "image");
         logits = spm_program_find(spm_model_program(model), "logits");
         began = spm_seconds();
-        for (step = 0; ok && step < 16 && (step < 4 || spm_seconds() - began < 3.0); step++) {
+        for (step = 0; ok && !interrupted && step < 16 && (step < 4 || spm_seconds() - began < 3.0); step++) {
             double start = spm_seconds();
             ok = !spm_run_input(run, image, pixels) && !spm_run_forward(run, batch, train);
             if (ok && train) {
@@ -1473,6 +1651,7 @@ static int bench_model(cli *line, spm_json *json, const char *name, int train, s
             seconds[step] = spm_seconds() - start;
         }
         if (!ok) *err = *spm_run_error(run);
+        if (interrupted) ok = 0;
         snprintf(label, sizeof label, "%s:%s", train ? "train" : "infer", name);
         if (ok) bench_row(line, json, label, batch, median(seconds + 1, step - 1), spm_program_flops(spm_model_program(model), batch, train), (double)batch);
     }
@@ -1535,7 +1714,7 @@ static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
 {
     static const int64_t shape[][5] = { { 56, 64, 64, 3, 1 }, { 28, 128, 128, 3, 1 }, { 14, 256, 256, 3, 1 }, { 7, 512, 512, 3, 1 }, { 56, 64, 256, 1, 1 }, { 14, 1024, 256, 1, 1 }, { 56, 64, 128, 3, 2 }, { 224, 3, 64, 7, 2 } };
     int i, what;
-    for (what = 0; gemm && what < 3; what++) {
+    for (what = 0; gemm && what < 3 && !interrupted; what++) {
         spm_op_call call = SPM_ZERO;
         call.in[0] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
         call.in[1] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
@@ -1543,7 +1722,7 @@ static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
         bench_op(line, json, "gemm 1024", SPM_OP_LINEAR, &call, what);
     }
     for (i = 0; conv && i < (int)(sizeof shape / sizeof shape[0]); i++) {
-        for (what = 0; what < 3; what++) {
+        for (what = 0; what < 3 && !interrupted; what++) {
             spm_op_call call = SPM_ZERO;
             char name[96];
             const int64_t *s = shape[i];
@@ -1564,7 +1743,7 @@ static int bench_decode(cli *line, spm_json *json, spm_error *err)
     int i, round;
     for (round = 0; round < 5; round++) {
         double start = spm_seconds();
-        for (i = 0; i < line->operands; i++) {
+        for (i = 0; i < line->operands && !interrupted; i++) {
             spm_image image = SPM_ZERO;
             if (spm_image_load(line->ctx, line->operand[i], NULL, &image, err)) return 0;
             spm_image_free(line->ctx, &image);
@@ -1579,20 +1758,26 @@ static int run_bench(cli *line)
 {
     const char *only = line->value[O_ONLY];
     spm_error err = SPM_ZERO;
-    spm_json *json = spm_json_create(line->ctx);
+    spm_json *json;
     int ok = 1;
-    double peak = spm_measure_peak(line->ctx);
     if (only && strncmp(only, "train:", 6) != 0 && strncmp(only, "infer:", 6) != 0 && strcmp(only, "gemm") != 0 && strcmp(only, "conv") != 0 && strcmp(only, "decode") != 0) {
         return wrong("--only must be train:ARCH, infer:ARCH, gemm, conv or decode");
     }
+    if (only && strchr(only, ':')) {
+        spm_arch arch;
+        memset(&arch, 0, sizeof arch);
+        if (spm_arch_parse(line->ctx, only + 6, &arch, &err)) return wrong(err.text);
+    }
     if (only && strcmp(only, "decode") == 0 && line->operands == 0) return wrong("bench --only decode needs the pictures to decode");
+    line->peak = spm_measure_peak(line->ctx);
+    json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "command", "bench");
-    spm_json_number(json, "peak_gflops", peak);
+    spm_json_number(json, "peak_gflops", line->peak);
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(line->ctx)));
     spm_json_int(json, "threads", spm_context_threads(line->ctx));
     spm_json_array_begin(json, "results");
-    if (prints(line)) printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), peak);
+    if (prints(line)) printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), line->peak);
     if (only && (strncmp(only, "train:", 6) == 0 || strncmp(only, "infer:", 6) == 0)) ok = bench_model(line, json, only + 6, only[0] == 't', &err);
     else {
         bench_kernels(line, json, !only || strcmp(only, "gemm") == 0, !only || strcmp(only, "conv") == 0);
@@ -1603,9 +1788,11 @@ static int run_bench(cli *line)
     }
     spm_json_array_end(json);
     spm_json_object_end(json);
-    if (ok) return finish_json(line, json);
+    if (ok && !interrupted) return finish_json(line, json);
     spm_json_destroy(json);
-    return failed(&err);
+    if (!interrupted) return failed(&err);
+    fprintf(stderr, "spurmem: bench: stopped\n");
+    return 1;
 }
 
 /* ---- main ---- */
@@ -1651,11 +1838,12 @@ int main(int argc, char **argv)
     spm_context_desc desc = SPM_ZERO;
     int rc;
     if (argc < 2) {
-        help_all();
+        fprintf(stderr, "spurmem: give a command; one of those below\n\n");
+        help_all(stderr);
         return 2;
     }
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
-        help_all();
+        help_all(stdout);
         return 0;
     }
     if (strcmp(argv[1], "--version") == 0) {
@@ -1667,7 +1855,6 @@ int main(int argc, char **argv)
     line.operand = (const char **)malloc((size_t)argc * sizeof *line.operand);
     if (!line.operand) return 1;
     rc = parse(&line, argc, argv);
-    if (rc == 0) rc = check_model_options(&line);
     if (rc) {
         free((void *)line.operand);
         return rc < 0 ? 0 : rc;
@@ -1683,7 +1870,12 @@ int main(int argc, char **argv)
         return 1;
     }
     catch_interrupts();
-    rc = run_command(&line);
+    rc = check_model_options(&line);
+    if (rc == 0) rc = run_command(&line);
+    if ((fflush(stdout) != 0 || ferror(stdout)) && rc == 0) {
+        fprintf(stderr, "spurmem: stdout: writing failed\n");
+        rc = 1;
+    }
     spm_context_destroy(line.ctx);
     free((void *)line.operand);
     return rc;
