@@ -22512,7 +22512,6 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_number(json, "eps", (double)d->optimizer.eps);
     spm_json_number(json, "weight_decay", (double)d->optimizer.weight_decay);
     spm_json_bool(json, "decay_all", d->optimizer.decay_all);
-    spm_json_bool(json, "decay_all", d->optimizer.decay_all);
     spm_json_string(json, "schedule", spmi_schedule_name(d->schedule));
     spm_json_int(json, "warmup", d->warmup);
     spm_json_int(json, "patience", d->patience);

@@ -1015,7 +1015,7 @@ static void changed_settings(void)
     REFUSED(desc.optimizer.lr = 1e-3f, "lr", "0.002");
     REFUSED(desc.optimizer.kind = SPM_ADAMW, "optimizer", "adamw");
     REFUSED(desc.optimizer.weight_decay = 0.5f, "weight_decay", "0.5");
-    REFUSED(desc.optimizer.decay_all = 1, "decay_all", "on");
+    REFUSED(desc.optimizer.decay_all = 0, "decay_all", "now it is off");
     REFUSED(desc.shuffle = 0, "shuffle", "now it is off");
     REFUSED(desc.drop_last = 1, "drop_last", "now it is on");
     REFUSED(desc.augment = SPM_AUGMENT_LIGHT, "augment", "light");
