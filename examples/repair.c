@@ -6,7 +6,7 @@
  * `make demo` runs it on the pictures of data_tools/synth_birds.c.  It prints one table and writes OUT/summary.json,
  * OUT/report.html and two run folders, OUT/erm and OUT/intervene. */
 #ifndef SPURMEM_LINKED /* set by the Makefile, which compiles the implementation once for all programs */
-  #define SPURMEM_IMPLEMENTATION
+    #define SPURMEM_IMPLEMENTATION
 #endif
 #include "../spurmem.h"
 #include "terminal.h"
@@ -47,8 +47,8 @@ static int train_erm(demo *d, const char *run)
     spm_train_desc desc = spm_train_desc_init(SPM_METHOD_ERM);
     spm_train_result result;
     common_settings(d, &desc, run);
-    desc.epochs = 16;
-    desc.eval_every = 4;
+    desc.epochs = 20;
+    desc.eval_every = 5;
     desc.select = SPM_SELECT_LAST;
     return spm_train(d->ctx, d->data, &desc, &result, &d->err) == SPM_OK && !result.stopped;
 }
@@ -61,9 +61,14 @@ static int train_intervention(demo *d, const char *run, const char *checkpoint)
     spm_train_result result;
     common_settings(d, &desc, run);
     desc.checkpoint = checkpoint;
-    desc.epochs = 10;
-    desc.augment = SPM_AUGMENT_LIGHT;
-    desc.optimizer.weight_decay = 0.0f;
+    desc.epochs = 20;
+    desc.eval_every = 4;
+    desc.optimizer.lr = 3e-3f;
+    desc.schedule = SPM_SCHEDULE_COSINE;
+    desc.augment = SPM_AUGMENT_PAPER;
+    desc.lambda = 10.0f;
+    desc.prune_fraction = 0.05;
+    desc.cross_entropy_pruned = 1;
     return spm_train(d->ctx, d->data, &desc, &result, &d->err) == SPM_OK && !result.stopped;
 }
 
@@ -86,16 +91,25 @@ static int evaluate(demo *d, spm_model *model, spm_split split, spm_eval *eval)
     return spm_evaluate(model, d->data, &desc, eval, &d->err) == SPM_OK;
 }
 
-/* Removes the 1, 2 and 3 highest-ranked channels, and for the three 19 matched controls. */
-static int localize(demo *d, spm_model *model, spm_criterion criterion, spm_json *json)
+/* Removes the 1, 2 and 3 channels that rank highest for the groups where the shortcut fails (1: landbirds on water, 2:
+ * waterbirds on land), and for the three 19 matched controls. */
+static spm_json *localize(demo *d, spm_model *model, spm_criterion criterion)
 {
+    static const int minorities[2] = { 1, 2 };
     spm_localize_desc desc = SPM_ZERO;
+    spm_json *json = spm_json_create(d->ctx);
     desc.reading = d->reading;
+    desc.groups = minorities;
+    desc.n_groups = 2;
     desc.criterion = criterion;
     desc.controls = 19;
     desc.seed = 1;
     desc.progress = on_progress;
-    return spm_localize(model, d->data, &desc, json, spm_criterion_name(criterion), &d->err) == SPM_OK;
+    if (json && spm_localize(model, d->data, &desc, json, NULL, &d->err)) {
+        spm_json_destroy(json);
+        json = NULL;
+    }
+    return json;
 }
 
 static int write_json(demo *d, const char *name, spm_json *json)
@@ -116,94 +130,142 @@ static void print_cell(const spm_group_metrics *g)
 static void print_table(const spm_eval *before, const spm_eval *after)
 {
     int g, s;
-    printf("\n%-22s  %-22s %-22s %-22s %-22s\n", "group", "train, ERM", "test, ERM", "train, intervention", "test, intervention");
+    printf("\n%-22s  %-22s %-22s %-22s %-22s\n", "group", "train, ERM", "test, ERM", "train, intervention",
+           "test, intervention");
     for (g = 0; g < before[0].n_groups; g++) {
         printf("%-22s", before[0].groups[g].name);
         for (s = 0; s < 4; s++) print_cell(s < 2 ? &before[s].groups[g] : &after[s - 2].groups[g]);
         printf("\n");
     }
     printf("%-22s", "worst group");
-    for (s = 0; s < 4; s++) printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->worst_accuracy);
+    for (s = 0; s < 4; s++)
+        printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->worst_accuracy);
     printf("\n%-22s", "mean");
-    for (s = 0; s < 4; s++) printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->mean_accuracy);
+    for (s = 0; s < 4; s++)
+        printf("  %5.1f               ", 100.0 * (s < 2 ? &before[s] : &after[s - 2])->mean_accuracy);
     printf("\n");
 }
 
-/* The top channels of every ranking, and what removing the top three did to the ranked group. */
-static void print_channels(const spm_json_value *study, const char *criterion)
+/* What removing a ranking's three channels did to group `g` of a split: accuracy before and after, p against controls. */
+static void print_removal(const spm_json_value *study, const spm_json_value *row, const char *split, int64_t g)
 {
-    const spm_json_value *rankings = spm_json_get(study, "rankings");
-    int64_t i, u;
+    const spm_json_value *before = spm_json_at(spm_json_get(spm_json_get(study, "baseline"), split), g);
+    const spm_json_value *after = spm_json_at(spm_json_get(spm_json_get(row, "splits"), split), g),
+                         *controls = spm_json_get(row, "controls");
+    int64_t i;
+    printf("  %s %.1f to %.1f", split, 100.0 * spm_json_as_number(spm_json_get(before, "accuracy"), 0.0),
+           100.0 * spm_json_as_number(spm_json_get(after, "accuracy"), 0.0));
+    for (i = 0; i < spm_json_length(controls); i++) {
+        const spm_json_value *control = spm_json_at(controls, i);
+        if (strcmp(spm_json_as_string(spm_json_get(control, "split"), ""), split) != 0
+            || spm_json_as_int(spm_json_get(control, "group"), -1) != g)
+            continue;
+        printf(" (19 controls: %+.1f points, p = %.2f)",
+               -100.0 * spm_json_as_number(spm_json_get(control, "mean_drop"), 0.0),
+               spm_json_as_number(spm_json_get(control, "p_value"), 1.0));
+    }
+}
+
+/* The top channels of every ranking, and what removing all three does to the groups where the shortcut fails. */
+static void print_channels(demo *d, spm_json *json, const char *criterion)
+{
+    const char *text = spm_json_finish(json);
+    spm_json_value *study = spm_json_parse(d->ctx, "study", text, strlen(text), &d->err);
+    const spm_json_value *rankings = spm_json_get(study, "rankings"), *results = spm_json_get(study, "results");
+    int64_t i, u, g;
     for (i = 0; i < spm_json_length(rankings); i++) {
         const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units");
         int64_t group = spm_json_as_int(spm_json_get(ranking, "group"), -1);
-        if (group >= 0) printf("%-10s group %lld:", criterion, (long long)group);
-        else printf("%-10s all    :", criterion);
+        if (group >= 0)
+            printf("%s, ranked for group %lld:", criterion, (long long)group);
+        else
+            printf("%s:", criterion);
         for (u = 0; u < spm_json_length(units); u++) {
             const spm_json_value *unit = spm_json_at(units, u);
-            printf("  %s[%lld]", spm_json_as_string(spm_json_get(unit, "parameter"), "?"), (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0));
+            printf("  %s[%lld]", spm_json_as_string(spm_json_get(unit, "parameter"), "?"),
+                   (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0));
         }
         printf("\n");
+        for (g = group >= 0 ? group : 1; g <= (group >= 0 ? group : 2); g++) {
+            printf("    without them, group %lld:", (long long)g);
+            print_removal(study, spm_json_at(results, 3 * i + 2), "train", g);
+            print_removal(study, spm_json_at(results, 3 * i + 2), "test", g);
+            printf("\n");
+        }
     }
+    spm_json_free(d->ctx, study);
+}
+
+/* summary.json: test metrics of both runs and the studies; erm/localize.json: the studies for the report. */
+static int write_results(demo *d, const spm_eval *erm, const spm_eval *intervene, spm_json *gradient,
+                         spm_json *magnitude)
+{
+    const char *by_gradient = spm_json_finish(gradient), *by_magnitude = spm_json_finish(magnitude);
+    spm_json *summary = spm_json_create(d->ctx), *studies = spm_json_create(d->ctx);
+    int ok = summary && studies && by_gradient && by_magnitude;
+    if (ok) {
+        spm_json_object_begin(summary, NULL);
+        spm_eval_json(summary, "erm", erm);
+        spm_eval_json(summary, "intervene", intervene);
+        spm_json_raw(summary, "localize", by_gradient);
+        spm_json_raw(summary, "localize_magnitude", by_magnitude);
+        spm_json_object_end(summary);
+        spm_json_object_begin(studies, NULL);
+        spm_json_raw(studies, "gradient", by_gradient);
+        spm_json_raw(studies, "magnitude", by_magnitude);
+        spm_json_object_end(studies);
+        ok = write_json(d, "summary.json", summary) && write_json(d, "erm/localize.json", studies);
+    }
+    spm_json_destroy(summary);
+    spm_json_destroy(studies);
+    return ok;
+}
+
+static int write_report(demo *d, const char *erm, const char *intervene)
+{
+    spm_report_desc report = SPM_ZERO;
+    const char *runs[2];
+    char path[1024];
+    runs[0] = erm;
+    runs[1] = intervene;
+    report.runs = runs;
+    report.n_runs = 2;
+    report.title = "Synthetic birds: memory found and removed";
+    report.command = "make demo";
+    path_in(d, path, sizeof path, "report.html");
+    return spm_report_write(d->ctx, &report, path, &d->err) == SPM_OK;
 }
 
 /* Everything behind the training: studies, table, summary, report. */
 static int finish(demo *d, const char *erm, const char *intervene, const char *erm_file, const char *repaired_file)
 {
     spm_eval before[2], after[2];
-    spm_model *model = load(d, erm_file), *repaired = load(d, repaired_file);
-    spm_json *study = spm_json_create(d->ctx), *summary = spm_json_create(d->ctx);
-    spm_report_desc report = SPM_ZERO;
-    const char *runs[2], *text;
-    char path[1024];
-    int ok = model && repaired && study && summary;
+    spm_model *model = load(d, erm_file), *repaired = model ? load(d, repaired_file) : NULL;
+    spm_json *gradient = NULL, *magnitude = NULL;
+    int ok = repaired != NULL, s;
     memset(before, 0, sizeof before);
     memset(after, 0, sizeof after);
-    if (ok) {
-        section("find the channels that carry the memory");
-        spm_json_object_begin(study, NULL);
-        ok = localize(d, model, SPM_CRITERION_GRADIENT, study) && localize(d, model, SPM_CRITERION_MAGNITUDE, study);
-        spm_json_object_end(study);
-    }
+    section("find the channels that carry the memory");
+    if (ok) gradient = localize(d, model, SPM_CRITERION_GRADIENT);
+    if (gradient) magnitude = localize(d, model, SPM_CRITERION_MAGNITUDE);
+    ok = magnitude != NULL;
     ok = ok && evaluate(d, model, SPM_TRAIN, &before[0]) && evaluate(d, model, SPM_TEST, &before[1]);
     ok = ok && evaluate(d, repaired, SPM_TRAIN, &after[0]) && evaluate(d, repaired, SPM_TEST, &after[1]);
-    if (ok) {
-        spm_json_object_begin(summary, NULL);
-        spm_eval_json(summary, "erm", &before[1]);
-        spm_eval_json(summary, "intervene", &after[1]);
-        text = spm_json_finish(study);
-        spm_json_raw(summary, "localize", text ? text : "null");
-        spm_json_object_end(summary);
-        ok = write_json(d, "summary.json", summary) && write_json(d, "erm/localize.json", study);
-    }
-    if (ok) {
-        runs[0] = erm;
-        runs[1] = intervene;
-        report.runs = runs;
-        report.n_runs = 2;
-        report.title = "Synthetic birds: memory found and removed";
-        report.command = "make demo";
-        path_in(d, path, sizeof path, "report.html");
-        ok = spm_report_write(d->ctx, &report, path, &d->err) == SPM_OK;
-    }
+    ok = ok && write_results(d, &before[1], &after[1], gradient, magnitude) && write_report(d, erm, intervene);
     progress_clear();
     if (ok) {
-        spm_json_value *root;
-        text = spm_json_finish(study);
-        root = spm_json_parse(d->ctx, "study", text, strlen(text), &d->err);
         print_table(before, after);
-        printf("\ntop channels\n");
-        print_channels(spm_json_get(root, "gradient"), "gradient");
-        print_channels(spm_json_get(root, "magnitude"), "magnitude");
+        printf("\nchannels that carry the memory\n");
+        print_channels(d, gradient, "gradient");
+        print_channels(d, magnitude, "magnitude");
         printf("\n%s/summary.json and %s/report.html have the rest\n", d->out, d->out);
-        spm_json_free(d->ctx, root);
     }
-    spm_eval_free(d->ctx, &before[0]);
-    spm_eval_free(d->ctx, &before[1]);
-    spm_eval_free(d->ctx, &after[0]);
-    spm_eval_free(d->ctx, &after[1]);
-    spm_json_destroy(study);
-    spm_json_destroy(summary);
+    for (s = 0; s < 2; s++) {
+        spm_eval_free(d->ctx, &before[s]);
+        spm_eval_free(d->ctx, &after[s]);
+    }
+    spm_json_destroy(gradient);
+    spm_json_destroy(magnitude);
     spm_model_destroy(model);
     spm_model_destroy(repaired);
     return ok;

@@ -1,6 +1,7 @@
 /* Context, allocator, errors, files, threads, random numbers: sections 01 to 04. */
 #include "test.h"
 #include "../spurmem.h"
+#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -107,6 +108,10 @@ static void test_files(void)
     if (file) fclose(file);
     CHECK(spm_file_write(ctx, folder, "x", 1, &err) != SPM_OK); /* the name of a folder */
     CHECK(err.text[0] != 0);
+    memset(&err, 0, sizeof err);
+    snprintf(part, sizeof part, "%s/below", path); /* a folder below a file: the first reason is the one told */
+    CHECK_INT(spm_directory_create(ctx, part, &err), SPM_E_IO);
+    CHECK(strstr(err.text, "cannot create the folder") && !strstr(err.text, "No such file"));
     if (access("/dev/full", F_OK) == 0) { /* a full disk */
         char link[640];
         memset(&err, 0, sizeof err);
@@ -177,6 +182,68 @@ static void test_parallel(void)
     }
 }
 
+/* Two application threads share one context: one of them gets the pool, the other one works alone. */
+static void *share_context(void *user)
+{
+    tally *t = (tally *)user;
+    int round;
+    for (round = 0; round < 300; round++) spm_parallel(t->ctx, 1000, count_task, t);
+    return NULL;
+}
+
+static void test_shared_pool(void)
+{
+    static tally t[2];
+    spm_context_desc desc = SPM_ZERO;
+    spm_context *ctx;
+    pthread_t other;
+    int i, k, wrong = 0;
+    memset(t, 0, sizeof t);
+    desc.threads = 3;
+    ctx = spm_context_create(&desc);
+    t[0].ctx = t[1].ctx = ctx;
+    if (pthread_create(&other, NULL, share_context, &t[1]) != 0) {
+        spm_context_destroy(ctx);
+        SKIP("no thread");
+    }
+    (void)share_context(&t[0]);
+    pthread_join(other, NULL);
+    for (k = 0; k < 2; k++) {
+        for (i = 0; i < 1000; i++) wrong += t[k].hits[i] != 300;
+    }
+    CHECK_INT(wrong, 0);
+    spm_context_destroy(ctx);
+}
+
+/* A context may be read while another thread fails: the sentence that is handed out is complete. */
+static void *fail_often(void *user)
+{
+    uint8_t *data;
+    size_t size;
+    int i;
+    for (i = 0; i < 200; i++) (void)spm_file_read((spm_context *)user, "no/such/file.one", &data, &size, NULL);
+    return NULL;
+}
+
+static void test_shared_errors(void)
+{
+    spm_context *ctx = spm_context_create(NULL);
+    pthread_t other;
+    int i, torn = 0;
+    if (pthread_create(&other, NULL, fail_often, ctx) != 0) {
+        spm_context_destroy(ctx);
+        SKIP("no thread");
+    }
+    for (i = 0; i < 200; i++) {
+        const char *text = spm_context_error(ctx);
+        torn += *text && !strstr(text, "cannot be opened: ");
+    }
+    pthread_join(other, NULL);
+    CHECK_INT(torn, 0);
+    CHECK_INT(spm_context_status(ctx), SPM_E_IO);
+    spm_context_destroy(ctx);
+}
+
 static void sequential_executor(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
 {
     int64_t task;
@@ -200,6 +267,58 @@ static void test_executor(void)
     CHECK_INT(wrong, 0);
     CHECK_INT(calls, 1);
     spm_context_destroy(ctx);
+}
+
+/* An executor whose tasks run on a thread that the library has never seen. */
+typedef struct foreign {
+    void (*fn)(void *arg, int64_t task, int slot);
+    void *arg;
+    int64_t tasks;
+} foreign;
+
+static void *foreign_thread(void *user)
+{
+    const foreign *f = (const foreign *)user;
+    int64_t task;
+    for (task = 0; task < f->tasks; task++) f->fn(f->arg, task, 0);
+    return NULL;
+}
+
+static void foreign_executor(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
+{
+    foreign f;
+    pthread_t thread;
+    (void)user;
+    f.fn = fn;
+    f.arg = arg;
+    f.tasks = tasks;
+    if (pthread_create(&thread, NULL, foreign_thread, &f) == 0) pthread_join(thread, NULL);
+    else foreign_thread(&f);
+}
+
+static void halve_task(void *arg, int64_t task, int slot)
+{
+    volatile float *x = (volatile float *)arg + task;
+    (void)slot;
+    *x = *x * 0.5f;
+}
+
+/* Denormal numbers are treated alike on every thread, the executor's included. */
+static void test_executor_denormals(void)
+{
+    float got[2][2];
+    int way;
+    for (way = 0; way < 2; way++) {
+        spm_context_desc desc = SPM_ZERO;
+        spm_context *ctx;
+        desc.threads = 1;
+        if (way) desc.execute = foreign_executor;
+        ctx = spm_context_create(&desc);
+        got[way][0] = got[way][1] = 1.5e-38f; /* half of it is no normal number */
+        spm_parallel(ctx, 2, halve_task, got[way]);
+        spm_context_destroy(ctx);
+    }
+    CHECK(memcmp(got[0], got[1], sizeof got[0]) == 0);
 }
 
 /* Known answers of Philox4x32-10 (Random123's kat_vectors): counter and key all zero, and all ones. */
@@ -257,7 +376,10 @@ int main(void)
     TEST(test_first_error_stays);
     TEST(test_files);
     TEST(test_parallel);
+    TEST(test_shared_pool);
+    TEST(test_shared_errors);
     TEST(test_executor);
+    TEST(test_executor_denormals);
     TEST(test_philox);
     TEST(test_random);
     TEST(test_isa);

@@ -1100,6 +1100,83 @@ static void refusals(void)
     call.in[0] = spm_tensor_make(NULL, 4, INT64_C(1) << 40, 1 << 20, 3, 8);
     CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_GLOBAL_POOL, &call, &err), SPM_E_SHAPE);
     CHECK(strstr(err.text, "does not fit into memory") != NULL);
+    memset(&err, 0, sizeof err); /* the input would fit, the scores of all pairs of tokens would not */
+    call.in[0] = spm_tensor_make(NULL, 3, 1, INT64_C(1) << 34, 3, 0);
+    call.attr.heads = 1;
+    CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_ATTENTION, &call, &err), SPM_E_SHAPE);
+    CHECK(strstr(err.text, "attention: output 1 would be [1,1,17179869184,17179869184]") != NULL
+          || strstr(err.text, "input 0") != NULL); /* 32-bit */
+    memset(&err, 0, sizeof err);
+    call.n_in = SPM_OP_MAX_IN + 1;
+    CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_ATTENTION, &call, &err), SPM_E_ARGUMENT);
+    memset(&err, 0, sizeof err);
+    CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_COUNT, &call, &err), SPM_E_ARGUMENT);
+    CHECK(strstr(err.text, "is not known") != NULL);
+    memset(&err, 0, sizeof err);
+    memset(&call, 0, sizeof call);
+    call.n_in = 1;
+    call.in[0] = spm_tensor_make(NULL, 4, 1, 4, 4, 8);
+    call.attr.groups = 8;
+    call.attr.stride[0] = call.attr.stride[1] = INT64_MAX;
+    CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_SHORTCUT_A, &call, &err), SPM_E_ARGUMENT);
+}
+
+/* One value per channel: variance 0, so y = bias, and no gradient reaches x (PyTorch refuses this case). */
+static void batch_norm_of_one(void)
+{
+    float x[3] = { 1.5f, -2.0f, 1e6f }, w[3] = { 2.0f, 1.0f, -1.0f }, b[3] = { 0.25f, 0.5f, -3.0f };
+    float mean[3] = { 0, 0, 0 }, var[3] = { 1, 1, 1 }, y[3], m[3], v[3], dy[3] = { 1.0f, -2.0f, 0.5f }, dx[3], dw[3];
+    char memory[4096];
+    spm_op_call call;
+    spm_error err = SPM_ZERO;
+    int i;
+    memset(&call, 0, sizeof call);
+    call.n_in = 5;
+    call.training = 1;
+    call.attr.eps = 1e-5f;
+    call.in[0] = spm_tensor_make(x, 2, 1, 3, 0, 0);
+    call.in[1] = spm_tensor_make(w, 1, 3, 0, 0, 0);
+    call.in[2] = spm_tensor_make(b, 1, 3, 0, 0, 0);
+    call.in[3] = spm_tensor_make(mean, 1, 3, 0, 0, 0);
+    call.in[4] = spm_tensor_make(var, 1, 3, 0, 0, 0);
+    CHECK_INT(spm_op_infer(ctx_of[0], SPM_OP_BATCH_NORM, &call, &err), SPM_OK);
+    call.out[0].data = y;
+    call.out[1].data = m;
+    call.out[2].data = v;
+    call.scratch = memory + (64 - (uintptr_t)memory % 64) % 64;
+    CHECK(spm_op_scratch(ctx_of[0], SPM_OP_BATCH_NORM, &call, 0) <= sizeof memory - 64);
+    CHECK(spm_op_scratch(ctx_of[0], SPM_OP_BATCH_NORM, &call, 1) <= sizeof memory - 64);
+    spm_op_forward(ctx_of[0], SPM_OP_BATCH_NORM, &call);
+    call.d_out = call.out[0];
+    call.d_out.data = dy;
+    call.d_in[0] = call.in[0];
+    call.d_in[0].data = dx;
+    call.d_in[1] = call.in[1];
+    call.d_in[1].data = dw;
+    spm_op_backward(ctx_of[0], SPM_OP_BATCH_NORM, &call);
+    for (i = 0; i < 3; i++) {
+        CHECK_NEAR(y[i], b[i], 0);
+        CHECK_NEAR(m[i], x[i], 0);
+        CHECK_NEAR(v[i], 0, 0);
+        CHECK_NEAR(dx[i], 0, 1e-3); /* of terms near 600 */
+        CHECK_NEAR(dw[i], 0, 0);
+    }
+}
+
+static void tensor_differences(void)
+{
+    float a[3] = { 1.0f, INFINITY, 2.0f }, b[3] = { 1.0f, INFINITY, 4.0f };
+    spm_tensor x = spm_tensor_make(a, 1, 3, 0, 0, 0), y = spm_tensor_make(b, 1, 3, 0, 0, 0);
+    CHECK_NEAR(spm_tensor_difference(&x, &x), 0, 0);
+    CHECK_NEAR(spm_tensor_difference(&x, &y), 0.5, 1e-12); /* equal infinities hide nothing */
+    b[1] = 3.0f;
+    CHECK(spm_tensor_difference(&x, &y) > 1e300 && spm_tensor_difference(&y, &x) > 1e300);
+    b[1] = -INFINITY;
+    CHECK(spm_tensor_difference(&x, &y) > 1e300);
+    a[1] = NAN;
+    CHECK(spm_tensor_difference(&x, &y) > 1e300 && spm_tensor_difference(&x, &x) > 1e300);
+    y.shape[0] = 2;
+    CHECK(spm_tensor_difference(&x, &y) > 1e300);
 }
 
 static void table(void)
@@ -1210,6 +1287,8 @@ int main(void)
         TEST(loss_extremes);
         TEST(ntxent_corners);
         TEST(refusals);
+        TEST(batch_norm_of_one);
+        TEST(tensor_differences);
         TEST(table);
         close_contexts();
     }

@@ -867,6 +867,144 @@ static void test_loss_program(void)
     spm_context_destroy(ctx);
 }
 
+/* Calls out of order and arguments that do not fit are refused with a sentence. */
+static void refused(spm_run *run, spm_status got, spm_status want, const char *part)
+{
+    CHECK_INT(got, want);
+    CHECK_MSG(strstr(spm_run_error(run)->text, part) != NULL, spm_run_error(run)->text);
+    memset(spm_run_error(run), 0, sizeof(spm_error));
+}
+
+static void test_calls_out_of_order(void)
+{
+    spm_context *ctx = context(1);
+    spm_model *model = network(ctx, "vit:patch=8,dim=24,depth=1,heads=3,mlp=2", 16, 3);
+    const spm_program *program = spm_model_program(model);
+    spm_run *run = run_of(model, 2, 1, 0), *plain = run_of(model, 2, 0, 0);
+    spm_value image = value_of(model, "image"), logits = value_of(model, "logits"), block = value_of(model, "block1");
+    spm_value in[SPM_OP_MAX_IN], probs = 0;
+    float *picture = noise(2 * 16 * 16 * 3, 1), *d = noise(6, 2), *stored = noise(2 * 5 * 24, 3);
+    double sum[64];
+    spm_run_desc desc;
+    spm_error err;
+    spm_op op;
+    int i, buffer;
+    for (i = 0; i < spm_program_op_count(program); i++) {
+        spm_value v = spm_program_op_at(program, i, &op, NULL, in);
+        if (op == SPM_OP_ATTENTION) probs = v + 1;
+    }
+    memset(&err, 0, sizeof err);
+    memset(&desc, 0, sizeof desc);
+    desc.max_batch = -1;
+    CHECK(spm_run_create(model, &desc, &err) == NULL && strstr(err.text, "max_batch is -1"));
+    refused(run, spm_run_backward(run), SPM_E_STATE, "wants a forward pass");
+    refused(run, spm_run_set_gradient(run, logits, d), SPM_E_STATE, "between forward and backward");
+    refused(run, spm_run_commit_statistics(run, .1f), SPM_E_STATE, "no batch statistics");
+    refused(run, spm_run_forward(run, 0, 0), SPM_E_ARGUMENT, "0 examples");
+    refused(run, spm_run_forward(run, -3, 0), SPM_E_ARGUMENT, "-3 examples");
+    refused(run, spm_run_forward(run, 3, 0), SPM_E_ARGUMENT, "3 examples");
+    refused(run, spm_run_forward(run, 2, 0), SPM_E_STATE, "image is not bound");
+    refused(run, spm_run_input(run, 0, picture), SPM_E_ARGUMENT, "spm_run_input");
+    refused(run, spm_run_input(run, 100000, picture), SPM_E_ARGUMENT, "spm_run_input");
+    refused(run, spm_run_input(run, spm_model_parameter(model, 0)->id, picture), SPM_E_ARGUMENT, "spm_run_input");
+    refused(run, spm_run_keep(run, image), SPM_E_ARGUMENT, "spm_run_keep");
+    refused(run, spm_run_keep(run, -1), SPM_E_ARGUMENT, "spm_run_keep");
+    refused(run, spm_run_forward_from(run, 0, 2, 0), SPM_E_ARGUMENT, "spm_run_forward_from");
+    refused(run, spm_run_forward_from(run, block, 2, 0), SPM_E_STATE, "is not bound");
+    refused(run, spm_run_set_mask(run, -1, d), SPM_E_ARGUMENT, "parameter -1");
+    refused(run, spm_run_hook(run, logits, SPM_HOOK_SUM, 0, NULL), SPM_E_ARGUMENT, "spm_run_hook");
+    refused(run, spm_run_hook(run, probs, SPM_HOOK_SUM, 1, sum), SPM_E_ARGUMENT, "a result that has none");
+    refused(run, spm_run_hook(run, probs, SPM_HOOK_VALUE_GRADIENT, 0, sum), SPM_E_ARGUMENT, "a result that has none");
+    refused(plain, spm_run_hook(plain, logits, SPM_HOOK_SUM, 1, sum), SPM_E_STATE, "backward = 1");
+    refused(run, spm_run_hook_write(run, logits, NULL, NULL), SPM_E_ARGUMENT, "spm_run_hook_write");
+    CHECK(spm_run_data(run, 0) == NULL && spm_run_gradient(run, logits) == NULL && spm_run_buffer(run, 0) == NULL);
+    (void)spm_run_input(plain, image, picture);
+    CHECK_INT(spm_run_forward(plain, 2, 1), SPM_OK);
+    refused(plain, spm_run_set_gradient(plain, logits, d), SPM_E_STATE, "backward = 1");
+    refused(plain, spm_run_backward(plain), SPM_E_STATE, "backward = 1");
+    (void)spm_run_input(run, image, picture);
+    CHECK_INT(spm_run_keep(run, probs), SPM_OK);
+    CHECK_INT(spm_run_forward(run, 2, 1), SPM_OK);
+    refused(run, spm_run_set_gradient(run, probs, stored), SPM_E_ARGUMENT, "spm_run_set_gradient");
+    refused(run, spm_run_set_gradient(run, logits, NULL), SPM_E_ARGUMENT, "spm_run_set_gradient");
+    refused(run, spm_run_set_gradient(run, block, stored), SPM_E_ARGUMENT, "spm_run_set_gradient");
+    refused(run, spm_run_backward(run), SPM_E_STATE, "nothing to go backward from");
+    /* the first error stays, and does not change what later calls answer */
+    CHECK_INT(spm_run_forward(run, 3, 0), SPM_E_ARGUMENT);
+    CHECK_INT(spm_run_backward(run), SPM_E_STATE);
+    refused(run, spm_run_forward_from(run, block, 2, 0), SPM_E_STATE, "3 examples");
+    spm_run_destroy(run);
+    spm_run_destroy(plain);
+    spm_model_destroy(model);
+    /* buffers take no mask and no hook on a gradient they do not have */
+    model = network(ctx, "resnet18:width=4,stem=cifar", 16, 3);
+    run = run_of(model, 1, 1, 0);
+    buffer = spm_model_find_parameter(model, "bn1.running_var");
+    refused(run, spm_run_set_mask(run, buffer, d), SPM_E_ARGUMENT, "is a buffer");
+    refused(run, spm_run_hook(run, spm_model_parameter(model, buffer)->id, SPM_HOOK_SUM, 1, sum), SPM_E_ARGUMENT,
+            "of a buffer");
+    CHECK(spm_program_flops(spm_model_program(model), 0, 0) == 0.0);
+    CHECK_STR(spm_context_error(ctx), "");
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    free(picture);
+    free(d);
+    free(stored);
+    spm_context_destroy(ctx);
+}
+
+/* Hooks of a pass that begins in the middle: inputs it does not read are left alone (the picture is not even bound),
+ * and the value it begins from is reduced like any other, but never written. */
+static void test_hooks_of_prefixes(void)
+{
+    spm_context *ctx = context(1);
+    spm_model *model = network(ctx, "resnet18:width=4,stem=cifar", 16, 3);
+    spm_run *run = run_of(model, 2, 1, 0), *plain = run_of(model, 2, 1, 0);
+    spm_value cut = value_of(model, "block3"), logits = value_of(model, "logits");
+    spm_tensor shape = spm_program_shape(spm_model_program(model), cut, 2);
+    const int64_t n = spm_tensor_count(&shape), c = shape.shape[3];
+    float *stored = noise((int)n, 1), *d = noise(6, 2);
+    double sum[8] = { 0 }, dsum[8] = { 0 }, product[8] = { 0 }, pixels[3] = { 0 }, want[3][8];
+    const float *g;
+    int64_t i;
+    int channel = 1;
+    CHECK(c <= 8);
+    CHECK_INT(spm_run_hook(run, value_of(model, "image"), SPM_HOOK_SUM, 0, pixels), SPM_OK);
+    CHECK_INT(spm_run_hook(run, cut, SPM_HOOK_SUM, 0, sum), SPM_OK);
+    CHECK_INT(spm_run_hook(run, cut, SPM_HOOK_SUM, 1, dsum), SPM_OK);
+    CHECK_INT(spm_run_hook(run, cut, SPM_HOOK_VALUE_GRADIENT, 0, product), SPM_OK);
+    CHECK_INT(spm_run_hook_write(run, cut, zero_channel, &channel), SPM_OK);
+    CHECK_INT(spm_run_input(run, cut, stored), SPM_OK);
+    CHECK_INT(spm_run_forward_from(run, cut, 2, 0), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(run, logits, d), SPM_OK);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    CHECK_INT(spm_run_keep(plain, cut), SPM_OK);
+    CHECK_INT(spm_run_input(plain, cut, stored), SPM_OK);
+    CHECK_INT(spm_run_forward_from(plain, cut, 2, 0), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(plain, logits, d), SPM_OK);
+    CHECK_INT(spm_run_backward(plain), SPM_OK);
+    g = spm_run_gradient(plain, cut);
+    CHECK(g != NULL);
+    memset(want, 0, sizeof want);
+    for (i = 0; g && i < n; i++) {
+        want[0][i % c] += (double)stored[i];
+        want[1][i % c] += (double)g[i];
+        want[2][i % c] += (double)stored[i] * (double)g[i];
+    }
+    for (i = 0; i < c; i++) {
+        CHECK_NEAR(sum[i], want[0][i], 1e-9 * (1 + fabs(want[0][i])));
+        CHECK_NEAR(dsum[i], want[1][i], 1e-9 * (1 + fabs(want[1][i])));
+        CHECK_NEAR(product[i], want[2][i], 1e-9 * (1 + fabs(want[2][i])));
+    }
+    CHECK(pixels[0] == 0.0 && sum[channel] != 0.0 && dsum[0] != 0.0);
+    free(stored);
+    free(d);
+    spm_run_destroy(run);
+    spm_run_destroy(plain);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
 static void test_recording_errors(void)
 {
     spm_context *ctx = context(1);
@@ -983,6 +1121,8 @@ int main(void)
     TEST(test_forward_from);
     TEST(test_statistics);
     TEST(test_loss_program);
+    TEST(test_calls_out_of_order);
+    TEST(test_hooks_of_prefixes);
     TEST(test_recording_errors);
     TEST(test_batches_do_not_matter);
     TEST(test_runs_on_two_threads);
