@@ -52,7 +52,7 @@ $(BUILD)/data.stamp: $(SHARED)
 	@mkdir -p $(BUILD)
 	@if [ -n "$(SHARED)" ]; then mkdir -p $(BUILD)/data && for t in $(SHARED); do tar -xf $$t -C $(BUILD)/data; done; echo $(BUILD)/data > $@; else : > $@; fi
 
-check: all
+check: all $(BUILD)/data.stamp
 	sh tests/check.sh
 
 bench: $(BUILD)/spurmem

@@ -22400,13 +22400,107 @@ typedef struct spmi_trainer {
     int classes, n_groups;
     int64_t epoch, position, step, best_epoch; /* (state) position: of the next example in `order` */
     double loss_sum, images, best_score;       /* (state) of the running epoch; of the selection rule */
-    int64_t metrics_bytes, steps_bytes;        /* (state) lengths of the append files */
+    int64_t metrics_bytes, steps_bytes, events_bytes; /* (state) lengths of the append files */
     spmi_text config;                          /* config.json */
     FILE *steps;
     double start, epoch_start;                 /* seconds */
     int64_t images_done;                       /* by this call, for the progress report */
     int stopped;
 } spmi_trainer;
+
+/* ---- TensorBoard events: records of (length, checksum, protocol-buffer message, checksum) ---- */
+
+/* CRC-32C, bit by bit: the records are short. */
+static uint32_t spmi_crc32c(const unsigned char *data, size_t size)
+{
+    uint32_t crc = 0xffffffffu;
+    size_t i;
+    int bit;
+    for (i = 0; i < size; i++) {
+        crc ^= data[i];
+        for (bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (0x82f63b78u & (0u - (crc & 1u)));
+    }
+    return ~crc;
+}
+
+/* A message under construction; an event of one scalar fits with room to spare. */
+typedef struct spmi_event {
+    unsigned char bytes[512];
+    size_t size;
+} spmi_event;
+
+static void spmi_event_little(spmi_event *event, uint64_t value, int bytes)
+{
+    int i;
+    for (i = 0; i < bytes && event->size < sizeof event->bytes; i++) event->bytes[event->size++] = (unsigned char)(value >> (8 * i));
+}
+
+static void spmi_event_varint(spmi_event *event, uint64_t value)
+{
+    for (; value >= 128; value >>= 7) spmi_event_little(event, (value & 127) | 128, 1);
+    spmi_event_little(event, value, 1);
+}
+
+static void spmi_event_bytes(spmi_event *event, int field, const void *data, size_t size)
+{
+    spmi_event_varint(event, (uint64_t)field << 3 | 2);
+    spmi_event_varint(event, size);
+    if (size > sizeof event->bytes - event->size) size = sizeof event->bytes - event->size;
+    memcpy(event->bytes + event->size, data, size);
+    event->size += size;
+}
+
+/* Appends the record that holds `event`. */
+static void spmi_event_record(spmi_text *out, const spmi_event *event)
+{
+    spmi_event frame = SPM_ZERO;
+    uint32_t crc;
+    spmi_event_little(&frame, event->size, 8);
+    crc = spmi_crc32c(frame.bytes, 8);
+    spmi_event_little(&frame, (crc >> 15 | crc << 17) + 0xa282ead8u, 4);
+    spmi_text_append(out, (const char *)frame.bytes, frame.size);
+    spmi_text_append(out, (const char *)event->bytes, event->size);
+    crc = spmi_crc32c(event->bytes, event->size);
+    frame.size = 0;
+    spmi_event_little(&frame, (crc >> 15 | crc << 17) + 0xa282ead8u, 4);
+    spmi_text_append(out, (const char *)frame.bytes, frame.size);
+}
+
+/* Event { wall_time = 1, step = 2, summary = 5 { value = 1 { tag = 1, simple_value = 2 } } } */
+static void spmi_event_scalar(spmi_text *out, double wall_time, int64_t step, const char *tag, double value)
+{
+    spmi_event scalar = SPM_ZERO, summary = SPM_ZERO, event = SPM_ZERO;
+    float single = (float)value;
+    uint32_t bits;
+    uint64_t time_bits;
+    memcpy(&bits, &single, sizeof bits);
+    memcpy(&time_bits, &wall_time, sizeof time_bits);
+    spmi_event_bytes(&scalar, 1, tag, SPMI_MIN(strlen(tag), 200));
+    spmi_event_varint(&scalar, 2 << 3 | 5);
+    spmi_event_little(&scalar, bits, 4);
+    spmi_event_bytes(&summary, 1, scalar.bytes, scalar.size);
+    spmi_event_varint(&event, 1 << 3 | 1);
+    spmi_event_little(&event, time_bits, 8);
+    spmi_event_varint(&event, 2 << 3);
+    spmi_event_varint(&event, (uint64_t)step);
+    spmi_event_bytes(&event, 5, summary.bytes, summary.size);
+    spmi_event_record(out, &event);
+}
+
+/* The record every events file begins with. */
+static void spmi_event_version(spmi_text *out, double wall_time)
+{
+    spmi_event event = SPM_ZERO;
+    uint64_t time_bits;
+    memcpy(&time_bits, &wall_time, sizeof time_bits);
+    spmi_event_varint(&event, 1 << 3 | 1);
+    spmi_event_little(&event, time_bits, 8);
+    spmi_event_bytes(&event, 3, "brain.Event:2", 13);
+    spmi_event_record(out, &event);
+}
+
+/* The name says "events.out.tfevents" because TensorBoard looks for that. */
+#define SPMI_EVENTS_NAME "events.out.tfevents.0.spurmem"
 
 /* ---- paths and append files ---- */
 
@@ -22417,11 +22511,10 @@ static char *spmi_train_path(spmi_trainer *t, const char *name)
     return path;
 }
 
-/* Appends a line, on the disk when this returns; *bytes becomes the file's new length. */
-static spm_status spmi_append(spm_context *ctx, const char *path, const char *text, int64_t *bytes, spm_error *err)
+/* Appends bytes, on the disk when this returns; *bytes becomes the file's new length. */
+static spm_status spmi_append(spm_context *ctx, const char *path, const char *text, size_t length, int64_t *bytes, spm_error *err)
 {
     FILE *file = fopen(path, "ab");
-    size_t length = strlen(text);
     int reason = 0;
     if (!file) return spmi_fail(ctx, err, SPM_E_IO, "%s: cannot be written: %s", path, strerror(errno));
     errno = 0;
@@ -22691,6 +22784,7 @@ static spm_status spmi_state_save(spmi_trainer *t)
     spmi_state_number(walk.writer, "schedule_bad_epochs", (double)t->schedule.bad_epochs);
     spmi_state_number(walk.writer, "schedule_scale", (double)t->schedule.scale);
     spmi_state_number(walk.writer, "metrics_bytes", (double)t->metrics_bytes);
+    spmi_state_number(walk.writer, "events_bytes", (double)t->events_bytes);
     spmi_state_number(walk.writer, "steps_bytes", (double)t->steps_bytes);
     status = spmi_state_walk_all(t, &walk);
     walk.what = 1;
@@ -22731,6 +22825,7 @@ static spm_status spmi_state_load(spmi_trainer *t)
     t->schedule.bad_epochs = (int64_t)spmi_state_get(walk.archive, "schedule_bad_epochs");
     t->schedule.scale = (float)spmi_state_get(walk.archive, "schedule_scale");
     t->metrics_bytes = (int64_t)spmi_state_get(walk.archive, "metrics_bytes");
+    t->events_bytes = (int64_t)spmi_state_get(walk.archive, "events_bytes");
     t->steps_bytes = (int64_t)spmi_state_get(walk.archive, "steps_bytes");
     spm_optimizer_set_steps(t->optimizer, (int64_t)spmi_state_get(walk.archive, "optimizer_steps"));
     status = spmi_state_walk_all(t, &walk);
@@ -22740,6 +22835,11 @@ static spm_status spmi_state_load(spmi_trainer *t)
     if (!status) {
         path = spmi_train_path(t, "metrics.jsonl");
         status = path ? spmi_cut_back(t->ctx, path, t->metrics_bytes, t->err) : SPM_E_MEMORY;
+        spmi_free(t->ctx, path);
+    }
+    if (!status) {
+        path = spmi_train_path(t, SPMI_EVENTS_NAME);
+        status = path ? spmi_cut_back(t->ctx, path, t->events_bytes, t->err) : SPM_E_MEMORY;
         spmi_free(t->ctx, path);
     }
     if (!status && t->desc->log_steps) status = spmi_cut_back(t->ctx, t->desc->log_steps, t->steps_bytes, t->err);
@@ -23151,13 +23251,53 @@ static double spmi_train_score(const spmi_trainer *t, const spm_eval *val)
     return t->desc->select == SPM_SELECT_WGA ? val->worst_accuracy : val->mean_accuracy;
 }
 
-/* Evaluates every split that exists, writes metrics.jsonl, keeps the best. */
+/* An epoch's metrics of one split as TensorBoard scalars. */
+static void spmi_train_events(spmi_trainer *t, const spm_eval *eval, spmi_text *events)
+{
+    double now = (double)time(NULL);
+    const char *split = spm_split_name(eval->split);
+    char tag[128];
+    int g;
+    if (t->events_bytes == 0 && events->length == 0) spmi_event_version(events, now);
+    (void)spmi_format(tag, sizeof tag, "%s/loss", split);
+    spmi_event_scalar(events, now, t->epoch, tag, eval->loss);
+    (void)spmi_format(tag, sizeof tag, "%s/mean_accuracy", split);
+    spmi_event_scalar(events, now, t->epoch, tag, eval->mean_accuracy);
+    (void)spmi_format(tag, sizeof tag, "%s/worst_group_accuracy", split);
+    spmi_event_scalar(events, now, t->epoch, tag, eval->worst_accuracy);
+    for (g = 0; g < eval->n_groups; g++) {
+        (void)spmi_format(tag, sizeof tag, "%s/group %d %s", split, g, eval->groups[g].name);
+        spmi_event_scalar(events, now, t->epoch, tag, eval->groups[g].accuracy);
+    }
+}
+
+/* Appends an epoch's metrics of all evaluated splits to metrics.jsonl and to the TensorBoard file. */
+static spm_status spmi_train_record(spmi_trainer *t, const spm_eval *evals)
+{
+    spmi_text lines = spmi_text_create(t->ctx), events = spmi_text_create(t->ctx);
+    char *metrics = spmi_train_path(t, "metrics.jsonl"), *board = spmi_train_path(t, SPMI_EVENTS_NAME);
+    spm_status status = metrics && board ? SPM_OK : SPM_E_MEMORY;
+    int s;
+    for (s = 0; !status && s < SPM_SPLITS; s++) {
+        if (spm_dataset_split_size(t->dataset, (spm_split)s) == 0) continue;
+        status = spmi_train_metrics_line(t, &evals[s], &lines);
+        spmi_train_events(t, &evals[s], &events);
+    }
+    if (!status && events.failed) status = spmi_fail_memory(t->ctx, t->err, SPMI_EVENTS_NAME);
+    if (!status) status = spmi_append(t->ctx, metrics, lines.data, lines.length, &t->metrics_bytes, t->err);
+    if (!status) status = spmi_append(t->ctx, board, events.data, events.length, &t->events_bytes, t->err);
+    spmi_text_free(&lines);
+    spmi_text_free(&events);
+    spmi_free(t->ctx, metrics);
+    spmi_free(t->ctx, board);
+    return status;
+}
+
+/* Evaluates every split that exists, records the metrics, keeps the best. */
 static spm_status spmi_train_evaluate(spmi_trainer *t)
 {
     spm_eval evals[SPM_SPLITS];
-    spmi_text lines = spmi_text_create(t->ctx);
-    char *path = spmi_train_path(t, "metrics.jsonl");
-    spm_status status = path ? SPM_OK : SPM_E_MEMORY;
+    spm_status status = SPM_OK;
     int s;
     memset(evals, 0, sizeof evals);
     for (s = 0; !status && s < SPM_SPLITS; s++) {
@@ -23169,9 +23309,8 @@ static spm_status spmi_train_evaluate(spmi_trainer *t)
         evaluation.batch = t->desc->batch;
         evaluation.workers = t->desc->workers;
         status = spm_evaluate(t->model, t->dataset, &evaluation, &evals[s], t->err);
-        if (!status) status = spmi_train_metrics_line(t, &evals[s], &lines);
     }
-    if (!status) status = spmi_append(t->ctx, path, lines.data ? lines.data : "", &t->metrics_bytes, t->err);
+    if (!status) status = spmi_train_record(t, evals);
     if (!status) {
         double score = spmi_train_score(t, &evals[SPM_VAL]);
         if (t->best_epoch < 0 || score > t->best_score) {
@@ -23185,8 +23324,6 @@ static spm_status spmi_train_evaluate(spmi_trainer *t)
                           t->images > 0.0 ? t->loss_sum / t->images : (double)NAN, spmi_seconds() - t->epoch_start);
     }
     for (s = 0; s < SPM_SPLITS; s++) spm_eval_free(t->ctx, &evals[s]);
-    spmi_text_free(&lines);
-    spmi_free(t->ctx, path);
     return status;
 }
 

@@ -250,7 +250,7 @@ static void test_wrong_lines(void)
     FAILS(2, "--tau 0", "intervene --tau 0");
     FAILS(2, "--prune-fraction 1", "intervene --prune-fraction 1");
     FAILS(2, "--ce", "intervene " MODEL " --out r --ce off --contrast none");
-    FAILS(2, "did you mean adam?", "train --optimizer adamx");
+    FAILS(2, "did you mean cosine?", "train --schedule cosin");
     FAILS(2, "sgd", "train --data birds --out r " NET " --momentum .9");
     FAILS(2, "--quiet takes no value", "eval --quiet=on");
     FAILS(2, "-q", "eval -q");

@@ -1,6 +1,7 @@
 /* Context, allocator, errors, files, threads, random numbers: sections 01 to 04. */
 #include "test.h"
 #include "../spurmem.h"
+#include <fenv.h>
 #include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -84,7 +85,7 @@ static void test_files(void)
 {
     spm_context *ctx = spm_context_create(NULL);
     const char *build = getenv("SPURMEM_BUILD");
-    char folder[512], path[600], part[620];
+    char folder[512], path[600], part[700];
     uint8_t *data;
     size_t size;
     spm_error err = SPM_ZERO;
@@ -109,7 +110,7 @@ static void test_files(void)
     CHECK(spm_file_write(ctx, folder, "x", 1, &err) != SPM_OK); /* the name of a folder */
     CHECK(err.text[0] != 0);
     memset(&err, 0, sizeof err);
-    snprintf(part, sizeof part, "%s/below", path); /* a folder below a file: the first reason is the one told */
+    snprintf(part, sizeof part, "%s/below", path); /* a folder below a file */
     CHECK_INT(spm_directory_create(ctx, part, &err), SPM_E_IO);
     CHECK(strstr(err.text, "cannot create the folder") && !strstr(err.text, "No such file"));
     if (access("/dev/full", F_OK) == 0) { /* a full disk */
@@ -227,12 +228,15 @@ static void *fail_often(void *user)
 
 static void test_shared_errors(void)
 {
-    spm_context *ctx = spm_context_create(NULL);
+    spm_context_desc desc = SPM_ZERO;
+    spm_context *ctx;
     pthread_t other;
     int i, torn = 0;
-    if (pthread_create(&other, NULL, fail_often, ctx) != 0) {
+    desc.threads = 2;
+    ctx = spm_context_create(&desc);
+    if (spm_context_threads(ctx) < 2 || pthread_create(&other, NULL, fail_often, ctx) != 0) {
         spm_context_destroy(ctx);
-        SKIP("no thread");
+        SKIP("built without threads");
     }
     for (i = 0; i < 200; i++) {
         const char *text = spm_context_error(ctx);
@@ -269,31 +273,13 @@ static void test_executor(void)
     spm_context_destroy(ctx);
 }
 
-/* An executor whose tasks run on a thread that the library has never seen. */
-typedef struct foreign {
-    void (*fn)(void *arg, int64_t task, int slot);
-    void *arg;
-    int64_t tasks;
-} foreign;
-
-static void *foreign_thread(void *user)
-{
-    const foreign *f = (const foreign *)user;
-    int64_t task;
-    for (task = 0; task < f->tasks; task++) f->fn(f->arg, task, 0);
-    return NULL;
-}
-
+/* An executor whose threads have the system's own denormal mode. */
 static void foreign_executor(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
 {
-    foreign f;
-    pthread_t thread;
+    int64_t task;
     (void)user;
-    f.fn = fn;
-    f.arg = arg;
-    f.tasks = tasks;
-    if (pthread_create(&thread, NULL, foreign_thread, &f) == 0) pthread_join(thread, NULL);
-    else foreign_thread(&f);
+    fesetenv(FE_DFL_ENV);
+    for (task = 0; task < tasks; task++) fn(arg, task, 0);
 }
 
 static void halve_task(void *arg, int64_t task, int slot)
@@ -369,6 +355,19 @@ static void test_isa(void)
     }
 }
 
+static void test_clock_and_peak(void)
+{
+    spm_context_desc desc = SPM_ZERO;
+    spm_context *ctx;
+    double before = spm_seconds(), peak;
+    desc.threads = 2;
+    ctx = spm_context_create(&desc);
+    peak = spm_measure_peak(ctx);
+    CHECK(peak > 0.0 && peak < 1e6);
+    CHECK(spm_seconds() > before);
+    spm_context_destroy(ctx);
+}
+
 int main(void)
 {
     TEST(test_context);
@@ -383,5 +382,6 @@ int main(void)
     TEST(test_philox);
     TEST(test_random);
     TEST(test_isa);
+    TEST(test_clock_and_peak);
     return TEST_END;
 }

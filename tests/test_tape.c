@@ -963,7 +963,7 @@ static void test_hooks_of_prefixes(void)
     spm_value cut = value_of(model, "block3"), logits = value_of(model, "logits");
     spm_tensor shape = spm_program_shape(spm_model_program(model), cut, 2);
     const int64_t n = spm_tensor_count(&shape), c = shape.shape[3];
-    float *stored = noise((int)n, 1), *d = noise(6, 2);
+    float *stored = noise(n, 1), *d = noise(6, 2);
     double sum[8] = { 0 }, dsum[8] = { 0 }, product[8] = { 0 }, pixels[3] = { 0 }, want[3][8];
     const float *g;
     int64_t i;
