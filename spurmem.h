@@ -21017,14 +21017,16 @@ SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int cla
         probabilities[c] = (float)(exp((double)logits[column] - (double)top) / sum);
     }
     for (c = 1; c < classes; c++) { /* by logits: probabilities can tie where logits do not */
-        int column = reading->label_reversed ? classes - 1 - c : c, held = reading->label_reversed ? classes - 1 - best : best;
+        int column = reading->label_reversed ? classes - 1 - c : c,
+            held = reading->label_reversed ? classes - 1 - best : best;
         if (logits[column] > logits[held]) best = c;
     }
     return best;
 }
 
 /* Cross-entropy of one example, as training sees it: a softmax head's probabilities are treated as logits (Q1). */
-static double spmi_example_loss(const spm_reading *reading, const float *logits, const float *probabilities, int classes, int y)
+static double spmi_example_loss(const spm_reading *reading, const float *logits, const float *probabilities,
+                                int classes, int y)
 {
     double top, sum = 0.0;
     int c;
@@ -21068,7 +21070,8 @@ static spm_status spmi_eval_create(spm_dataset *dataset, spm_split split, int cl
     eval->predicted = (int32_t *)spmi_alloc_array(ctx, n, sizeof *eval->predicted);
     eval->example_loss = (float *)spmi_alloc_array(ctx, n, sizeof *eval->example_loss);
     eval->margin = (float *)spmi_alloc_array(ctx, n, sizeof *eval->margin);
-    eval->probability = spmi_mul_dim(n, classes, &cells) ? (float *)spmi_alloc_array(ctx, cells, sizeof *eval->probability) : NULL;
+    eval->probability =
+        spmi_mul_dim(n, classes, &cells) ? (float *)spmi_alloc_array(ctx, cells, sizeof *eval->probability) : NULL;
     if (!eval->groups || !eval->example || !eval->y || !eval->group || !eval->predicted || !eval->example_loss
         || !eval->margin || !eval->probability) {
         spm_eval_free(ctx, eval);
@@ -21078,12 +21081,15 @@ static spm_status spmi_eval_create(spm_dataset *dataset, spm_split split, int cl
 }
 
 /* A logit that is no number ends an evaluation: nothing that is made from it would mean anything. */
-static spm_status spmi_eval_finite(spm_context *ctx, spm_split split, int64_t id, const float *logits, int classes, spm_error *err)
+static spm_status spmi_eval_finite(spm_context *ctx, spm_split split, int64_t id, const float *logits, int classes,
+                                   spm_error *err)
 {
     int c;
     for (c = 0; c < classes; c++) {
         if (fabsf(logits[c]) <= FLT_MAX) continue;
-        return spmi_fail(ctx, err, SPM_E_NUMERIC, "evaluation of %s: logit %d of example %ld is not a finite number; the checkpoint has diverged, or a change of its units is too large",
+        return spmi_fail(ctx, err, SPM_E_NUMERIC,
+                         "evaluation of %s: logit %d of example %ld is not a finite number; the checkpoint has "
+                         "diverged, or a change of its units is too large",
                          spm_split_name(split), c, (long)id);
     }
     return SPM_OK;
@@ -21131,7 +21137,8 @@ static double spmi_auroc_of(const spm_eval *eval, int class_index, spmi_scored *
     if (positives == 0.0 || positives == n) return (double)NAN;
     qsort(scored, (size_t)eval->count, sizeof *scored, spmi_scored_order);
     for (i = 0; i < eval->count; i = j) {
-        for (j = i; j < eval->count && scored[j].score <= scored[i].score; j++) {}
+        for (j = i; j < eval->count && scored[j].score <= scored[i].score; j++) {
+        }
         for (k = i; k < j; k++) rank_sum += scored[k].positive ? 0.5 * (double)(i + j + 1) : 0.0;
     }
     return (rank_sum - positives * (positives + 1.0) / 2.0) / (positives * (n - positives));
@@ -21236,15 +21243,16 @@ static spm_status spmi_eval_classes(spm_model *model, spm_dataset *dataset, int 
     *classes = (int)logits.shape[1];
     if (spm_dataset_classes(dataset) > *classes) {
         return spmi_fail(spm_dataset_context(dataset), err, SPM_E_SHAPE,
-                         "%s has %d classes but the model's head has %d; give a checkpoint trained on this data, or --allow-partial with --num-classes",
+                         "%s has %d classes but the model's head has %d; give a checkpoint trained on this data, or "
+                         "--allow-partial with --num-classes",
                          spm_dataset_path(dataset), spm_dataset_classes(dataset), *classes);
     }
     return SPM_OK;
 }
 
 /* Runs the loader through the model. A NaN or infinite logit ends it. */
-static spm_status spmi_eval_loop(spm_model *model, spm_run *run, spm_loader *loader, const spm_eval_desc *desc, int64_t total,
-                                 spm_eval *eval, spm_error *err)
+static spm_status spmi_eval_loop(spm_model *model, spm_run *run, spm_loader *loader, const spm_eval_desc *desc,
+                                 int64_t total, spm_eval *eval, spm_error *err)
 {
     const spm_program *program = spm_model_program(model);
     spm_context *ctx = spm_model_context(model);
@@ -21274,14 +21282,16 @@ static spm_status spmi_eval_loop(spm_model *model, spm_run *run, spm_loader *loa
         progress.done += batch.count;
         progress.seconds = spmi_seconds() - start;
         if (desc->progress && desc->progress(desc->progress_user, &progress)) {
-            return spmi_fail(ctx, err, SPM_E_STOPPED, "evaluation of %s: stopped after %ld of %ld images", spm_split_name(desc->split),
-                             (long)progress.done, (long)total);
+            return spmi_fail(ctx, err, SPM_E_STOPPED, "evaluation of %s: stopped after %ld of %ld images",
+                             spm_split_name(desc->split), (long)progress.done, (long)total);
         }
     }
-    return more < 0 ? spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text) : SPM_OK;
+    return more < 0 ? spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text)
+                    : SPM_OK;
 }
 
-SPMDEF spm_status spm_evaluate(spm_model *model, spm_dataset *dataset, const spm_eval_desc *desc, spm_eval *eval, spm_error *err)
+SPMDEF spm_status spm_evaluate(spm_model *model, spm_dataset *dataset, const spm_eval_desc *desc, spm_eval *eval,
+                               spm_error *err)
 {
     spm_context *ctx = spm_dataset_context(dataset);
     spm_loader_desc loading = SPM_ZERO;
@@ -21304,7 +21314,8 @@ SPMDEF spm_status spm_evaluate(spm_model *model, spm_dataset *dataset, const spm
     if (!status && spm_loader_start(loader, 0, NULL, 0)) {
         status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
     }
-    if (!status) status = spmi_eval_loop(model, run, loader, desc, spm_dataset_split_size(dataset, desc->split), eval, err);
+    if (!status)
+        status = spmi_eval_loop(model, run, loader, desc, spm_dataset_split_size(dataset, desc->split), eval, err);
     if (!status) status = spmi_eval_finish(dataset, eval, err);
     spm_run_destroy(run);
     spm_loader_destroy(loader);
@@ -21348,8 +21359,10 @@ SPMDEF void spm_eval_json(spm_json *json, const char *key, const spm_eval *eval)
     spm_json_number(json, "auroc", eval->auroc);
     spm_json_number(json, "ece", eval->ece);
     spm_json_object_begin(json, "worst_group");
-    if (eval->worst_group >= 0) spm_json_int(json, "id", eval->worst_group);
-    else spm_json_null(json, "id");
+    if (eval->worst_group >= 0)
+        spm_json_int(json, "id", eval->worst_group);
+    else
+        spm_json_null(json, "id");
     spm_json_number(json, "accuracy", eval->worst_accuracy);
     spm_json_object_end(json);
     spm_groups_json(json, "groups", eval);
@@ -21399,12 +21412,14 @@ typedef struct spmi_candidate {
 static int spmi_candidate_order(const void *a, const void *b)
 {
     const spmi_candidate *x = (const spmi_candidate *)a, *y = (const spmi_candidate *)b;
-    if (x->probability < y->probability || x->probability > y->probability) return x->probability < y->probability ? -1 : 1;
+    if (x->probability < y->probability || x->probability > y->probability)
+        return x->probability < y->probability ? -1 : 1;
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
 /* The examples a gradient is taken on: of the group, those the model is least sure of. */
-static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval, int64_t **ids, int64_t *count, spm_error *err)
+static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval,
+                                    int64_t **ids, int64_t *count, spm_error *err)
 {
     spm_context *ctx = spm_dataset_context(dataset);
     int64_t i, n = 0, wanted = SPMI_MIN(desc->samples > 0 ? desc->samples : 200, SPMI_MAX(eval->count, 1));
@@ -21429,15 +21444,18 @@ static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *d
     if (n == 0) {
         spmi_free(ctx, *ids);
         *ids = NULL;
-        return spmi_fail(ctx, err, SPM_E_DATA, "%s: group %d (%s) has no example in split %s to rank units by; choose other --groups or another split",
-                         spm_dataset_path(dataset), desc->group, desc->group >= 0 ? spm_dataset_group_name(dataset, desc->group) : "all",
-                         spm_split_name(desc->split));
+        return spmi_fail(
+            ctx, err, SPM_E_DATA,
+            "%s: group %d (%s) has no example in split %s to rank units by; choose other --groups or another split",
+            spm_dataset_path(dataset), desc->group,
+            desc->group >= 0 ? spm_dataset_group_name(dataset, desc->group) : "all", spm_split_name(desc->split));
     }
     return SPM_OK;
 }
 
 /* d(sum of weight * cross-entropy) / d outputs of one example, in column order: softmax(outputs) - target. */
-static void spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y, float weight, float *gradient)
+static void spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y, float weight,
+                                    float *gradient)
 {
     int column = reading->label_reversed ? classes - 1 - y : y, c;
     double sum = 0.0, top = (double)outputs[0];
@@ -21450,7 +21468,8 @@ static void spmi_attr_loss_gradient(const spm_reading *reading, const float *out
 
 /* Leaves the gradient of the mean cross-entropy over `ids`, in evaluation mode, in the model. Batches only bound the
  * memory: in evaluation mode examples do not see each other, so their gradients add up. */
-static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const int64_t *ids, int64_t n, spm_error *err)
+static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                     const int64_t *ids, int64_t n, spm_error *err)
 {
     const spm_program *program = spm_model_program(model);
     spm_context *ctx = spm_model_context(model);
@@ -21471,9 +21490,12 @@ static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, con
     loader = spm_loader_create(dataset, &loading, err);
     run = loader ? spm_run_create(model, &running, err) : NULL;
     gradient = (float *)spmi_alloc_array(ctx, loading.batch * classes, sizeof *gradient);
-    if (!loader || !run) status = err->status;
-    else if (!gradient) status = spmi_fail_memory(ctx, err, "the ranking");
-    if (!status && spm_loader_start(loader, 0, ids, n)) status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    if (!loader || !run)
+        status = err->status;
+    else if (!gradient)
+        status = spmi_fail_memory(ctx, err, "the ranking");
+    if (!status && spm_loader_start(loader, 0, ids, n))
+        status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
     spm_model_zero_gradients(model);
     while (!status && (more = spm_loader_next(loader, &batch)) > 0) {
         int64_t i;
@@ -21484,13 +21506,15 @@ static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, con
         }
         out = spm_run_data(run, outputs);
         for (i = 0; i < batch.count; i++) {
-            spmi_attr_loss_gradient(&desc->reading, out + i * classes, classes, batch.y[i], 1.0f / (float)n, gradient + i * classes);
+            spmi_attr_loss_gradient(&desc->reading, out + i * classes, classes, batch.y[i], 1.0f / (float)n,
+                                    gradient + i * classes);
         }
         if (spm_run_set_gradient(run, outputs, gradient) || spm_run_backward(run)) {
             status = spmi_fail(ctx, err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
         }
     }
-    if (!status && more < 0) status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    if (!status && more < 0)
+        status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
     spm_model_finish_gradients(model);
     spmi_free(ctx, gradient);
     spm_run_destroy(run);
@@ -21503,7 +21527,8 @@ static int spmi_attr_ranked(const spm_parameter *p, const spm_attr_desc *desc)
 {
     if (!(p->flags & SPM_PARAMETER_PRUNABLE) || (p->flags & SPM_PARAMETER_HEAD)) return 0;
     if (desc->convolutions_only && p->value.rank != 4) return 0;
-    return !(desc->skip_downsample && desc->criterion == SPM_CRITERION_MAGNITUDE && (p->flags & SPM_PARAMETER_DOWNSAMPLE));
+    return !(desc->skip_downsample && desc->criterion == SPM_CRITERION_MAGNITUDE
+             && (p->flags & SPM_PARAMETER_DOWNSAMPLE));
 }
 
 static double spmi_attr_score(const spm_parameter *p, const spm_attr_desc *desc, int index, int64_t channel)
@@ -21513,18 +21538,23 @@ static double spmi_attr_score(const spm_parameter *p, const spm_attr_desc *desc,
     const float *g = p->gradient ? p->gradient + channel * row : NULL;
     double sum = 0.0;
     if (desc->criterion == SPM_CRITERION_RANDOM) {
-        return (double)spm_random_uniform(desc->seed, spm_random_key(desc->seed, 0x72616e6bu, (uint64_t)index), (uint64_t)channel);
+        return (double)spm_random_uniform(desc->seed, spm_random_key(desc->seed, 0x72616e6bu, (uint64_t)index),
+                                          (uint64_t)channel);
     }
     for (i = 0; i < row; i++) {
-        if (desc->criterion == SPM_CRITERION_MAGNITUDE) sum += (double)w[i] * (double)w[i];
-        else if (desc->criterion == SPM_CRITERION_GRADIENT) sum += (double)g[i] * (double)g[i];
-        else sum += (double)w[i] * (double)g[i];
+        if (desc->criterion == SPM_CRITERION_MAGNITUDE)
+            sum += (double)w[i] * (double)w[i];
+        else if (desc->criterion == SPM_CRITERION_GRADIENT)
+            sum += (double)g[i] * (double)g[i];
+        else
+            sum += (double)w[i] * (double)g[i];
     }
     return desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT ? fabs(sum) : sqrt(sum);
 }
 
 /* The gradient a ranking needs: chooses the samples (by `eval`, or by an evaluation made here) and runs them. */
-static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval, int64_t *used, spm_error *err)
+static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                    const spm_eval *eval, int64_t *used, spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
     spm_eval own = SPM_ZERO;
@@ -21545,8 +21575,9 @@ static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, cons
     return status;
 }
 
-SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval,
-                                 spm_unit **units, int64_t *count, int64_t *samples_used, spm_error *err)
+SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                 const spm_eval *eval, spm_unit **units, int64_t *count, int64_t *samples_used,
+                                 spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
     spm_error *to = err ? err : &ctx->error;
@@ -21563,7 +21594,9 @@ SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const s
         const spm_parameter *p = spm_model_parameter(model, i);
         if (spmi_attr_ranked(p, desc)) n += p->value.shape[0];
     }
-    if (n == 0) return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "the model has no convolution or linear units that this criterion ranks");
+    if (n == 0)
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+                         "the model has no convolution or linear units that this criterion ranks");
     *units = (spm_unit *)spmi_alloc_array(ctx, n, sizeof **units);
     if (!*units) return spmi_fail_memory(ctx, err, "the ranking");
     n = 0;
@@ -21627,8 +21660,8 @@ static void spmi_zero_unit(spm_model *model, const spm_unit *unit)
     if (p->bias >= 0) spm_model_parameter(model, p->bias)->value.data[unit->channel] = 0.0f;
 }
 
-SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify, double std,
-                                   uint64_t seed, spm_model *rewind, spm_error *err)
+SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify,
+                                   double std, uint64_t seed, spm_model *rewind, spm_error *err)
 {
     int64_t u, i;
     for (u = 0; u < count; u++) {
@@ -21637,12 +21670,8 @@ SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int6
         uint64_t stream = spm_random_key(seed, (uint64_t)units[u].parameter, (uint64_t)units[u].channel);
         float *w = p->value.data + start;
         switch (modify) {
-        case SPM_MODIFY_ZERO_UNIT:
-            spmi_zero_unit(model, &units[u]);
-            break;
-        case SPM_MODIFY_ZERO:
-            memset(w, 0, (size_t)row * sizeof *w);
-            break;
+        case SPM_MODIFY_ZERO_UNIT: spmi_zero_unit(model, &units[u]); break;
+        case SPM_MODIFY_ZERO: memset(w, 0, (size_t)row * sizeof *w); break;
         case SPM_MODIFY_NOISE:
             for (i = 0; i < row; i++) w[i] += (float)std * spm_random_normal(seed, stream, (uint64_t)i);
             break;
@@ -21653,12 +21682,15 @@ SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int6
         case SPM_MODIFY_LAYER_REWIND:
             if (!rewind || units[u].parameter >= spm_model_parameter_count(rewind)
                 || !spm_tensor_same_shape(&spm_model_parameter(rewind, units[u].parameter)->value, &p->value)) {
-                return spmi_fail(spm_model_context(model), err, SPM_E_SHAPE, "%s: %s needs an earlier checkpoint of the same architecture (--rewind)",
-                                 p->name, spm_modify_name(modify));
+                return spmi_fail(spm_model_context(model), err, SPM_E_SHAPE,
+                                 "%s: %s needs an earlier checkpoint of the same architecture (--rewind)", p->name,
+                                 spm_modify_name(modify));
             }
             earlier = spm_model_parameter(rewind, units[u].parameter);
-            if (modify == SPM_MODIFY_REWIND) memcpy(w, earlier->value.data + start, (size_t)row * sizeof *w);
-            else memcpy(p->value.data, earlier->value.data, (size_t)spm_tensor_count(&p->value) * sizeof *w);
+            if (modify == SPM_MODIFY_REWIND)
+                memcpy(w, earlier->value.data + start, (size_t)row * sizeof *w);
+            else
+                memcpy(p->value.data, earlier->value.data, (size_t)spm_tensor_count(&p->value) * sizeof *w);
             break;
         }
     }
@@ -21671,9 +21703,9 @@ SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int6
 /* Level 0 holds the pictures as the network sees them, level b the input of block b.  All are optional: a level that
  * does not fit the memory limit is computed again each time. */
 typedef struct spmi_level {
-    float *values;      /* [n][size] or NULL */
-    int64_t size;       /* floats an example */
-    spm_value value;    /* 0: the program has no such block */
+    float *values;   /* [n][size] or NULL */
+    int64_t size;    /* floats an example */
+    spm_value value; /* 0: the program has no such block */
 } spmi_level;
 
 typedef struct spmi_probe {
@@ -21686,10 +21718,10 @@ typedef struct spmi_probe {
     spm_loader *loader;
     spmi_level *levels;
     int n_levels, classes;
-    int64_t batch, n;           /* n: examples that could be read */
+    int64_t batch, n; /* n: examples that could be read */
     int64_t *id;
     int32_t *y, *group;
-    size_t *budget;             /* bytes that may still be stored, shared by all probes */
+    size_t *budget; /* bytes that may still be stored, shared by all probes */
     spm_eval baseline;
 } spmi_probe;
 
@@ -21713,8 +21745,10 @@ static void spmi_level_reserve(spmi_probe *probe, int b)
     spmi_level *level = &probe->levels[b];
     size_t bytes;
     int64_t cells;
-    if (level->values || !level->value || !spmi_mul_dim(spm_dataset_split_size(probe->dataset, probe->split), level->size, &cells)
-        || !spmi_mul_size((size_t)cells, sizeof(float), &bytes) || bytes > *probe->budget) return;
+    if (level->values || !level->value
+        || !spmi_mul_dim(spm_dataset_split_size(probe->dataset, probe->split), level->size, &cells)
+        || !spmi_mul_size((size_t)cells, sizeof(float), &bytes) || bytes > *probe->budget)
+        return;
     level->values = (float *)spmi_alloc(probe->ctx, bytes);
     if (level->values) *probe->budget -= bytes;
 }
@@ -21731,7 +21765,9 @@ static void spmi_probe_store(spmi_probe *probe, int64_t at, int64_t count, int f
     int b;
     for (b = from + 1; b < probe->n_levels; b++) {
         spmi_level *level = &probe->levels[b];
-        if (level->values) memcpy(level->values + at * level->size, spm_run_data(probe->run, level->value), (size_t)(count * level->size) * sizeof(float));
+        if (level->values)
+            memcpy(level->values + at * level->size, spm_run_data(probe->run, level->value),
+                   (size_t)(count * level->size) * sizeof(float));
     }
 }
 
@@ -21750,7 +21786,7 @@ static spm_status spmi_probe_pass(spmi_probe *probe, int from, int store, spm_ev
         if (level->values && !store) from_loader = 0;
     }
     if (from_loader && spm_loader_start(probe->loader, 0, NULL, 0)) return spmi_probe_failed(probe, err);
-    for (at = 0; ; at += count) {
+    for (at = 0;; at += count) {
         const float *input, *out;
         if (from_loader) {
             int more = spm_loader_next(probe->loader, &batch);
@@ -21762,7 +21798,8 @@ static spm_status spmi_probe_pass(spmi_probe *probe, int from, int store, spm_ev
                 memcpy(probe->id + at, batch.id, (size_t)count * sizeof *probe->id);
                 memcpy(probe->y + at, batch.y, (size_t)count * sizeof *probe->y);
                 memcpy(probe->group + at, batch.group, (size_t)count * sizeof *probe->group);
-                if (level->values) memcpy(level->values + at * level->size, input, (size_t)(count * level->size) * sizeof(float));
+                if (level->values)
+                    memcpy(level->values + at * level->size, input, (size_t)(count * level->size) * sizeof(float));
                 probe->n = at + count;
             }
         } else {
@@ -21771,15 +21808,18 @@ static spm_status spmi_probe_pass(spmi_probe *probe, int from, int store, spm_ev
             input = level->values + at * level->size;
         }
         if (spm_run_input(probe->run, level->value, input)
-            || (from ? spm_run_forward_from(probe->run, level->value, count, 0) : spm_run_forward(probe->run, count, 0))) {
+            || (from ? spm_run_forward_from(probe->run, level->value, count, 0)
+                     : spm_run_forward(probe->run, count, 0))) {
             return spmi_probe_failed(probe, err);
         }
         if (store) spmi_probe_store(probe, at, count, from);
         out = spm_run_data(probe->run, logits);
         for (i = 0; i < count; i++) {
-            spm_status status = spmi_eval_finite(probe->ctx, probe->split, probe->id[at + i], out + i * probe->classes, probe->classes, err);
+            spm_status status = spmi_eval_finite(probe->ctx, probe->split, probe->id[at + i], out + i * probe->classes,
+                                                 probe->classes, err);
             if (status) return status;
-            spmi_eval_add(eval, &probe->desc->reading, probe->id[at + i], probe->y[at + i], probe->group[at + i], out + i * probe->classes);
+            spmi_eval_add(eval, &probe->desc->reading, probe->id[at + i], probe->y[at + i], probe->group[at + i],
+                          out + i * probe->classes);
         }
     }
     return SPM_OK;
@@ -21796,8 +21836,8 @@ static spm_status spmi_probe_measure(spmi_probe *probe, int from, int store, spm
 }
 
 /* Loads the split once, stores what the memory limit allows, and measures the baseline. */
-static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_split split,
-                                    size_t *budget, spm_error *err)
+static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dataset *dataset,
+                                    const spm_localize_desc *desc, spm_split split, size_t *budget, spm_error *err)
 {
     const spm_program *program = spm_model_program(model);
     spm_loader_desc loading = SPM_ZERO;
@@ -21815,7 +21855,8 @@ static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dat
     probe->batch = running.max_batch = loading.batch = desc->batch > 0 ? desc->batch : 64;
     status = spmi_eval_classes(model, dataset, &probe->classes, err);
     if (status) return status;
-    for (i = 0; i < spm_model_parameter_count(model); i++) probe->n_levels = SPMI_MAX(probe->n_levels, spm_model_parameter(model, i)->block);
+    for (i = 0; i < spm_model_parameter_count(model); i++)
+        probe->n_levels = SPMI_MAX(probe->n_levels, spm_model_parameter(model, i)->block);
     probe->n_levels++;
     loading.transform = desc->reading.transform;
     loading.split = split;
@@ -21824,7 +21865,8 @@ static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dat
     probe->id = (int64_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->id);
     probe->y = (int32_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->y);
     probe->group = (int32_t *)spmi_alloc_array(probe->ctx, n, sizeof *probe->group);
-    if (!probe->levels || !probe->id || !probe->y || !probe->group) return spmi_fail_memory(probe->ctx, err, "localization");
+    if (!probe->levels || !probe->id || !probe->y || !probe->group)
+        return spmi_fail_memory(probe->ctx, err, "localization");
     for (b = 0; b < probe->n_levels; b++) {
         char name[32];
         spm_tensor shape;
@@ -21839,7 +21881,8 @@ static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dat
     probe->run = probe->loader ? spm_run_create(model, &running, err) : NULL;
     if (!probe->run) return err->status;
     for (b = 1; b < probe->n_levels; b++) {
-        if (probe->levels[b].values && spm_run_keep(probe->run, probe->levels[b].value)) return spmi_probe_failed(probe, err);
+        if (probe->levels[b].values && spm_run_keep(probe->run, probe->levels[b].value))
+            return spmi_probe_failed(probe, err);
     }
     return spmi_probe_measure(probe, 0, 1, &probe->baseline, err);
 }
@@ -21860,13 +21903,13 @@ typedef struct spmi_study {
     spm_dataset *dataset;
     const spm_localize_desc *desc;
     spm_json *json;
-    spm_error *err;               /* never NULL here */
+    spm_error *err; /* never NULL here */
     spmi_probe probes[SPM_SPLITS];
-    int reported[SPM_SPLITS];     /* splits in report order */
+    int reported[SPM_SPLITS]; /* splits in report order */
     int n_reported, n_groups;
-    float *saved;                 /* all parameter values, back to back */
-    int64_t *offset;              /* of a parameter in `saved` */
-    spm_unit *units;              /* of the current ranking, all of them */
+    float *saved;    /* all parameter values, back to back */
+    int64_t *offset; /* of a parameter in `saved` */
+    spm_unit *units; /* of the current ranking, all of them */
     int64_t n_units;
     int64_t top[SPM_LOCALIZE_MAX];
     int n_top;
@@ -21922,11 +21965,14 @@ static spm_status spmi_study_measure(spmi_study *s, const spmi_change *change, s
     spm_progress progress = SPM_ZERO;
     int from = INT_MAX, i;
     int64_t u;
-    spm_status status = spm_modify_units(s->model, change->units, change->count, s->desc->modify, change->std, change->seed, s->rewind, s->err);
-    for (u = 0; u < change->count; u++) from = SPMI_MIN(from, spm_model_parameter(s->model, change->units[u].parameter)->block);
+    spm_status status = spm_modify_units(s->model, change->units, change->count, s->desc->modify, change->std,
+                                         change->seed, s->rewind, s->err);
+    for (u = 0; u < change->count; u++)
+        from = SPMI_MIN(from, spm_model_parameter(s->model, change->units[u].parameter)->block);
     if (change->count == 0) from = 0;
     memset(evals, 0, SPM_SPLITS * sizeof *evals);
-    for (i = 0; !status && i < s->n_reported; i++) status = spmi_probe_measure(&s->probes[s->reported[i]], from, 0, &evals[s->reported[i]], s->err);
+    for (i = 0; !status && i < s->n_reported; i++)
+        status = spmi_probe_measure(&s->probes[s->reported[i]], from, 0, &evals[s->reported[i]], s->err);
     spmi_study_restore(s, change);
     progress.what = "localize";
     progress.unit = "changes";
@@ -21934,7 +21980,9 @@ static spm_status spmi_study_measure(spmi_study *s, const spmi_change *change, s
     progress.total = SPMI_MAX(s->total, s->done);
     progress.seconds = spmi_seconds() - s->start;
     if (!status && s->desc->progress && s->desc->progress(s->desc->progress_user, &progress)) {
-        status = spmi_fail(s->ctx, s->err, SPM_E_STOPPED, "localize: stopped after %ld of %ld changes; nothing was written", (long)s->done, (long)s->total);
+        status =
+            spmi_fail(s->ctx, s->err, SPM_E_STOPPED, "localize: stopped after %ld of %ld changes; nothing was written",
+                      (long)s->done, (long)s->total);
     }
     if (status) {
         for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
@@ -21963,7 +22011,8 @@ static int spmi_is_selected(const spm_unit *units, int64_t count, int parameter,
 }
 
 /* The other units of the same parameter, nearest norm first (score = the gap). Returns how many there are. */
-static int64_t spmi_control_candidates(const spmi_study *s, const spmi_change *change, int64_t which, spm_unit *candidates)
+static int64_t spmi_control_candidates(const spmi_study *s, const spmi_change *change, int64_t which,
+                                       spm_unit *candidates)
 {
     const spm_unit *unit = &change->units[which];
     const spm_parameter *p = spm_model_parameter(s->model, unit->parameter);
@@ -21996,12 +22045,14 @@ static double spmi_accuracy_drop(const spmi_probe *probe, const spm_eval *eval, 
 /* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
  * within the same parameter. Where a layer has fewer neighbours than controls are wanted, further laps pair them up
  * differently (unit i moves on by i places a lap); a single unit has as many controls as neighbours. */
-static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, const spm_eval *evals, spmi_tally *tally)
+static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, const spm_eval *evals,
+                                      spmi_tally *tally)
 {
     int64_t widest = 1, u, j, wanted = s->desc->controls, *counts;
     spm_unit *candidates, *chosen;
     spm_status status = SPM_OK;
-    for (u = 0; u < change->count; u++) widest = SPMI_MAX(widest, spm_model_parameter(s->model, change->units[u].parameter)->value.shape[0]);
+    for (u = 0; u < change->count; u++)
+        widest = SPMI_MAX(widest, spm_model_parameter(s->model, change->units[u].parameter)->value.shape[0]);
     candidates = (spm_unit *)spmi_alloc_array(s->ctx, widest * change->count, sizeof *candidates);
     chosen = (spm_unit *)spmi_alloc_array(s->ctx, change->count, sizeof *chosen);
     counts = (int64_t *)spmi_alloc_array(s->ctx, change->count, sizeof *counts);
@@ -22017,7 +22068,10 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, 
         int i, g, complete = 1;
         for (u = 0; u < change->count && complete; u++) {
             int64_t at = (j + u * (j / counts[u])) % counts[u], tried;
-            for (tried = 0; tried < counts[u] && spmi_is_selected(chosen, u, candidates[u * widest + at].parameter, candidates[u * widest + at].channel); tried++) {
+            for (tried = 0; tried < counts[u]
+                            && spmi_is_selected(chosen, u, candidates[u * widest + at].parameter,
+                                                candidates[u * widest + at].channel);
+                 tried++) {
                 at = (at + 1) % counts[u];
             }
             complete = tried < counts[u];
@@ -22053,19 +22107,24 @@ static void spmi_study_row_head(spmi_study *s, int group, int64_t top, double st
 {
     spm_modify modify = s->desc->modify;
     spm_json_object_begin(s->json, NULL);
-    if (group >= 0) spm_json_int(s->json, "group", group);
-    else spm_json_null(s->json, "group");
+    if (group >= 0)
+        spm_json_int(s->json, "group", group);
+    else
+        spm_json_null(s->json, "group");
     spm_json_int(s->json, "top", top);
     spm_json_string(s->json, "modify", spm_modify_name(modify));
-    if (modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT) spm_json_number(s->json, "std", std);
-    else spm_json_null(s->json, "std");
+    if (modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT)
+        spm_json_number(s->json, "std", std);
+    else
+        spm_json_null(s->json, "std");
 }
 
 static void spmi_study_row_splits(spmi_study *s, const spm_eval *evals)
 {
     int i;
     spm_json_object_begin(s->json, "splits");
-    for (i = 0; i < s->n_reported; i++) spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &evals[s->reported[i]]);
+    for (i = 0; i < s->n_reported; i++)
+        spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &evals[s->reported[i]]);
     spm_json_object_end(s->json);
 }
 
@@ -22138,7 +22197,8 @@ static spm_status spmi_study_rows(spmi_study *s, int group, int64_t top, double 
             if (r == 0) {
                 mean[split] = evals[split];
                 memset(&evals[split], 0, sizeof evals[split]);
-            } else spmi_study_mean_add(&mean[split], &evals[split], r);
+            } else
+                spmi_study_mean_add(&mean[split], &evals[split], r);
         }
         for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
     }
@@ -22162,8 +22222,10 @@ static void spmi_study_ranking_json(spmi_study *s, int group, int64_t samples)
     int i;
     for (i = 0; i < s->n_top; i++) largest = SPMI_MAX(largest, s->top[i]);
     spm_json_object_begin(s->json, NULL);
-    if (group >= 0) spm_json_int(s->json, "group", group);
-    else spm_json_null(s->json, "group");
+    if (group >= 0)
+        spm_json_int(s->json, "group", group);
+    else
+        spm_json_null(s->json, "group");
     spm_json_int(s->json, "samples", samples);
     spm_json_array_begin(s->json, "units");
     for (u = 0; u < SPMI_MIN(largest, s->n_units); u++) {
@@ -22195,16 +22257,20 @@ static spm_status spmi_study_rankings(spmi_study *s, const spm_eval *selection, 
         attr.skip_downsample = attr.convolutions_only = s->desc->official;
         attr.split = s->desc->select_split;
         attr.criterion = s->desc->criterion;
-        if (by_group && !s->desc->groups && spm_dataset_group_count(s->dataset, attr.split, attr.group) == 0) continue; /* an empty group */
+        if (by_group && !s->desc->groups && spm_dataset_group_count(s->dataset, attr.split, attr.group) == 0)
+            continue; /* an empty group */
         status = spm_rank_units(s->model, s->dataset, &attr, selection, &s->units, &s->n_units, &samples, s->err);
         for (k = 0; k < s->n_top; k++) largest = SPMI_MAX(largest, s->top[k]);
         if (!status && largest > s->n_units) {
-            status = spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld is asked for but the model has only %ld units of this kind", (long)largest, (long)s->n_units);
+            status = spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT,
+                               "top %ld is asked for but the model has only %ld units of this kind", (long)largest,
+                               (long)s->n_units);
         }
         if (!status && what == 0) spmi_study_ranking_json(s, attr.group, samples);
         for (k = 0; !status && what == 1 && k < s->n_top; k++) {
             for (v = 0; !status && v < s->n_std; v++) {
-                status = spmi_study_rows(s, attr.group, s->top[k], s->std[v], s->desc->controls > 0 && s->top[k] == largest);
+                status =
+                    spmi_study_rows(s, attr.group, s->top[k], s->std[v], s->desc->controls > 0 && s->top[k] == largest);
             }
         }
         spmi_free(s->ctx, s->units);
@@ -22224,23 +22290,31 @@ static spm_status spmi_study_check(spmi_study *s)
         int wanted = any ? d->report[i] : i != SPM_VAL;
         if (wanted && spm_dataset_split_size(s->dataset, (spm_split)i) > 0) s->reported[s->n_reported++] = i;
         if (wanted && i == (int)d->select_split && i != SPM_TRAIN && !d->allow_same_split && !d->official) {
-            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "units chosen on split %s and reported on the same split would flatter the result; report another split or pass --allow-same-split", select);
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT,
+                             "units chosen on split %s and reported on the same split would flatter the result; report "
+                             "another split or pass --allow-same-split",
+                             select);
         }
     }
-    if (s->n_reported == 0) return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has none of the splits to report", spm_dataset_path(s->dataset));
+    if (s->n_reported == 0)
+        return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has none of the splits to report",
+                         spm_dataset_path(s->dataset));
     if (spm_dataset_split_size(s->dataset, d->select_split) == 0) {
-        return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has no %s split to choose units on", spm_dataset_path(s->dataset), select);
+        return spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has no %s split to choose units on",
+                         spm_dataset_path(s->dataset), select);
     }
     for (i = 0; d->groups && i < d->n_groups; i++) {
         if (d->groups[i] < 0 || d->groups[i] >= s->n_groups) {
-            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "group %d does not exist; the data set has groups 0 to %d", d->groups[i], s->n_groups - 1);
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "group %d does not exist; the data set has groups 0 to %d",
+                             d->groups[i], s->n_groups - 1);
         }
     }
     s->n_top = d->n_top;
     for (i = 0; i < d->n_top; i++) s->top[i] = d->top[i];
     for (i = 0; d->n_top == 0 && i < 3; i++) s->top[s->n_top++] = i + 1;
     for (i = 0; i < s->n_top; i++) {
-        if (s->top[i] < 0) return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld: it must not be negative", (long)s->top[i]);
+        if (s->top[i] < 0)
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld: it must not be negative", (long)s->top[i]);
     }
     s->n_std = noisy ? d->n_std : 0;
     for (i = 0; i < s->n_std; i++) s->std[i] = d->std[i];
@@ -22255,7 +22329,9 @@ static spm_status spmi_study_rewind(spmi_study *s)
     spm_checkpoint_info info = SPM_ZERO;
     spm_status status;
     if (d->modify != SPM_MODIFY_REWIND && d->modify != SPM_MODIFY_LAYER_REWIND) return SPM_OK;
-    if (!d->rewind_file) return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "%s needs an earlier checkpoint; give it with --rewind FILE", spm_modify_name(d->modify));
+    if (!d->rewind_file)
+        return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "%s needs an earlier checkpoint; give it with --rewind FILE",
+                         spm_modify_name(d->modify));
     status = spm_checkpoint_inspect(s->ctx, d->rewind_file, &info, s->err);
     if (status) return status;
     if (!info.has_arch) info.arch = d->rewind_arch;
@@ -22283,11 +22359,13 @@ static void spmi_study_head(spmi_study *s, const char *key)
     spm_json_string(s->json, "select_split", spm_split_name(s->desc->select_split));
     spm_json_string(s->json, "selected_on", spm_split_name(s->desc->select_split));
     spm_json_object_begin(s->json, "baseline");
-    for (i = 0; i < s->n_reported; i++) spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &s->probes[s->reported[i]].baseline);
+    for (i = 0; i < s->n_reported; i++)
+        spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &s->probes[s->reported[i]].baseline);
     spm_json_object_end(s->json);
 }
 
-SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json, const char *key, spm_error *err)
+SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json,
+                               const char *key, spm_error *err)
 {
     spmi_study s;
     spm_error error = SPM_ZERO;
@@ -22387,24 +22465,24 @@ typedef struct spmi_trainer {
     spm_context *ctx;
     spm_dataset *dataset;
     const spm_train_desc *desc;
-    spm_error *err;                            /* never NULL here */
-    spm_model *model, *ce_model, *ntx_model;   /* model values (state) */
+    spm_error *err;                          /* never NULL here */
+    spm_model *model, *ce_model, *ntx_model; /* model values (state) */
     spm_run *dense, *pruned, *ce, *ce_pruned, *ntx;
-    spm_optimizer *optimizer;                  /* moments (state) */
+    spm_optimizer *optimizer; /* moments (state) */
     spm_loader *loader;
-    spm_schedule schedule;                     /* (state) */
-    int64_t *order, n;                         /* the epoch's order of training ids */
-    float *target, *weight, *group_weight;     /* [batch][C], [batch], [groups] */
-    float **keep;                              /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
+    spm_schedule schedule;                 /* (state) */
+    int64_t *order, n;                     /* the epoch's order of training ids */
+    float *target, *weight, *group_weight; /* [batch][C], [batch], [groups] */
+    float **keep; /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
     spm_value image, outputs, contrast, ce_logits, ce_target, ce_weight, ce_loss, ntx_a, ntx_b, ntx_loss;
     int classes, n_groups;
-    int64_t epoch, position, step, best_epoch; /* (state) position: of the next example in `order` */
-    double loss_sum, images, best_score;       /* (state) of the running epoch; of the selection rule */
+    int64_t epoch, position, step, best_epoch;        /* (state) position: of the next example in `order` */
+    double loss_sum, images, best_score;              /* (state) of the running epoch; of the selection rule */
     int64_t metrics_bytes, steps_bytes, events_bytes; /* (state) lengths of the append files */
-    spmi_text config;                          /* config.json */
+    spmi_text config;                                 /* config.json */
     FILE *steps;
-    double start, epoch_start;                 /* seconds */
-    int64_t images_done;                       /* by this call, for the progress report */
+    double start, epoch_start; /* seconds */
+    int64_t images_done;       /* by this call, for the progress report */
     int stopped;
 } spmi_trainer;
 
@@ -22432,7 +22510,8 @@ typedef struct spmi_event {
 static void spmi_event_little(spmi_event *event, uint64_t value, int bytes)
 {
     int i;
-    for (i = 0; i < bytes && event->size < sizeof event->bytes; i++) event->bytes[event->size++] = (unsigned char)(value >> (8 * i));
+    for (i = 0; i < bytes && event->size < sizeof event->bytes; i++)
+        event->bytes[event->size++] = (unsigned char)(value >> (8 * i));
 }
 
 static void spmi_event_varint(spmi_event *event, uint64_t value)
@@ -22512,7 +22591,8 @@ static char *spmi_train_path(spmi_trainer *t, const char *name)
 }
 
 /* Appends bytes, on the disk when this returns; *bytes becomes the file's new length. */
-static spm_status spmi_append(spm_context *ctx, const char *path, const char *text, size_t length, int64_t *bytes, spm_error *err)
+static spm_status spmi_append(spm_context *ctx, const char *path, const char *text, size_t length, int64_t *bytes,
+                              spm_error *err)
 {
     FILE *file = fopen(path, "ab");
     int reason = 0;
@@ -22521,7 +22601,8 @@ static spm_status spmi_append(spm_context *ctx, const char *path, const char *te
     if (fwrite(text, 1, length, file) != length || !spmi_file_sync(file)) reason = errno ? errno : EIO;
     if (fclose(file) != 0 && !reason) reason = errno ? errno : EIO;
     if (reason) {
-        return spmi_fail(ctx, err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume", path, strerror(reason));
+        return spmi_fail(ctx, err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume", path,
+                         strerror(reason));
     }
     *bytes += (int64_t)length;
     return SPM_OK;
@@ -22540,7 +22621,8 @@ static spm_status spmi_cut_back(spm_context *ctx, const char *path, int64_t byte
     }
     status = spm_file_read(ctx, path, &data, &size, err);
     if (!status && (int64_t)size < bytes) {
-        status = spmi_fail(ctx, err, SPM_E_FORMAT, "%s: has %ld bytes but the saved state counts on %ld; restore the file or start a new run",
+        status = spmi_fail(ctx, err, SPM_E_FORMAT,
+                           "%s: has %ld bytes but the saved state counts on %ld; restore the file or start a new run",
                            path, (long)size, (long)bytes);
     } else if (!status && (int64_t)size > bytes) {
         status = spm_file_write(ctx, path, data, (size_t)bytes, err);
@@ -22584,8 +22666,8 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_int(json, "height", d->arch.height);
     spm_json_int(json, "width", d->arch.width_px);
     spm_json_string(json, "resize", spm_resize_mode_name(tr->resize));
-    (void)spmi_format(text, sizeof text, "%.9g,%.9g,%.9g/%.9g,%.9g,%.9g", (double)tr->mean[0], (double)tr->mean[1], (double)tr->mean[2],
-                      (double)tr->std[0], (double)tr->std[1], (double)tr->std[2]);
+    (void)spmi_format(text, sizeof text, "%.9g,%.9g,%.9g/%.9g,%.9g,%.9g", (double)tr->mean[0], (double)tr->mean[1],
+                      (double)tr->mean[2], (double)tr->std[0], (double)tr->std[1], (double)tr->std[2]);
     spm_json_string(json, "normalize", text);
     spm_json_bool(json, "label_reversed", d->reading.label_reversed);
     spm_json_bool(json, "softmax_head", d->reading.softmax_head);
@@ -22614,15 +22696,20 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_bool(json, "drop_last", d->drop_last);
     spm_json_int(json, "eval_every", SPMI_MAX(d->eval_every, 1));
     spm_json_string(json, "select", spmi_select_name(d->select));
-    spm_json_string(json, "select_labels", d->select == SPM_SELECT_WGA ? "validation classes and groups"
-                                           : d->select == SPM_SELECT_ACCURACY ? "validation classes" : "none");
+    spm_json_string(json, "select_labels",
+                    d->select == SPM_SELECT_WGA        ? "validation classes and groups"
+                    : d->select == SPM_SELECT_ACCURACY ? "validation classes"
+                                                       : "none");
     if (d->method == SPM_METHOD_INTERVENE) {
         spm_json_number(json, "tau", (double)d->tau);
         spm_json_number(json, "lambda", (double)d->lambda);
         spm_json_number(json, "prune_fraction", d->prune_fraction);
         spm_json_string(json, "mask", spmi_mask_name(d->mask));
         spm_json_string(json, "criterion", spm_criterion_name(d->criterion));
-        spm_json_string(json, "contrast", d->contrast == SPM_CONTRAST_FEATURES ? "features" : d->contrast == SPM_CONTRAST_OUTPUTS ? "outputs" : "none");
+        spm_json_string(json, "contrast",
+                        d->contrast == SPM_CONTRAST_FEATURES  ? "features"
+                        : d->contrast == SPM_CONTRAST_OUTPUTS ? "outputs"
+                                                              : "none");
         spm_json_bool(json, "cross_entropy", d->cross_entropy);
         spm_json_bool(json, "cross_entropy_pruned", d->cross_entropy_pruned);
         spm_json_string(json, "bn", d->bn_shared ? "shared" : "separate");
@@ -22646,7 +22733,7 @@ static spm_status spmi_train_config(spmi_trainer *t)
 static int spmi_config_free_field(const spm_train_desc *desc, const char *key)
 {
     return spmi_string_equal(key, "data") || spmi_string_equal(key, "initial_checkpoint")
-        || (spmi_string_equal(key, "epochs") && desc->schedule != SPM_SCHEDULE_COSINE);
+           || (spmi_string_equal(key, "epochs") && desc->schedule != SPM_SCHEDULE_COSINE);
 }
 
 /* A setting as text, to compare and to show. */
@@ -22658,8 +22745,10 @@ static const char *spmi_config_value(const spm_json_value *value, char *text, si
     case SPM_JSON_BOOL: return whole ? "on" : "off";
     case SPM_JSON_STRING: return spm_json_as_string(value, "");
     case SPM_JSON_NUMBER:
-        if (whole != INT64_MIN) (void)spmi_format(text, size, "%lld", (long long)whole);
-        else (void)spmi_format(text, size, "%.9g", spm_json_as_number(value, 0.0));
+        if (whole != INT64_MIN)
+            (void)spmi_format(text, size, "%lld", (long long)whole);
+        else
+            (void)spmi_format(text, size, "%.9g", spm_json_as_number(value, 0.0));
         return text;
     case SPM_JSON_ARRAY:
     case SPM_JSON_OBJECT: break;
@@ -22685,10 +22774,13 @@ static spm_status spmi_train_same_config(spmi_trainer *t)
     for (i = 0; !status && i < spm_json_length(is); i++) {
         const char *key = spm_json_key_at(is, i);
         char before[40], now[40];
-        const char *x = spmi_config_value(spm_json_get(was, key), before, sizeof before), *y = spmi_config_value(spm_json_at(is, i), now, sizeof now);
+        const char *x = spmi_config_value(spm_json_get(was, key), before, sizeof before),
+                   *y = spmi_config_value(spm_json_at(is, i), now, sizeof now);
         if (spmi_config_free_field(t->desc, key) || spmi_string_equal(x, y)) continue;
-        status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: this run was started with %s = %s, now it is %s; give the same options or another --out",
-                           path, key, x, y);
+        status =
+            spmi_fail(t->ctx, t->err, SPM_E_STATE,
+                      "%s: this run was started with %s = %s, now it is %s; give the same options or another --out",
+                      path, key, x, y);
     }
     spm_json_free(t->ctx, was);
     spm_json_free(t->ctx, is);
@@ -22706,17 +22798,22 @@ typedef struct spmi_state_walk {
     int what;
 } spmi_state_walk;
 
-static spm_status spmi_state_tensor(spmi_trainer *t, spmi_state_walk *walk, const char *kind, const char *name, float *values, int64_t count)
+static spm_status spmi_state_tensor(spmi_trainer *t, spmi_state_walk *walk, const char *kind, const char *name,
+                                    float *values, int64_t count)
 {
     char full[256];
     (void)spmi_format(full, sizeof full, "%s.%s", kind, name);
-    if (walk->what == 0) spm_archive_add(walk->writer, full, SPM_F32, 1, &count);
-    else if (walk->what == 1) spm_archive_put(walk->writer, values);
+    if (walk->what == 0)
+        spm_archive_add(walk->writer, full, SPM_F32, 1, &count);
+    else if (walk->what == 1)
+        spm_archive_put(walk->writer, values);
     else {
         const spm_archive_tensor *tensor = spm_archive_find(walk->archive, full);
         if (!tensor || tensor->count != count) {
-            return spmi_fail(t->ctx, t->err, SPM_E_FORMAT, "%s/state.safetensors: tensor %s is missing or of another size; the state belongs to another run",
-                             t->desc->out, full);
+            return spmi_fail(
+                t->ctx, t->err, SPM_E_FORMAT,
+                "%s/state.safetensors: tensor %s is missing or of another size; the state belongs to another run",
+                t->desc->out, full);
         }
         return spm_archive_read_f32(walk->archive, tensor, values, t->err);
     }
@@ -22741,7 +22838,8 @@ static spm_status spmi_state_walk_all(spmi_trainer *t, spmi_state_walk *walk)
         }
         (void)spmi_format(full, sizeof full, "mask.%s", p->name);
         if (status || !t->keep || !(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
-        if (walk->what < 2 ? t->keep[i] == NULL || t->position == 0 : spm_archive_find(walk->archive, full) == NULL) continue;
+        if (walk->what < 2 ? t->keep[i] == NULL || t->position == 0 : spm_archive_find(walk->archive, full) == NULL)
+            continue;
         if (!t->keep[i]) {
             t->keep[i] = (float *)spmi_alloc_array(t->ctx, n, sizeof(float));
             if (!t->keep[i]) return spmi_fail_memory(t->ctx, t->err, full);
@@ -22882,7 +22980,8 @@ static int spmi_float_order(const void *a, const void *b)
 /* 1 for what official masks and counts over: convolutions; in a ViT the linear layers of the blocks. */
 static int spmi_official_prunable(const spm_parameter *p)
 {
-    return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD) && (p->value.rank == 4 || p->block > 0);
+    return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD)
+           && (p->value.rank == 4 || p->block > 0);
 }
 
 /* Q8: the smallest share of the single weights: keep = |w| >= v[min(ceil(fraction n), n - 1)], v sorted ascending. */
@@ -22923,7 +23022,8 @@ static int spmi_is_minority(const spm_dataset *dataset, int group)
 {
     int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
     int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
-    for (a = 0; a < confounders; a++) largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
+    for (a = 0; a < confounders; a++)
+        largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
     return count > 0 && 2 * count < largest;
 }
 
@@ -22968,7 +23068,8 @@ static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
             spm_parameter *p = spm_model_parameter(t->model, unit->parameter);
             int64_t row = spm_tensor_count(&p->value) / p->value.shape[0];
             if (p->flags & SPM_PARAMETER_HEAD) continue;
-            if (t->keep[unit->parameter] && t->keep[unit->parameter][unit->channel * row] < 0.5f) continue; /* in two lists */
+            if (t->keep[unit->parameter] && t->keep[unit->parameter][unit->channel * row] < 0.5f)
+                continue; /* in two lists */
             status = spmi_mask_unit(t, unit);
             taken++;
         }
@@ -23031,9 +23132,12 @@ static spm_status spmi_mask_build(spmi_trainer *t)
         if ((p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD)) units += p->value.shape[0];
     }
     wanted = (int64_t)ceil(t->desc->prune_fraction * (double)units);
-    if (t->desc->mask == SPM_MASK_OFFICIAL) status = spmi_mask_official(t);
-    else if (t->desc->mask == SPM_MASK_RANDOM) status = spmi_mask_random(t, units, wanted);
-    else if (t->desc->mask == SPM_MASK_CRITICAL) status = spmi_mask_critical(t, wanted);
+    if (t->desc->mask == SPM_MASK_OFFICIAL)
+        status = spmi_mask_official(t);
+    else if (t->desc->mask == SPM_MASK_RANDOM)
+        status = spmi_mask_random(t, units, wanted);
+    else if (t->desc->mask == SPM_MASK_CRITICAL)
+        status = spmi_mask_critical(t, wanted);
     return status ? status : spmi_mask_apply(t);
 }
 
@@ -23057,12 +23161,14 @@ static spm_status spmi_run_failed(spmi_trainer *t, spm_run *run)
 }
 
 /* Cross-entropy of a branch's outputs; its gradient, times `scale`, is left in `gradient`. */
-static spm_status spmi_train_cross_entropy(spmi_trainer *t, spm_run *loss, spm_run *branch, int64_t n, float scale, float *gradient, double *value)
+static spm_status spmi_train_cross_entropy(spmi_trainer *t, spm_run *loss, spm_run *branch, int64_t n, float scale,
+                                           float *gradient, double *value)
 {
     const float *d;
     int64_t i;
-    if (spm_run_input(loss, t->ce_logits, spm_run_data(branch, t->outputs)) || spm_run_input(loss, t->ce_target, t->target)
-        || spm_run_input(loss, t->ce_weight, t->weight) || spm_run_forward(loss, n, 1) || spm_run_backward(loss)) {
+    if (spm_run_input(loss, t->ce_logits, spm_run_data(branch, t->outputs))
+        || spm_run_input(loss, t->ce_target, t->target) || spm_run_input(loss, t->ce_weight, t->weight)
+        || spm_run_forward(loss, n, 1) || spm_run_backward(loss)) {
         return spmi_run_failed(t, loss);
     }
     *value = (double)spm_run_data(loss, t->ce_loss)[0];
@@ -23080,14 +23186,16 @@ typedef struct spmi_step_loss {
 static spm_status spmi_train_backward(spmi_trainer *t, spm_run *branch, const float *d_outputs, const float *d_contrast)
 {
     if (d_outputs && spm_run_set_gradient(branch, t->outputs, d_outputs)) return spmi_run_failed(t, branch);
-    if (d_contrast && t->contrast != t->outputs && spm_run_set_gradient(branch, t->contrast, d_contrast)) return spmi_run_failed(t, branch);
+    if (d_contrast && t->contrast != t->outputs && spm_run_set_gradient(branch, t->contrast, d_contrast))
+        return spmi_run_failed(t, branch);
     if (spm_run_backward(branch)) return spmi_run_failed(t, branch);
     return SPM_OK;
 }
 
 /* METHOD.md 2.6.  Both one-sided NT-Xent terms together have exactly the gradient of one joint NT-Xent, and the second
  * dense forward equals the first (train-mode batch norm ignores running statistics): two forwards do. */
-static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, spmi_step_loss *loss, float *d_dense, float *d_pruned)
+static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, spmi_step_loss *loss, float *d_dense,
+                                      float *d_pruned)
 {
     const spm_train_desc *d = t->desc;
     int use_pruned = d->method == SPM_METHOD_INTERVENE && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned);
@@ -23099,19 +23207,25 @@ static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, s
     memset(d_dense, 0, (size_t)cells * sizeof(float));
     memset(d_pruned, 0, (size_t)cells * sizeof(float));
     spm_run_examples(t->dense, batch->id);
-    if (spm_run_input(t->dense, t->image, batch->pixels) || spm_run_forward(t->dense, n, 1)) return spmi_run_failed(t, t->dense);
-    if (ce_dense && spmi_train_cross_entropy(t, t->ce, t->dense, n, ce_scale, d_dense, &loss->ce)) return t->err->status;
+    if (spm_run_input(t->dense, t->image, batch->pixels) || spm_run_forward(t->dense, n, 1))
+        return spmi_run_failed(t, t->dense);
+    if (ce_dense && spmi_train_cross_entropy(t, t->ce, t->dense, n, ce_scale, d_dense, &loss->ce))
+        return t->err->status;
     loss->total = ce_dense ? (double)ce_scale * loss->ce : 0.0;
     if (use_pruned) {
         spm_run_examples(t->pruned, batch->id);
-        if (spm_run_input(t->pruned, t->image, batch->pixels) || spm_run_forward(t->pruned, n, 1)) return spmi_run_failed(t, t->pruned);
+        if (spm_run_input(t->pruned, t->image, batch->pixels) || spm_run_forward(t->pruned, n, 1))
+            return spmi_run_failed(t, t->pruned);
         if (ce_pruned) {
-            if (spmi_train_cross_entropy(t, t->ce_pruned, t->pruned, n, ce_scale, d_pruned, &loss->ce_pruned)) return t->err->status;
+            if (spmi_train_cross_entropy(t, t->ce_pruned, t->pruned, n, ce_scale, d_pruned, &loss->ce_pruned))
+                return t->err->status;
             loss->total += (double)ce_scale * loss->ce_pruned;
         }
         if (d->contrast != SPM_CONTRAST_NONE) {
-            if (spm_run_input(t->ntx, t->ntx_a, spm_run_data(t->dense, t->contrast)) || spm_run_input(t->ntx, t->ntx_b, spm_run_data(t->pruned, t->contrast))
-                || spm_run_forward(t->ntx, n, 1) || spm_run_backward(t->ntx)) return spmi_run_failed(t, t->ntx);
+            if (spm_run_input(t->ntx, t->ntx_a, spm_run_data(t->dense, t->contrast))
+                || spm_run_input(t->ntx, t->ntx_b, spm_run_data(t->pruned, t->contrast))
+                || spm_run_forward(t->ntx, n, 1) || spm_run_backward(t->ntx))
+                return spmi_run_failed(t, t->ntx);
             loss->ntxent = 2.0 * (double)spm_run_data(t->ntx, t->ntx_loss)[0];
             loss->total += loss->ntxent;
             d_a = spm_run_gradient(t->ntx, t->ntx_a);
@@ -23123,7 +23237,8 @@ static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, s
                 }
             }
         }
-        if (spmi_train_backward(t, t->pruned, ce_pruned || t->contrast == t->outputs ? d_pruned : NULL, d_b)) return t->err->status;
+        if (spmi_train_backward(t, t->pruned, ce_pruned || t->contrast == t->outputs ? d_pruned : NULL, d_b))
+            return t->err->status;
     }
     if (spmi_train_backward(t, t->dense, d_dense, d_a)) return t->err->status;
     if (spm_run_commit_statistics(t->dense, 0.1f)) return spmi_run_failed(t, t->dense);
@@ -23152,16 +23267,18 @@ static spm_status spmi_train_log_step(spmi_trainer *t, const spmi_step_loss *los
     char line[400];
     int n, m = 0;
     if (!t->steps) return SPM_OK;
-    n = spmi_format(line, sizeof line, "{\"step\": %ld, \"loss\": %.9g, \"ce\": %.9g", (long)t->step, loss->total, loss->ce);
+    n = spmi_format(line, sizeof line, "{\"step\": %ld, \"loss\": %.9g, \"ce\": %.9g", (long)t->step, loss->total,
+                    loss->ce);
     if (t->desc->method == SPM_METHOD_INTERVENE) {
-        m = spmi_format(line + n, sizeof line - (size_t)n, ", \"ce_pruned\": %.9g, \"ntxent\": %.9g", loss->ce_pruned, loss->ntxent);
+        m = spmi_format(line + n, sizeof line - (size_t)n, ", \"ce_pruned\": %.9g, \"ntxent\": %.9g", loss->ce_pruned,
+                        loss->ntxent);
     }
     n += m;
     n += spmi_format(line + n, sizeof line - (size_t)n, ", \"lr\": %.9g}\n", (double)spm_optimizer_lr(t->optimizer));
     errno = 0;
     if (fwrite(line, 1, (size_t)n, t->steps) != (size_t)n) {
-        return spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume", t->desc->log_steps,
-                         strerror(errno ? errno : EIO));
+        return spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s; free some space and go on with --resume",
+                         t->desc->log_steps, strerror(errno ? errno : EIO));
     }
     t->steps_bytes += n;
     return SPM_OK;
@@ -23178,7 +23295,8 @@ static spm_status spmi_train_step(spmi_trainer *t, const spm_batch *batch, float
     spm_model_finish_gradients(t->model);
     if (!(fabs(loss.total) <= DBL_MAX)) {
         return spmi_fail(t->ctx, t->err, SPM_E_NUMERIC,
-                         "step %ld of epoch %ld: the loss is not a finite number (first bad gradient: %s); lower --lr or set --clip, the last good checkpoint is kept",
+                         "step %ld of epoch %ld: the loss is not a finite number (first bad gradient: %s); lower --lr "
+                         "or set --clip, the last good checkpoint is kept",
                          (long)t->step + 1, (long)t->epoch, spmi_train_bad_parameter(t));
     }
     if (t->desc->clip > 0.0) (void)spm_clip_gradients(t->model, t->desc->clip);
@@ -23203,7 +23321,8 @@ static spm_checkpoint_info spmi_train_info(spmi_trainer *t)
     info.epoch = t->epoch;
     (void)spmi_format(info.method, sizeof info.method, "%s", spmi_method_name(t->desc->method));
     for (c = 0; c < spm_dataset_classes(t->dataset) && at < sizeof info.class_names; c++) {
-        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "", spm_dataset_class_name(t->dataset, c));
+        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "",
+                            spm_dataset_class_name(t->dataset, c));
         at += n > 0 ? (size_t)n : 0;
     }
     return info;
@@ -23228,7 +23347,8 @@ static spm_status spmi_train_metrics_line(spmi_trainer *t, const spm_eval *eval,
     spm_json_int(json, "epoch", t->epoch);
     spm_json_string(json, "split", spm_split_name(eval->split));
     spm_json_number(json, "loss", eval->loss);
-    if (eval->split == SPM_TRAIN) spm_json_number(json, "objective", t->images > 0.0 ? t->loss_sum / t->images : (double)NAN);
+    if (eval->split == SPM_TRAIN)
+        spm_json_number(json, "objective", t->images > 0.0 ? t->loss_sum / t->images : (double)NAN);
     spm_json_number(json, "mean_accuracy", eval->mean_accuracy);
     spm_json_number(json, "adjusted_accuracy", eval->adjusted_accuracy);
     spm_json_number(json, "worst_group_accuracy", eval->worst_accuracy);
@@ -23366,7 +23486,8 @@ static int spmi_train_report(spmi_trainer *t, int64_t count)
     t->images_done += count;
     if (t->desc->max_steps > 0 && t->step >= t->desc->max_steps) return 1;
     if (!t->desc->progress) return 0;
-    (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spmi_method_name(t->desc->method), (long)t->epoch + 1, (long)t->desc->epochs);
+    (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spmi_method_name(t->desc->method), (long)t->epoch + 1,
+                      (long)t->desc->epochs);
     progress.what = what;
     progress.unit = "images";
     progress.done = t->epoch * t->n + t->position;
@@ -23400,8 +23521,10 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     spm_status status = SPM_OK;
     t->epoch_start = spmi_seconds();
     spmi_train_order(t);
-    if (t->pruned && t->position == 0 && t->desc->mask != SPM_MASK_NONE) status = spmi_mask_build(t);
-    else if (t->pruned && t->desc->mask != SPM_MASK_NONE) status = spmi_mask_apply(t);
+    if (t->pruned && t->position == 0 && t->desc->mask != SPM_MASK_NONE)
+        status = spmi_mask_build(t);
+    else if (t->pruned && t->desc->mask != SPM_MASK_NONE)
+        status = spmi_mask_apply(t);
     if (status) return status;
     spm_optimizer_set_lr(t->optimizer, spm_schedule_lr(&t->schedule, t->epoch));
     spm_run_step(t->dense, (uint64_t)t->epoch);
@@ -23414,7 +23537,8 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
         t->position = spmi_train_next_position(t, &batch, end);
         t->stopped = spmi_train_report(t, batch.count);
     }
-    if (more < 0) return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
+    if (more < 0)
+        return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
     if (t->stopped && t->position < end) return spmi_train_pause(t);
     return spmi_train_epoch_end(t);
 }
@@ -23477,7 +23601,8 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     t->weight = (float *)spmi_alloc_array(t->ctx, d->batch, sizeof(float));
     t->group_weight = (float *)spmi_alloc_array(t->ctx, t->n_groups, sizeof(float));
     t->keep = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->keep);
-    if (!t->order || !t->target || !t->weight || !t->group_weight || !t->keep) return spmi_fail_memory(t->ctx, t->err, "training");
+    if (!t->order || !t->target || !t->weight || !t->group_weight || !t->keep)
+        return spmi_fail_memory(t->ctx, t->err, "training");
     for (g = 0; g < t->n_groups; g++) seen += spm_dataset_group_count(t->dataset, SPM_TRAIN, g) > 0;
     for (g = 0; g < t->n_groups; g++) {
         int64_t count = spm_dataset_group_count(t->dataset, SPM_TRAIN, g);
@@ -23501,21 +23626,29 @@ static spm_status spmi_train_check(spmi_trainer *t)
 {
     const spm_train_desc *d = t->desc;
     const char *path = spm_dataset_path(t->dataset);
-    if (!d->out || !*d->out) return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "training needs a folder for its results (--out)");
+    if (!d->out || !*d->out)
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "training needs a folder for its results (--out)");
     if (d->batch < 1 || d->epochs < 1) {
-        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "batch is %ld and epochs is %ld; both must be at least 1", (long)d->batch, (long)d->epochs);
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "batch is %ld and epochs is %ld; both must be at least 1",
+                         (long)d->batch, (long)d->epochs);
     }
-    if (spm_dataset_split_size(t->dataset, SPM_TRAIN) == 0) return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has no training examples", path);
+    if (spm_dataset_split_size(t->dataset, SPM_TRAIN) == 0)
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has no training examples", path);
     if (d->drop_last && spm_dataset_split_size(t->dataset, SPM_TRAIN) < d->batch) {
-        return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has %ld training examples, fewer than one batch of %ld, and --drop-last leaves out the rest; lower --batch",
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA,
+                         "%s: has %ld training examples, fewer than one batch of %ld, and --drop-last leaves out the "
+                         "rest; lower --batch",
                          path, (long)spm_dataset_split_size(t->dataset, SPM_TRAIN), (long)d->batch);
     }
-    if (d->method == SPM_METHOD_INTERVENE && !(d->tau > 0.0f)) return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "tau is %g; it must be above 0", (double)d->tau);
+    if (d->method == SPM_METHOD_INTERVENE && !(d->tau > 0.0f))
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "tau is %g; it must be above 0", (double)d->tau);
     if (d->method == SPM_METHOD_INTERVENE && !(d->prune_fraction >= 0.0 && d->prune_fraction < 1.0)) {
-        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "prune fraction is %g; it must be in [0, 1)", d->prune_fraction);
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "prune fraction is %g; it must be in [0, 1)",
+                         d->prune_fraction);
     }
     if (d->method == SPM_METHOD_INTERVENE && d->contrast == SPM_CONTRAST_NONE && !d->cross_entropy) {
-        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "contrast none and ce off leave no loss to train on; switch one of them on");
+        return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT,
+                         "contrast none and ce off leave no loss to train on; switch one of them on");
     }
     return SPM_OK;
 }
@@ -23528,7 +23661,8 @@ static spm_status spmi_train_model(spmi_trainer *t)
     t->model = spm_model_build(t->ctx, &d->arch, spm_random_key(d->seed, 0x696e6974u, 0), t->err);
     if (!t->model) return t->err->status;
     status = spmi_eval_classes(t->model, t->dataset, &t->classes, t->err);
-    if (!status && d->checkpoint && !d->resume) status = spm_checkpoint_load(t->model, d->checkpoint, d->allow_partial, t->err);
+    if (!status && d->checkpoint && !d->resume)
+        status = spm_checkpoint_load(t->model, d->checkpoint, d->allow_partial, t->err);
     if (status) return status;
     program = spm_model_program(t->model);
     t->n_groups = spm_dataset_groups(t->dataset);
@@ -23545,13 +23679,17 @@ static spm_status spmi_train_folder(spmi_trainer *t)
     spm_status status = config && state ? SPM_OK : SPM_E_MEMORY;
     if (!status && t->desc->resume) {
         if (spmi_path_kind(state) != 1) {
-            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: there is no saved state to resume; leave --resume out to start this run", t->desc->out);
+            status =
+                spmi_fail(t->ctx, t->err, SPM_E_STATE,
+                          "%s: there is no saved state to resume; leave --resume out to start this run", t->desc->out);
         }
         if (!status) status = spmi_train_same_config(t);
         if (!status) status = spmi_state_load(t);
     } else if (!status) {
         if (spmi_path_kind(config) == 1) {
-            status = spmi_fail(t->ctx, t->err, SPM_E_STATE, "%s: holds a run already; go on with it by --resume, or choose another --out", t->desc->out);
+            status =
+                spmi_fail(t->ctx, t->err, SPM_E_STATE,
+                          "%s: holds a run already; go on with it by --resume, or choose another --out", t->desc->out);
         }
         if (!status) status = spm_directory_create(t->ctx, t->desc->out, t->err);
         if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
@@ -23559,7 +23697,9 @@ static spm_status spmi_train_folder(spmi_trainer *t)
     }
     if (!status && t->desc->log_steps) {
         t->steps = fopen(t->desc->log_steps, t->desc->resume ? "ab" : "wb");
-        if (!t->steps) status = spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: cannot be written: %s", t->desc->log_steps, strerror(errno));
+        if (!t->steps)
+            status =
+                spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: cannot be written: %s", t->desc->log_steps, strerror(errno));
     }
     spmi_free(t->ctx, config);
     spmi_free(t->ctx, state);
@@ -23591,7 +23731,8 @@ static void spmi_train_free(spmi_trainer *t)
     spmi_text_free(&t->config);
 }
 
-SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc, spm_train_result *result, spm_error *err)
+SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc,
+                            spm_train_result *result, spm_error *err)
 {
     spmi_trainer t;
     spm_error error = SPM_ZERO;
@@ -23618,10 +23759,12 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
     }
     if (!status) status = spmi_train_folder(&t);
     if (!status && desc->select != SPM_SELECT_LAST && spm_dataset_split_size(dataset, SPM_VAL) == 0) {
-        spmi_log(ctx, SPM_LOG_INFO, "%s: no validation split, so the last epoch is kept as the best", spm_dataset_path(dataset));
+        spmi_log(ctx, SPM_LOG_INFO, "%s: no validation split, so the last epoch is kept as the best",
+                 spm_dataset_path(dataset));
     }
     t.stopped = desc->max_steps > 0 && t.step >= desc->max_steps;
-    while (!status && !t.stopped && t.epoch < desc->epochs) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
+    while (!status && !t.stopped && t.epoch < desc->epochs)
+        status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
     result->epochs = t.epoch;
     result->steps = t.step;
     result->best_epoch = t.best_epoch;
@@ -23641,10 +23784,10 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
 typedef struct spmi_report_run {
     const char *path;
     spm_json_value *config;
-    spm_json_value **lines;      /* of metrics.jsonl */
+    spm_json_value **lines; /* of metrics.jsonl */
     int64_t n_lines;
-    spm_json_value *localize;    /* NULL: the folder has none */
-    int64_t shown_epoch;         /* chosen by the run's own selection rule */
+    spm_json_value *localize; /* NULL: the folder has none */
+    int64_t shown_epoch;      /* chosen by the run's own selection rule */
 } spmi_report_run;
 
 typedef struct spmi_report {
@@ -23675,11 +23818,16 @@ static const char *spmi_series_color(int index)
 static void spmi_html(spmi_text *out, const char *text)
 {
     for (; *text; text++) {
-        if (*text == '<') spmi_text_add(out, "&lt;");
-        else if (*text == '>') spmi_text_add(out, "&gt;");
-        else if (*text == '&') spmi_text_add(out, "&amp;");
-        else if (*text == '"') spmi_text_add(out, "&quot;");
-        else spmi_text_append(out, text, 1);
+        if (*text == '<')
+            spmi_text_add(out, "&lt;");
+        else if (*text == '>')
+            spmi_text_add(out, "&gt;");
+        else if (*text == '&')
+            spmi_text_add(out, "&amp;");
+        else if (*text == '"')
+            spmi_text_add(out, "&quot;");
+        else
+            spmi_text_append(out, text, 1);
     }
 }
 
@@ -23701,7 +23849,8 @@ static void spmi_report_free(spmi_report *report)
 }
 
 /* Parses folder/name. Absent: *value is NULL, and that is an error only where `needed` is set. */
-static spm_status spmi_report_read(spmi_report *report, const char *folder, const char *name, int needed, spm_json_value **value)
+static spm_status spmi_report_read(spmi_report *report, const char *folder, const char *name, int needed,
+                                   spm_json_value **value)
 {
     char *path = spmi_path_join(report->ctx, folder, name);
     uint8_t *data = NULL;
@@ -23714,7 +23863,8 @@ static spm_status spmi_report_read(spmi_report *report, const char *folder, cons
         if (!status) *value = spm_json_parse(report->ctx, path, (const char *)data, size, report->err);
         if (!status && !*value) status = SPM_E_FORMAT;
     } else if (needed) {
-        status = spmi_fail(report->ctx, report->err, SPM_E_IO, "%s: no run folder: it has no %s; give folders that train or intervene wrote", folder, name);
+        status = spmi_fail(report->ctx, report->err, SPM_E_IO,
+                           "%s: no run folder: it has no %s; give folders that train or intervene wrote", folder, name);
     }
     spm_free(report->ctx, data);
     spmi_free(report->ctx, path);
@@ -23730,7 +23880,9 @@ static spm_status spmi_report_metrics(spmi_report *report, spmi_report_run *run)
     spm_status status;
     if (!path) return spmi_fail_memory(report->ctx, report->err, "metrics.jsonl");
     if (spmi_path_kind(path) != 1) {
-        status = spmi_fail(report->ctx, report->err, SPM_E_DATA, "%s: holds no finished epoch yet (no metrics.jsonl); train on with --resume first", run->path);
+        status =
+            spmi_fail(report->ctx, report->err, SPM_E_DATA,
+                      "%s: holds no finished epoch yet (no metrics.jsonl); train on with --resume first", run->path);
         spmi_free(report->ctx, path);
         return status;
     }
@@ -23740,9 +23892,12 @@ static spm_status spmi_report_metrics(spmi_report *report, spmi_report_run *run)
     if (!status && !run->lines) status = spmi_fail_memory(report->ctx, report->err, path);
     for (i = 0; !status && i < size; i++) {
         if (data[i] != '\n') continue;
-        run->lines[run->n_lines] = spm_json_parse(report->ctx, path, (const char *)data + start, i - start, report->err);
-        if (!run->lines[run->n_lines]) status = SPM_E_FORMAT;
-        else run->n_lines++;
+        run->lines[run->n_lines] =
+            spm_json_parse(report->ctx, path, (const char *)data + start, i - start, report->err);
+        if (!run->lines[run->n_lines])
+            status = SPM_E_FORMAT;
+        else
+            run->n_lines++;
         start = i + 1;
     }
     spm_free(report->ctx, data);
@@ -23772,7 +23927,8 @@ static void spmi_report_choose(spmi_report_run *run)
         double score;
         if (best < 0.0) run->shown_epoch = SPMI_MAX(run->shown_epoch, epoch);
         if (spmi_string_equal(rule, "last") || !spmi_string_equal(spmi_field(run->lines[i], "split"), "val")) continue;
-        score = spmi_field_number(run->lines[i], spmi_string_equal(rule, "wga") ? "worst_group_accuracy" : "mean_accuracy");
+        score =
+            spmi_field_number(run->lines[i], spmi_string_equal(rule, "wga") ? "worst_group_accuracy" : "mean_accuracy");
         if (score > best) {
             best = score;
             run->shown_epoch = epoch;
@@ -23785,7 +23941,9 @@ static const spm_json_value *spmi_report_line(const spmi_report_run *run, const 
 {
     int64_t i;
     for (i = 0; i < run->n_lines; i++) {
-        if (spm_json_as_int(spm_json_get(run->lines[i], "epoch"), -1) == epoch && spmi_string_equal(spmi_field(run->lines[i], "split"), split)) return run->lines[i];
+        if (spm_json_as_int(spm_json_get(run->lines[i], "epoch"), -1) == epoch
+            && spmi_string_equal(spmi_field(run->lines[i], "split"), split))
+            return run->lines[i];
     }
     return NULL;
 }
@@ -23815,8 +23973,10 @@ static spm_status spmi_report_load(spmi_report *report, const spm_report_desc *d
 
 static void spmi_report_percent(spmi_text *out, double share)
 {
-    if (share == share) spmi_text_addf(out, "%.1f", 100.0 * share);
-    else spmi_text_add(out, "&ndash;");
+    if (share == share)
+        spmi_text_addf(out, "%.1f", 100.0 * share);
+    else
+        spmi_text_add(out, "&ndash;");
 }
 
 /* Accuracy, interval and counts of one group in one cell. */
@@ -23833,7 +23993,8 @@ static void spmi_report_cell(spmi_text *out, const spm_json_value *group)
     spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 0), (double)NAN));
     spmi_text_add(out, "&ndash;");
     spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 1), (double)NAN));
-    spmi_text_addf(out, "<br>%ld of %ld</small></td>", (long)spm_json_as_int(spm_json_get(group, "correct"), 0), (long)spm_json_as_int(spm_json_get(group, "count"), 0));
+    spmi_text_addf(out, "<br>%ld of %ld</small></td>", (long)spm_json_as_int(spm_json_get(group, "correct"), 0),
+                   (long)spm_json_as_int(spm_json_get(group, "count"), 0));
 }
 
 static void spmi_report_summary_row(spmi_report *report, const char *label, const char *key, int group)
@@ -23846,7 +24007,8 @@ static void spmi_report_summary_row(spmi_report *report, const char *label, cons
     for (r = 0; r < report->n_runs; r++) {
         for (s = 0; s < 2; s++) {
             const spm_json_value *line = spmi_report_line(&report->runs[r], splits[s], report->runs[r].shown_epoch);
-            if (group >= 0) spmi_report_cell(&report->out, spm_json_at(spm_json_get(line, "groups"), group));
+            if (group >= 0)
+                spmi_report_cell(&report->out, spm_json_at(spm_json_get(line, "groups"), group));
             else {
                 spmi_text_add(&report->out, "<td><b>");
                 spmi_report_percent(&report->out, line ? spmi_field_number(line, key) : (double)NAN);
@@ -23861,7 +24023,8 @@ static void spmi_report_summary(spmi_report *report)
 {
     spmi_text *out = &report->out;
     int r, g;
-    spmi_text_add(out, "<h2>Accuracy by group</h2>\n<p>Percent, with Wilson 95 % intervals and counts. Each run is shown at the epoch its own rule selected.</p>\n<table>\n<tr><th rowspan=2>group</th>");
+    spmi_text_add(out, "<h2>Accuracy by group</h2>\n<p>Percent, with Wilson 95 % intervals and counts. Each run is "
+                       "shown at the epoch its own rule selected.</p>\n<table>\n<tr><th rowspan=2>group</th>");
     for (r = 0; r < report->n_runs; r++) {
         spmi_text_add(out, "<th colspan=2>");
         spmi_html(out, spmi_field(report->runs[r].config, "method"));
@@ -23886,37 +24049,51 @@ static void spmi_report_summary(spmi_report *report)
 static void spmi_report_bars(spmi_report *report)
 {
     spmi_text *out = &report->out;
-    int g, r, tick, bar = 26, step = SPMI_MAX(report->n_runs * bar + 34, 140), width = 60 + report->n_groups * step + 20;
-    spmi_text_addf(out, "<h2>Before and after</h2>\n<figure><svg viewBox=\"0 0 %d 300\" width=\"%d\" role=img aria-label=\"Test accuracy by group and run\">\n", width, width);
+    int g, r, tick, bar = 26, step = SPMI_MAX(report->n_runs * bar + 34, 140),
+                    width = 60 + report->n_groups * step + 20;
+    spmi_text_addf(out,
+                   "<h2>Before and after</h2>\n<figure><svg viewBox=\"0 0 %d 300\" width=\"%d\" role=img "
+                   "aria-label=\"Test accuracy by group and run\">\n",
+                   width, width);
     for (tick = 0; tick <= 100; tick += 25) {
         int y = 240 - 2 * tick;
-        spmi_text_addf(out, "<line x1=50 x2=%d y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n", width - 10, y, y, y + 4, tick);
+        spmi_text_addf(out, "<line x1=50 x2=%d y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n",
+                       width - 10, y, y, y + 4, tick);
     }
     for (g = 0; g < report->n_groups; g++) {
         int x0 = 60 + g * step + (step - report->n_runs * bar) / 2;
         for (r = 0; r < report->n_runs; r++) {
             const spm_json_value *line = spmi_report_line(&report->runs[r], "test", report->runs[r].shown_epoch);
-            const spm_json_value *group = spm_json_at(spm_json_get(line, "groups"), g), *ci = spm_json_get(group, "ci95");
-            double a = spmi_field_number(group, "accuracy"), lo = spm_json_as_number(spm_json_at(ci, 0), 0.0), hi = spm_json_as_number(spm_json_at(ci, 1), 0.0);
+            const spm_json_value *group = spm_json_at(spm_json_get(line, "groups"), g),
+                                 *ci = spm_json_get(group, "ci95");
+            double a = spmi_field_number(group, "accuracy"), lo = spm_json_as_number(spm_json_at(ci, 0), 0.0),
+                   hi = spm_json_as_number(spm_json_at(ci, 1), 0.0);
             double x = x0 + r * bar, middle = x + 0.45 * bar;
             if (!(a == a)) continue;
-            spmi_text_addf(out, "<rect x=%.1f y=%.1f width=%.1f height=%.1f fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" />", x, 240.0 - 200.0 * a, 0.9 * bar, 200.0 * a,
-                           spmi_series_color(r), r % 2 ? "0.35" : "0.85", spmi_series_color(r));
-            spmi_text_addf(out, "<path d=\"M%.1f %.1fV%.1fM%.1f %.1fh8M%.1f %.1fh8\" stroke=\"#111\" fill=none />", middle, 240.0 - 200.0 * hi, 240.0 - 200.0 * lo,
-                           middle - 4.0, 240.0 - 200.0 * hi, middle - 4.0, 240.0 - 200.0 * lo);
-            spmi_text_addf(out, "<text x=%.1f y=%.1f text-anchor=middle font-size=10>%.0f</text>\n", middle, 236.0 - 200.0 * hi, 100.0 * a);
+            spmi_text_addf(
+                out, "<rect x=%.1f y=%.1f width=%.1f height=%.1f fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" />", x,
+                240.0 - 200.0 * a, 0.9 * bar, 200.0 * a, spmi_series_color(r), r % 2 ? "0.35" : "0.85",
+                spmi_series_color(r));
+            spmi_text_addf(out, "<path d=\"M%.1f %.1fV%.1fM%.1f %.1fh8M%.1f %.1fh8\" stroke=\"#111\" fill=none />",
+                           middle, 240.0 - 200.0 * hi, 240.0 - 200.0 * lo, middle - 4.0, 240.0 - 200.0 * hi,
+                           middle - 4.0, 240.0 - 200.0 * lo);
+            spmi_text_addf(out, "<text x=%.1f y=%.1f text-anchor=middle font-size=10>%.0f</text>\n", middle,
+                           236.0 - 200.0 * hi, 100.0 * a);
         }
         spmi_text_addf(out, "<text x=%.1f y=258 text-anchor=middle>", x0 + 0.5 * report->n_runs * bar);
         spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
         spmi_text_add(out, "</text>\n");
     }
     for (r = 0; r < report->n_runs; r++) {
-        spmi_text_addf(out, "<rect x=%d y=275 width=14 height=14 fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" /><text x=%d y=287>", 60 + 150 * r, spmi_series_color(r), r % 2 ? "0.35" : "0.85",
-                       spmi_series_color(r), 80 + 150 * r);
+        spmi_text_addf(
+            out,
+            "<rect x=%d y=275 width=14 height=14 fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" /><text x=%d y=287>",
+            60 + 150 * r, spmi_series_color(r), r % 2 ? "0.35" : "0.85", spmi_series_color(r), 80 + 150 * r);
         spmi_html(out, spmi_field(report->runs[r].config, "method"));
         spmi_text_addf(out, " (run %d)</text>\n", r + 1);
     }
-    spmi_text_add(out, "</svg><figcaption>Test accuracy in percent; whiskers are Wilson 95 % intervals.</figcaption></figure>\n");
+    spmi_text_add(
+        out, "</svg><figcaption>Test accuracy in percent; whiskers are Wilson 95 % intervals.</figcaption></figure>\n");
 }
 
 /* One group's curve in a run: a polyline with a mark at every point. */
@@ -23925,7 +24102,8 @@ static void spmi_report_curve(spmi_report *report, const spmi_report_run *run, c
     spmi_text *out = &report->out;
     int64_t i, points = 0;
     double x = 0.0, y = 0.0;
-    spmi_text_addf(out, "<polyline fill=none stroke=\"%s\" stroke-width=2 %s points=\"", spmi_series_color(g), spmi_string_equal(split, "train") ? "stroke-dasharray=\"5 4\"" : "");
+    spmi_text_addf(out, "<polyline fill=none stroke=\"%s\" stroke-width=2 %s points=\"", spmi_series_color(g),
+                   spmi_string_equal(split, "train") ? "stroke-dasharray=\"5 4\"" : "");
     for (i = 0; i < run->n_lines; i++) {
         double a = spmi_field_number(spm_json_at(spm_json_get(run->lines[i], "groups"), g), "accuracy");
         if (!spmi_string_equal(spmi_field(run->lines[i], "split"), split) || !(a == a)) continue;
@@ -23936,7 +24114,8 @@ static void spmi_report_curve(spmi_report *report, const spmi_report_run *run, c
     }
     spmi_text_add(out, "\" />");
     if (points && spmi_string_equal(split, "test")) {
-        spmi_text_addf(out, "<text x=%.1f y=%.1f font-size=11 fill=\"%s\">%d</text>", x + 5.0, y + 4.0, spmi_series_color(g), g);
+        spmi_text_addf(out, "<text x=%.1f y=%.1f font-size=11 fill=\"%s\">%d</text>", x + 5.0, y + 4.0,
+                       spmi_series_color(g), g);
     }
     spmi_text_add(out, "\n");
 }
@@ -23945,7 +24124,8 @@ static void spmi_report_curves(spmi_report *report)
 {
     spmi_text *out = &report->out;
     int r, g, tick;
-    spmi_text_add(out, "<h2>Accuracy over epochs</h2>\n<p>Solid: test; dashed: train. The number at a line's end is its group:");
+    spmi_text_add(
+        out, "<h2>Accuracy over epochs</h2>\n<p>Solid: test; dashed: train. The number at a line's end is its group:");
     for (g = 0; g < report->n_groups; g++) {
         spmi_text_addf(out, " <span style=\"color:%s\"><b>%d</b> ", spmi_series_color(g), g);
         spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
@@ -23955,11 +24135,17 @@ static void spmi_report_curves(spmi_report *report)
     for (r = 0; r < report->n_runs; r++) {
         spmi_report_run *run = &report->runs[r];
         double last = run->n_lines ? spmi_field_number(run->lines[run->n_lines - 1], "epoch") : 0.0;
-        spmi_text_add(out, "<figure class=half><svg viewBox=\"0 0 460 290\" width=460 role=img aria-label=\"Accuracy over epochs\">\n");
+        spmi_text_add(out, "<figure class=half><svg viewBox=\"0 0 460 290\" width=460 role=img aria-label=\"Accuracy "
+                           "over epochs\">\n");
         for (tick = 0; tick <= 100; tick += 25) {
-            spmi_text_addf(out, "<line x1=50 x2=430 y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n", 240 - 2 * tick, 240 - 2 * tick, 244 - 2 * tick, tick);
+            spmi_text_addf(out,
+                           "<line x1=50 x2=430 y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n",
+                           240 - 2 * tick, 240 - 2 * tick, 244 - 2 * tick, tick);
         }
-        spmi_text_addf(out, "<text x=50 y=258 text-anchor=middle>1</text><text x=430 y=258 text-anchor=middle>%.0f</text><text x=240 y=274 text-anchor=middle>epoch</text>\n", last + 1.0);
+        spmi_text_addf(out,
+                       "<text x=50 y=258 text-anchor=middle>1</text><text x=430 y=258 "
+                       "text-anchor=middle>%.0f</text><text x=240 y=274 text-anchor=middle>epoch</text>\n",
+                       last + 1.0);
         for (g = 0; g < report->n_groups; g++) {
             spmi_report_curve(report, run, "train", g, last);
             spmi_report_curve(report, run, "test", g, last);
@@ -23978,34 +24164,43 @@ static const spm_json_value *spmi_report_control(const spm_json_value *row, cons
     int64_t i;
     for (i = 0; i < spm_json_length(controls); i++) {
         const spm_json_value *c = spm_json_at(controls, i);
-        if (spmi_string_equal(spmi_field(c, "split"), split) && spm_json_as_int(spm_json_get(c, "group"), -1) == group) return c;
+        if (spmi_string_equal(spmi_field(c, "split"), split) && spm_json_as_int(spm_json_get(c, "group"), -1) == group)
+            return c;
     }
     return NULL;
 }
 
 /* One line of a study: the accuracies of a split's groups after a change, their drops, and what the controls did. */
-static void spmi_report_study_row(spmi_report *report, const spm_json_value *study, const spm_json_value *row, const char *split)
+static void spmi_report_study_row(spmi_report *report, const spm_json_value *study, const spm_json_value *row,
+                                  const char *split)
 {
     spmi_text *out = &report->out;
-    const spm_json_value *before = spm_json_get(spm_json_get(study, "baseline"), split), *after = spm_json_get(spm_json_get(row, "splits"), split);
+    const spm_json_value *before = spm_json_get(spm_json_get(study, "baseline"), split),
+                         *after = spm_json_get(spm_json_get(row, "splits"), split);
     const spm_json_value *ranked = spm_json_get(row, "group");
     int64_t g;
     spmi_text_add(out, "<tr><th>");
-    if (spm_json_type_of(ranked) == SPM_JSON_NUMBER) spmi_text_addf(out, "group %ld", (long)spm_json_as_int(ranked, 0));
-    else spmi_text_add(out, "all");
+    if (spm_json_type_of(ranked) == SPM_JSON_NUMBER)
+        spmi_text_addf(out, "group %ld", (long)spm_json_as_int(ranked, 0));
+    else
+        spmi_text_add(out, "all");
     spmi_text_addf(out, "</th><td>top %ld, ", (long)spm_json_as_int(spm_json_get(row, "top"), 0));
     spmi_html(out, spmi_field(row, "modify"));
     spmi_text_add(out, "</td><td>");
     spmi_html(out, split);
     spmi_text_add(out, "</td>");
     for (g = 0; g < spm_json_length(after); g++) {
-        double a = spmi_field_number(spm_json_at(after, g), "accuracy"), b = spmi_field_number(spm_json_at(before, g), "accuracy");
+        double a = spmi_field_number(spm_json_at(after, g), "accuracy"),
+               b = spmi_field_number(spm_json_at(before, g), "accuracy");
         const spm_json_value *control = spmi_report_control(row, split, g);
-        spmi_text_add(out, spm_json_type_of(ranked) == SPM_JSON_NUMBER && spm_json_as_int(ranked, -1) == g ? "<td class=mark>" : "<td>");
+        spmi_text_add(out, spm_json_type_of(ranked) == SPM_JSON_NUMBER && spm_json_as_int(ranked, -1) == g
+                               ? "<td class=mark>"
+                               : "<td>");
         spmi_report_percent(out, a);
         if (a == a) spmi_text_addf(out, " <small>(%+.1f)</small>", 100.0 * (a - b));
         if (control) {
-            spmi_text_addf(out, "<br><small>controls %+.1f, p %.2f, n %ld</small>", -100.0 * spmi_field_number(control, "mean_drop"), spmi_field_number(control, "p_value"),
+            spmi_text_addf(out, "<br><small>controls %+.1f, p %.2f, n %ld</small>",
+                           -100.0 * spmi_field_number(control, "mean_drop"), spmi_field_number(control, "p_value"),
                            (long)spm_json_as_int(spm_json_get(control, "n"), 0));
         }
         spmi_text_add(out, "</td>");
@@ -24016,19 +24211,25 @@ static void spmi_report_study_row(spmi_report *report, const spm_json_value *stu
 static void spmi_report_study(spmi_report *report, const spm_json_value *study)
 {
     spmi_text *out = &report->out;
-    const spm_json_value *rankings = spm_json_get(study, "rankings"), *results = spm_json_get(study, "results"), *baseline = spm_json_get(study, "baseline");
+    const spm_json_value *rankings = spm_json_get(study, "rankings"), *results = spm_json_get(study, "results"),
+                         *baseline = spm_json_get(study, "baseline");
     int64_t i, u, s, g;
     spmi_text_add(out, "<h3>Criterion: ");
     spmi_html(out, spmi_field(study, "criterion"));
     spmi_text_add(out, "</h3>\n<ul>\n");
     for (i = 0; i < spm_json_length(rankings); i++) {
-        const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units"), *group = spm_json_get(ranking, "group");
-        if (spm_json_type_of(group) == SPM_JSON_NUMBER) spmi_text_addf(out, "<li>group %ld:", (long)spm_json_as_int(group, 0));
-        else spmi_text_add(out, "<li>all:");
+        const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units"),
+                             *group = spm_json_get(ranking, "group");
+        if (spm_json_type_of(group) == SPM_JSON_NUMBER)
+            spmi_text_addf(out, "<li>group %ld:", (long)spm_json_as_int(group, 0));
+        else
+            spmi_text_add(out, "<li>all:");
         for (u = 0; u < SPMI_MIN(spm_json_length(units), 10); u++) {
             spmi_text_add(out, u ? ", <code>" : " <code>");
             spmi_html(out, spmi_field(spm_json_at(units, u), "parameter"));
-            spmi_text_addf(out, "[%ld]</code> %.3g", (long)spm_json_as_int(spm_json_get(spm_json_at(units, u), "channel"), 0), spmi_field_number(spm_json_at(units, u), "score"));
+            spmi_text_addf(out, "[%ld]</code> %.3g",
+                           (long)spm_json_as_int(spm_json_get(spm_json_at(units, u), "channel"), 0),
+                           spmi_field_number(spm_json_at(units, u), "score"));
         }
         spmi_text_add(out, "</li>\n");
     }
@@ -24041,11 +24242,13 @@ static void spmi_report_study(spmi_report *report, const spm_json_value *study)
     spmi_text_add(out, "</tr>\n");
     for (i = 0; i < spm_json_length(results); i++) {
         const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits");
-        for (s = 0; s < spm_json_length(splits); s++) spmi_report_study_row(report, study, row, spm_json_key_at(splits, s));
+        for (s = 0; s < spm_json_length(splits); s++)
+            spmi_report_study_row(report, study, row, spm_json_key_at(splits, s));
     }
     spmi_text_add(out, "</table>\n<p>Units were selected on split ");
     spmi_html(out, spmi_field(study, "selected_on"));
-    spmi_text_add(out, ". In brackets: change of accuracy in points. Controls: the same change of other units of the same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1).</p>\n");
+    spmi_text_add(out, ". In brackets: change of accuracy in points. Controls: the same change of other units of the "
+                       "same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1).</p>\n");
 }
 
 /* A folder's localize.json: one study, or an object of studies by name. */
@@ -24058,7 +24261,8 @@ static void spmi_report_localize(spmi_report *report)
         if (!root) continue;
         if (!any) spmi_text_add(&report->out, "<h2>Where the memory sits</h2>\n");
         any = 1;
-        if (spm_json_get(root, "results")) spmi_report_study(report, root);
+        if (spm_json_get(root, "results"))
+            spmi_report_study(report, root);
         else {
             for (i = 0; i < spm_json_length(root); i++) spmi_report_study(report, spm_json_at(root, i));
         }
@@ -24126,17 +24330,25 @@ static void spmi_report_protocol(spmi_report *report, const char *command)
 static void spmi_report_head(spmi_report *report, const char *title)
 {
     spmi_text *out = &report->out;
-    spmi_text_add(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content=\"width=device-width\">\n<title>");
+    spmi_text_add(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport "
+                       "content=\"width=device-width\">\n<title>");
     spmi_html(out, title);
-    spmi_text_add(out, "</title>\n<style>\n"
-                       "body{font:15px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:70rem;margin:2rem auto;padding:0 1rem}\n"
-                       "h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #ccc}h3{font-size:1rem;margin:1.4rem 0 .3rem}\n"
-                       "table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}\n"
-                       "th:first-child{text-align:left}tr.sum{background:#f5f5f2}td.mark{background:#fff3d6;font-weight:600}small{color:#555;font-weight:400}\n"
-                       "figure{margin:.6rem 0}figure.half{display:inline-block;margin-right:1rem}svg{max-width:100%;height:auto;font:12px system-ui,sans-serif}figcaption{color:#555;font-size:.9rem}\n"
-                       ".grid{stroke:#ddd}table.protocol td,table.protocol th{text-align:left}code{font-size:.92em}\n"
-                       "@media print{body{margin:0;max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}\n"
-                       "</style>\n<h1>");
+    spmi_text_add(
+        out, "</title>\n<style>\n"
+             "body{font:15px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:70rem;margin:2rem "
+             "auto;padding:0 1rem}\n"
+             "h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid "
+             "#ccc}h3{font-size:1rem;margin:1.4rem 0 .3rem}\n"
+             "table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.25rem "
+             ".7rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}\n"
+             "th:first-child{text-align:left}tr.sum{background:#f5f5f2}td.mark{background:#fff3d6;font-weight:600}"
+             "small{color:#555;font-weight:400}\n"
+             "figure{margin:.6rem "
+             "0}figure.half{display:inline-block;margin-right:1rem}svg{max-width:100%;height:auto;font:12px "
+             "system-ui,sans-serif}figcaption{color:#555;font-size:.9rem}\n"
+             ".grid{stroke:#ddd}table.protocol td,table.protocol th{text-align:left}code{font-size:.92em}\n"
+             "@media print{body{margin:0;max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}\n"
+             "</style>\n<h1>");
     spmi_html(out, title);
     spmi_text_add(out, "</h1>\n");
 }
@@ -24151,7 +24363,8 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
     report.ctx = ctx;
     report.err = &error;
     report.out = spmi_text_create(ctx);
-    status = desc->n_runs < 1 ? spmi_fail(ctx, &error, SPM_E_ARGUMENT, "a report needs at least one run folder") : spmi_report_load(&report, desc);
+    status = desc->n_runs < 1 ? spmi_fail(ctx, &error, SPM_E_ARGUMENT, "a report needs at least one run folder")
+                              : spmi_report_load(&report, desc);
     if (!status) {
         spmi_report_head(&report, title);
         spmi_report_summary(&report);
@@ -24160,7 +24373,8 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
         spmi_report_localize(&report);
         spmi_report_protocol(&report, desc->command);
         spmi_text_add(&report.out, "</html>\n");
-        status = report.out.failed ? spmi_fail_memory(ctx, &error, "the report") : spm_file_write(ctx, path, report.out.data, report.out.length, &error);
+        status = report.out.failed ? spmi_fail_memory(ctx, &error, "the report")
+                                   : spm_file_write(ctx, path, report.out.data, report.out.length, &error);
     }
     spmi_report_free(&report);
     return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;

@@ -6,19 +6,28 @@
  * It uses the public API of spurmem.h only, so it is also the largest example.  Results go to stdout, progress and log to
  * stderr.  Exit codes: 0 done, 1 a file or a run failed, 2 the command line is wrong. */
 #ifndef SPURMEM_LINKED /* set by the Makefile, which compiles the implementation once for all programs */
-  #define SPURMEM_IMPLEMENTATION
+    #define SPURMEM_IMPLEMENTATION
 #endif
 #include "../spurmem.h"
 #include "terminal.h"
 #include <math.h>
 #if !defined(_WIN32)
-  #include <sys/resource.h>
+    #include <sys/resource.h>
 #endif
 
 /* ---- the command line ---- */
 
 enum {
-    TRAIN = 1, INTERVENE = 2, EVAL = 4, LOCALIZE = 8, PREDICT = 16, DECODE = 32, REPORT = 64, INSPECT = 128, CONVERT = 256, BENCH = 512,
+    TRAIN = 1,
+    INTERVENE = 2,
+    EVAL = 4,
+    LOCALIZE = 8,
+    PREDICT = 16,
+    DECODE = 32,
+    REPORT = 64,
+    INSPECT = 128,
+    CONVERT = 256,
+    BENCH = 512,
     LEARN = TRAIN | INTERVENE,
     WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT,
     WITH_MODEL = LEARN | EVAL | LOCALIZE | PREDICT | INSPECT,
@@ -44,15 +53,83 @@ static const command commands[] = {
 };
 
 typedef enum option_id {
-    O_THREADS, O_ISA, O_SEED, O_QUIET, O_JSON, O_CONV, O_PRECISION, O_HELP,
-    O_DATA, O_FORMAT, O_TARGET, O_CONFOUNDER, O_LIMIT, O_BAD_IMAGE, O_EXIF, O_IMAGE_SIZE, O_NORMALIZE, O_RESIZE,
-    O_ARCH, O_CHECKPOINT, O_NUM_CLASSES, O_ALLOW_PARTIAL, O_HEAD, O_LABEL_ORDER, O_PROFILE, O_BATCH, O_WORKERS,
-    O_OUT, O_METHOD, O_EPOCHS, O_OPTIMIZER, O_LR, O_WEIGHT_DECAY, O_MOMENTUM, O_NESTEROV, O_SCHEDULE, O_WARMUP, O_PATIENCE, O_CLIP,
-    O_AUGMENT, O_SHUFFLE, O_DROP_LAST, O_SELECT, O_MAX_STEPS, O_KEEP_EVERY, O_EVAL_EVERY, O_RESUME, O_LOG_STEPS, O_SEGMENTS,
-    O_TAU, O_LAMBDA, O_PRUNE_FRACTION, O_MASK, O_CONTRAST, O_CE, O_CE_PRUNED, O_BN, O_GROUP_LABELS, O_GROUP_WEIGHTING,
-    O_SPLIT, O_CRITERION, O_GROUPS, O_TOP, O_MODIFY, O_STD, O_REWIND, O_REPEATS, O_CONTROLS, O_SAMPLES,
-    O_SELECT_SPLIT, O_REPORT_SPLITS, O_ALLOW_SAME_SPLIT,
-    O_OUT_DIR, O_AS, O_OUTPUT, O_ONLY, O_COUNT
+    O_THREADS,
+    O_ISA,
+    O_SEED,
+    O_QUIET,
+    O_JSON,
+    O_CONV,
+    O_PRECISION,
+    O_HELP,
+    O_DATA,
+    O_FORMAT,
+    O_TARGET,
+    O_CONFOUNDER,
+    O_LIMIT,
+    O_BAD_IMAGE,
+    O_EXIF,
+    O_IMAGE_SIZE,
+    O_NORMALIZE,
+    O_RESIZE,
+    O_ARCH,
+    O_CHECKPOINT,
+    O_NUM_CLASSES,
+    O_ALLOW_PARTIAL,
+    O_HEAD,
+    O_LABEL_ORDER,
+    O_PROFILE,
+    O_BATCH,
+    O_WORKERS,
+    O_OUT,
+    O_METHOD,
+    O_EPOCHS,
+    O_OPTIMIZER,
+    O_LR,
+    O_WEIGHT_DECAY,
+    O_MOMENTUM,
+    O_NESTEROV,
+    O_SCHEDULE,
+    O_WARMUP,
+    O_PATIENCE,
+    O_CLIP,
+    O_AUGMENT,
+    O_SHUFFLE,
+    O_DROP_LAST,
+    O_SELECT,
+    O_MAX_STEPS,
+    O_KEEP_EVERY,
+    O_EVAL_EVERY,
+    O_RESUME,
+    O_LOG_STEPS,
+    O_SEGMENTS,
+    O_TAU,
+    O_LAMBDA,
+    O_PRUNE_FRACTION,
+    O_MASK,
+    O_CONTRAST,
+    O_CE,
+    O_CE_PRUNED,
+    O_BN,
+    O_GROUP_LABELS,
+    O_GROUP_WEIGHTING,
+    O_SPLIT,
+    O_CRITERION,
+    O_GROUPS,
+    O_TOP,
+    O_MODIFY,
+    O_STD,
+    O_REWIND,
+    O_REPEATS,
+    O_CONTROLS,
+    O_SAMPLES,
+    O_SELECT_SPLIT,
+    O_REPORT_SPLITS,
+    O_ALLOW_SAME_SPLIT,
+    O_OUT_DIR,
+    O_AS,
+    O_OUTPUT,
+    O_ONLY,
+    O_COUNT
 } option_id;
 
 /* `value`: NULL for a switch; "a|b" for a choice; else a word for the help. `type`: i integer, n number, s text, c choice,
@@ -74,22 +151,33 @@ static const option options[] = {
     { O_PRECISION, EVERY, 'c', "precision", "fp32", "fp32", "of the arithmetic" },
     { O_HELP, EVERY, 'b', "help", NULL, NULL, "this text" },
     { O_DATA, WITH_DATA, 's', "data", "DIR|FILE.tar", NULL, "the data set" },
-    { O_FORMAT, WITH_DATA, 'c', "format", "auto|waterbirds|celeba|metadata|folder|idx|cifar|packed", "auto", "layout of the data set" },
+    { O_FORMAT, WITH_DATA, 'c', "format", "auto|waterbirds|celeba|metadata|folder|idx|cifar|packed", "auto",
+      "layout of the data set" },
     { O_TARGET, WITH_DATA, 's', "target", "NAME", "Blond_Hair", "CelebA: the attribute to predict" },
     { O_CONFOUNDER, WITH_DATA, 's', "confounder", "NAME", "Male", "CelebA: the confounder" },
     { O_LIMIT, WITH_DATA, 'i', "limit", "N", "0", "use the first N examples of each split; 0: all" },
-    { O_BAD_IMAGE, WITH_DATA, 'c', "on-bad-image", "fail|skip", "fail", "skip leaves unreadable pictures out, counts and lists them" },
-    { O_EXIF, WITH_DATA | PREDICT | DECODE, 'c', "exif", "on|off", "off", "turn pictures as their EXIF orientation says" },
-    { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH, 's', "image-size", "N|HxW", NULL, "network input (the checkpoint's, else 224, CIFAR nets 32)" },
-    { O_NORMALIZE, WITH_MODEL, 's', "normalize", "imagenet|none|m1,m2,m3/s1,s2,s3", "imagenet", "mean and standard deviation" },
-    { O_RESIZE, WITH_MODEL | DECODE, 'c', "resize", "paper|exact|short-side|none", "paper", "how a picture gets the input size" },
-    { O_ARCH, WITH_MODEL, 's', "arch", "NAME", NULL, "resnet18 ... vit_large, with changes: resnet18:width=16,stem=cifar" },
+    { O_BAD_IMAGE, WITH_DATA, 'c', "on-bad-image", "fail|skip", "fail",
+      "skip leaves unreadable pictures out, counts and lists them" },
+    { O_EXIF, WITH_DATA | PREDICT | DECODE, 'c', "exif", "on|off", "off",
+      "turn pictures as their EXIF orientation says" },
+    { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH, 's', "image-size", "N|HxW", NULL,
+      "network input (the checkpoint's, else 224, CIFAR nets 32)" },
+    { O_NORMALIZE, WITH_MODEL, 's', "normalize", "imagenet|none|m1,m2,m3/s1,s2,s3", "imagenet",
+      "mean and standard deviation" },
+    { O_RESIZE, WITH_MODEL | DECODE, 'c', "resize", "paper|exact|short-side|none", "paper",
+      "how a picture gets the input size" },
+    { O_ARCH, WITH_MODEL, 's', "arch", "NAME", NULL,
+      "resnet18 ... vit_large, with changes: resnet18:width=16,stem=cifar" },
     { O_CHECKPOINT, WITH_MODEL, 's', "checkpoint", "FILE", NULL, ".safetensors, .pth, .pt or .th" },
-    { O_NUM_CLASSES, WITH_MODEL, 'i', "num-classes", "N", "0", "outputs of the head; 0: the checkpoint's, else the data set's" },
-    { O_ALLOW_PARTIAL, WITH_MODEL, 'b', "allow-partial", NULL, NULL, "accept a checkpoint with another head; the head starts anew" },
+    { O_NUM_CLASSES, WITH_MODEL, 'i', "num-classes", "N", "0",
+      "outputs of the head; 0: the checkpoint's, else the data set's" },
+    { O_ALLOW_PARTIAL, WITH_MODEL, 'b', "allow-partial", NULL, NULL,
+      "accept a checkpoint with another head; the head starts anew" },
     { O_HEAD, WITH_MODEL, 'c', "head", "logits|softmax", "logits", "softmax: quirk Q1 of the published code" },
-    { O_LABEL_ORDER, WITH_MODEL, 'c', "label-order", "forward|reversed", "forward", "reversed: quirk Q2, output column 0 is the last class" },
-    { O_PROFILE, WITH_MODEL, 'c', "profile", "sound|official", "sound", "official: the published code's behaviour, quirks included" },
+    { O_LABEL_ORDER, WITH_MODEL, 'c', "label-order", "forward|reversed", "forward",
+      "reversed: quirk Q2, output column 0 is the last class" },
+    { O_PROFILE, WITH_MODEL, 'c', "profile", "sound|official", "sound",
+      "official: the published code's behaviour, quirks included" },
     { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
     { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
     { O_OUT, LEARN, 's', "out", "RUN", NULL, "run folder" },
@@ -104,10 +192,12 @@ static const option options[] = {
     { O_WARMUP, LEARN, 'i', "warmup", "N", "0", "epochs of linear warm-up" },
     { O_PATIENCE, LEARN, 'i', "patience", "N", "3", "plateau: epochs without improvement before the rate halves" },
     { O_CLIP, LEARN, 'n', "clip", "F", "0", "largest L2 norm of the gradient; 0: off" },
-    { O_AUGMENT, LEARN, 'c', "augment", "none|light|paper", "none", "light: flip and shifted crop; paper: RandomResizedCrop and flip" },
+    { O_AUGMENT, LEARN, 'c', "augment", "none|light|paper", "none",
+      "light: flip and shifted crop; paper: RandomResizedCrop and flip" },
     { O_SHUFFLE, LEARN, 'c', "shuffle", "on|off", "on", "new order every epoch" },
     { O_DROP_LAST, LEARN, 'b', "drop-last", NULL, NULL, "leave out an incomplete last batch" },
-    { O_SELECT, LEARN, 'c', "select", "wga|accuracy|last", "wga", "which epoch becomes best.safetensors (by the validation split)" },
+    { O_SELECT, LEARN, 'c', "select", "wga|accuracy|last", "wga",
+      "which epoch becomes best.safetensors (by the validation split)" },
     { O_MAX_STEPS, LEARN, 'i', "max-steps", "N", "0", "stop, resumable, after N steps in all" },
     { O_KEEP_EVERY, LEARN, 'i', "keep-every", "N", "0", "also keep epoch-NNN.safetensors every N epochs" },
     { O_EVAL_EVERY, LEARN, 'i', "eval-every", "N", "1", "evaluate all splits every N epochs, and after the last" },
@@ -116,19 +206,26 @@ static const option options[] = {
     { O_SEGMENTS, LEARN, 'b', "segments", NULL, NULL, "less memory: recompute activations block by block" },
     { O_TAU, LEARN, 'n', "tau", "F", "0.5", "intervention: temperature of the contrast" },
     { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
-    { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01", "intervention: share of units (official: weights) masked" },
-    { O_MASK, LEARN, 'c', "mask", "critical|official|random|none", "critical", "intervention: what the pruned branch masks" },
+    { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01",
+      "intervention: share of units (official: weights) masked" },
+    { O_MASK, LEARN, 'c', "mask", "critical|official|random|none", "critical",
+      "intervention: what the pruned branch masks" },
     { O_CONTRAST, LEARN, 'c', "contrast", "features|outputs|none", "features", "intervention: what is contrasted" },
     { O_CE, LEARN, 'c', "ce", "on|off", "on", "intervention: cross-entropy of the dense branch" },
-    { O_CE_PRUNED, LEARN, 'c', "ce-pruned", "on|off", "off", "intervention: cross-entropy of the pruned branch as well" },
+    { O_CE_PRUNED, LEARN, 'c', "ce-pruned", "on|off", "off",
+      "intervention: cross-entropy of the pruned branch as well" },
     { O_BN, LEARN, 'c', "bn", "separate|shared", "separate", "intervention: running statistics of the branches" },
-    { O_GROUP_LABELS, LEARN, 'c', "group-labels", "on|off", "on", "intervention: group labels of the training split are used" },
-    { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on", "intervention: every group weighs the same in the cross-entropy" },
+    { O_GROUP_LABELS, LEARN, 'c', "group-labels", "on|off", "on",
+      "intervention: group labels of the training split are used" },
+    { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on",
+      "intervention: every group weighs the same in the cross-entropy" },
     { O_SPLIT, EVAL, 'c', "split", "train|val|test", "test", "split to evaluate" },
-    { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion", "gradient|magnitude|weight-gradient|random", "gradient", "how units are ranked" },
+    { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion", "gradient|magnitude|weight-gradient|random", "gradient",
+      "how units are ranked" },
     { O_GROUPS, LOCALIZE, 'l', "groups", "all|0,1,...", "all", "groups to rank units for" },
     { O_TOP, LOCALIZE, 'l', "top", "K,...", "1,2,3", "how many units are changed at once" },
-    { O_MODIFY, LOCALIZE, 'c', "modify", "zero|zero-unit|noise|reinit|rewind|layer-rewind", "zero-unit", "what happens to them" },
+    { O_MODIFY, LOCALIZE, 'c', "modify", "zero|zero-unit|noise|reinit|rewind|layer-rewind", "zero-unit",
+      "what happens to them" },
     { O_STD, LOCALIZE, 'l', "std", "F,...", "0.01", "of noise and reinit" },
     { O_REWIND, LOCALIZE, 's', "rewind", "FILE", NULL, "the earlier checkpoint for rewind and layer-rewind" },
     { O_REPEATS, LOCALIZE, 'i', "repeats", "N", NULL, "repetitions (1; noise and reinit 10)" },
@@ -136,7 +233,8 @@ static const option options[] = {
     { O_SAMPLES, LOCALIZE, 'i', "samples", "N", "200", "examples of a group that its gradient is taken on" },
     { O_SELECT_SPLIT, LOCALIZE, 'c', "select-split", "train|val|test", "train", "split that units are chosen on" },
     { O_REPORT_SPLITS, LOCALIZE, 'l', "report-splits", "train,test", "train,test", "splits that are reported" },
-    { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL, "report val or test although units were chosen on it" },
+    { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL,
+      "report val or test although units were chosen on it" },
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
     { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
     { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
@@ -208,10 +306,12 @@ static void print_option(const option *o)
 static void help_all(FILE *out)
 {
     int i;
-    fprintf(out, "spurmem %d.%d - find, prove and remove the memory of spurious correlations in image classifiers\n\n"
-           "usage: spurmem COMMAND [--option value | --option=value]... [operand]...\n\ncommands:\n",
+    fprintf(out,
+            "spurmem %d.%d - find, prove and remove the memory of spurious correlations in image classifiers\n\n"
+            "usage: spurmem COMMAND [--option value | --option=value]... [operand]...\n\ncommands:\n",
             SPURMEM_VERSION_MAJOR, SPURMEM_VERSION_MINOR);
-    for (i = 0; i < N_COMMANDS; i++) fprintf(out, "  %-10s %-10s %s\n", commands[i].name, commands[i].operands, commands[i].summary);
+    for (i = 0; i < N_COMMANDS; i++)
+        fprintf(out, "  %-10s %-10s %s\n", commands[i].name, commands[i].operands, commands[i].summary);
     fprintf(out, "\nspurmem COMMAND --help lists the command's options; spurmem --version prints the version.\n"
                  "Exit codes: 0 done (a training that Ctrl-C or --max-steps stopped has saved its state: also 0),\n"
                  "1 a file or a run failed or was stopped, 2 the command line is wrong.\n");
@@ -220,7 +320,8 @@ static void help_all(FILE *out)
 static void help_command(const command *c)
 {
     int i;
-    printf("usage: spurmem %s [options] %s\n\n%s\n\noptions (defaults in brackets):\n", c->name, c->operands, c->summary);
+    printf("usage: spurmem %s [options] %s\n\n%s\n\noptions (defaults in brackets):\n", c->name, c->operands,
+           c->summary);
     for (i = 0; i < N_OPTIONS; i++) {
         if (options[i].commands & c->id) print_option(&options[i]);
     }
@@ -264,7 +365,8 @@ static int check_value(const option *o, const char *value)
     char text[400], nearest[32], *end;
     if (o->type == 'c' && !is_choice(o->value, value)) {
         int near = nearest_choice(o->value, value, nearest, sizeof nearest);
-        snprintf(text, sizeof text, "--%s %.100s: it must be one of %s%s%s%s", o->name, value, o->value, near ? "; did you mean " : "", nearest, near ? "?" : "");
+        snprintf(text, sizeof text, "--%s %.100s: it must be one of %s%s%s%s", o->name, value, o->value,
+                 near ? "; did you mean " : "", nearest, near ? "?" : "");
         wrong(text);
         return 0;
     }
@@ -272,7 +374,8 @@ static int check_value(const option *o, const char *value)
         long long number = strtoll(value, &end, 10);
         int least = o->id == O_BATCH || o->id == O_EPOCHS || o->id == O_SAMPLES || o->id == O_REPEATS;
         if (end == value || *end || number < least || number > 1000000000) {
-            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number from %d to 1000000000", o->name, value, least);
+            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number from %d to 1000000000", o->name, value,
+                     least);
             wrong(text);
             return 0;
         }
@@ -288,7 +391,8 @@ static int check_value(const option *o, const char *value)
     if (o->type == 'n') {
         double number = strtod(value, &end);
         const char *range = o->id == O_TAU ? "above 0" : o->id == O_PRUNE_FRACTION ? "from 0 to below 1" : "0 or more";
-        int inside = number >= 0.0 && number < 1e30 && !(o->id == O_TAU && number <= 0.0) && !(o->id == O_PRUNE_FRACTION && number >= 1.0);
+        int inside = number >= 0.0 && number < 1e30 && !(o->id == O_TAU && number <= 0.0)
+                     && !(o->id == O_PRUNE_FRACTION && number >= 1.0);
         if (end == value || *end || !inside) {
             snprintf(text, sizeof text, "--%s %.100s: it must be a number, %s", o->name, value, range);
             wrong(text);
@@ -319,8 +423,10 @@ static int unknown_option(const command *c, const char *name)
             best = options[i].name;
         }
     }
-    if (best) snprintf(text, sizeof text, "%s has no option --%s; did you mean --%s?", c->name, name, best);
-    else snprintf(text, sizeof text, "%s has no option --%s; spurmem %s --help lists them", c->name, name, c->name);
+    if (best)
+        snprintf(text, sizeof text, "%s has no option --%s; did you mean --%s?", c->name, name, best);
+    else
+        snprintf(text, sizeof text, "%s has no option --%s; spurmem %s --help lists them", c->name, name, c->name);
     return wrong(text);
 }
 
@@ -345,7 +451,8 @@ static int parse(cli *line, int argc, char **argv)
         if (strcmp(word, "-o") == 0) word = "--output";
         if (strcmp(word, "-h") == 0) word = "--help";
         if (word[1] != '-') {
-            snprintf(text, sizeof text, "%s: options have two dashes; spurmem %s --help lists them", word, line->command->name);
+            snprintf(text, sizeof text, "%s: options have two dashes; spurmem %s --help lists them", word,
+                     line->command->name);
             return wrong(text);
         }
         equals = strchr(word, '=');
@@ -402,7 +509,8 @@ static int required(const cli *line, option_id id)
     int i;
     if (line->value[id]) return 1;
     for (i = 0; i < N_OPTIONS; i++) {
-        if (options[i].id == id) snprintf(text, sizeof text, "%s needs --%s %s", line->command->name, options[i].name, options[i].value);
+        if (options[i].id == id)
+            snprintf(text, sizeof text, "%s needs --%s %s", line->command->name, options[i].name, options[i].value);
     }
     wrong(text);
     return 0;
@@ -463,17 +571,19 @@ static int finish_json(cli *line, spm_json *json)
 static void print_eval(const spm_eval *e)
 {
     int g;
-    printf("%s split, %lld images\n\n  %-28s %7s %8s %9s  %s\n", spm_split_name(e->split), (long long)e->count, "group", "count", "correct", "accuracy", "95 % interval");
+    printf("%s split, %lld images\n\n  %-28s %7s %8s %9s  %s\n", spm_split_name(e->split), (long long)e->count, "group",
+           "count", "correct", "accuracy", "95 % interval");
     for (g = 0; g < e->n_groups; g++) {
         char a[16], lo[16], hi[16];
         percent(a, sizeof a, e->groups[g].accuracy);
         percent(lo, sizeof lo, e->groups[g].ci_low);
         percent(hi, sizeof hi, e->groups[g].ci_high);
-        printf("  %-28s %7lld %8lld %9s  %s to %s%s\n", e->groups[g].name, (long long)e->groups[g].count, (long long)e->groups[g].correct, a, lo, hi,
-               g == e->worst_group ? "   worst" : "");
+        printf("  %-28s %7lld %8lld %9s  %s to %s%s\n", e->groups[g].name, (long long)e->groups[g].count,
+               (long long)e->groups[g].correct, a, lo, hi, g == e->worst_group ? "   worst" : "");
     }
-    printf("\n  worst group %.1f   mean %.1f   adjusted %.1f   balanced %.1f   AUROC %.4f   ECE %.4f\n", 100.0 * e->worst_accuracy, 100.0 * e->mean_accuracy,
-           100.0 * e->adjusted_accuracy, 100.0 * e->balanced_accuracy, e->auroc, e->ece);
+    printf("\n  worst group %.1f   mean %.1f   adjusted %.1f   balanced %.1f   AUROC %.4f   ECE %.4f\n",
+           100.0 * e->worst_accuracy, 100.0 * e->mean_accuracy, 100.0 * e->adjusted_accuracy,
+           100.0 * e->balanced_accuracy, e->auroc, e->ece);
 }
 
 /* ---- models and data ---- */
@@ -535,7 +645,8 @@ static int check_model_options(const cli *line)
         }
     }
     if (line->value[O_NORMALIZE] && !parse_normalize(line->value[O_NORMALIZE], &transform)) {
-        snprintf(text, sizeof text, "--normalize %s: it must be imagenet, none or m1,m2,m3/s1,s2,s3", line->value[O_NORMALIZE]);
+        snprintf(text, sizeof text, "--normalize %s: it must be imagenet, none or m1,m2,m3/s1,s2,s3",
+                 line->value[O_NORMALIZE]);
         return wrong(text);
     }
     return 0;
@@ -544,7 +655,8 @@ static int check_model_options(const cli *line)
 /* Rows of the classifier in a file that does not say how many classes it has; 0 if it has none. */
 static int64_t head_classes(cli *line, const char *file)
 {
-    static const char heads[][20] = { "fc.weight", "fc.0.weight", "head.weight", "head.0.weight", "heads.head.weight", "linear.weight", "classifier.weight" };
+    static const char heads[][20] = { "fc.weight",         "fc.0.weight",   "head.weight",      "head.0.weight",
+                                      "heads.head.weight", "linear.weight", "classifier.weight" };
     spm_error err = SPM_ZERO;
     spm_archive *archive = spm_archive_open(line->ctx, file, &err);
     int64_t i, classes = 0;
@@ -553,7 +665,9 @@ static int64_t head_classes(cli *line, const char *file)
         const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
         for (h = 0; h < 7; h++) { /* whatever wraps the name */
             size_t n = strlen(t->name), m = strlen(heads[h]);
-            if (t->rank == 2 && n >= m && strcmp(t->name + n - m, heads[h]) == 0 && (n == m || t->name[n - m - 1] == '.')) classes = t->shape[0];
+            if (t->rank == 2 && n >= m && strcmp(t->name + n - m, heads[h]) == 0
+                && (n == m || t->name[n - m - 1] == '.'))
+                classes = t->shape[0];
         }
     }
     spm_archive_close(archive);
@@ -577,8 +691,11 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
     }
     if (!line->value[O_ARCH] && !info.has_arch) {
         err->status = SPM_E_ARGUMENT;
-        if (file) snprintf(err->text, sizeof err->text, "%s: the file does not say its architecture; give it with --arch", file);
-        else snprintf(err->text, sizeof err->text, "%s needs --arch NAME or --checkpoint FILE", line->command->name);
+        if (file)
+            snprintf(err->text, sizeof err->text, "%s: the file does not say its architecture; give it with --arch",
+                     file);
+        else
+            snprintf(err->text, sizeof err->text, "%s needs --arch NAME or --checkpoint FILE", line->command->name);
         return err->status;
     }
     if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
@@ -598,8 +715,10 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
             arch->height = h;
             arch->width_px = w;
         }
-        if (integer(line, O_NUM_CLASSES)) arch->classes = integer(line, O_NUM_CLASSES);
-        else if (line->value[O_ALLOW_PARTIAL] && data_classes) arch->classes = data_classes;
+        if (integer(line, O_NUM_CLASSES))
+            arch->classes = integer(line, O_NUM_CLASSES);
+        else if (line->value[O_ALLOW_PARTIAL] && data_classes)
+            arch->classes = data_classes;
     }
     reading->transform = info.has_arch ? info.transform : spm_transform_make(arch->height, arch->width_px);
     reading->transform.height = arch->height;
@@ -656,12 +775,16 @@ static void list_bad(const spm_dataset *data)
 
 static int fill_optimizer(const cli *line, spm_train_desc *desc)
 {
-    desc->optimizer.kind = is(line, O_OPTIMIZER, "sgd") ? SPM_SGD : is(line, O_OPTIMIZER, "adamw") ? SPM_ADAMW : SPM_ADAM;
+    desc->optimizer.kind = is(line, O_OPTIMIZER, "sgd")     ? SPM_SGD
+                           : is(line, O_OPTIMIZER, "adamw") ? SPM_ADAMW
+                                                            : SPM_ADAM;
     desc->optimizer.decay_all = 1;
     desc->optimizer.lr = (float)number(line, O_LR);
     desc->optimizer.weight_decay = (float)number(line, O_WEIGHT_DECAY);
     desc->optimizer.nesterov = is_on(line, O_NESTEROV);
-    desc->optimizer.momentum = line->value[O_MOMENTUM] ? (float)number(line, O_MOMENTUM) : desc->optimizer.kind == SPM_SGD ? 0.9f : 0.0f;
+    desc->optimizer.momentum = line->value[O_MOMENTUM]           ? (float)number(line, O_MOMENTUM)
+                               : desc->optimizer.kind == SPM_SGD ? 0.9f
+                                                                 : 0.0f;
     if (desc->optimizer.kind != SPM_SGD && (desc->optimizer.momentum != 0.0f || desc->optimizer.nesterov)) {
         return wrong("--momentum and --nesterov belong to --optimizer sgd");
     }
@@ -706,14 +829,23 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->allow_partial = is_on(line, O_ALLOW_PARTIAL);
     desc->resume = is_on(line, O_RESUME);
     desc->segments = is_on(line, O_SEGMENTS);
-    desc->schedule = is(line, O_SCHEDULE, "plateau") ? SPM_SCHEDULE_PLATEAU : is(line, O_SCHEDULE, "cosine") ? SPM_SCHEDULE_COSINE : SPM_SCHEDULE_NONE;
+    desc->schedule = is(line, O_SCHEDULE, "plateau")  ? SPM_SCHEDULE_PLATEAU
+                     : is(line, O_SCHEDULE, "cosine") ? SPM_SCHEDULE_COSINE
+                                                      : SPM_SCHEDULE_NONE;
     (void)spm_augment_parse(line->value[O_AUGMENT], &desc->augment);
-    desc->select = is(line, O_SELECT, "wga") ? SPM_SELECT_WGA : is(line, O_SELECT, "accuracy") ? SPM_SELECT_ACCURACY : SPM_SELECT_LAST;
+    desc->select = is(line, O_SELECT, "wga")        ? SPM_SELECT_WGA
+                   : is(line, O_SELECT, "accuracy") ? SPM_SELECT_ACCURACY
+                                                    : SPM_SELECT_LAST;
     desc->tau = (float)number(line, O_TAU);
     if (line->value[O_LAMBDA]) desc->lambda = (float)number(line, O_LAMBDA);
     desc->prune_fraction = number(line, O_PRUNE_FRACTION);
-    desc->mask = is(line, O_MASK, "critical") ? SPM_MASK_CRITICAL : is(line, O_MASK, "official") ? SPM_MASK_OFFICIAL : is(line, O_MASK, "random") ? SPM_MASK_RANDOM : SPM_MASK_NONE;
-    desc->contrast = is(line, O_CONTRAST, "features") ? SPM_CONTRAST_FEATURES : is(line, O_CONTRAST, "outputs") ? SPM_CONTRAST_OUTPUTS : SPM_CONTRAST_NONE;
+    desc->mask = is(line, O_MASK, "critical")   ? SPM_MASK_CRITICAL
+                 : is(line, O_MASK, "official") ? SPM_MASK_OFFICIAL
+                 : is(line, O_MASK, "random")   ? SPM_MASK_RANDOM
+                                                : SPM_MASK_NONE;
+    desc->contrast = is(line, O_CONTRAST, "features")  ? SPM_CONTRAST_FEATURES
+                     : is(line, O_CONTRAST, "outputs") ? SPM_CONTRAST_OUTPUTS
+                                                       : SPM_CONTRAST_NONE;
     desc->cross_entropy = is_on(line, O_CE);
     desc->cross_entropy_pruned = is_on(line, O_CE_PRUNED);
     desc->bn_shared = is(line, O_BN, "shared");
@@ -721,7 +853,8 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->group_weighting = is_on(line, O_GROUP_WEIGHTING);
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
     if (fill_optimizer(line, desc)) return 2;
-    if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy) return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
+    if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy)
+        return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
     if (is(line, O_PROFILE, "official")) fill_official(line, desc, intervene);
     desc->progress = on_progress;
     desc->on_epoch = on_epoch;
@@ -742,7 +875,8 @@ static int run_train(cli *line)
     data = open_data(line, &err);
     if (!data) return failed(&err);
     if (resolve_model(line, spm_dataset_classes(data), &desc.arch, &desc.reading, &err)
-        || spm_train(line->ctx, data, &desc, &result, &err)) rc = 1;
+        || spm_train(line->ctx, data, &desc, &result, &err))
+        rc = 1;
     progress_clear();
     list_bad(data);
     if (rc == 0) {
@@ -757,9 +891,14 @@ static int run_train(cli *line)
         spm_json_bool(json, "stopped", result.stopped);
         spm_json_object_end(json);
         rc = finish_json(line, json);
-        if (prints(line) && result.stopped) printf("%s: stopped after %lld steps; the same command with --resume%s goes on\n", desc.out, (long long)result.steps, desc.max_steps ? " and without --max-steps" : "");
-        else if (prints(line)) printf("%s: %lld epochs, %lld steps; best.safetensors is epoch %lld\n", desc.out, (long long)result.epochs, (long long)result.steps, (long long)result.best_epoch + 1);
-    } else rc = failed(&err);
+        if (prints(line) && result.stopped)
+            printf("%s: stopped after %lld steps; the same command with --resume%s goes on\n", desc.out,
+                   (long long)result.steps, desc.max_steps ? " and without --max-steps" : "");
+        else if (prints(line))
+            printf("%s: %lld epochs, %lld steps; best.safetensors is epoch %lld\n", desc.out, (long long)result.epochs,
+                   (long long)result.steps, (long long)result.best_epoch + 1);
+    } else
+        rc = failed(&err);
     spm_dataset_close(data);
     return rc;
 }
@@ -785,7 +924,8 @@ static int run_eval(cli *line)
         desc.progress = on_progress;
         if (spm_dataset_split_size(data, desc.split) == 0) {
             err.status = SPM_E_DATA;
-            snprintf(err.text, sizeof err.text, "%s: has no %s split; choose another --split", spm_dataset_path(data), spm_split_name(desc.split));
+            snprintf(err.text, sizeof err.text, "%s: has no %s split; choose another --split", spm_dataset_path(data),
+                     spm_split_name(desc.split));
         } else if (!spm_evaluate(model, data, &desc, &eval, &err)) {
             spm_json *json = spm_json_create(line->ctx);
             progress_clear();
@@ -833,7 +973,8 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
         if (list[i] < 0.0) n = -1;
     }
     if (n < 1) {
-        snprintf(text, sizeof text, "--std %s: it must be a list of numbers, 0 or more, like .005,.01", line->value[O_STD]);
+        snprintf(text, sizeof text, "--std %s: it must be a list of numbers, 0 or more, like .005,.01",
+                 line->value[O_STD]);
         return wrong(text);
     }
     desc->n_std = n;
@@ -845,18 +986,23 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
             spm_split split;
             char complaint[200];
             if (!spm_split_parse(word, &split)) {
-                snprintf(complaint, sizeof complaint, "--report-splits: %s is not a split; they are train, val and test", word);
+                snprintf(complaint, sizeof complaint,
+                         "--report-splits: %s is not a split; they are train, val and test", word);
                 return wrong(complaint);
             }
             desc->report[split] = 1;
         }
     }
-    if (!desc->report[SPM_TRAIN] && !desc->report[SPM_VAL] && !desc->report[SPM_TEST]) return wrong("--report-splits needs at least one of train, val and test");
+    if (!desc->report[SPM_TRAIN] && !desc->report[SPM_VAL] && !desc->report[SPM_TEST])
+        return wrong("--report-splits needs at least one of train, val and test");
     (void)spm_split_parse(line->value[O_SELECT_SPLIT], &desc->select_split);
     desc->official = is(line, O_PROFILE, "official");
     desc->allow_same_split = is_on(line, O_ALLOW_SAME_SPLIT);
-    if (desc->select_split != SPM_TRAIN && desc->report[desc->select_split] && !desc->allow_same_split && !desc->official) {
-        snprintf(text, sizeof text, "--select-split %s: units chosen on the split that is reported would flatter the result; report another with --report-splits, or pass --allow-same-split",
+    if (desc->select_split != SPM_TRAIN && desc->report[desc->select_split] && !desc->allow_same_split
+        && !desc->official) {
+        snprintf(text, sizeof text,
+                 "--select-split %s: units chosen on the split that is reported would flatter the result; report "
+                 "another with --report-splits, or pass --allow-same-split",
                  line->value[O_SELECT_SPLIT]);
         return wrong(text);
     }
@@ -869,11 +1015,16 @@ static void print_units(const spm_json_value *root)
     int64_t i, u;
     for (i = 0; i < spm_json_length(rankings); i++) {
         const spm_json_value *r = spm_json_at(rankings, i), *units = spm_json_get(r, "units");
-        if (spm_json_type_of(spm_json_get(r, "group")) == SPM_JSON_NUMBER) printf("group %lld, gradient of %lld examples:", (long long)spm_json_as_int(spm_json_get(r, "group"), 0), (long long)spm_json_as_int(spm_json_get(r, "samples"), 0));
-        else printf("all groups:");
+        if (spm_json_type_of(spm_json_get(r, "group")) == SPM_JSON_NUMBER)
+            printf("group %lld, gradient of %lld examples:", (long long)spm_json_as_int(spm_json_get(r, "group"), 0),
+                   (long long)spm_json_as_int(spm_json_get(r, "samples"), 0));
+        else
+            printf("all groups:");
         for (u = 0; u < spm_json_length(units) && u < 5; u++) {
             const spm_json_value *unit = spm_json_at(units, u);
-            printf("%s %s[%lld] %.3g", u ? "," : "", spm_json_as_string(spm_json_get(unit, "parameter"), ""), (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0), spm_json_as_number(spm_json_get(unit, "score"), 0.0));
+            printf("%s %s[%lld] %.3g", u ? "," : "", spm_json_as_string(spm_json_get(unit, "parameter"), ""),
+                   (long long)spm_json_as_int(spm_json_get(unit, "channel"), 0),
+                   spm_json_as_number(spm_json_get(unit, "score"), 0.0));
         }
         printf("\n");
     }
@@ -886,7 +1037,9 @@ static double row_p(const spm_json_value *row, const char *split, int64_t group)
     int64_t i;
     for (i = 0; i < spm_json_length(controls); i++) {
         const spm_json_value *c = spm_json_at(controls, i);
-        if (strcmp(spm_json_as_string(spm_json_get(c, "split"), ""), split) == 0 && spm_json_as_int(spm_json_get(c, "group"), -1) == group) return spm_json_as_number(spm_json_get(c, "p_value"), -1.0);
+        if (strcmp(spm_json_as_string(spm_json_get(c, "split"), ""), split) == 0
+            && spm_json_as_int(spm_json_get(c, "group"), -1) == group)
+            return spm_json_as_number(spm_json_get(c, "p_value"), -1.0);
     }
     return -1.0;
 }
@@ -895,10 +1048,14 @@ static void print_row_cells(const spm_json_value *groups, const spm_json_value *
 {
     int64_t g;
     for (g = 0; g < spm_json_length(groups); g++) {
-        double accuracy = spm_json_as_number(spm_json_get(spm_json_at(groups, g), "accuracy"), -1.0), p = row ? row_p(row, split, g) : -1.0;
-        if (accuracy < 0.0) printf("      -       ");
-        else if (p >= 0.0) printf("  %5.1f p=%.2f", 100.0 * accuracy, p);
-        else printf("  %5.1f       ", 100.0 * accuracy);
+        double accuracy = spm_json_as_number(spm_json_get(spm_json_at(groups, g), "accuracy"), -1.0),
+               p = row ? row_p(row, split, g) : -1.0;
+        if (accuracy < 0.0)
+            printf("      -       ");
+        else if (p >= 0.0)
+            printf("  %5.1f p=%.2f", 100.0 * accuracy, p);
+        else
+            printf("  %5.1f       ", 100.0 * accuracy);
     }
 }
 
@@ -908,7 +1065,8 @@ static void print_localize(const spm_json_value *root)
     const spm_json_value *baseline = spm_json_get(root, "baseline"), *results = spm_json_get(root, "results");
     int64_t i, s, g;
     print_units(root);
-    printf("\naccuracy by group (p: share of matched controls with at least that drop)\n%-7s %4s %-10s %-7s %-6s", "ranked", "top", "modify", "std", "split");
+    printf("\naccuracy by group (p: share of matched controls with at least that drop)\n%-7s %4s %-10s %-7s %-6s",
+           "ranked", "top", "modify", "std", "split");
     for (g = 0; g < spm_json_length(spm_json_at(baseline, 0)); g++) printf("  group %-6lld", (long long)g);
     printf("\n");
     for (s = 0; s < spm_json_length(baseline); s++) {
@@ -917,16 +1075,25 @@ static void print_localize(const spm_json_value *root)
         printf("\n");
     }
     for (i = 0; i < spm_json_length(results); i++) {
-        const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits"), *repeat = spm_json_get(row, "repeat");
-        int64_t next = i + 1 < spm_json_length(results) ? spm_json_as_int(spm_json_get(spm_json_at(results, i + 1), "repeat"), -1) : 0;
+        const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits"),
+                             *repeat = spm_json_get(row, "repeat");
+        int64_t next = i + 1 < spm_json_length(results)
+                           ? spm_json_as_int(spm_json_get(spm_json_at(results, i + 1), "repeat"), -1)
+                           : 0;
         char ranked[24], std[24];
-        if (spm_json_type_of(repeat) == SPM_JSON_NUMBER && next != 0) continue; /* of repeated rows the mean is printed */
-        if (spm_json_type_of(spm_json_get(row, "group")) == SPM_JSON_NUMBER) snprintf(ranked, sizeof ranked, "group %lld", (long long)spm_json_as_int(spm_json_get(row, "group"), 0));
-        else snprintf(ranked, sizeof ranked, "all");
-        if (spm_json_type_of(spm_json_get(row, "std")) == SPM_JSON_NUMBER) snprintf(std, sizeof std, "%.3g", spm_json_as_number(spm_json_get(row, "std"), 0.0));
-        else std[0] = 0;
+        if (spm_json_type_of(repeat) == SPM_JSON_NUMBER && next != 0)
+            continue; /* of repeated rows the mean is printed */
+        if (spm_json_type_of(spm_json_get(row, "group")) == SPM_JSON_NUMBER)
+            snprintf(ranked, sizeof ranked, "group %lld", (long long)spm_json_as_int(spm_json_get(row, "group"), 0));
+        else
+            snprintf(ranked, sizeof ranked, "all");
+        if (spm_json_type_of(spm_json_get(row, "std")) == SPM_JSON_NUMBER)
+            snprintf(std, sizeof std, "%.3g", spm_json_as_number(spm_json_get(row, "std"), 0.0));
+        else
+            std[0] = 0;
         for (s = 0; s < spm_json_length(splits); s++) {
-            printf("%-7s %4lld %-10s %-7s %-6s", ranked, (long long)spm_json_as_int(spm_json_get(row, "top"), 0), spm_json_as_string(spm_json_get(row, "modify"), ""), std, spm_json_key_at(splits, s));
+            printf("%-7s %4lld %-10s %-7s %-6s", ranked, (long long)spm_json_as_int(spm_json_get(row, "top"), 0),
+                   spm_json_as_string(spm_json_get(row, "modify"), ""), std, spm_json_key_at(splits, s));
             print_row_cells(spm_json_at(splits, s), row, spm_json_key_at(splits, s));
             printf("\n");
         }
@@ -948,7 +1115,8 @@ static int run_localize(cli *line)
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc.criterion);
     (void)spm_modify_parse(desc.official && !line->given[O_MODIFY] ? "zero" : line->value[O_MODIFY], &desc.modify);
     desc.rewind_file = line->value[O_REWIND];
-    if ((desc.modify == SPM_MODIFY_REWIND || desc.modify == SPM_MODIFY_LAYER_REWIND) && !desc.rewind_file) return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
+    if ((desc.modify == SPM_MODIFY_REWIND || desc.modify == SPM_MODIFY_LAYER_REWIND) && !desc.rewind_file)
+        return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
     desc.repeats = integer(line, O_REPEATS);
     desc.controls = integer(line, O_CONTROLS);
     desc.samples = integer(line, O_SAMPLES);
@@ -1004,7 +1172,8 @@ static void class_name(const char *names, int c, char *text, size_t size)
 }
 
 /* Loads a picture as the network sees it; errors name the file. */
-static spm_status load_picture(cli *line, const char *file, const spm_transform *transform, spm_image *ready, spm_error *err)
+static spm_status load_picture(cli *line, const char *file, const spm_transform *transform, spm_image *ready,
+                               spm_error *err)
 {
     spm_image image = SPM_ZERO;
     spm_decode_desc decoding = SPM_ZERO;
@@ -1023,8 +1192,9 @@ static spm_status load_picture(cli *line, const char *file, const spm_transform 
 }
 
 /* One line on stdout; with --json - only the element of the object. */
-static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program *program, const spm_reading *reading, const char *names, const char *file,
-                       float *pixels, float *probabilities, int classes, spm_error *err)
+static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program *program, const spm_reading *reading,
+                       const char *names, const char *file, float *pixels, float *probabilities, int classes,
+                       spm_error *err)
 {
     spm_image ready = SPM_ZERO;
     const float *logits;
@@ -1060,7 +1230,8 @@ static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program
     if (ok && prints(line)) ok = printf("%s\n", text) > 0;
     if (!ok) {
         err->status = text ? SPM_E_IO : SPM_E_MEMORY;
-        snprintf(err->text, sizeof err->text, "%s", text ? "stdout: writing failed" : "out of memory for the JSON result");
+        snprintf(err->text, sizeof err->text, "%s",
+                 text ? "stdout: writing failed" : "out of memory for the JSON result");
     }
     spm_json_destroy(json);
     return ok;
@@ -1095,7 +1266,9 @@ static int run_predict(cli *line)
     spm_json_string(json, "command", "predict");
     spm_json_array_begin(json, "predictions");
     for (i = 0; !rc && i < line->operands && !interrupted; i++) {
-        if (!predict_one(line, json, run, spm_model_program(model), &reading, info.class_names, line->operand[i], pixels, probabilities, (int)arch.classes, &err)) rc = 1;
+        if (!predict_one(line, json, run, spm_model_program(model), &reading, info.class_names, line->operand[i],
+                         pixels, probabilities, (int)arch.classes, &err))
+            rc = 1;
     }
     spm_json_array_end(json);
     spm_json_object_end(json);
@@ -1106,7 +1279,8 @@ static int run_predict(cli *line)
         fflush(stdout);
         rc = failed(&err);
         spm_json_destroy(json);
-    } else rc = finish_json(line, json);
+    } else
+        rc = finish_json(line, json);
     free(pixels);
     free(probabilities);
     spm_run_destroy(run);
@@ -1135,7 +1309,9 @@ static int decode_one(cli *line, spm_json *json, const char *file, const char *p
     transform = spm_transform_make(h, w);
     (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
     status = load_picture(line, file, line->value[O_IMAGE_SIZE] ? &transform : NULL, &image, err);
-    if (!status) status = is(line, O_AS, "ppm") ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err) : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
+    if (!status)
+        status = is(line, O_AS, "ppm") ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err)
+                                       : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
     if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
     if (!status) {
         spm_json_object_begin(json, NULL);
@@ -1163,7 +1339,9 @@ static int run_decode(cli *line)
         for (j = 0; j < i; j++) {
             output_name(other, sizeof other, line->value[O_OUT_DIR], line->operand[j], line->value[O_AS]);
             if (strcmp(path, other) == 0) {
-                snprintf(text, sizeof text, "%.1000s and %.1000s would both become %.2000s; decode them into different folders", line->operand[j], line->operand[i], path);
+                snprintf(text, sizeof text,
+                         "%.1000s and %.1000s would both become %.2000s; decode them into different folders",
+                         line->operand[j], line->operand[i], path);
                 return wrong(text);
             }
         }
@@ -1234,7 +1412,8 @@ static void shape_text(const int64_t *shape, int rank, char *text, size_t size)
     size_t at = 0;
     int i;
     at += (size_t)snprintf(text, size, "[");
-    for (i = 0; i < rank && at < size; i++) at += (size_t)snprintf(text + at, size - at, "%s%lld", i ? "," : "", (long long)shape[i]);
+    for (i = 0; i < rank && at < size; i++)
+        at += (size_t)snprintf(text + at, size - at, "%s%lld", i ? "," : "", (long long)shape[i]);
     if (at < size) snprintf(text + at, size - at, "]");
 }
 
@@ -1258,7 +1437,9 @@ static int inspect_checkpoint(cli *line, const char *path)
     spm_json_string(json, "format", spm_archive_format(archive));
     spm_json_string(json, "arch", info.has_arch ? info.arch.name : NULL);
     spm_json_array_begin(json, "tensors");
-    if (prints(line)) printf("%s: %s%s%s%s%s\n", path, spm_archive_format(archive), info.has_arch ? ", " : "", info.has_arch ? info.arch.name : "", info.method[0] ? ", method " : "", info.method);
+    if (prints(line))
+        printf("%s: %s%s%s%s%s\n", path, spm_archive_format(archive), info.has_arch ? ", " : "",
+               info.has_arch ? info.arch.name : "", info.method[0] ? ", method " : "", info.method);
     for (i = 0; i < spm_archive_count(archive); i++) {
         const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
         char shape[128];
@@ -1349,7 +1530,8 @@ static int inspect_data(cli *line, const char *path)
     spm_json_string(json, "format", spm_data_format_name(spm_dataset_format(data)));
     spm_json_array_begin(json, "splits");
     if (prints(line)) {
-        printf("%s: %s, %d classes, %d confounders\n\n  %-6s", path, spm_data_format_name(spm_dataset_format(data)), spm_dataset_classes(data), spm_dataset_confounders(data), "split");
+        printf("%s: %s, %d classes, %d confounders\n\n  %-6s", path, spm_data_format_name(spm_dataset_format(data)),
+               spm_dataset_classes(data), spm_dataset_confounders(data), "split");
         for (g = 0; g < spm_dataset_groups(data); g++) printf("  %s", spm_dataset_group_name(data, g));
         printf("  all\n");
     }
@@ -1373,7 +1555,8 @@ static int inspect_data(cli *line, const char *path)
             spm_json_null(json, "ci95");
             spm_json_null(json, "loss");
             spm_json_object_end(json);
-            if (prints(line)) printf("  %*lld", (int)strlen(name), (long long)spm_dataset_group_count(data, (spm_split)s, g));
+            if (prints(line))
+                printf("  %*lld", (int)strlen(name), (long long)spm_dataset_group_count(data, (spm_split)s, g));
         }
         spm_json_array_end(json);
         spm_json_object_end(json);
@@ -1426,7 +1609,9 @@ static int inspect_arch(cli *line)
     spm_json_array_end(json);
     spm_json_int(json, "values", total);
     spm_json_object_end(json);
-    if (prints(line)) printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px, (long long)total);
+    if (prints(line))
+        printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px,
+               (long long)total);
     spm_model_destroy(model);
     return finish_json(line, json);
 }
@@ -1478,12 +1663,16 @@ static const char *plain_name(const char *name)
 
 static int convert_tensor(spm_archive *in, spm_archive_writer *out, const spm_archive_tensor *t, spm_error *err)
 {
-    int whole = t->dtype == SPM_I64 || t->dtype == SPM_I32 || t->dtype == SPM_I16 || t->dtype == SPM_I8 || t->dtype == SPM_U8 || t->dtype == SPM_BOOL;
+    int whole = t->dtype == SPM_I64 || t->dtype == SPM_I32 || t->dtype == SPM_I16 || t->dtype == SPM_I8
+                || t->dtype == SPM_U8 || t->dtype == SPM_BOOL;
     size_t size = whole ? sizeof(int64_t) : sizeof(float);
     void *values = malloc((size_t)(t->count > 0 ? t->count : 1) * size);
     spm_status status = SPM_E_MEMORY;
-    if (values) status = whole ? spm_archive_read_i64(in, t, (int64_t *)values, err) : spm_archive_read_f32(in, t, (float *)values, err);
-    else snprintf(err->text, sizeof err->text, "%s: out of memory", t->name);
+    if (values)
+        status = whole ? spm_archive_read_i64(in, t, (int64_t *)values, err)
+                       : spm_archive_read_f32(in, t, (float *)values, err);
+    else
+        snprintf(err->text, sizeof err->text, "%s: out of memory", t->name);
     if (!status) spm_archive_put(out, values);
     free(values);
     return status == SPM_OK;
@@ -1491,8 +1680,8 @@ static int convert_tensor(spm_archive *in, spm_archive_writer *out, const spm_ar
 
 static int run_convert(cli *line)
 {
-    static const char keys[][24] = { "format", "writer", "arch", "image_size", "classes", "resize", "mean", "std", "head", "label_order", "method",
-                                     "class_names", "epoch" };
+    static const char keys[][24] = { "format", "writer", "arch",        "image_size", "classes",     "resize", "mean",
+                                     "std",    "head",   "label_order", "method",     "class_names", "epoch" };
     spm_error err = SPM_ZERO;
     spm_archive *in;
     spm_archive_writer *out;
@@ -1504,7 +1693,8 @@ static int run_convert(cli *line)
     to = line->operand[1];
     n = strlen(to);
     torch = n > 4 && strcmp(to + n - 4, ".pth") == 0;
-    if (!torch && !(n > 12 && strcmp(to + n - 12, ".safetensors") == 0)) return wrong("convert: OUT must end in .safetensors or .pth");
+    if (!torch && !(n > 12 && strcmp(to + n - 12, ".safetensors") == 0))
+        return wrong("convert: OUT must end in .safetensors or .pth");
     in = spm_archive_open(line->ctx, line->operand[0], &err);
     if (!in) return failed(&err);
     out = spm_archive_create(line->ctx, to, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS, &err);
@@ -1513,7 +1703,8 @@ static int run_convert(cli *line)
         return failed(&err);
     }
     for (i = 0; !torch && i < (int64_t)(sizeof keys / sizeof keys[0]); i++) {
-        if (spm_archive_metadata(in, keys[i])) spm_archive_add_metadata(out, keys[i], spm_archive_metadata(in, keys[i]));
+        if (spm_archive_metadata(in, keys[i]))
+            spm_archive_add_metadata(out, keys[i], spm_archive_metadata(in, keys[i]));
     }
     for (i = 0; i < spm_archive_count(in); i++) {
         const spm_archive_tensor *t = spm_archive_tensor_at(in, i);
@@ -1521,8 +1712,10 @@ static int run_convert(cli *line)
         spm_archive_add(out, plain_name(t->name), whole ? SPM_I64 : SPM_F32, t->rank, t->shape);
     }
     for (i = 0; ok && i < spm_archive_count(in); i++) ok = convert_tensor(in, out, spm_archive_tensor_at(in, i), &err);
-    if (ok) ok = spm_archive_commit(out, &err) == SPM_OK;
-    else spm_archive_abort(out);
+    if (ok)
+        ok = spm_archive_commit(out, &err) == SPM_OK;
+    else
+        spm_archive_abort(out);
     if (ok && prints(line)) printf("%s: %lld tensors\n", to, (long long)spm_archive_count(in));
     if (ok) {
         spm_json *json = spm_json_create(line->ctx);
@@ -1533,7 +1726,8 @@ static int run_convert(cli *line)
         spm_json_int(json, "tensors", spm_archive_count(in));
         spm_json_object_end(json);
         ok = finish_json(line, json) == 0;
-    } else (void)failed(&err);
+    } else
+        (void)failed(&err);
     spm_archive_close(in);
     return !ok;
 }
@@ -1547,23 +1741,26 @@ static int64_t peak_bytes(void)
 #else
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-  #if defined(__APPLE__)
+    #if defined(__APPLE__)
     return (int64_t)usage.ru_maxrss;
-  #else
+    #else
     return (int64_t)usage.ru_maxrss * 1024;
-  #endif
+    #endif
 #endif
 }
 
 /* One line of the bench's table and of its JSON. flops: of one repetition; images: of one repetition, 0 for kernels. */
-static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch, double seconds, double flops, double images)
+static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch, double seconds, double flops,
+                      double images)
 {
     double gflops = flops / seconds * 1e-9, peak = line->peak;
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "name", name);
     spm_json_int(json, "batch", batch);
-    if (images > 0.0) spm_json_number(json, "images_per_second", images / seconds);
-    else spm_json_null(json, "images_per_second");
+    if (images > 0.0)
+        spm_json_number(json, "images_per_second", images / seconds);
+    else
+        spm_json_null(json, "images_per_second");
     if (flops > 0.0) {
         spm_json_number(json, "gflops", gflops);
         spm_json_number(json, "share_of_peak", gflops / peak);
@@ -1575,8 +1772,10 @@ static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch
     spm_json_object_end(json);
     if (!prints(line)) return;
     printf("  %-36s", name);
-    if (images > 0.0) printf(" %9.2f images/s", images / seconds);
-    else printf(" %9.3f ms      ", 1e3 * seconds);
+    if (images > 0.0)
+        printf(" %9.2f images/s", images / seconds);
+    else
+        printf(" %9.3f ms      ", 1e3 * seconds);
     if (flops > 0.0) printf("  %7.1f GFLOP/s  %3.0f %% of peak", gflops, 100.0 * gflops / peak);
     printf("  %6.0f MB\n", (double)peak_bytes() * 1e-6);
     fflush(stdout);
@@ -1644,7 +1843,8 @@ static int bench_model(cli *line, spm_json *json, const char *name, int train, s
             ok = !spm_run_input(run, image, pixels) && !spm_run_forward(run, batch, train);
             if (ok && train) {
                 spm_model_zero_gradients(model);
-                ok = !spm_run_set_gradient(run, logits, gradient) && !spm_run_backward(run) && !spm_run_commit_statistics(run, 0.1f);
+                ok = !spm_run_set_gradient(run, logits, gradient) && !spm_run_backward(run)
+                     && !spm_run_commit_statistics(run, 0.1f);
                 spm_model_finish_gradients(model);
                 spm_optimizer_step(optimizer);
             }
@@ -1653,7 +1853,9 @@ static int bench_model(cli *line, spm_json *json, const char *name, int train, s
         if (!ok) *err = *spm_run_error(run);
         if (interrupted) ok = 0;
         snprintf(label, sizeof label, "%s:%s", train ? "train" : "infer", name);
-        if (ok) bench_row(line, json, label, batch, median(seconds + 1, step - 1), spm_program_flops(spm_model_program(model), batch, train), (double)batch);
+        if (ok)
+            bench_row(line, json, label, batch, median(seconds + 1, step - 1),
+                      spm_program_flops(spm_model_program(model), batch, train), (double)batch);
     }
     free(pixels);
     free(gradient);
@@ -1698,8 +1900,10 @@ static void bench_op(cli *line, spm_json *json, const char *name, spm_op op, spm
         call->packed = (void *)(((uintptr_t)packed + 63) & ~(uintptr_t)63);
         for (i = 0; i < 9; i++) {
             double start = spm_seconds();
-            if (what == 0) spm_op_forward(line->ctx, op, call);
-            else spm_op_backward(line->ctx, op, call);
+            if (what == 0)
+                spm_op_forward(line->ctx, op, call);
+            else
+                spm_op_backward(line->ctx, op, call);
             seconds[i] = spm_seconds() - start;
         }
         snprintf(label, sizeof label, "%s%s", name, passes[what]);
@@ -1712,7 +1916,9 @@ static void bench_op(cli *line, spm_json *json, const char *name, spm_op op, spm
 
 static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
 {
-    static const int64_t shape[][5] = { { 56, 64, 64, 3, 1 }, { 28, 128, 128, 3, 1 }, { 14, 256, 256, 3, 1 }, { 7, 512, 512, 3, 1 }, { 56, 64, 256, 1, 1 }, { 14, 1024, 256, 1, 1 }, { 56, 64, 128, 3, 2 }, { 224, 3, 64, 7, 2 } };
+    static const int64_t shape[][5] = { { 56, 64, 64, 3, 1 },  { 28, 128, 128, 3, 1 }, { 14, 256, 256, 3, 1 },
+                                        { 7, 512, 512, 3, 1 }, { 56, 64, 256, 1, 1 },  { 14, 1024, 256, 1, 1 },
+                                        { 56, 64, 128, 3, 2 }, { 224, 3, 64, 7, 2 } };
     int i, what;
     for (what = 0; gemm && what < 3 && !interrupted; what++) {
         spm_op_call call = SPM_ZERO;
@@ -1731,7 +1937,8 @@ static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
             call.n_in = 2;
             call.attr.stride[0] = call.attr.stride[1] = s[4];
             call.attr.padding[0] = call.attr.padding[1] = s[3] / 2;
-            snprintf(name, sizeof name, "conv %lldx%lld/%lld %lld->%lld at %lld", (long long)s[3], (long long)s[3], (long long)s[4], (long long)s[1], (long long)s[2], (long long)s[0]);
+            snprintf(name, sizeof name, "conv %lldx%lld/%lld %lld->%lld at %lld", (long long)s[3], (long long)s[3],
+                     (long long)s[4], (long long)s[1], (long long)s[2], (long long)s[0]);
             if (what != 1 || s[1] > 3) bench_op(line, json, name, SPM_OP_CONV2D, &call, what);
         }
     }
@@ -1760,7 +1967,8 @@ static int run_bench(cli *line)
     spm_error err = SPM_ZERO;
     spm_json *json;
     int ok = 1;
-    if (only && strncmp(only, "train:", 6) != 0 && strncmp(only, "infer:", 6) != 0 && strcmp(only, "gemm") != 0 && strcmp(only, "conv") != 0 && strcmp(only, "decode") != 0) {
+    if (only && strncmp(only, "train:", 6) != 0 && strncmp(only, "infer:", 6) != 0 && strcmp(only, "gemm") != 0
+        && strcmp(only, "conv") != 0 && strcmp(only, "decode") != 0) {
         return wrong("--only must be train:ARCH, infer:ARCH, gemm, conv or decode");
     }
     if (only && strchr(only, ':')) {
@@ -1768,7 +1976,8 @@ static int run_bench(cli *line)
         memset(&arch, 0, sizeof arch);
         if (spm_arch_parse(line->ctx, only + 6, &arch, &err)) return wrong(err.text);
     }
-    if (only && strcmp(only, "decode") == 0 && line->operands == 0) return wrong("bench --only decode needs the pictures to decode");
+    if (only && strcmp(only, "decode") == 0 && line->operands == 0)
+        return wrong("bench --only decode needs the pictures to decode");
     line->peak = spm_measure_peak(line->ctx);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
@@ -1777,12 +1986,16 @@ static int run_bench(cli *line)
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(line->ctx)));
     spm_json_int(json, "threads", spm_context_threads(line->ctx));
     spm_json_array_begin(json, "results");
-    if (prints(line)) printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), line->peak);
-    if (only && (strncmp(only, "train:", 6) == 0 || strncmp(only, "infer:", 6) == 0)) ok = bench_model(line, json, only + 6, only[0] == 't', &err);
+    if (prints(line))
+        printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)),
+               spm_context_threads(line->ctx), line->peak);
+    if (only && (strncmp(only, "train:", 6) == 0 || strncmp(only, "infer:", 6) == 0))
+        ok = bench_model(line, json, only + 6, only[0] == 't', &err);
     else {
         bench_kernels(line, json, !only || strcmp(only, "gemm") == 0, !only || strcmp(only, "conv") == 0);
         if (!only) {
-            ok = bench_model(line, json, "resnet18", 0, &err) && bench_model(line, json, "resnet18", 1, &err) && bench_model(line, json, "resnet50", 0, &err);
+            ok = bench_model(line, json, "resnet18", 0, &err) && bench_model(line, json, "resnet18", 1, &err)
+                 && bench_model(line, json, "resnet50", 0, &err);
         }
         if (ok && line->operands) ok = bench_decode(line, json, &err);
     }
@@ -1826,8 +2039,10 @@ static const command *find_command(const char *name)
             best = &commands[i];
         }
     }
-    if (best) snprintf(text, sizeof text, "there is no command %.60s; did you mean %s?", name, best->name);
-    else snprintf(text, sizeof text, "there is no command %.60s; spurmem --help lists them", name);
+    if (best)
+        snprintf(text, sizeof text, "there is no command %.60s; did you mean %s?", name, best->name);
+    else
+        snprintf(text, sizeof text, "there is no command %.60s; spurmem --help lists them", name);
     wrong(text);
     return NULL;
 }
@@ -1865,7 +2080,10 @@ int main(int argc, char **argv)
     progress_quiet = is_on(&line, O_QUIET);
     line.ctx = spm_context_create(&desc);
     if (!line.ctx) {
-        fprintf(stderr, "spurmem: no context: this machine or build lacks the instruction set %s (or memory); use --isa auto and check SPURMEM_ISA\n", line.value[O_ISA]);
+        fprintf(stderr,
+                "spurmem: no context: this machine or build lacks the instruction set %s (or memory); use --isa auto "
+                "and check SPURMEM_ISA\n",
+                line.value[O_ISA]);
         free((void *)line.operand);
         return 1;
     }

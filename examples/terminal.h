@@ -9,11 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(_WIN32)
-  #include <io.h>
-  #define stderr_is_terminal() _isatty(2)
+    #include <io.h>
+    #define stderr_is_terminal() _isatty(2)
 #else
-  #include <unistd.h>
-  #define stderr_is_terminal() isatty(2)
+    #include <unistd.h>
+    #define stderr_is_terminal() isatty(2)
 #endif
 
 static volatile sig_atomic_t interrupted; /* 1 after Ctrl-C: the next progress call stops the work */
@@ -52,12 +52,13 @@ static int on_progress(void *user, const spm_progress *p)
     bar[24] = 0;
     if (terminal) {
         progress_clear();
-        n = fprintf(stderr, "%-22s [%s] %3d%%  %8.1f %s/s  %d:%02d left", p->what, bar, p->total > 0 ? (int)(100 * p->done / p->total) : 0, rate, p->unit,
-                    (int)left / 60, (int)left % 60);
+        n = fprintf(stderr, "%-22s [%s] %3d%%  %8.1f %s/s  %d:%02d left", p->what, bar,
+                    p->total > 0 ? (int)(100 * p->done / p->total) : 0, rate, p->unit, (int)left / 60, (int)left % 60);
         progress_width = n > 0 ? n : 0;
         fflush(stderr);
     } else {
-        fprintf(stderr, "%s: %lld of %lld %s, %.1f/s, %d:%02d left\n", p->what, (long long)p->done, (long long)p->total, p->unit, rate, (int)left / 60, (int)left % 60);
+        fprintf(stderr, "%s: %lld of %lld %s, %.1f/s, %d:%02d left\n", p->what, (long long)p->done, (long long)p->total,
+                p->unit, rate, (int)left / 60, (int)left % 60);
     }
     return interrupted;
 }
@@ -70,7 +71,8 @@ static void on_log(void *user, spm_log_level level, const char *text)
 }
 
 /* One line an epoch: the objective, then mean and worst-group accuracy of every split. */
-static void on_epoch(void *user, int64_t epoch, const spm_eval *train, const spm_eval *val, const spm_eval *test, double loss, double seconds)
+static void on_epoch(void *user, int64_t epoch, const spm_eval *train, const spm_eval *val, const spm_eval *test,
+                     double loss, double seconds)
 {
     const spm_eval *evals[3];
     int i;
@@ -82,7 +84,9 @@ static void on_epoch(void *user, int64_t epoch, const spm_eval *train, const spm
     progress_clear();
     fprintf(stderr, "epoch %3lld  loss %-8.4g", (long long)epoch + 1, loss);
     for (i = 0; i < 3; i++) {
-        if (evals[i]->count) fprintf(stderr, "  %s: mean %5.1f, worst group %5.1f", spm_split_name(evals[i]->split), 100.0 * evals[i]->mean_accuracy, 100.0 * evals[i]->worst_accuracy);
+        if (evals[i]->count)
+            fprintf(stderr, "  %s: mean %5.1f, worst group %5.1f", spm_split_name(evals[i]->split),
+                    100.0 * evals[i]->mean_accuracy, 100.0 * evals[i]->worst_accuracy);
     }
     fprintf(stderr, "  %.1f s\n", seconds);
 }
@@ -90,7 +94,9 @@ static void on_epoch(void *user, int64_t epoch, const spm_eval *train, const spm
 /* "93.4", or "-" for NaN. */
 static void percent(char *text, size_t size, double share)
 {
-    if (share == share) snprintf(text, size, "%.1f", 100.0 * share);
-    else snprintf(text, size, "-");
+    if (share == share)
+        snprintf(text, size, "%.1f", 100.0 * share);
+    else
+        snprintf(text, size, "-");
 }
 #endif
