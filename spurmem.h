@@ -42,16 +42,17 @@
  *    in training, wrong in the field.  You, Dai, Min, Sekhon, Joshi and Duncan (Nature Communications 16, 5424, 2025)
  *    show that this memory sits in few units (output channels of convolutions, output units of linear layers), and
  *    that training a network against its own copy without those units helps the groups that were memorized.
- *    A *group* is a pair (class y, confounder a), numbered g = y * confounders + a.  *Worst-group accuracy* (WGA) is the
- *    lowest accuracy of any group.  A group is *memorized* as far as its training accuracy exceeds its test accuracy.
+ *    A *group* is a pair (class y, confounder a), numbered g = y * confounders + a.  *Worst-group accuracy* (WGA) is
+ *    the lowest accuracy of any group.  A group is *memorized* as far as its training accuracy exceeds its test
+ *    accuracy.
  *
  * 2. CONTEXTS, ERRORS, MEMORY
  *    Everything is made from a spm_context: allocator, log, threads, instruction set.  There are no globals, so two
- *    libraries may embed this header, and a context may be shared between threads; runs and loaders belong to one
- *    thread at a time.
+ *    libraries may embed this header, and a context may be shared between threads (with SPURMEM_THREADS); runs and
+ *    loaders belong to one thread at a time.
  *    Functions that can fail return a status, NULL or a negative number, and write one sentence into the spm_error they
- *    are given: what, where, how much, and the mend.  With NULL for it the sentence goes to the context.  The first error
- *    stays; what follows from it would only hide it.  The library never prints, exits or aborts.
+ *    are given: what, where, how much, and the mend.  With NULL for it the sentence goes to the context.  The first
+ *    error stays; what follows from it would only hide it.  The library never prints, exits or aborts.
  *    Desc structs: zero always means off, 0 or automatic.  Where a default is anything else there is a
  *    spm_*_desc_init().  SPM_ZERO initialises any of them in C and in C++.
  *    All memory comes from the context's allocator, 64-byte aligned, and every size is checked before it is taken.  A
@@ -63,13 +64,13 @@
  *    (section 09) records operations once; a *model* adds parameter values; a *run* executes it and owns activations,
  *    masks, batch statistics and random stream.  Several runs may share a model: that is how a network is trained
  *    against a copy of itself without some units.  Losses are small programs of their own: read a run's output, bind it
- *    as the loss's input, send the loss's gradient back with spm_run_set_gradient.  Batch norm never updates its running
- *    statistics by itself: spm_run_commit_statistics does.
+ *    as the loss's input, send the loss's gradient back with spm_run_set_gradient.  Batch norm never updates its
+ *    running statistics by itself: spm_run_commit_statistics does.
  *
  * 4. NETWORKS AND CHECKPOINTS
  *    spm_arch_parse("resnet18:width=16,stem=cifar") or ("vit:patch=8,dim=96,depth=6,heads=3,mlp=2") and
- *    spm_model_build make a network with PyTorch's parameter names; spm_checkpoint_load takes safetensors and torch files
- *    (.pth, .pt, .th) and never executes what it reads; spm_checkpoint_save writes both.
+ *    spm_model_build make a network with PyTorch's parameter names; spm_checkpoint_load takes safetensors and torch
+ *    files (.pth, .pt, .th) and never executes what it reads; spm_checkpoint_save writes both.
  *
  * 5. PICTURES AND DATA SETS
  *    JPEG decoding, PNG decoding and resizing give the bits that Pillow gives.  A data set is a folder or a tar file;
@@ -77,10 +78,10 @@
  *    the seed decides.
  *
  * 6. EVALUATION, LOCALIZATION
- *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes the
- *    highest-ranked ones and measures every group before and after, next to matched controls: the same change of other
- *    units of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).  Units are
- *    chosen on one split and reported on others; results say which.
+ *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes
+ *    the highest-ranked ones and measures every group before and after, next to matched controls: the same change of
+ *    other units of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).
+ *    Units are chosen on one split and reported on others; results say which.
  *
  * 7. TRAINING AND THE INTERVENTION
  *    spm_train writes a run folder: config.json, metrics.jsonl (a line per epoch and split), best.safetensors,
@@ -90,8 +91,8 @@
  *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
  *
  * 8. THE SAME BITS
- *    On the same machine and instruction set, results are the same bits for any number of threads: work is cut by shape,
- *    sums have a fixed tree, and a random number depends on (seed, epoch, example, draw) alone.
+ *    On the same machine and instruction set, results are the same bits for any number of threads: work is cut by
+ *    shape, sums have a fixed tree, and a random number depends on (seed, epoch, example, draw) alone.
  *
  * 9. INSTRUCTION SETS
  *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
@@ -101,7 +102,7 @@
  *    SPURMEM_THREADS            threads for computing and for reading pictures
  *    SPURMEM_STATIC             a private copy: all functions static
  *    SPURMEM_NO_SIMD            plain C only
- *    SPURMEM_MINGW_AVX          wide kernels with MinGW's gcc, whose stack is aligned to 16 bytes only: at your own risk
+ *    SPURMEM_MINGW_AVX          wide kernels with MinGW's gcc, whose stack is aligned to 16 bytes only: own risk
  *    SPURMEM_SELF               how this header includes itself for its kernels ("spurmem.h"); set it if you rename it
  *    SPURMEM_MAX_IMAGE_BYTES    cap on a decoded picture (1 GiB)
  *
@@ -113,13 +114,13 @@
  *
  *   01  >>CORE     status, context, log, allocator, files          11  >>OPTIM    SGD, Adam, AdamW, schedules, clipping
  *   02  >>CPU      feature detection, denormal mode                12  >>IMAGE    inflate, PNG, JPEG, resize, crop
- *   03  >>POOL     threads, parallel-for                           13  >>PACK     JSON, CSV, safetensors, torch, tar, idx
+ *   03  >>POOL     threads, parallel-for                           13  >>PACK     JSON, CSV, safetensors, torch, tar
  *   04  >>RNG      counter-based random numbers                    14  >>DATA     data sets, groups, loaders
  *   05  >>KERN     SIMD kernels                                    15  >>CKPT     checkpoints
  *   06  >>GEMM     matrix products, tap convolutions               16  >>EVAL     evaluation, intervals, tests
  *   07  >>TENSOR   tensors                                         17  >>ATTR     attribution: scores of units
  *   08  >>OPS      operations, forward and backward                18  >>LOCAL    localization: change units, measure
- *   09  >>TAPE     autograd: programs, models, runs                19  >>TRAIN    training, the intervention, run folders
+ *   09  >>TAPE     autograd: programs, models, runs                19  >>TRAIN    training, the intervention
  *   10  >>NETS     ResNet and ViT                                  20  >>REPORT   the HTML page
  */
 #ifndef SPMI_PASS
@@ -198,7 +199,8 @@ typedef struct spm_context_desc {
     void (*log)(void *user, spm_log_level level, const char *text); /* NULL: silent */
     void *log_user;
     /* An application's own executor: calls fn(arg, task, slot) once for every task in [0, tasks), from any threads, and
-     * returns when all are done; two calls that run at the same time have different slots in [0, threads).
+     * returns when all are done; two calls that run at the same time have different slots in [0, threads), with the
+     * `threads` that spm_context_threads() gives.  Its threads' denormal mode does not matter.
      * NULL: the library's own pool (SPURMEM_THREADS), or the caller's thread. */
     void (*execute)(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg);
     void *execute_user;
@@ -206,24 +208,31 @@ typedef struct spm_context_desc {
     spm_isa isa; /* 0: the environment's SPURMEM_ISA, else the best */
 } spm_context_desc;
 
-/* Creates a context: allocator, log, thread pool, instruction set, first error.  NULL only if memory runs out or the
- * desc asks for an instruction set that this machine lacks.  A context may be shared between threads. */
+/* Creates a context: allocator, log, thread pool, instruction set, first error.  NULL only if memory runs out, or if
+ * the desc or the environment's SPURMEM_ISA asks for an instruction set that this machine or build lacks.  A context
+ * may be shared between threads if the library was built with SPURMEM_THREADS (and its allocator and log allow it);
+ * clearing its error while another thread reads the sentence is for the application to avoid.  Test of this section:
+ * test_core.c. */
 SPMDEF spm_context *spm_context_create(const spm_context_desc *desc);
 SPMDEF void spm_context_destroy(spm_context *ctx); /* after everything made from it; NULL is fine */
 SPMDEF spm_status spm_context_status(const spm_context *ctx);      /* of the first error since the last clear */
 SPMDEF const char *spm_context_error(const spm_context *ctx);      /* its sentence, "" if none */
-SPMDEF void spm_context_clear_error(spm_context *ctx);
-SPMDEF int spm_context_threads(const spm_context *ctx);
-SPMDEF spm_isa spm_context_isa(const spm_context *ctx);
-SPMDEF const char *spm_status_text(spm_status status);
+SPMDEF void spm_context_clear_error(spm_context *ctx);             /* the next failure is the first one again */
+SPMDEF int spm_context_threads(const spm_context *ctx);            /* at least 1, at most 1024; slots are below it */
+SPMDEF spm_isa spm_context_isa(const spm_context *ctx);            /* never SPM_ISA_AUTO */
+SPMDEF const char *spm_status_text(spm_status status);              /* the standing text of the list above */
 SPMDEF const char *spm_isa_name(spm_isa isa);                       /* "c", "neon", "avx2", "avx512" */
 SPMDEF int spm_isa_parse(const char *name, spm_isa *isa);           /* 1 if `name` is one of them or "auto" */
 
-/* Reads a whole file.  *data (free it with spm_free) has *size bytes and a NUL behind them. */
+/* Reads a whole file, from the beginning to its end whatever its size is said to be (so pipes and /proc work as well).
+ * *data (free it with spm_free) has *size bytes and a NUL behind them; NULL and 0 after a failure (SPM_E_IO, also for a
+ * folder, or SPM_E_MEMORY). */
 SPMDEF spm_status spm_file_read(spm_context *ctx, const char *path, uint8_t **data, size_t *size, spm_error *err);
-/* Writes a whole file: to a temporary name beside it, flushed, then renamed, so that `path` is never half-written. */
+/* Writes a whole file: to a temporary name beside it (path.part, so one writer at a time), flushed, then renamed:
+ * `path` is never half-written.  A device or a pipe is written as it is.  SPM_E_IO leaves what was there before. */
 SPMDEF spm_status spm_file_write(spm_context *ctx, const char *path, const void *data, size_t size, spm_error *err);
-SPMDEF spm_status spm_directory_create(spm_context *ctx, const char *path, spm_error *err); /* with its parents */
+/* Creates a folder and its parents; one that is there already is fine.  SPM_E_IO, with the part that failed. */
+SPMDEF spm_status spm_directory_create(spm_context *ctx, const char *path, spm_error *err);
 SPMDEF void spm_free(spm_context *ctx, void *memory);               /* what the library handed out; NULL is fine */
 
 /* Progress of long work: called at step boundaries; a non-zero answer stops there, with resumable state. */
@@ -241,7 +250,10 @@ typedef int (*spm_progress_fn)(void *user, const spm_progress *progress);
 
 /* Calls fn(arg, task, slot) for every task in [0, tasks) on the context's threads; returns when all are done.
  * Which thread takes which task is not fixed, so tasks must not depend on it; `slot` < spm_context_threads() tells
- * simultaneous calls apart (for scratch memory).  Nested or simultaneous calls run on the caller's thread. */
+ * simultaneous calls of fn apart (for scratch memory).  While the pool is busy, further calls from tasks or from other
+ * threads run wholly on their caller's thread, with slot 0: scratch memory belongs to one call of spm_parallel.
+ * Denormal numbers are flushed to zero inside fn, and the caller's mode is put back.  No allocation, no errors; a job
+ * costs a few microseconds, so tasks should not be shorter.  Test: test_core.c. */
 SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg);
 
 /* ================================================================================================================
@@ -249,12 +261,14 @@ SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, 
  * ============================================================================================================= */
 
 /* A draw is a pure function of (seed, stream, index): Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
- * easy as 1, 2, 3").  No state, so results do not depend on order or threads. */
+ * easy as 1, 2, 3").  No state, so results do not depend on order or threads; some 10 ns each.  Test (with the paper's
+ * own known answers): test_core.c. */
 SPMDEF uint32_t spm_random_u32(uint64_t seed, uint64_t stream, uint64_t index);
 SPMDEF float spm_random_uniform(uint64_t seed, uint64_t stream, uint64_t index);  /* [0, 1), 24 bits */
 SPMDEF float spm_random_normal(uint64_t seed, uint64_t stream, uint64_t index);   /* N(0, 1), Box-Muller */
-SPMDEF uint32_t spm_random_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t n); /* uniform in [0, n) */
-/* Fisher-Yates: order[0..n) becomes a permutation of 0..n-1. */
+/* uniform in [0, n); 0 for n = 0 */
+SPMDEF uint32_t spm_random_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t n);
+/* Fisher-Yates: order[0..n) becomes a permutation of 0..n-1; n < 2^32. */
 SPMDEF void spm_random_permutation(uint64_t seed, uint64_t stream, int64_t n, int64_t *order);
 /* Draws a seed for a sub-task: a hash of (seed, a, b), so that streams never overlap by accident. */
 SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b);
@@ -263,10 +277,11 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b);
  * >>API-GEMM  06  the machine's limit
  * ============================================================================================================= */
 
-/* GFLOP/s of fused multiply-adds in registers, on all the context's threads at once with its instruction set: what shares
- * of peak are shares of.  Takes about 0.1 s; take it again next to every measurement on a shared machine. */
+/* GFLOP/s of fused multiply-adds in registers, on all the context's threads at once with its instruction set: what
+ * shares of peak are shares of.  Takes at most about 0.1 s; take it again next to every measurement on a shared
+ * machine.  0 if memory runs out.  Test: test_core.c. */
 SPMDEF double spm_measure_peak(spm_context *ctx);
-/* Seconds of a clock that does not jump. */
+/* Seconds of a clock that does not jump, since some moment in the past.  Test: test_core.c. */
 SPMDEF double spm_seconds(void);
 
 /* ================================================================================================================
@@ -290,8 +305,8 @@ SPMDEF int64_t spm_tensor_count(const spm_tensor *tensor);
 SPMDEF int spm_tensor_same_shape(const spm_tensor *a, const spm_tensor *b); /* rank and sizes; 1 or 0 */
 /* "[16,112,112,64]" into `text`, cut at size; returns text. 96 bytes hold every shape. */
 SPMDEF char *spm_tensor_shape_text(const spm_tensor *tensor, char *text, size_t size);
-/* max |a - b| / max(max |b|, 1e-30): the project's measure for "the same numbers".  HUGE_VAL where shapes differ or a
- * value is not a number on one side. */
+/* max |a - b| / max(max |b|, 1e-30): the project's measure for "the same numbers".  Equal infinities are left out
+ * of both; HUGE_VAL where shapes differ, a value is not a number, or one is infinite on one side only. */
 SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
 
 /* ================================================================================================================
@@ -308,25 +323,24 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  *  batch_norm     x[N,..,C] w[C] b[C] running_mean[C] running_var[C] r[N,..,C]?  ->  y, mean[C], var[C] (biased)
  *                 y = relu?((x - mean) / sqrt(var + eps) w + b + r?).  mean and var are the batch's in training (in
  *                 double across short chains, so a large mean costs no digits) and the running ones otherwise; the
- *                 running ones are only read: committing is the tape's business.  attr: eps, relu
+ *                 running ones are only read: committing is the tape's business.  One value per channel in training
+ *                 (which PyTorch refuses) has variance 0: y = relu?(b + r?), and x gets no gradient.  attr: eps, relu
  *  layer_norm     x[..,D] w[D] b[D]  ->  y, mean[rows], rstd[rows], over the last axis.  attr: eps
  *  relu, gelu     x  ->  y.  gelu is the exact x Phi(x), within 4 ulp also far out in the tail
  *  softmax        x[..,D]  ->  y, over the last axis
  *  attention      qkv[N,T,3D]: q, k, v one behind the other, each [heads][D/heads] (timm's layout)
  *                 ->  y[N,T,D], probs[N,heads,T,T]; scores are scaled by 1 / sqrt(D / heads).  attr: heads
- *  max_pool       x[N,H,W,C]  ->  y[N,H',W',C], places[N,H',W',ceil(C/4)].  attr: kernel, stride, padding (<= kernel
- * / 2,
- *                 seen as -infinity).  The first of equal entries wins; not-a-number comes through.  `places` holds
- * bytes,
- *                 not floats: the winner's index kh KW + kw, 4 ceil(C/4) of them for every output pixel.
+ *  max_pool       x[N,H,W,C]  ->  y[N,H',W',C], places[N,H',W',ceil(C/4)].  attr: kernel, stride, padding
+ *                 (<= kernel / 2, seen as -infinity).  The first of equal entries wins; not-a-number comes through.
+ *                 `places` holds bytes, not floats: the winner's index kh KW + kw, 4 ceil(C/4) of them for every
+ *                 output pixel.
  *  avg_pool       x[N,H,W,C]  ->  y[N,H',W',C]; pads count as zeros (PyTorch's default).  attr as max_pool
  *  global_pool    x[N,H,W,C]  ->  y[N,C], the mean over H and W
  *  add, mean2     a b of one shape  ->  a + b, (a + b) / 2 (the heads of a distilled network)
- *  shortcut_a     x[N,H,W,C]  ->  y[N,ceil(H/s),ceil(W/s),C']: every s-th pixel, (C' - C) / 2 zero channels in front,
- * the rest
- *                 behind (option A of the CIFAR ResNets).  attr: stride = s, groups = C'
+ *  shortcut_a     x[N,H,W,C]  ->  y[N,ceil(H/s),ceil(W/s),C']: every s-th pixel, (C' - C) / 2 zero channels in
+ *                 front, the rest behind (option A of the CIFAR ResNets).  attr: stride = s, groups = C'
  *  dropout        x[N,..]  ->  y: each element 0 with probability p, else x / (1 - p).  attr: p.  Identity in
- * evaluation mode
+ *                 evaluation mode
  *  drop_path      x[N,..]  ->  y: the same by whole examples
  *  tokens         x[N,H,W,D] class[K,D] position[K+L+H*W,D] distillation[L,D]?  ->  y[N,K+L+H*W,D]: class tokens, then
  *                 distillation tokens, then the pixels of x, all plus their positions
@@ -336,10 +350,8 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  *                 per_example_n (weight: 1/N each).  Targets need not sum to 1.  attr: label_smoothing = e
  *  ntxent         a[N,D] b[N,D]  ->  loss[1], z[2N,D], norms[2N], probs[2N,2N]
  *                 z = rows of a, then of b, divided by max(norm, 1e-12); the positive of row i is row i +- N; loss =
- * mean over
- *                 rows of -log(e^(z_i z_pos / tau) / sum over the 2N - 1 others).  A row of norm 0 gets gradient 0; N
- * = 1
- *                 gives loss 0.  attr: temperature = tau
+ *                 mean over rows of -log(e^(z_i z_pos / tau) / sum over the 2N - 1 others).  A row of norm 0 gets
+ *                 gradient 0; N = 1 gives loss 0.  attr: temperature = tau
  *
  * H' = floor((H + 2 padding - dilation (kernel - 1) - 1) / stride) + 1.  The backward formulas stand beside the code,
  * with their sources.  Tests of all of this: tests/test_ops.c (PyTorch's numbers, plain double code, central
@@ -373,9 +385,8 @@ typedef struct spm_op_call {
     int d_in_add[SPM_OP_MAX_IN];     /* 1: add to what is there; 0: overwrite */
     int n_in, n_out;
     int training;                    /* 1: batch statistics, dropout on; 0: evaluation mode.  Same for both passes. */
-    uint64_t seed, stream;           /* dropout, drop_path: a draw depends on (seed, stream,
-                                                                               example's id, element within
-                                        the example) alone; the backward pass repeats it */
+    uint64_t seed, stream;           /* dropout, drop_path: a draw depends on (seed, stream, example's id, element
+                                        within the example) alone; the backward pass repeats it */
     const int64_t *example;          /* [N] ids of the batch's examples, or NULL: 0..N-1 */
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
@@ -389,7 +400,7 @@ SPMDEF int spm_op_differentiable(spm_op op, int input);    /* 1 if in[input] can
 SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output, int index);
 /* Checks in[] (shapes only) and attr, and sets out[].shape, out[].rank, n_out.  Absent inputs behind n_in are cleared.
  * Errors: SPM_E_SHAPE, SPM_E_ARGUMENT, SPM_E_UNSUPPORTED with a sentence that names the op and both shapes; empty
- * tensors and a batch of 0 are refused. */
+ * tensors, a batch of 0, and inputs or outputs that memory cannot hold are refused. */
 SPMDEF spm_status spm_op_infer(spm_context *ctx, spm_op op, spm_op_call *call, spm_error *err);
 /* Bytes of scratch memory for one pass, and of packed weights kept between calls (0: none); after infer.  Both depend
  * on shapes and the context's number of threads. */
@@ -519,7 +530,7 @@ SPMDEF spm_value spm_program_find(const spm_program *program, const char *name);
 SPMDEF int spm_program_op_count(const spm_program *program);
 SPMDEF spm_value spm_program_op_at(const spm_program *program, int index, spm_op *op, spm_op_attr *attr, spm_value *in);
 /* Floating-point operations of a forward pass for n examples (a multiply and an add count as two); backward = 1: of the
- * backward pass, without the data gradient of inputs that want none. */
+ * backward pass, without the data gradient of inputs that want none.  0 for n < 1. */
 SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backward);
 
 /* ---- models ---- */
@@ -573,7 +584,8 @@ SPMDEF spm_status spm_run_forward(spm_run *run, int64_t n, int training);
 /* As forward, but only what was recorded after the value `first` (any result; outputs and marks are found by name),
  * which the caller has bound with spm_run_input.  Everything `first` depends on is left alone, and nothing after
  * `first` may need it otherwise.  This is how a scan re-uses the part of the network that a change does not touch.  A
- * backward pass after it stops at `first` (its own gradient is had if it is an output or kept). */
+ * backward pass after it stops at `first` (its own gradient is had if it is an output or kept).  Hooks of `first` see
+ * what is bound; a write hook of it is not called. */
 SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n, int training);
 /* Keeps any value, and its gradient, readable until the next forward.  Plans the run's memory anew (call it once,
  * before forward); the value then counts as an output for the functions below. */
@@ -582,7 +594,8 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value);
 SPMDEF float *spm_run_data(spm_run *run, spm_value value);
 SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value); /* the same with its shape for the last n */
 /* The gradient a loss sends into an output, [n, ...], copied; between forward and backward.  Several outputs may have
- * one; they count for one backward pass.  Without any, a scalar output named "loss" gets 1. */
+ * one; they count for one backward pass.  Without any, a scalar output named "loss" gets 1.  Secondary results
+ * (spm_program_result) have no gradient: SPM_E_ARGUMENT. */
 SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const float *gradient);
 /* Adds into the model's parameter gradients (masked by the run's mask set) and fills the gradients of inputs.  Once per
  * forward.  Branches that lead only to frozen parameters and inputs without gradient are not computed. Parameters
@@ -607,8 +620,8 @@ SPMDEF float *spm_run_buffer(spm_run *run, int parameter); /* the buffer this ru
  *   SPM_HOOK_VALUE_GRADIENT  sum of v * gradient (on_gradient is not read)
  * in double, by a fixed tree.  A parameter's gradient is this run's own, before it is added to the model's (and
  * before the mask).  `out` [channels] is added to by every pass and must live as long as the hook.  Hooks on a
- * gradient need a run with backward and make that gradient computed even where nothing else asks for it.  Set them
- * before forward. */
+ * gradient need a run with backward and make that gradient computed even where nothing else asks for it.  A value that
+ * no operation of the pass computes or reads is not reduced.  Set them before forward. */
 typedef enum spm_hook_kind { SPM_HOOK_SUM, SPM_HOOK_SUM_SQUARES, SPM_HOOK_VALUE_GRADIENT } spm_hook_kind;
 SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind, int on_gradient, double *out);
 /* Write hook: called on the caller's thread after the result is computed (again when a segment is replayed), may

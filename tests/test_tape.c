@@ -1031,6 +1031,55 @@ static void test_recording_errors(void)
     spm_context_destroy(ctx);
 }
 
+/* Every recorder enters its operation; the program can be read back, and be given up without a model. */
+static void test_recorders(void)
+{
+    static const spm_op ops[] = {
+        SPM_OP_CONV2D, SPM_OP_BATCH_NORM, SPM_OP_RELU, SPM_OP_MAX_POOL, SPM_OP_AVG_POOL, SPM_OP_DROPOUT, SPM_OP_TOKENS,
+        SPM_OP_LAYER_NORM, SPM_OP_LINEAR, SPM_OP_ATTENTION, SPM_OP_GELU, SPM_OP_DROP_PATH, SPM_OP_ADD, SPM_OP_TOKEN,
+        SPM_OP_SOFTMAX, SPM_OP_GLOBAL_POOL, SPM_OP_NTXENT, SPM_OP_CROSS_ENTROPY
+    };
+    spm_context *ctx = context(1);
+    spm_program *p = spm_program_create(ctx);
+    int64_t sx[4] = { 0, 9, 9, 3 }, sw[4] = { 6, 3, 3, 3 }, sc[1] = { 6 }, st[2] = { 1, 6 }, sp[2] = { 5, 6 };
+    int64_t sq[2] = { 18, 6 };
+    spm_value x = spm_program_input(p, "x", 4, sx, 0), w = spm_program_parameter(p, "w", 4, sw, SPM_INIT_ZERO, 0);
+    spm_value c[4], t = spm_program_parameter(p, "t", 2, st, SPM_INIT_ZERO, 0), y, z, in[SPM_OP_MAX_IN];
+    spm_value pos = spm_program_parameter(p, "p", 2, sp, SPM_INIT_ZERO, 0);
+    spm_value q = spm_program_parameter(p, "q", 2, sq, SPM_INIT_ZERO, 0);
+    spm_op op;
+    spm_op_attr attr;
+    int i;
+    for (i = 0; i < 4; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "c%d", i);
+        c[i] = spm_program_parameter(p, name, 1, sc, SPM_INIT_ONE, 0);
+    }
+    y = spm_relu(p, spm_batch_norm(p, spm_conv2d(p, x, w, 0, 1, 1, 1, 1), c[0], c[1], c[2], c[3], 0, 1e-5f, 1));
+    y = spm_dropout(p, spm_avg_pool(p, spm_max_pool(p, y, 3, 2, 1), 2, 2, 0), .5f); /* 9, 5, 2 pixels */
+    z = spm_tokens(p, y, t, pos);
+    z = spm_attention(p, spm_linear(p, spm_layer_norm(p, z, c[0], c[1], 1e-6f), q, 0), 2);
+    z = spm_softmax(p, spm_token(p, spm_add(p, z, spm_drop_path(p, spm_gelu(p, z), .1f)), 4));
+    (void)spm_ntxent(p, spm_global_pool(p, y), z, .5f);
+    spm_program_mark(p, "middle", z);
+    spm_program_segment(p);
+    (void)spm_cross_entropy(p, z, z, 0, 0);
+    CHECK_INT(spm_program_status(p), SPM_OK);
+    CHECK_INT(spm_program_op_count(p), (int)(sizeof ops / sizeof *ops));
+    for (i = 0; i < spm_program_op_count(p); i++) {
+        CHECK(spm_program_op_at(p, i, &op, &attr, in) > 0);
+        CHECK_STR(spm_op_name(op), spm_op_name(ops[i]));
+    }
+    CHECK_INT(spm_program_op_at(p, i, NULL, NULL, NULL), 0);
+    CHECK(spm_program_find(p, "middle") == z && spm_program_find(p, "nowhere") == 0);
+    CHECK_INT(spm_program_shape(p, z, 7).shape[0], 7);
+    CHECK(spm_program_flops(p, 2, 1) > spm_program_flops(p, 2, 0));
+    spm_program_destroy(p);
+    spm_program_destroy(NULL);
+    CHECK_STR(spm_context_error(ctx), "");
+    spm_context_destroy(ctx);
+}
+
 /* Batch 1, 3 and 4 give the same logits for the same picture; fewer examples than max_batch are fine. */
 static void test_batches_do_not_matter(void)
 {
@@ -1124,6 +1173,7 @@ int main(void)
     TEST(test_calls_out_of_order);
     TEST(test_hooks_of_prefixes);
     TEST(test_recording_errors);
+    TEST(test_recorders);
     TEST(test_batches_do_not_matter);
     TEST(test_runs_on_two_threads);
     return TEST_END;
