@@ -23705,8 +23705,9 @@ static spm_status spmi_train_folder(spmi_trainer *t)
                           "%s: holds a run already; go on with it by --resume, or choose another --out", t->desc->out);
         }
         if (!status) status = spm_directory_create(t->ctx, t->desc->out, t->err);
-        if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
+        /* config.json comes last: it is what says that the folder holds a run, so a run that has it can be resumed */
         if (!status) status = spmi_state_save(t);
+        if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
     }
     if (!status && t->desc->log_steps) {
         t->steps = fopen(t->desc->log_steps, t->desc->resume ? "ab" : "wb");
