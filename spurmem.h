@@ -23691,7 +23691,7 @@ static spm_status spmi_train_folder(spmi_trainer *t)
     char *config = spmi_train_path(t, "config.json"), *state = spmi_train_path(t, "state.safetensors");
     spm_status status = config && state ? SPM_OK : SPM_E_MEMORY;
     if (!status && t->desc->resume) {
-        if (spmi_path_kind(state) != 1) {
+        if (spmi_path_kind(state) != 1 || spmi_path_kind(config) != 1) {
             status =
                 spmi_fail(t->ctx, t->err, SPM_E_STATE,
                           "%s: there is no saved state to resume; leave --resume out to start this run", t->desc->out);

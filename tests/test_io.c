@@ -209,7 +209,7 @@ static void full_disk(void)
         snprintf(text, sizeof text, "training, disk full at byte %ld: %s \"%.400s\"", limit, spm_status_text(err.status), err.text);
         CHECK_MSG(err.status == SPM_E_IO && strstr(err.text, run) != NULL, text);
         check_folder("training on a full disk", run, 1);
-        if (file_size(in_scratch("full/state.safetensors")) < 0) continue;
+        if (file_size(in_scratch("full/config.json")) < 0) continue; /* the run had not begun */
         memset(&err, 0, sizeof err);
         CHECK_INT(train(run, 1, steps, &err), SPM_OK);
         CHECK_STR(err.text, "");
@@ -234,7 +234,7 @@ static void full_file(const char *name, const char *link)
     CHECK(access("/dev/full", W_OK) == 0);
     (void)remove(bad);
     check_folder(name, run, 1);
-    if (file_size(in_scratch("full/state.safetensors")) < 0) return;
+    if (file_size(in_scratch("full/config.json")) < 0) return; /* the run had not begun */
     memset(&err, 0, sizeof err);
     CHECK_INT(train(run, 1, steps, &err), SPM_OK);
     CHECK_STR(err.text, "");
