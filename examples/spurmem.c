@@ -372,6 +372,11 @@ static int check_value(const option *o, const char *value)
         wrong(text);
         return 0;
     }
+    if (!*value) {
+        snprintf(text, sizeof text, "--%s needs a value: %s", o->name, o->value);
+        wrong(text);
+        return 0;
+    }
     if (o->type == 'i' && o->id != O_SEED) {
         long long number = strtoll(value, &end, 10);
         int least = o->id == O_BATCH || o->id == O_EPOCHS || o->id == O_SAMPLES || o->id == O_REPEATS;
@@ -420,7 +425,7 @@ static int unknown_option(const command *c, const char *name)
     int i, least = 4;
     for (i = 0; i < N_OPTIONS; i++) {
         int d = (options[i].commands & c->id) ? distance(name, options[i].name) : 99;
-        if (d < least) {
+        if (d < least && 2 * d <= (int)strlen(name)) {
             least = d;
             best = options[i].name;
         }

@@ -242,6 +242,7 @@ static void test_wrong_lines(void)
     FAILS(2, "did you mean --epochs?", "train --epochz 3");
     FAILS(2, "--epochs", "train --epochs");
     FAILS(2, "--epochs 2x", "train --epochs 2x");
+    FAILS(2, "--json needs a value", "eval --json= " MODEL);
     FAILS(2, "--epochs 0", "train --data birds --out r --epochs 0");
     FAILS(2, "--batch 0", "train --data birds --out r --batch=0");
     FAILS(2, "--batch 99999999999999", "eval --batch 99999999999999 " MODEL);
