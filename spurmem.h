@@ -3984,7 +3984,10 @@ static void SPMI_K(optim_sgd)(int64_t n, const float *k, int nesterov, const flo
 static void SPMI_K(fma_chains)(int64_t rounds, float *sink)
 {
     v_t a = v_set(sink[0]), m = v_set(0.999999f), s = v_set(1e-7f);
-    v_t c0 = a, c1 = a, c2 = a, c3 = a, c4 = a, c5 = a, c6 = a, c7 = a, c8 = a, c9 = a, c10 = a, c11 = a;
+    /* distinct starts: of equal chains the compiler keeps one */
+    v_t c0 = a, c1 = v_add(c0, a), c2 = v_add(c1, a), c3 = v_add(c2, a), c4 = v_add(c3, a), c5 = v_add(c4, a);
+    v_t c6 = v_add(c5, a), c7 = v_add(c6, a), c8 = v_add(c7, a), c9 = v_add(c8, a), c10 = v_add(c9, a);
+    v_t c11 = v_add(c10, a);
     int64_t i;
     for (i = 0; i < rounds; i++) {
         c0 = v_fma(c0, m, s);
