@@ -73,9 +73,9 @@
  *    files (.pth, .pt, .th) and never executes what it reads; spm_checkpoint_save writes both.
  *
  * 5. PICTURES AND DATA SETS
- *    JPEG decoding, PNG decoding and resizing give the bits that Pillow gives.  A data set is a folder or a tar file;
- *    its groups come from its metadata.  A loader decodes on worker threads and delivers batches in an order that only
- *    the seed decides.
+ *    JPEG decoding, PNG decoding and resizing give the bits that Pillow gives.  A data set is a folder, a tar file, a
+ *    table or one packed file (spm_dataset_pack); its groups come from its metadata.  A loader decodes on worker threads
+ *    and delivers batches in an order that only the seed decides.
  *
  * 6. EVALUATION, LOCALIZATION
  *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes
@@ -1055,7 +1055,9 @@ SPMDEF int spm_data_format_parse(const char *name, spm_data_format *format); /* 
 SPMDEF const char *spm_data_format_name(spm_data_format format);             /* "auto", "waterbirds", ... */
 
 typedef struct spm_dataset_desc {
-    const char *path;       /* a folder, or a tar file that is read in place; what matters may lie in one top folder */
+    /* a folder; a tar file, read in place; a packed file; or a table NAME.csv, whose folder is then the data set's.
+     * What matters may lie in one top folder */
+    const char *path;
     const char *target;     /* CelebA: the attribute to predict (NULL: Blond_Hair) */
     /* CelebA: NULL: Male; several, as "Male,Young", are numbered in binary, the first highest */
     const char *confounder;
@@ -1067,7 +1069,7 @@ typedef struct spm_dataset_desc {
 } spm_dataset_desc;
 
 /* One example: class y, confounder a, group y * n_confounders + a. `file` is relative to the data set (of CelebA: to
- * its picture folder); pictures of idx and CIFAR files are called "FILE#number". */
+ * its picture folder), or a whole path; pictures of idx and CIFAR files are called "FILE#number". */
 typedef struct spm_example {
     const char *file;
     int32_t y, confounder, group;
@@ -1151,6 +1153,16 @@ SPMDEF spm_status spm_transform_image(spm_context *ctx, const spm_transform *tra
                                       spm_image *result, spm_error *err);
 /* out[height][width][3] = (value / 255 - mean) / std, each step rounded to float as ToTensor and Normalize do. */
 SPMDEF void spm_transform_normalize(const spm_transform *transform, const spm_image *image, float *out);
+
+/* Packs the data set into one file for repeated epochs: labels, names and the pictures, decoded, each with its CRC-32,
+ * which is compared whenever the picture is read again.  With a transform the pictures are brought to its size as for
+ * evaluation (then the file serves loaders with this height, width and resize mode, and no `paper` augmentation);
+ * with NULL or SPM_RESIZE_NONE they stay whole, and every loader gives the bits that it gives without packing.  Ids and
+ * spm_dataset_hash are the unpacked set's, whatever desc.limit.  With skip_bad_images a bad picture is packed as being
+ * bad, and skipped or refused when it is read.  The file appears when it is complete.  progress may be NULL.  Errors:
+ * the first bad picture, a full disk, SPM_E_STOPPED.  Covered by test_data. */
+SPMDEF spm_status spm_dataset_pack(spm_dataset *dataset, const char *path, const spm_transform *transform,
+                                   spm_progress_fn progress, void *user, spm_error *err);
 
 /* ---- loaders ---- */
 
@@ -15142,6 +15154,7 @@ typedef struct spmi_source {
     uint64_t size;
 #if SPMI_POSIX
     int descriptor;
+    int64_t changed; /* when the file was last written to, as it was opened */
 #else
     FILE *file;
     spmi_lock lock;
@@ -15175,6 +15188,16 @@ static spm_status spmi_source_memory(spmi_source *source, spm_context *ctx, cons
 }
 
 #if SPMI_POSIX
+/* The time of the last write, as fine as the system tells. */
+static int64_t spmi_source_stamp(const struct stat *info)
+{
+#if defined(__linux__)
+    return (int64_t)((uint64_t)info->st_mtim.tv_sec * 1000000000u + (uint64_t)info->st_mtim.tv_nsec);
+#else
+    return (int64_t)info->st_mtime;
+#endif
+}
+
 static spm_status spmi_source_open(spmi_source *source, spm_context *ctx, const char *path, spm_error *err)
 {
     struct stat info;
@@ -15188,6 +15211,7 @@ static spm_status spmi_source_open(spmi_source *source, spm_context *ctx, const 
         return spmi_fail(ctx, err, SPM_E_IO, "%s: is not a regular file", path);
     }
     source->size = (uint64_t)info.st_size;
+    source->changed = spmi_source_stamp(&info);
     source->name = spmi_string_copy(ctx, path, strlen(path));
     if (!source->name) {
         (void)close(source->descriptor);
@@ -15232,7 +15256,7 @@ static spm_status spmi_source_open(spmi_source *source, spm_context *ctx, const 
 }
 #endif
 
-/* Reads exactly `bytes` bytes at `offset`, or fails. */
+/* Reads exactly `bytes` bytes at `offset`, or fails; also if the file was written to since it was opened. */
 static spm_status spmi_source_read(spmi_source *source, uint64_t offset, void *out, size_t bytes, spm_error *err)
 {
     size_t done = 0;
@@ -15256,6 +15280,13 @@ static spm_status spmi_source_read(spmi_source *source, uint64_t offset, void *o
             break;
         }
         done += (size_t)got;
+    }
+    {
+        struct stat info;
+        if (done == bytes && fstat(source->descriptor, &info) == 0
+            && (spmi_source_stamp(&info) != source->changed || (uint64_t)info.st_size != source->size))
+            return spmi_fail(source->ctx, err, SPM_E_IO,
+                             "%s: was changed by another program while it was read; open it again", source->name);
     }
 #else
     spmi_lock_enter(&source->lock);
@@ -17675,10 +17706,12 @@ static spm_status spmi_array_take(spm_context *ctx, const char *name, const uint
     array->count = 1;
     for (axis = 0; axis < array->rank; axis++)
         if (!spmi_mul_dim(array->count, array->shape[axis], &array->count)) break;
-    if (axis < array->rank || !spmi_mul_dim(array->count, (int64_t)size, &need) || (uint64_t)need != left)
+    if (axis < array->rank || !spmi_mul_dim(array->count, (int64_t)size, &need))
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its shape is too large", name);
+    if ((uint64_t)need != left)
         return spmi_fail(ctx, err, SPM_E_FORMAT,
-                         "%s: holds %lu bytes of elements, which do not fit its shape; it was cut short or damaged",
-                         name, (unsigned long)left);
+                         "%s: its shape wants %lld bytes of elements, it holds %lu; it was cut short or damaged",
+                         name, (long long)need, (unsigned long)left);
     total = (size_t)need;
     array->data = spmi_alloc(ctx, total + 1);
     if (!array->data) return spmi_fail_memory(ctx, err, name);
@@ -18006,17 +18039,25 @@ typedef struct spmi_data_store {
     size_t bad_capacity;
 } spmi_data_store;
 
+/* Where a picture lies in a packed file: height x width x 3 bytes; of a picture that could not be read, height 0 and
+ * `width` bytes that say why. */
+typedef struct spmi_packed {
+    uint64_t offset;
+    uint32_t height, width, crc;
+} spmi_packed;
+
 struct spm_dataset {
     spm_context *ctx;
     spm_dataset_desc desc;
     char *path;               /* as the caller wrote it */
+    char *root;               /* the folder of a table that was named itself; NULL: path */
     char *prefix;             /* "" or "dominoes/": the one top folder that everything is in */
     spm_tar *tar;             /* NULL: a folder */
     spm_example *examples;    /* [count] in the metadata's order */
     int64_t *line;            /* [count] of `table`, from 1; 0: none */
     char *names;              /* the file names of all examples, one after the other */
     int64_t count;
-    char table[64];           /* the file the labels come from */
+    char table[160];          /* the file the labels come from */
     char pictures[64];        /* folder of the pictures below the root: "" or "img_align_celeba/" */
     int classes, confounders;
     char *class_names;        /* [classes][SPMI_DATA_LABEL] */
@@ -18029,17 +18070,22 @@ struct spm_dataset {
     /* idx and CIFAR: all pictures, 8-bit planes [count][channels][height][width]; NULL: files */
     uint8_t *block;
     int block_height, block_width, block_channels;
+    /* packed: the open file, where each picture lies in it, and the transform it went through (height 0: none) */
+    spmi_source packed;
+    spmi_packed *entries;     /* [count]; NULL: not packed */
+    spm_transform transform;
     spmi_data_store *store;
 };
 
 /* ---- files of a data set: below a folder or inside a tar file ---- */
 
-/* prefix + name, below the folder if there is one; NULL when memory runs out. */
+/* prefix + name, below the folder if there is one (a whole path stands for itself); NULL when memory runs out. */
 static char *spmi_data_file_path(const spm_dataset *dataset, const char *name)
 {
-    char *inside = spmi_path_join(dataset->ctx, dataset->prefix, name), *full;
-    if (!inside || dataset->tar) return inside;
-    full = spmi_path_join(dataset->ctx, dataset->path, inside);
+    int whole = !dataset->tar && (name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':'));
+    char *inside = spmi_path_join(dataset->ctx, whole ? "" : dataset->prefix, name), *full;
+    if (!inside || dataset->tar || whole) return inside;
+    full = spmi_path_join(dataset->ctx, dataset->root ? dataset->root : dataset->path, inside);
     spmi_free(dataset->ctx, inside);
     return full;
 }
@@ -18510,6 +18556,7 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
         spm_split part = SPM_TRAIN;
         int64_t line = spm_csv_line(csv, row);
         const char *name = spm_csv_field(csv, row, file);
+        while (name[0] == '.' && name[1] == '/') name += 2;
         if (!name[0]) {
             return spmi_data_fail(dataset, err, line, "%s is empty; name the picture's file",
                                   spm_csv_header(csv, file));
@@ -18539,9 +18586,9 @@ static spm_csv *spmi_data_open_csv(const spm_dataset *dataset, spm_error *err)
     size_t size;
     char *path;
     spm_csv *csv = NULL;
-    if (spmi_data_file_read(dataset, "metadata.csv", &data, &size, err)) return NULL;
-    path = spmi_data_file_path(dataset, "metadata.csv");
-    if (!path) (void)spmi_fail_memory(dataset->ctx, err, "metadata.csv");
+    if (spmi_data_file_read(dataset, dataset->table, &data, &size, err)) return NULL;
+    path = spmi_data_file_path(dataset, dataset->table);
+    if (!path) (void)spmi_fail_memory(dataset->ctx, err, dataset->table);
     else csv = spm_csv_parse(dataset->ctx, path, (const char *)data, size, ',', err);
     spmi_free(dataset->ctx, path);
     spm_free(dataset->ctx, data);
@@ -18637,19 +18684,30 @@ static spm_status spmi_celeba_select(const spm_dataset *dataset, const spmi_word
     return status;
 }
 
+/* Finds one of CelebA's lists, as .txt or .csv, at the top or in the archive's own folder; the .txt if neither is. */
+static spm_status spmi_celeba_list(const spm_dataset *dataset, const char *folder, const char *list, char *found,
+                                   size_t size, int *has, spm_error *err)
+{
+    spm_status status = SPM_OK;
+    int i;
+    *has = 0;
+    for (i = 0; !status && !*has && i < 4; i++) {
+        (void)spmi_format(found, size, "%s%s.%s", i < 2 ? "" : folder, list, i % 2 ? "csv" : "txt");
+        status = spmi_data_has_file(dataset, found, has, err);
+    }
+    if (!*has) (void)spmi_format(found, size, "%s.txt", list);
+    return status;
+}
+
 /* The names and splits of list_eval_partition: sorted names, and behind each one's terminator its split as a digit. */
 static spm_status spmi_celeba_partition(const spm_dataset *dataset, spmi_names_list *list, spm_error *err)
 {
     uint8_t *data = NULL;
     size_t size;
     spmi_words words = SPM_ZERO;
-    const char *table = "list_eval_partition.txt";
+    char table[64];
     int has;
-    spm_status status = spmi_data_has_file(dataset, table, &has, err);
-    if (!status && !has) {
-        table = "list_eval_partition.csv";
-        status = spmi_data_has_file(dataset, table, &has, err);
-    }
+    spm_status status = spmi_celeba_list(dataset, "Eval/", "list_eval_partition", table, sizeof table, &has, err);
     if (status || !has) return status; /* none: the split is drawn */
     status = spmi_data_file_read(dataset, table, &data, &size, err);
     if (status) return status;
@@ -18752,9 +18810,7 @@ static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *ro
     int64_t promised;
     int has;
     spm_status status;
-    (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.txt");
-    status = spmi_data_has_file(dataset, dataset->table, &has, err);
-    if (!has) (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "list_attr_celeba.csv");
+    status = spmi_celeba_list(dataset, "Anno/", "list_attr_celeba", dataset->table, sizeof dataset->table, &has, err);
     if (!status) status = spmi_data_file_read(dataset, dataset->table, &data, &size, err);
     words.at = (char *)data;
     if (!status && !spmi_words_next(&words)) {
@@ -18770,12 +18826,16 @@ static spm_status spmi_data_read_celeba(spm_dataset *dataset, spmi_data_rows *ro
     }
     rows->classes = 2;
     rows->confounders = 1 << celeba.confounders;
-    if (!status && rows->count && !rows->names.failed) { /* Kaggle's archive has the folder twice */
-        char inside[160];
-        (void)spmi_format(inside, sizeof inside, "img_align_celeba/img_align_celeba/%.90s", rows->names.data);
-        status = spmi_data_has_file(dataset, inside, &has, err);
-        (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%simg_align_celeba/",
-                          has ? "img_align_celeba/" : "");
+    if (!status && rows->count && !rows->names.failed) { /* Kaggle's archive has the folder twice, others it in Img */
+        static const char folders[][40] = { "img_align_celeba/img_align_celeba/", "Img/img_align_celeba/",
+                                           "img_align_celeba/" };
+        int i;
+        for (i = 0, has = 0; !status && !has && i < SPMI_COUNT(folders); i++) {
+            char inside[160];
+            (void)spmi_format(dataset->pictures, sizeof dataset->pictures, "%s", folders[i]);
+            (void)spmi_format(inside, sizeof inside, "%s%.90s", folders[i], rows->names.data);
+            if (i + 1 < SPMI_COUNT(folders)) status = spmi_data_has_file(dataset, inside, &has, err);
+        }
     }
     spmi_names_list_free(&partition);
     spm_free(dataset->ctx, data);
@@ -18918,24 +18978,33 @@ static spm_status spmi_data_read_folder(spm_dataset *dataset, spmi_data_rows *ro
 
 /* ---- idx (MNIST) and CIFAR: all pictures in a few files, held in memory as they are ---- */
 
-/* Reads `name` or `name`.gz, unpacked; SPM_OK with *data NULL if neither is there. */
-static spm_status spmi_data_read_packed(const spm_dataset *dataset, const char *name, uint8_t **data, size_t *size,
-                                        spm_error *err)
+/* Reads the idx file `name` or `name`.gz of bytes with `rank` axes; SPM_OK with array->data NULL if neither is there. */
+static spm_status spmi_data_idx_read(const spm_dataset *dataset, const char *name, int rank, spm_array *array,
+                                     spm_error *err)
 {
-    char packed[80];
-    uint8_t *raw = NULL;
-    size_t raw_size;
-    int has;
-    spm_status status = spmi_data_has_file(dataset, name, &has, err);
-    *data = NULL;
-    *size = 0;
-    if (has) return spmi_data_file_read(dataset, name, data, size, err);
-    (void)spmi_format(packed, sizeof packed, "%s.gz", name);
-    if (!status) status = spmi_data_has_file(dataset, packed, &has, err);
+    char file[80];
+    uint8_t *data = NULL;
+    size_t size;
+    int has = 0, packed;
+    spm_status status = SPM_OK;
+    memset(array, 0, sizeof *array);
+    for (packed = 0; !status && !has && packed < 2; packed++) {
+        (void)spmi_format(file, sizeof file, "%s%s", name, packed ? ".gz" : "");
+        status = spmi_data_has_file(dataset, file, &has, err);
+    }
     if (status || !has) return status;
-    status = spmi_data_file_read(dataset, packed, &raw, &raw_size, err);
-    if (!status) status = spm_inflate(dataset->ctx, raw, raw_size, 2, (size_t)1 << 30, data, size, err);
-    spm_free(dataset->ctx, raw);
+    status = spmi_data_file_read(dataset, file, &data, &size, err);
+    if (!status) {
+        spm_error why = SPM_ZERO;
+        status = spm_idx_parse(dataset->ctx, file, data, size, array, &why);
+        if (!status && (array->dtype != SPM_U8 || array->rank != rank)) {
+            status = spmi_fail(dataset->ctx, &why, SPM_E_FORMAT, "%s: has %d axes of %s, %d axes of U8 are wanted", file,
+                               array->rank, spm_dtype_name(array->dtype), rank);
+        }
+        if (status) (void)spmi_fail(dataset->ctx, err, status, "%s: %s", dataset->path, why.text);
+    }
+    spm_free(dataset->ctx, data);
+    if (status) spm_array_free(dataset->ctx, array);
     return status;
 }
 
@@ -18956,53 +19025,43 @@ static spm_status spmi_data_block_add(spm_dataset *dataset, const char *name, co
     return SPM_OK;
 }
 
-/* One pair of idx files: pictures (magic 2051) and labels (magic 2049), big-endian. */
+/* One pair of idx files: pictures [count, height, width] and labels [count]. */
 static spm_status spmi_data_idx_pair(spm_dataset *dataset, const char *images, const char *labels, spm_split split,
                                      spmi_data_rows *rows, spm_error *err)
 {
-    uint8_t *x = NULL, *y = NULL;
-    size_t x_size = 0, y_size = 0;
-    uint32_t head[6];
+    spm_array x, y = SPM_ZERO;
     int64_t i, first = rows->count;
-    spm_status status = spmi_data_read_packed(dataset, images, &x, &x_size, err);
-    if (!status && x) status = spmi_data_read_packed(dataset, labels, &y, &y_size, err);
-    for (i = 0; !status && x && y && x_size >= 16 && y_size >= 8 && i < 6; i++) {
-        const uint8_t *at = i < 4 ? x + 4 * i : y + 4 * (i - 4);
-        head[i] = (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
-    }
-    if (!status && x && !y) {
+    spm_status status = spmi_data_idx_read(dataset, images, 3, &x, err);
+    if (status || !x.data) return status;
+    status = spmi_data_idx_read(dataset, labels, 1, &y, err);
+    if (!status && !y.data) {
         status = spmi_fail(dataset->ctx, err, SPM_E_IO, "%s: has %s but not %s", dataset->path, images, labels);
     }
-    if (!status && x && (x_size < 16 || y_size < 8 || head[0] != 2051 || head[4] != 2049)) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s and %s are not idx files of pictures and labels",
-                           dataset->path, images, labels);
+    if (!status && (x.shape[0] != y.shape[0] || x.shape[1] < 1 || x.shape[1] > 4096 || x.shape[2] < 1
+                    || x.shape[2] > 4096)) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has %ld pictures of %ld x %ld, %s has %ld labels",
+                           dataset->path, images, (long)x.shape[0], (long)x.shape[1], (long)x.shape[2], labels,
+                           (long)y.shape[0]);
     }
-    if (!status && x && (head[2] < 1 || head[2] > 4096 || head[3] < 1 || head[3] > 4096 || head[1] != head[5]
-        || (x_size - 16) / ((size_t)head[2] * head[3]) < head[1] || y_size - 8 < head[5])) {
-        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT,
-                           "%s: %s says %lu pictures of %lu x %lu and %s %lu labels; the files have %lu and %lu bytes",
-                           dataset->path, images, (unsigned long)head[1], (unsigned long)head[2],
-                           (unsigned long)head[3], labels, (unsigned long)head[5], (unsigned long)x_size,
-                           (unsigned long)y_size);
-    }
-    if (!status && x && dataset->block
-        && ((uint32_t)dataset->block_height != head[2] || (uint32_t)dataset->block_width != head[3])) {
+    if (!status && dataset->block
+        && (dataset->block_height != (int)x.shape[1] || dataset->block_width != (int)x.shape[2])) {
         status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s has pictures of another size than the training set",
                            dataset->path, images);
     }
-    if (!status && x && head[1]) {
-        dataset->block_height = (int)head[2];
-        dataset->block_width = (int)head[3];
+    if (!status && x.count) {
+        dataset->block_height = (int)x.shape[1];
+        dataset->block_width = (int)x.shape[2];
         dataset->block_channels = 1;
-        status = spmi_data_block_add(dataset, images, x + 16, first, head[1], (int64_t)head[2] * head[3], err);
-        for (i = 0; !status && i < (int64_t)head[1]; i++) {
+        status = spmi_data_block_add(dataset, images, (const uint8_t *)x.data, first, x.shape[0],
+                                     x.shape[1] * x.shape[2], err);
+        for (i = 0; !status && i < x.shape[0]; i++) {
             char name[64];
             (void)spmi_format(name, sizeof name, "%s#%ld", images, (long)i);
-            spmi_data_row_add(rows, name, y[8 + i], 0, (int)split, 0);
+            spmi_data_row_add(rows, name, ((const uint8_t *)y.data)[i], 0, (int)split, 0);
         }
     }
-    spm_free(dataset->ctx, x);
-    spm_free(dataset->ctx, y);
+    spm_array_free(dataset->ctx, &x);
+    spm_array_free(dataset->ctx, &y);
     return status;
 }
 
@@ -19064,19 +19123,189 @@ static spm_status spmi_data_read_cifar(spm_dataset *dataset, spmi_data_rows *row
     return status;
 }
 
+/* ---- packed: decoded pictures in one file ----
+ * Numbers are little-endian.  32 bytes: magic, zeros.  Pictures, 8-bit RGB, one after the other.  Index: count (8 bytes),
+ * classes, confounders, height and width that pictures were brought to (0: none), resize mode, flags (4 bytes each);
+ * class, confounder and group names, each ended by a NUL; for every example its picture's offset (8), height, width and
+ * CRC-32, y, confounder, split (4 each), file name and NUL.  At the end 32 bytes: offset and size of the index (8 each),
+ * its CRC-32, 4 zeros, magic.  A picture that could not be read has height 0 and as its bytes (`width` of them) why. */
+
+#define SPMI_PACKED_MAGIC "SPMPACK\1"
+#define SPMI_PACKED_ENDS 32      /* bytes of the head and of the tail */
+#define SPMI_PACKED_INDEX 32     /* of the index's fixed part */
+#define SPMI_PACKED_ROW 32       /* of a row without its name */
+
+static spm_status spmi_packed_damaged(const spm_dataset *dataset, const char *what, spm_error *err)
+{
+    return spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s; the packed file is damaged: pack the data set again",
+                     dataset->path, what);
+}
+
+/* Opens the file; *packed is 1 (and the file stays open) if it begins like one of ours. */
+static spm_status spmi_packed_open(spm_dataset *dataset, int *packed, spm_error *err)
+{
+    uint8_t head[8];
+    spm_status status = spmi_source_open(&dataset->packed, dataset->ctx, dataset->path, err);
+    *packed = 0;
+    if (status) return status;
+    if (dataset->packed.size >= sizeof head) status = spmi_source_read(&dataset->packed, 0, head, sizeof head, err);
+    *packed = !status && dataset->packed.size >= sizeof head && memcmp(head, SPMI_PACKED_MAGIC, sizeof head) == 0;
+    if (!*packed) spmi_source_close(&dataset->packed);
+    return status;
+}
+
+/* The next name of the index, checked to end inside it; NULL if it does not. */
+static const char *spmi_packed_name(const uint8_t *index, size_t size, size_t *at)
+{
+    const uint8_t *end = *at < size ? (const uint8_t *)memchr(index + *at, 0, size - *at) : NULL;
+    const char *name = (const char *)index + *at;
+    if (!end) return NULL;
+    *at = (size_t)(end - index) + 1;
+    return name;
+}
+
+/* Takes `n` names into labels of `stride` bytes. */
+static spm_status spmi_packed_names(const spm_dataset *dataset, const uint8_t *index, size_t size, size_t *at,
+                                    int64_t n, int64_t stride, char **labels, spm_error *err)
+{
+    int64_t i;
+    if ((size_t)n > size) return spmi_packed_damaged(dataset, "it lacks names", err);
+    *labels = (char *)spmi_alloc_array(dataset->ctx, n, (size_t)stride);
+    if (!*labels) return spmi_fail_memory(dataset->ctx, err, "names");
+    for (i = 0; i < n; i++) {
+        const char *name = spmi_packed_name(index, size, at);
+        if (!name) return spmi_packed_damaged(dataset, "it lacks names", err);
+        (void)spmi_format(*labels + i * stride, (size_t)stride, "%s", name);
+    }
+    return SPM_OK;
+}
+
+/* One row of the index; pictures end where the index begins. */
+static spm_status spmi_packed_row(spm_dataset *dataset, const uint8_t *index, size_t size, size_t *at, uint64_t end,
+                                  spmi_data_rows *rows, spm_error *err)
+{
+    const uint8_t *row = index + *at;
+    spmi_packed *entry = &dataset->entries[rows->count];
+    uint64_t bytes;
+    uint32_t y, a, split;
+    const char *name;
+    if (size - *at < SPMI_PACKED_ROW) return spmi_packed_damaged(dataset, "it lacks examples", err);
+    *at += SPMI_PACKED_ROW;
+    name = spmi_packed_name(index, size, at);
+    entry->offset = spmi_pack_u64(row);
+    entry->height = spmi_pack_u32(row + 8);
+    entry->width = spmi_pack_u32(row + 12);
+    entry->crc = spmi_pack_u32(row + 16);
+    y = spmi_pack_u32(row + 20);
+    a = spmi_pack_u32(row + 24);
+    split = spmi_pack_u32(row + 28);
+    bytes = entry->height ? (uint64_t)entry->height * entry->width : entry->width;
+    if (!name || entry->height > 65535 || (entry->height && (entry->width < 1 || entry->width > 65535))
+        || entry->offset > end || bytes * (entry->height ? 3 : 1) > end - entry->offset || y >= (uint32_t)rows->classes
+        || a >= (uint32_t)rows->confounders || split >= SPM_SPLITS) {
+        return spmi_packed_damaged(dataset, "an example's place, size or labels cannot be", err);
+    }
+    spmi_data_row_add(rows, name, y, a, (int)split, 0);
+    return rows->names.failed ? spmi_fail_memory(dataset->ctx, err, "the examples") : SPM_OK;
+}
+
+static spm_status spmi_packed_index(spm_dataset *dataset, const uint8_t *index, size_t size, uint64_t end,
+                                    spmi_data_rows *rows, spm_error *err)
+{
+    uint64_t count = spmi_pack_u64(index), i;
+    uint32_t classes = spmi_pack_u32(index + 8), confounders = spmi_pack_u32(index + 12);
+    uint32_t height = spmi_pack_u32(index + 16), width = spmi_pack_u32(index + 20), mode = spmi_pack_u32(index + 24);
+    size_t at = SPMI_PACKED_INDEX;
+    spm_status status;
+    if (count > size / SPMI_PACKED_ROW || !count || !classes || classes > SPMI_DATA_MAX_LABEL + 1 || !confounders
+        || confounders > SPMI_DATA_MAX_LABEL + 1 || classes * confounders > SPMI_DATA_MAX_GROUPS || height > 16384
+        || width > 16384 || !height != !width || mode > SPM_RESIZE_NONE) {
+        return spmi_packed_damaged(dataset, "its index cannot be", err);
+    }
+    dataset->transform.height = height;
+    dataset->transform.width = width;
+    dataset->transform.resize = (spm_resize_mode)mode;
+    rows->classes = (int)classes;
+    rows->confounders = (int)confounders;
+    dataset->entries = (spmi_packed *)spmi_alloc_array(dataset->ctx, (int64_t)count, sizeof *dataset->entries);
+    if (!dataset->entries) return spmi_fail_memory(dataset->ctx, err, "the examples");
+    status = spmi_packed_names(dataset, index, size, &at, classes, SPMI_DATA_LABEL, &dataset->class_names, err);
+    if (!status) status = spmi_packed_names(dataset, index, size, &at, confounders, SPMI_DATA_LABEL,
+                                            &dataset->confounder_names, err);
+    if (!status) status = spmi_packed_names(dataset, index, size, &at, (int64_t)classes * confounders,
+                                            SPMI_DATA_GROUP_LABEL, &dataset->group_names, err);
+    for (i = 0; !status && i < count; i++) status = spmi_packed_row(dataset, index, size, &at, end, rows, err);
+    return status;
+}
+
+static spm_status spmi_data_read_packed(spm_dataset *dataset, int packed, spmi_data_rows *rows, spm_error *err)
+{
+    uint8_t tail[SPMI_PACKED_ENDS], *index = NULL;
+    uint64_t total = dataset->packed.size, at, size;
+    spm_status status;
+    if (!packed) return spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: is no packed data set", dataset->path);
+    if (total < 2 * SPMI_PACKED_ENDS + SPMI_PACKED_INDEX) return spmi_packed_damaged(dataset, "it is cut short", err);
+    status = spmi_source_read(&dataset->packed, total - sizeof tail, tail, sizeof tail, err);
+    if (status) return status;
+    at = spmi_pack_u64(tail);
+    size = spmi_pack_u64(tail + 8);
+    if (memcmp(tail + 24, SPMI_PACKED_MAGIC, 8) != 0) return spmi_packed_damaged(dataset, "it is cut short", err);
+    if (at < SPMI_PACKED_ENDS || size < SPMI_PACKED_INDEX || size > total || at != total - sizeof tail - size
+        || size > SIZE_MAX / 2) {
+        return spmi_packed_damaged(dataset, "its index lies outside of it", err);
+    }
+    index = (uint8_t *)spmi_alloc(dataset->ctx, (size_t)size);
+    if (!index) return spmi_fail_memory(dataset->ctx, err, dataset->path);
+    status = spmi_source_read(&dataset->packed, at, index, (size_t)size, err);
+    if (!status && spmi_crc32(0, index, (size_t)size) != spmi_pack_u32(tail + 16)) {
+        status = spmi_packed_damaged(dataset, "its index has a wrong checksum", err);
+    }
+    if (!status) status = spmi_packed_index(dataset, index, (size_t)size, at, rows, err);
+    spmi_free(dataset->ctx, index);
+    dataset->desc.format = SPM_DATA_PACKED;
+    return status;
+}
+
+/* A picture's pixels as they were packed, their checksum compared. */
+static spm_status spmi_packed_image(spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
+{
+    const spmi_packed *entry = &dataset->entries[id];
+    const char *file = dataset->examples[id].file;
+    size_t bytes = entry->height ? (size_t)entry->height * entry->width * 3 : entry->width;
+    uint8_t why[400], *to = why;
+    spm_status status = SPM_OK;
+    if (entry->height) {
+        status = spm_image_create(dataset->ctx, (int)entry->width, (int)entry->height, image, err);
+        to = image->pixels;
+    }
+    bytes = entry->height ? bytes : SPMI_MIN(bytes, sizeof why - 1);
+    if (!status) status = spmi_source_read(&dataset->packed, entry->offset, to, bytes, err);
+    if (!status && entry->height && spmi_crc32(0, to, bytes) != entry->crc) {
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: %s: its checksum is wrong; the packed file is damaged: "
+                           "pack the data set again", dataset->path, file);
+    }
+    if (!status && !entry->height) {
+        why[bytes] = 0;
+        status = spmi_fail(dataset->ctx, err, SPM_E_FORMAT, "%s: could not be read when it was packed: %s",
+                           dataset->path, (const char *)why);
+    }
+    if (status) spm_image_free(dataset->ctx, image);
+    return status;
+}
+
 /* ---- which format is it? ---- */
 
 /* By the files that only one format has; *found is SPM_DATA_AUTO if none is there. */
 static spm_status spmi_data_detect(const spm_dataset *dataset, spm_data_format *found, spm_error *err)
 {
     static const char marks[][32] = {
-        "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv",
+        "metadata.csv", "list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt",
         "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "train-images.idx3-ubyte",
         "t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz",
         "data_batch_1.bin", "train.bin", "test_batch.bin"
     };
     static const unsigned char formats[] = {
-        SPM_DATA_METADATA, SPM_DATA_CELEBA, SPM_DATA_CELEBA,
+        SPM_DATA_METADATA, SPM_DATA_CELEBA, SPM_DATA_CELEBA, SPM_DATA_CELEBA,
         SPM_DATA_IDX, SPM_DATA_IDX, SPM_DATA_IDX,
         SPM_DATA_IDX, SPM_DATA_IDX,
         SPM_DATA_CIFAR, SPM_DATA_CIFAR, SPM_DATA_CIFAR
@@ -19093,37 +19322,48 @@ static spm_status spmi_data_detect(const spm_dataset *dataset, spm_data_format *
     return status;
 }
 
-/* Finds the format, looking into the one top folder if there is nothing beside it; sets desc.format and prefix. */
+/* Adds the one top folder to the prefix, if there is exactly one; *more is 0 if not. */
+static spm_status spmi_data_descend(spm_dataset *dataset, int *more, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spmi_names_list top = spmi_names_list_create(ctx);
+    spm_status status = spmi_data_top(dataset, &top, err);
+    const char *folder = NULL;
+    int64_t i;
+    *more = 0;
+    for (i = 0; !status && i < top.count; i++) {
+        const char *name = spmi_names_list_at(&top, i);
+        if (name[strlen(name) - 1] != '/') continue;
+        *more = !folder;
+        if (folder) break;
+        folder = name;
+    }
+    if (*more) {
+        char *deeper = spmi_path_join(ctx, dataset->prefix, folder);
+        if (!deeper) {
+            status = spmi_fail_memory(ctx, err, dataset->path);
+        } else {
+            spmi_free(ctx, dataset->prefix);
+            dataset->prefix = deeper;
+        }
+    }
+    spmi_names_list_free(&top);
+    return status;
+}
+
+/* Finds the format, looking into the one top folder (torchvision's MNIST/raw: two of them) if there is nothing beside
+ * it; sets desc.format and prefix. */
 static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spm_data_format found;
-    spmi_names_list top = spmi_names_list_create(ctx);
     spm_status status = spmi_data_detect(dataset, &found, err);
-    int64_t i, folder = -1, folders = 0;
-    if (!status && found == SPM_DATA_AUTO) {
-        status = spmi_data_top(dataset, &top, err);
-        for (i = 0; !status && i < top.count; i++) {
-            const char *name = spmi_names_list_at(&top, i);
-            if (name[strlen(name) - 1] != '/') continue;
-            folder = i;
-            folders++;
-        }
-        if (!status && folders == 1) {
-            char *root = dataset->prefix;
-            const char *name = spmi_names_list_at(&top, folder);
-            dataset->prefix = spmi_string_copy(ctx, name, strlen(name));
-            if (!dataset->prefix) status = spmi_fail_memory(ctx, err, dataset->path);
-            else status = spmi_data_detect(dataset, &found, err);
-            if (found == SPM_DATA_AUTO) { /* nothing there either */
-                spmi_free(ctx, dataset->prefix);
-                dataset->prefix = root;
-            } else {
-                spmi_free(ctx, root);
-            }
-        }
+    int more = 1, depth;
+    for (depth = 0; !status && found == SPM_DATA_AUTO && more && depth < 3; depth++) {
+        status = spmi_data_descend(dataset, &more, err);
+        if (!status && more) status = spmi_data_detect(dataset, &found, err);
     }
-    spmi_names_list_free(&top);
+    if (!status && found == SPM_DATA_AUTO) dataset->prefix[0] = 0; /* nothing there either */
     if (status) return status;
     if (found == SPM_DATA_AUTO) {
         switch (dataset->desc.format) {
@@ -19493,7 +19733,7 @@ static spm_status spmi_data_block_image(const spm_dataset *dataset, int64_t id, 
 }
 
 /* Reads and decodes one picture; the error names the table's line. */
-static spm_status spmi_data_decode(const spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
+static spm_status spmi_data_decode(spm_dataset *dataset, int64_t id, spm_image *image, spm_error *err)
 {
     const spm_example *example = &dataset->examples[id];
     spm_decode_desc how = SPM_ZERO;
@@ -19504,6 +19744,7 @@ static spm_status spmi_data_decode(const spm_dataset *dataset, int64_t id, spm_i
     spm_status status;
     memset(image, 0, sizeof *image);
     if (dataset->block) return spmi_data_block_image(dataset, id, image, err);
+    if (dataset->entries) return spmi_packed_image(dataset, id, image, err);
     how.apply_exif = dataset->desc.apply_exif;
     name = spmi_path_join(dataset->ctx, dataset->pictures, example->file);
     if (!name) return spmi_fail_memory(dataset->ctx, err, example->file);
@@ -19527,6 +19768,7 @@ static spm_status spmi_data_picture(spm_dataset *dataset, int64_t id, const spm_
     spm_status status = SPM_OK;
     int from_kept;
     *owned = 0;
+    if (dataset->transform.height) t = NULL; /* done before it was packed; the loader has compared */
     if (spmi_data_kept(dataset, id, t, image)) return SPM_OK;
     from_kept = t && spmi_data_kept(dataset, id, NULL, &decoded);
     if (!from_kept) {
@@ -19570,6 +19812,165 @@ SPMDEF spm_status spm_dataset_image(spm_dataset *dataset, int64_t id, spm_image 
     return status;
 }
 
+/* ---- packing ---- */
+
+#define SPMI_PACK_BATCH 32 /* pictures made between two rounds of writing */
+
+typedef struct spmi_pack_work {
+    spm_dataset *dataset;
+    const spm_transform *transform; /* NULL: whole pictures */
+    int64_t first;
+    spm_image image[SPMI_PACK_BATCH];
+    spm_error error[SPMI_PACK_BATCH];
+} spmi_pack_work;
+
+static void spmi_pack_one(void *arg, int64_t task, int slot)
+{
+    spmi_pack_work *work = (spmi_pack_work *)arg;
+    spm_context *ctx = work->dataset->ctx;
+    spm_image whole = SPM_ZERO, *image = &work->image[task];
+    spm_error *why = &work->error[task];
+    (void)slot;
+    memset(why, 0, sizeof *why);
+    memset(image, 0, sizeof *image);
+    if (spmi_data_decode(work->dataset, work->first + task, work->transform ? &whole : image, why)) return;
+    if (!work->transform) return;
+    (void)spm_transform_image(ctx, work->transform, &whole, image, why);
+    spm_image_free(ctx, &whole);
+}
+
+/* Writes a picture (or why there is none) and its row of the index. */
+static spm_status spmi_pack_put_picture(spmi_pack_work *work, int64_t task, spmi_writer *writer, uint64_t *offset,
+                                        spmi_text *index, spm_error *err)
+{
+    spm_dataset *dataset = work->dataset;
+    int64_t id = work->first + task;
+    const spm_example *example = &dataset->examples[id];
+    const spm_image *image = &work->image[task];
+    const spm_error *why = &work->error[task];
+    const void *data = image->pixels;
+    size_t bytes = (size_t)image->width * (size_t)image->height * 3;
+    uint32_t height = (uint32_t)image->height, width = (uint32_t)image->width;
+    uint8_t row[SPMI_PACKED_ROW];
+    if (why->status) {
+        if (!dataset->desc.skip_bad_images || !spmi_data_is_bad(why->status)) {
+            return spmi_fail(dataset->ctx, err, why->status, "%s", why->text);
+        }
+        if (!spmi_data_add_bad(dataset, id, why)) return spmi_fail_memory(dataset->ctx, err, "the bad pictures");
+        data = why->text;
+        bytes = strlen(why->text);
+        height = 0;
+        width = (uint32_t)bytes;
+    }
+    spmi_writer_put(writer, data, bytes);
+    spmi_pack_put(row, *offset, 8);
+    spmi_pack_put(row + 8, height, 4);
+    spmi_pack_put(row + 12, width, 4);
+    spmi_pack_put(row + 16, spmi_crc32(0, (const uint8_t *)data, bytes), 4);
+    spmi_pack_put(row + 20, (uint64_t)example->y, 4);
+    spmi_pack_put(row + 24, (uint64_t)example->confounder, 4);
+    spmi_pack_put(row + 28, (uint64_t)example->split, 4);
+    spmi_text_append(index, (const char *)row, sizeof row);
+    spmi_text_append(index, example->file, strlen(example->file) + 1);
+    *offset += bytes;
+    return index->failed ? spmi_fail_memory(dataset->ctx, err, "the index") : SPM_OK;
+}
+
+/* The index up to its rows. */
+static void spmi_pack_head(const spm_dataset *dataset, const spm_transform *transform, spmi_text *index)
+{
+    uint8_t fixed[SPMI_PACKED_INDEX] = { 0 };
+    int i, groups = spm_dataset_groups(dataset);
+    const char *name;
+    spmi_pack_put(fixed, (uint64_t)dataset->count, 8);
+    spmi_pack_put(fixed + 8, (uint64_t)dataset->classes, 4);
+    spmi_pack_put(fixed + 12, (uint64_t)dataset->confounders, 4);
+    if (transform) {
+        spmi_pack_put(fixed + 16, (uint64_t)transform->height, 4);
+        spmi_pack_put(fixed + 20, (uint64_t)transform->width, 4);
+        spmi_pack_put(fixed + 24, (uint64_t)transform->resize, 4);
+    }
+    spmi_text_append(index, (const char *)fixed, sizeof fixed);
+    for (i = 0; i < dataset->classes + dataset->confounders + groups; i++) {
+        int a = i - dataset->classes, g = a - dataset->confounders;
+        name = a < 0 ? spm_dataset_class_name(dataset, i) : g < 0 ? spm_dataset_confounder_name(dataset, a)
+                                                                  : spm_dataset_group_name(dataset, g);
+        spmi_text_append(index, name, strlen(name) + 1);
+    }
+}
+
+/* All pictures in turn, then the index and the tail. */
+static spm_status spmi_pack_all(spmi_pack_work *work, spmi_writer *writer, spmi_text *index, spm_progress_fn progress,
+                                void *user, spm_error *err)
+{
+    spm_dataset *dataset = work->dataset;
+    uint64_t offset = SPMI_PACKED_ENDS;
+    uint8_t ends[SPMI_PACKED_ENDS] = { 0 };
+    spm_progress now = SPM_ZERO;
+    spm_status status = SPM_OK;
+    double since = spmi_seconds();
+    int64_t i, n;
+    now.what = "pack";
+    now.unit = "images";
+    now.total = dataset->count;
+    memcpy(ends, SPMI_PACKED_MAGIC, 8);
+    spmi_writer_put(writer, ends, sizeof ends);
+    spmi_pack_head(dataset, work->transform, index);
+    for (work->first = 0; !status && work->first < dataset->count; work->first += n) {
+        n = SPMI_MIN(dataset->count - work->first, SPMI_PACK_BATCH);
+        spm_parallel(dataset->ctx, n, spmi_pack_one, work);
+        for (i = 0; i < n; i++) {
+            if (!status) status = spmi_pack_put_picture(work, i, writer, &offset, index, err);
+            spm_image_free(dataset->ctx, &work->image[i]);
+        }
+        if (!status && writer->failed) break; /* commit says why */
+        now.done = work->first + n;
+        now.seconds = spmi_seconds() - since;
+        if (!status && progress && progress(user, &now)) {
+            status = spmi_fail(dataset->ctx, err, SPM_E_STOPPED, "packing was stopped after %ld of %ld pictures; "
+                               "nothing was written", (long)now.done, (long)now.total);
+        }
+    }
+    if (status) return status;
+    memset(ends, 0, sizeof ends);
+    spmi_pack_put(ends, offset, 8);
+    spmi_pack_put(ends + 8, index->length, 8);
+    spmi_pack_put(ends + 16, spmi_crc32(0, (const uint8_t *)index->data, index->length), 4);
+    memcpy(ends + 24, SPMI_PACKED_MAGIC, 8);
+    spmi_writer_put(writer, index->data, index->length);
+    spmi_writer_put(writer, ends, sizeof ends);
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_dataset_pack(spm_dataset *dataset, const char *path, const spm_transform *transform,
+                                   spm_progress_fn progress, void *user, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spmi_writer writer;
+    spmi_text index;
+    spmi_pack_work *work;
+    spm_status status;
+    if (transform && spmi_transform_check(ctx, transform, err)) return SPM_E_ARGUMENT;
+    if (dataset->entries || spmi_string_equal(path, dataset->path)) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, dataset->entries ? "%s: is packed already"
+                         : "%s: would be written over itself; choose another name", dataset->path);
+    }
+    work = (spmi_pack_work *)spmi_alloc_zero(ctx, sizeof *work);
+    if (!work) return spmi_fail_memory(ctx, err, path);
+    work->dataset = dataset;
+    work->transform = transform && transform->resize != SPM_RESIZE_NONE ? transform : NULL;
+    index = spmi_text_create(ctx);
+    status = spmi_writer_open(&writer, ctx, path, err);
+    if (!status) {
+        status = spmi_pack_all(work, &writer, &index, progress, user, err);
+        if (status) spmi_writer_abort(&writer);
+        else status = spmi_writer_commit(&writer, err);
+    }
+    spmi_text_free(&index);
+    spmi_free(ctx, work);
+    return status;
+}
+
 /* ---- opening and closing ---- */
 
 SPMDEF void spm_dataset_close(spm_dataset *dataset)
@@ -19603,7 +20004,10 @@ SPMDEF void spm_dataset_close(spm_dataset *dataset)
     spmi_free(ctx, dataset->line);
     spmi_free(ctx, dataset->examples);
     if (dataset->tar) spm_tar_close(dataset->tar);
+    if (dataset->packed.name) spmi_source_close(&dataset->packed);
+    spmi_free(ctx, dataset->entries);
     spmi_free(ctx, dataset->prefix);
+    spmi_free(ctx, dataset->root);
     spmi_free(ctx, dataset->path);
     spmi_free(ctx, dataset);
 }
@@ -19829,24 +20233,59 @@ static spm_status spmi_data_finish(spm_dataset *dataset, spmi_data_rows *rows, i
     return status;
 }
 
+/* PATH/NAME.csv becomes the folder PATH and its table NAME.csv. */
+static spm_status spmi_data_split_table(spm_dataset *dataset, spm_error *err)
+{
+    char *slash = strrchr(dataset->path, '/');
+    const char *name = slash ? slash + 1 : dataset->path;
+    spm_data_format format = dataset->desc.format;
+    char *folder = slash ? spmi_string_copy(dataset->ctx, dataset->path, (size_t)(slash - dataset->path) + 1)
+                         : spmi_string_copy(dataset->ctx, "./", 2);
+    if (!folder) return spmi_fail_memory(dataset->ctx, err, dataset->path);
+    if (strlen(name) >= sizeof dataset->table
+        || (format != SPM_DATA_AUTO && format != SPM_DATA_METADATA && format != SPM_DATA_WATERBIRDS)) {
+        spmi_free(dataset->ctx, folder);
+        return spmi_fail(dataset->ctx, err, SPM_E_ARGUMENT,
+                         "%s: a table of format %s is given as the folder that it lies in", dataset->path,
+                         spm_data_format_name(format));
+    }
+    (void)spmi_format(dataset->table, sizeof dataset->table, "%s", name);
+    dataset->root = folder;
+    if (format == SPM_DATA_AUTO) dataset->desc.format = SPM_DATA_METADATA;
+    return SPM_OK;
+}
+
 /* Opens the root, finds the format, reads the rows. */
 static spm_status spmi_data_open(spm_dataset *dataset, spmi_data_rows *rows, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spm_csv *csv;
     spm_status status;
-    int birds = 0, kind = spmi_path_kind(dataset->path), by_looking = dataset->desc.format == SPM_DATA_AUTO;
+    int birds = 0, packed = 0, kind = spmi_path_kind(dataset->path), by_looking = dataset->desc.format == SPM_DATA_AUTO;
     if (kind == 0) return spmi_fail(ctx, err, SPM_E_IO, "%s: no such file or folder", dataset->path);
     if (kind == 1) {
-        dataset->tar = spm_tar_open(ctx, dataset->path, err);
-        if (!dataset->tar) return err && err->status ? err->status : SPM_E_FORMAT;
+        status = spmi_packed_open(dataset, &packed, err);
+        if (status) return status;
+        if (packed || dataset->desc.format == SPM_DATA_PACKED) {
+            status = spmi_data_read_packed(dataset, packed, rows, err);
+            return status ? status : spmi_data_finish(dataset, rows, 0, err);
+        }
     }
-    status = spmi_data_find(dataset, err);
-    if (status) return status;
+    if (kind == 1 && spmi_string_ends(dataset->path, ".csv")) { /* the table itself: its folder is the root */
+        status = spmi_data_split_table(dataset, err);
+        if (status) return status;
+    } else {
+        if (kind == 1) {
+            dataset->tar = spm_tar_open(ctx, dataset->path, err);
+            if (!dataset->tar) return err && err->status ? err->status : SPM_E_FORMAT;
+        }
+        status = spmi_data_find(dataset, err);
+        if (status) return status;
+        (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "metadata.csv");
+    }
     switch (dataset->desc.format) {
     case SPM_DATA_WATERBIRDS:
     case SPM_DATA_METADATA:
-        (void)spmi_format(dataset->table, sizeof dataset->table, "%s", "metadata.csv");
         csv = spmi_data_open_csv(dataset, err);
         if (!csv) return err && err->status ? err->status : SPM_E_FORMAT;
         if (by_looking && spm_csv_column(csv, "img_filename") >= 0 && spm_csv_column(csv, "y") >= 0
@@ -19862,7 +20301,10 @@ static spm_status spmi_data_open(spm_dataset *dataset, spmi_data_rows *rows, spm
     case SPM_DATA_CIFAR: status = spmi_data_read_cifar(dataset, rows, err); break;
     case SPM_DATA_FOLDER:
     case SPM_DATA_AUTO:
-    case SPM_DATA_PACKED: status = spmi_data_read_folder(dataset, rows, err); break;
+    case SPM_DATA_PACKED:
+        dataset->table[0] = 0;
+        status = spmi_data_read_folder(dataset, rows, err);
+        break;
     }
     return status ? status : spmi_data_finish(dataset, rows, birds, err);
 }
@@ -20205,11 +20647,30 @@ static int spmi_loader_allocate(spm_loader *loader)
     return 1;
 }
 
+/* A data set that was packed after its transform serves this one alone. */
+static spm_status spmi_loader_check_packed(const spm_dataset *dataset, const spm_loader_desc *desc, spm_error *err)
+{
+    const spm_transform *has = &dataset->transform, *want = &desc->transform;
+    if (!has->height) return SPM_OK;
+    if (want->height != has->height || want->width != has->width
+        || (want->resize != has->resize && want->resize != SPM_RESIZE_NONE)) {
+        return spmi_fail(dataset->ctx, err, SPM_E_DATA,
+                         "%s: holds pictures that were brought to %ld x %ld (--resize %s) before packing; this wants "
+                         "%ld x %ld (--resize %s): use the first, or pack the data set again", dataset->path,
+                         (long)has->height, (long)has->width, spm_resize_mode_name(has->resize), (long)want->height,
+                         (long)want->width, spm_resize_mode_name(want->resize));
+    }
+    if (desc->augment != SPM_AUGMENT_PAPER) return SPM_OK;
+    return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: holds pictures that were brought to %ld x %ld before packing, "
+                     "but --augment paper crops whole ones: pack the data set with --resize none", dataset->path,
+                     (long)has->height, (long)has->width);
+}
+
 SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc *desc, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spm_loader *loader;
-    if (spmi_transform_check(ctx, &desc->transform, err)) return NULL;
+    if (spmi_transform_check(ctx, &desc->transform, err) || spmi_loader_check_packed(dataset, desc, err)) return NULL;
     if (desc->batch < 0 || desc->batch > 1 << 20 || desc->split >= SPM_SPLITS) {
         (void)spmi_fail(ctx, err, SPM_E_ARGUMENT, "batch size %ld: it must be from 1 to 1048576", (long)desc->batch);
         return NULL;

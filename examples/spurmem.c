@@ -28,10 +28,11 @@ enum {
     INSPECT = 128,
     CONVERT = 256,
     BENCH = 512,
+    PACK = 1024,
     LEARN = TRAIN | INTERVENE,
-    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT,
+    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT | PACK,
     WITH_MODEL = LEARN | EVAL | LOCALIZE | PREDICT | INSPECT,
-    EVERY = 1023
+    EVERY = 2047
 };
 
 typedef struct command {
@@ -48,6 +49,7 @@ static const command commands[] = {
     { DECODE, "decode", "IMAGE...", "decode pictures to PNG or PPM, as the network sees them (--out-dir)" },
     { REPORT, "report", "RUN...", "one self-contained HTML page about run folders (-o FILE)" },
     { INSPECT, "inspect", "FILE|DIR", "what a checkpoint, a picture or a data set holds" },
+    { PACK, "pack", "DATA FILE", "a data set decoded, resized, checksummed into one file for repeated epochs" },
     { CONVERT, "convert", "IN OUT", "a checkpoint to .safetensors, or to a .pth that torch.load reads" },
     { BENCH, "bench", "[FILE...]", "speed of this machine: peak, kernels, models, decoding" },
 };
@@ -151,22 +153,23 @@ static const option options[] = {
     { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto", "convolution algorithms" },
     { O_PRECISION, EVERY, 'c', "precision", "fp32", "fp32", "of the arithmetic" },
     { O_HELP, EVERY, 'b', "help", NULL, NULL, "this text" },
-    { O_DATA, WITH_DATA, 's', "data", "DIR|FILE.tar", NULL, "the data set" },
+    { O_DATA, WITH_DATA, 's', "data", "DIR|FILE", NULL,
+      "the data set: a folder, a .tar of it, a table .csv, or what pack wrote" },
     { O_FORMAT, WITH_DATA, 'c', "format", "auto|waterbirds|celeba|metadata|folder|idx|cifar|packed", "auto",
       "layout of the data set" },
     { O_TARGET, WITH_DATA, 's', "target", "NAME", "Blond_Hair", "CelebA: the attribute to predict" },
-    { O_CONFOUNDER, WITH_DATA, 's', "confounder", "NAME", "Male", "CelebA: the confounder" },
-    { O_LIMIT, WITH_DATA, 'i', "limit", "N", "0", "use the first N examples of each split; 0: all" },
+    { O_CONFOUNDER, WITH_DATA, 's', "confounder", "NAME[,NAME...]", "Male", "CelebA: the confounder, or several" },
+    { O_LIMIT, WITH_DATA & ~PACK, 'i', "limit", "N", "0", "use the first N examples of each split; 0: all" },
     { O_BAD_IMAGE, WITH_DATA, 'c', "on-bad-image", "fail|skip", "fail",
       "skip leaves unreadable pictures out, counts and lists them" },
     { O_EXIF, WITH_DATA | PREDICT | DECODE, 'c', "exif", "on|off", "off",
       "turn pictures as their EXIF orientation says" },
-    { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH, 's', "image-size", "N|HxW", NULL,
+    { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH | PACK, 's', "image-size", "N|HxW", NULL,
       "network input (the checkpoint's, else 224, CIFAR nets 32)" },
     { O_NORMALIZE, WITH_MODEL, 's', "normalize", "imagenet|none|m1,m2,m3/s1,s2,s3", "imagenet",
       "mean and standard deviation" },
-    { O_RESIZE, WITH_MODEL | DECODE, 'c', "resize", "paper|exact|short-side|none", "paper",
-      "how a picture gets the input size" },
+    { O_RESIZE, WITH_MODEL | DECODE | PACK, 'c', "resize", "paper|exact|short-side|none", "paper",
+      "how a picture gets the input size; pack: none keeps pictures whole" },
     { O_ARCH, WITH_MODEL, 's', "arch", "NAME", NULL,
       "resnet18 ... vit_large, with changes: resnet18:width=16,stem=cifar" },
     { O_CHECKPOINT, WITH_MODEL, 's', "checkpoint", "FILE", NULL, ".safetensors, .pth, .pt or .th" },
@@ -181,7 +184,7 @@ static const option options[] = {
       "official: the published code's behaviour, quirks included" },
     { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
     { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
-    { O_OUT, LEARN, 's', "out", "RUN", NULL, "run folder" },
+    { O_OUT, LEARN | PACK, 's', "out", "RUN", NULL, "run folder; pack: the file" },
     { O_METHOD, TRAIN, 'c', "method", "erm|intervene", "erm", "training method" },
     { O_EPOCHS, LEARN, 'i', "epochs", "N", "30", "passes over the training split" },
     { O_OPTIMIZER, LEARN, 'c', "optimizer", "adam|adamw|sgd", "adam", "optimizer" },
@@ -455,7 +458,7 @@ static int parse(cli *line, int argc, char **argv)
             plain = 1;
             continue;
         }
-        if (strcmp(word, "-o") == 0) word = "--output";
+        if (strcmp(word, "-o") == 0) word = line->command->id == PACK ? "--out" : "--output";
         if (strcmp(word, "-h") == 0) word = "--help";
         if (word[1] != '-') {
             snprintf(text, sizeof text, "%s: options have two dashes; spurmem %s --help lists them", word,
@@ -745,9 +748,11 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
     return SPM_OK;
 }
 
-static spm_dataset *open_data(cli *line, spm_error *err)
+/* once: pictures are read once, and not kept in memory. */
+static spm_dataset *open_data(cli *line, int once, spm_error *err)
 {
     spm_dataset_desc desc = SPM_ZERO;
+    desc.cache_bytes = once ? 1 : 0;
     desc.path = line->value[O_DATA];
     desc.target = line->value[O_TARGET];
     desc.confounder = line->value[O_CONFOUNDER];
@@ -879,7 +884,7 @@ static int run_train(cli *line)
     if (!required(line, O_DATA) || !required(line, O_OUT)) return 2;
     if (line->command->id == INTERVENE && !required(line, O_CHECKPOINT)) return 2;
     if (fill_train(line, &desc, intervene)) return 2;
-    data = open_data(line, &err);
+    data = open_data(line, 0, &err);
     if (!data) return failed(&err);
     if (resolve_model(line, spm_dataset_classes(data), &desc.arch, &desc.reading, &err)
         || spm_train(line->ctx, data, &desc, &result, &err))
@@ -922,7 +927,7 @@ static int run_eval(cli *line)
     spm_model *model;
     int rc = 1;
     if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
-    data = open_data(line, &err);
+    data = open_data(line, 0, &err);
     model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
     if (model) {
         (void)spm_split_parse(line->value[O_SPLIT], &desc.split);
@@ -1131,7 +1136,7 @@ static int run_localize(cli *line)
     desc.workers = (int)integer(line, O_WORKERS);
     desc.seed = (uint64_t)integer(line, O_SEED);
     desc.progress = on_progress;
-    data = open_data(line, &err);
+    data = open_data(line, 0, &err);
     model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
     if (model) {
         desc.rewind_arch = arch;
@@ -1488,32 +1493,53 @@ static int inspect_picture(cli *line, const char *path)
     return finish_json(line, json);
 }
 
+#define READ_BATCH 64
+
+typedef struct read_work {
+    spm_dataset *data;
+    int64_t first;
+    spm_error error[READ_BATCH];
+} read_work;
+
+static void read_one(void *user, int64_t task, int slot)
+{
+    read_work *work = (read_work *)user;
+    spm_image image = SPM_ZERO;
+    (void)slot;
+    memset(&work->error[task], 0, sizeof work->error[task]);
+    (void)spm_dataset_image(work->data, work->first + task, &image, &work->error[task]);
+    spm_image_free(spm_dataset_context(work->data), &image);
+}
+
 /* Decodes every picture once, to find the broken ones. Returns how many it came to. */
 static int64_t find_broken(spm_dataset *data, spm_json *json, int print)
 {
-    int64_t i, n = spm_dataset_size(data), broken = 0;
+    static read_work work;
+    int64_t i, j, n = spm_dataset_size(data), broken = 0;
     double start = spm_seconds();
+    work.data = data;
     spm_json_array_begin(json, "broken");
-    for (i = 0; i < n && !interrupted; i++) {
-        spm_image image = SPM_ZERO;
-        spm_error err = SPM_ZERO;
+    for (i = 0; i < n && !interrupted; i += j) {
+        int64_t batch = n - i < READ_BATCH ? n - i : READ_BATCH;
         spm_progress p = SPM_ZERO;
+        work.first = i;
+        spm_parallel(spm_dataset_context(data), batch, read_one, &work);
         p.what = "read pictures";
         p.unit = "images";
-        p.done = i + 1;
+        p.done = i + batch;
         p.total = n;
         p.seconds = spm_seconds() - start;
         (void)on_progress(NULL, &p);
-        if (spm_dataset_image(data, i, &image, &err)) {
+        for (j = 0; j < batch; j++) {
+            if (!work.error[j].status) continue;
             broken++;
             spm_json_object_begin(json, NULL);
-            spm_json_string(json, "file", spm_dataset_example(data, i)->file);
-            spm_json_string(json, "reason", err.text);
+            spm_json_string(json, "file", spm_dataset_example(data, i + j)->file);
+            spm_json_string(json, "reason", work.error[j].text);
             spm_json_object_end(json);
             progress_clear();
-            if (print) printf("  broken: %s\n", err.text);
+            if (print) printf("  broken: %s\n", work.error[j].text);
         }
-        spm_image_free(spm_dataset_context(data), &image);
     }
     spm_json_array_end(json);
     progress_clear();
@@ -1521,20 +1547,58 @@ static int64_t find_broken(spm_dataset *data, spm_json *json, int print)
     return i;
 }
 
+/* Published sizes of the groups, by split and id. */
+typedef struct published_counts {
+    const char *name, *group; /* group: what the set calls its group 1 */
+    int64_t count[SPM_SPLITS][4];
+} published_counts;
+
+static const published_counts published_sets[] = {
+    { "Waterbirds", "landbird on water", { { 3498, 184, 56, 1057 }, { 467, 466, 133, 133 }, { 2255, 2255, 642, 642 } } },
+    { "CelebA", "non-blond male",
+      { { 71629, 66874, 22880, 1387 }, { 8535, 8276, 2874, 182 }, { 9767, 7535, 2480, 180 } } },
+};
+
+/* The published set that has this one's groups; NULL if none is known. */
+static const published_counts *find_published(const spm_dataset *data)
+{
+    size_t i;
+    for (i = 0; i < sizeof published_sets / sizeof published_sets[0]; i++) {
+        if (spm_dataset_groups(data) == 4 && strcmp(spm_dataset_group_name(data, 1), published_sets[i].group) == 0)
+            return &published_sets[i];
+    }
+    return NULL;
+}
+
+/* Says whether the counts are the published ones. */
+static void compare_published(const spm_dataset *data, const published_counts *known)
+{
+    int s, g, differ = 0;
+    for (s = 0; s < SPM_SPLITS; s++)
+        for (g = 0; g < 4; g++) differ += spm_dataset_group_count(data, (spm_split)s, g) != known->count[s][g];
+    if (differ)
+        printf("%d of 12 counts differ from those of the published %s\n\n", differ, known->name);
+    else
+        printf("the counts are those of the published %s\n\n", known->name);
+}
+
 static int inspect_data(cli *line, const char *path)
 {
     spm_error err = SPM_ZERO;
     spm_dataset *data;
     spm_json *json;
+    const published_counts *known;
     int64_t read, total;
     int s, g;
     line->value[O_DATA] = path;
-    data = open_data(line, &err);
+    data = open_data(line, 1, &err);
     if (!data) return failed(&err);
+    known = find_published(data);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "command", "inspect");
     spm_json_string(json, "format", spm_data_format_name(spm_dataset_format(data)));
+    if (known) spm_json_string(json, "published", known->name);
     spm_json_array_begin(json, "splits");
     if (prints(line)) {
         printf("%s: %s, %d classes, %d confounders\n\n  %-6s", path, spm_data_format_name(spm_dataset_format(data)),
@@ -1557,6 +1621,7 @@ static int inspect_data(cli *line, const char *path)
             spm_json_int(json, "y", g / spm_dataset_confounders(data));
             spm_json_int(json, "confounder", g % spm_dataset_confounders(data));
             spm_json_int(json, "count", spm_dataset_group_count(data, (spm_split)s, g));
+            if (known) spm_json_int(json, "published_count", known->count[s][g]);
             spm_json_null(json, "correct"); /* no model has seen it: the rest of a group is null */
             spm_json_null(json, "accuracy");
             spm_json_null(json, "ci95");
@@ -1568,9 +1633,17 @@ static int inspect_data(cli *line, const char *path)
         spm_json_array_end(json);
         spm_json_object_end(json);
         if (prints(line)) printf("  %lld\n", (long long)spm_dataset_split_size(data, (spm_split)s));
+        if (prints(line) && known) {
+            int64_t all = 0;
+            printf("  %-6s", "  publ.");
+            for (g = 0; g < 4; all += known->count[s][g++])
+                printf("  %*lld", (int)strlen(spm_dataset_group_name(data, g)) - (g == 0), (long long)known->count[s][g]);
+            printf("  %lld\n", (long long)all);
+        }
     }
     spm_json_array_end(json);
     if (prints(line)) printf("\n");
+    if (prints(line) && known) compare_published(data, known);
     read = find_broken(data, json, prints(line));
     total = spm_dataset_size(data);
     spm_json_object_end(json);
@@ -1578,6 +1651,60 @@ static int inspect_data(cli *line, const char *path)
     if (read == total) return finish_json(line, json);
     spm_json_destroy(json);
     return stopped("reading the pictures", read, total);
+}
+
+/* ---- pack ---- */
+
+static int run_pack(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_transform transform = spm_transform_make(224, 224);
+    spm_dataset *data;
+    spm_json *json;
+    int64_t i, id, n = 0, used = 0;
+    int rc = 1, whole;
+    if (!line->value[O_DATA] && used < line->operands) line->value[O_DATA] = line->operand[used++];
+    if (!line->value[O_OUT] && used < line->operands) line->value[O_OUT] = line->operand[used++];
+    if (used < line->operands) return wrong("pack takes one data set and one file to write: spurmem pack DATA FILE");
+    if (!required(line, O_DATA) || !required(line, O_OUT)) return 2;
+    (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
+    whole = transform.resize == SPM_RESIZE_NONE;
+    if (whole && line->value[O_IMAGE_SIZE]) return wrong("--resize none keeps pictures whole; leave --image-size away");
+    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &transform.height, &transform.width);
+    data = open_data(line, 1, &err);
+    if (data && !spm_dataset_pack(data, line->value[O_OUT], &transform, on_progress, NULL, &err)) {
+        n = spm_dataset_size(data);
+        progress_clear();
+        list_bad(data);
+        if (prints(line) && whole)
+            printf("%s: %lld pictures, whole\n", line->value[O_OUT], (long long)n);
+        else if (prints(line))
+            printf("%s: %lld pictures, %lld x %lld (--resize %s)\n", line->value[O_OUT], (long long)n,
+                   (long long)transform.height, (long long)transform.width, spm_resize_mode_name(transform.resize));
+        json = spm_json_create(line->ctx);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "command", "pack");
+        spm_json_string(json, "out", line->value[O_OUT]);
+        spm_json_int(json, "count", n);
+        spm_json_string(json, "resize", spm_resize_mode_name(transform.resize));
+        spm_json_int(json, "height", whole ? 0 : transform.height);
+        spm_json_int(json, "width", whole ? 0 : transform.width);
+        spm_json_array_begin(json, "broken");
+        for (i = 0; i < spm_dataset_bad_count(data); i++) {
+            const char *reason = spm_dataset_bad(data, i, &id);
+            spm_json_object_begin(json, NULL);
+            spm_json_string(json, "file", spm_dataset_example(data, id)->file);
+            spm_json_string(json, "reason", reason);
+            spm_json_object_end(json);
+        }
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+        rc = finish_json(line, json);
+    }
+    progress_clear();
+    if (rc && err.status) rc = failed(&err);
+    spm_dataset_close(data);
+    return rc;
 }
 
 /* The parameters of an architecture that is named, not loaded. */
@@ -1623,6 +1750,12 @@ static int inspect_arch(cli *line)
     return finish_json(line, json);
 }
 
+static int ends_with(const char *text, const char *end)
+{
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
 static int run_inspect(cli *line)
 {
     unsigned char head[512];
@@ -1645,7 +1778,9 @@ static int run_inspect(cli *line)
         snprintf(err.text, sizeof err.text, "%.400s: the file is empty", line->operand[0]);
         return failed(&err);
     }
-    if (folder || (got > 262 && memcmp(head + 257, "ustar", 5) == 0)) return inspect_data(line, line->operand[0]);
+    if (folder || (got > 262 && memcmp(head + 257, "ustar", 5) == 0) || (got > 8 && memcmp(head, "SPMPACK", 7) == 0)
+        || ends_with(line->operand[0], ".csv"))
+        return inspect_data(line, line->operand[0]);
     if (spm_image_probe(head, got, NULL, NULL) != SPM_IMAGE_UNKNOWN) return inspect_picture(line, line->operand[0]);
     return inspect_checkpoint(line, line->operand[0]);
 }
@@ -2029,6 +2164,7 @@ static int run_command(cli *line)
     case REPORT: return run_report(line);
     case INSPECT: return run_inspect(line);
     case CONVERT: return run_convert(line);
+    case PACK: return run_pack(line);
     default: return run_bench(line);
     }
 }

@@ -4,6 +4,7 @@
 #include "test.h"
 #include <stdarg.h>
 #include <stdint.h>
+#include <unistd.h>
 
 static char root[400];
 static char last_log[600];
@@ -453,7 +454,7 @@ static void blocks(void)
     spm_image_free(ctx, &image);
     spm_dataset_close(set);
     CHECK(spm_file_write(ctx, place(ctx, "mnist/train-images-idx3-ubyte"), x, sizeof x - 1, NULL) == SPM_OK);
-    check_refused(ctx, "mnist", SPM_DATA_AUTO, "train-images-idx3-ubyte", "3 pictures of 4 x 5");
+    check_refused(ctx, "mnist", SPM_DATA_AUTO, "train-images-idx3-ubyte", "wants 60 bytes of elements, it holds 59");
     for (i = 0; i < (int)sizeof cifar; i++) cifar[i] = (uint8_t)(i * 11);
     cifar[0] = 3;
     cifar[3073] = 9;
@@ -470,6 +471,277 @@ static void blocks(void)
     spm_dataset_close(set);
     CHECK(spm_file_write(ctx, place(ctx, "cifar/cifar-10-batches-bin/test_batch.bin"), cifar, 3000, NULL) == SPM_OK);
     check_refused(ctx, "cifar", SPM_DATA_AUTO, "test_batch.bin", "3000 bytes");
+    spm_context_destroy(ctx);
+}
+
+/* ---- packed ---- */
+
+static int open_packed(spm_context *ctx, const char *name, int skip, spm_dataset **set, spm_error *err)
+{
+    spm_dataset_desc desc = SPM_ZERO;
+    char path[500];
+    snprintf(path, sizeof path, "%s/%s", root, name);
+    desc.path = path;
+    desc.skip_bad_images = skip;
+    memset(err, 0, sizeof *err);
+    *set = spm_dataset_open(ctx, &desc, err);
+    return *set != NULL;
+}
+
+/* FNV over an epoch: ids, labels and floats in their order; 0 if it fails, with the loader's sentence in err. */
+static uint64_t epoch_hash(spm_dataset *set, const spm_loader_desc *desc, spm_error *err)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    spm_loader *loader;
+    spm_batch batch;
+    int got = -1;
+    memset(err, 0, sizeof *err);
+    loader = spm_loader_create(set, desc, err);
+    if (loader && spm_loader_start(loader, 1, NULL, 0) == SPM_OK) {
+        while ((got = spm_loader_next(loader, &batch)) == 1) {
+            size_t n = (size_t)(batch.count * desc->transform.height * desc->transform.width * 3), i;
+            const uint8_t *floats = (const uint8_t *)batch.pixels;
+            for (i = 0; i < n * 4; i++) hash = (hash ^ floats[i]) * UINT64_C(0x100000001b3);
+            for (i = 0; i < (size_t)batch.count; i++)
+                hash = (hash ^ (uint64_t)(batch.id[i] * 100000 + batch.group[i])) * UINT64_C(0x100000001b3);
+        }
+    }
+    if (got < 0 && loader) *err = *spm_loader_error(loader);
+    spm_loader_destroy(loader);
+    return got < 0 ? 0 : hash;
+}
+
+static void packed(void)
+{
+    static const spm_augment augments[] = { SPM_AUGMENT_NONE, SPM_AUGMENT_LIGHT, SPM_AUGMENT_PAPER };
+    spm_context *ctx = make_context(3);
+    spm_error err;
+    spm_dataset *set, *whole, *sized, *other;
+    spm_transform transform = spm_transform_make(16, 12);
+    spm_loader_desc desc = SPM_ZERO;
+    char path[500];
+    uint8_t *data = NULL, saved;
+    size_t size = 0, i;
+    int a;
+    write_birds(ctx, "birds", "/o/ocean/00001.jpg");
+    set = open_set(ctx, "birds", SPM_DATA_AUTO, &err);
+    snprintf(path, sizeof path, "%s/whole.pack", root);
+    CHECK(set && spm_dataset_pack(set, path, NULL, NULL, NULL, &err) == SPM_OK);
+    snprintf(path, sizeof path, "%s/sized.pack", root);
+    CHECK(set && spm_dataset_pack(set, path, &transform, NULL, NULL, &err) == SPM_OK);
+    CHECK_STR(err.text, "");
+    if (!open_packed(ctx, "whole.pack", 0, &whole, &err) || !open_packed(ctx, "sized.pack", 0, &sized, &err)) {
+        CHECK_STR(err.text, "");
+        return;
+    }
+    CHECK(spm_dataset_format(whole) == SPM_DATA_PACKED && spm_dataset_size(whole) == BIRDS);
+    CHECK(spm_dataset_hash(whole) == spm_dataset_hash(set) && spm_dataset_hash(sized) == spm_dataset_hash(set));
+    CHECK_STR(spm_dataset_group_name(whole, 1), "landbird on water");
+    CHECK_STR(spm_dataset_class_name(sized, 1), "waterbird");
+    CHECK_STR(spm_dataset_example(sized, 3)->file, "images/03, a.png");
+    /* the same bits as the unpacked set */
+    desc.transform = transform;
+    desc.batch = 4;
+    desc.shuffle = 1;
+    for (a = 0; a < 3; a++) {
+        uint64_t reference;
+        desc.augment = augments[a];
+        reference = epoch_hash(set, &desc, &err);
+        CHECK(reference != 0 && epoch_hash(whole, &desc, &err) == reference);
+        if (a < 2) CHECK(epoch_hash(sized, &desc, &err) == reference);
+        if (a < 2) CHECK(epoch_hash(sized, &desc, &err) == reference); /* out of memory this time */
+    }
+    CHECK(epoch_hash(sized, &desc, &err) == 0 && strstr(err.text, "--resize none") != NULL);
+    desc.augment = SPM_AUGMENT_NONE;
+    desc.transform.resize = SPM_RESIZE_EXACT;
+    CHECK(epoch_hash(sized, &desc, &err) == 0 && strstr(err.text, "16 x 12 (--resize paper)") != NULL
+          && strstr(err.text, "16 x 12 (--resize exact)") != NULL);
+    desc.transform.resize = SPM_RESIZE_NONE; /* the size is there already */
+    CHECK(epoch_hash(sized, &desc, &err) != 0);
+    spm_dataset_close(sized);
+    CHECK(spm_dataset_pack(whole, path, NULL, NULL, NULL, &err) == SPM_E_ARGUMENT);
+    /* every byte counts: a damaged file is refused, or the picture that it hits is */
+    snprintf(path, sizeof path, "%s/whole.pack", root);
+    CHECK(spm_file_read(ctx, path, &data, &size, NULL) == SPM_OK);
+    snprintf(path, sizeof path, "%s/damaged.pack", root);
+    for (i = 8; data && i < size; i += i < 40 || size - i < 3000 ? 1 : 997) {
+        int failures = 0, id;
+        if (i < 32) continue; /* room for later versions */
+        saved = data[i];
+        data[i] = (uint8_t)(data[i] ^ 0x10);
+        CHECK(spm_file_write(ctx, path, data, size, NULL) == SPM_OK);
+        data[i] = saved;
+        if (open_packed(ctx, "damaged.pack", 0, &other, &err)) {
+            for (id = 0; id < BIRDS; id++) {
+                spm_image image = SPM_ZERO;
+                memset(&err, 0, sizeof err);
+                failures += spm_dataset_image(other, id, &image, &err) != SPM_OK;
+                if (err.status) CHECK(strstr(err.text, "checksum is wrong") != NULL);
+                spm_image_free(ctx, &image);
+            }
+            CHECK(failures == 1 || (size - i <= 12 && size - i > 8 && failures == 0)); /* 4 bytes before the magic */
+        } else {
+            failures = strstr(err.text, "damaged") != NULL || strstr(err.text, "damaged.pack") != NULL;
+            CHECK_INT(failures, 1);
+        }
+        spm_dataset_close(other);
+    }
+    for (i = 0; data && i < size; i += 501) {
+        CHECK(spm_file_write(ctx, path, data, i, NULL) == SPM_OK);
+        CHECK(!open_packed(ctx, "damaged.pack", 0, &other, &err) && err.text[0]);
+    }
+    spm_free(ctx, data);
+    check_refused(ctx, "birds.tar", SPM_DATA_PACKED, "birds.tar", "no packed data set");
+    spm_dataset_close(whole);
+    spm_dataset_close(set);
+    /* bad pictures: refused, or packed as what they are */
+    write_birds(ctx, "broken", "/o/ocean/00001.jpg");
+    put(ctx, place(ctx, "broken/images/09, a.png"), "no picture at all");
+    snprintf(path, sizeof path, "%s/broken.pack", root);
+    (void)remove(path);
+    set = open_set(ctx, "broken", SPM_DATA_AUTO, &err);
+    CHECK(set && spm_dataset_pack(set, path, NULL, NULL, NULL, &err) == SPM_E_FORMAT
+          && strstr(err.text, "metadata.csv line 11") != NULL);
+    CHECK(!open_packed(ctx, "broken.pack", 1, &other, &err) && strstr(err.text, "no such file") != NULL);
+    spm_dataset_close(set);
+    CHECK(open_packed(ctx, "broken", 1, &set, &err));
+    CHECK(set && spm_dataset_pack(set, path, NULL, NULL, NULL, &err) == SPM_OK && spm_dataset_bad_count(set) == 1);
+    desc.transform = transform;
+    CHECK(open_packed(ctx, "broken.pack", 1, &other, &err));
+    if (other) CHECK(epoch_hash(other, &desc, &err) == epoch_hash(set, &desc, &err) && err.status == SPM_OK);
+    CHECK(other && spm_dataset_bad_count(other) == 1
+          && strstr(spm_dataset_bad(other, 0, NULL), "could not be read when it was packed") != NULL);
+    spm_dataset_close(other);
+    CHECK(open_packed(ctx, "broken.pack", 0, &other, &err));
+    if (other) CHECK(epoch_hash(other, &desc, &err) == 0 && strstr(err.text, "09, a.png") != NULL);
+    spm_dataset_close(other);
+    spm_dataset_close(set);
+    spm_context_destroy(ctx);
+}
+
+static void change_one_byte(const char *name)
+{
+    char path[500];
+    FILE *file;
+    snprintf(path, sizeof path, "%s/%s", root, name);
+    file = fopen(path, "r+b");
+    CHECK(file != NULL);
+    if (!file) return;
+    fseek(file, 5000, SEEK_SET);
+    fputc(1, file);
+    fclose(file);
+}
+
+/* Files that change, shrink or fail while they are read. */
+static void unsteady_files(void)
+{
+    static const char files[][12] = { "birds.tar", "whole.pack" };
+    spm_context *ctx = make_context(1);
+    spm_error err;
+    spm_dataset *set;
+    spm_image image = SPM_ZERO;
+    char path[500], part[520];
+    uint8_t *data = NULL;
+    size_t size, i;
+    for (i = 0; i < 2; i++) { /* the tests before this one wrote them */
+        set = open_set(ctx, files[i], SPM_DATA_AUTO, &err);
+        CHECK(set && spm_dataset_image(set, 1, &image, &err) == SPM_OK);
+        spm_image_free(ctx, &image);
+        change_one_byte(files[i]);
+        CHECK(set && spm_dataset_image(set, 2, &image, &err) == SPM_E_IO);
+        CHECK(strstr(err.text, "was changed by another program while it was read") != NULL);
+        spm_dataset_close(set);
+        /* cut off */
+        snprintf(path, sizeof path, "%s/%s", root, files[i]);
+        CHECK(spm_file_read(ctx, path, &data, &size, NULL) == SPM_OK);
+        set = open_set(ctx, files[i], SPM_DATA_AUTO, &err);
+        {
+            FILE *file = fopen(path, "wb");
+            if (file) fclose(file);
+        }
+        memset(&err, 0, sizeof err);
+        CHECK(set && spm_dataset_image(set, 3, &image, &err) == SPM_E_IO);
+        CHECK(strstr(err.text, "cut while it was read") != NULL);
+        spm_dataset_close(set);
+        /* replaced by another under its name: the open one stays what it was */
+        CHECK(spm_file_write(ctx, path, data, size, NULL) == SPM_OK);
+        set = open_set(ctx, files[i], SPM_DATA_AUTO, &err);
+        snprintf(part, sizeof part, "%s.new", path);
+        CHECK(spm_file_write(ctx, part, "something else", 14, NULL) == SPM_OK && rename(part, path) == 0);
+        CHECK(set && spm_dataset_image(set, 4, &image, &err) == SPM_OK);
+        spm_image_free(ctx, &image);
+        spm_dataset_close(set);
+        spm_free(ctx, data);
+    }
+#if defined(__linux__)
+    /* EIO: the kernel refuses to read the first page of a process's memory */
+    write_birds(ctx, "failing", "/o/ocean/00001.jpg");
+    snprintf(path, sizeof path, "%s", place(ctx, "failing/images/02, a.png"));
+    (void)remove(path);
+    if (symlink("/proc/self/mem", path) == 0) {
+        set = open_set(ctx, "failing", SPM_DATA_AUTO, &err);
+        memset(&err, 0, sizeof err);
+        CHECK(set && spm_dataset_image(set, 2, &image, &err) == SPM_E_IO);
+        CHECK(strstr(err.text, "metadata.csv line 4") != NULL && strstr(err.text, "02, a.png") != NULL
+              && strstr(err.text, "reading failed") != NULL);
+        CHECK(set && spm_dataset_image(set, 3, &image, &err) == SPM_OK);
+        spm_image_free(ctx, &image);
+        spm_dataset_close(set);
+        (void)remove(path);
+    }
+#endif
+    spm_context_destroy(ctx);
+}
+
+/* Layouts that other programs and archives use. */
+static void other_layouts(void)
+{
+    spm_context *ctx = make_context(1);
+    spm_error err;
+    spm_dataset *set;
+    spm_image image = SPM_ZERO;
+    char csv[1200], folder[500], path[700];
+    static uint8_t x[16 + 3 * 20], y[8 + 3];
+    write_birds(ctx, "birds", "/o/ocean/00001.jpg");
+    /* a table with whole paths, given by its own name; pictures relative to it */
+    if (root[0] == '/') snprintf(folder, sizeof folder, "%s", root);
+    else if (getcwd(path, sizeof path)) snprintf(folder, sizeof folder, "%.200s/%.200s", path, root);
+    snprintf(csv, sizeof csv, "id,filename,split,y,a\n1,\"%s/birds/images/01, a.png\",0,0,1\n"
+             "2,\"./birds/images/02, a.png\",2,1,0\n", folder);
+    put(ctx, place(ctx, "metadata_waterbirds.csv"), csv);
+    set = open_set(ctx, "metadata_waterbirds.csv", SPM_DATA_AUTO, &err);
+    CHECK_STR(err.text, "");
+    CHECK(set && spm_dataset_format(set) == SPM_DATA_METADATA && spm_dataset_size(set) == 2);
+    CHECK(set && spm_dataset_image(set, 0, &image, &err) == SPM_OK && image.pixels[4] == pixel(1, 1, 0, 1));
+    spm_image_free(ctx, &image);
+    CHECK(set && spm_dataset_image(set, 1, &image, &err) == SPM_OK && image.pixels[4] == pixel(2, 1, 0, 1));
+    spm_image_free(ctx, &image);
+    CHECK_STR(err.text, "");
+    spm_dataset_close(set);
+    check_refused(ctx, "metadata_waterbirds.csv", SPM_DATA_CELEBA, "metadata_waterbirds.csv", "celeba");
+    check_refused(ctx, "metadata_waterbirds.csv", SPM_DATA_WATERBIRDS, "metadata_waterbirds.csv", "img_filename");
+    /* CelebA as its archive has it */
+    put(ctx, place(ctx, "archive/Anno/list_attr_celeba.txt"), "1\nBlond_Hair Male\n000001.jpg -1  1\n");
+    put(ctx, place(ctx, "archive/Eval/list_eval_partition.txt"), "000001.jpg 2\n");
+    put_picture(ctx, place(ctx, "archive/Img/img_align_celeba/000001.jpg"), 1, 16, 20);
+    set = open_set(ctx, "archive", SPM_DATA_AUTO, &err);
+    CHECK(set && spm_dataset_format(set) == SPM_DATA_CELEBA && spm_dataset_split_size(set, SPM_TEST) == 1);
+    CHECK(set && spm_dataset_image(set, 0, &image, &err) == SPM_OK);
+    CHECK_STR(err.text, "");
+    spm_image_free(ctx, &image);
+    spm_dataset_close(set);
+    /* MNIST as torchvision keeps it, two folders down */
+    memcpy(x, "\0\0\x08\x03\0\0\0\x03\0\0\0\x04\0\0\0\x05", 16);
+    memcpy(y, "\0\0\x08\x01\0\0\0\x03\x02\x00\x01", 11);
+    CHECK(spm_file_write(ctx, place(ctx, "torch/MNIST/raw/train-images-idx3-ubyte"), x, sizeof x, NULL) == SPM_OK);
+    CHECK(spm_file_write(ctx, place(ctx, "torch/MNIST/raw/train-labels-idx1-ubyte"), y, sizeof y, NULL) == SPM_OK);
+    set = open_set(ctx, "torch", SPM_DATA_AUTO, &err);
+    CHECK_STR(err.text, "");
+    CHECK(set && spm_dataset_format(set) == SPM_DATA_IDX && spm_dataset_size(set) == 3);
+    spm_dataset_close(set);
+    x[2] = 0x0D; /* floats are no pictures */
+    CHECK(spm_file_write(ctx, place(ctx, "torch/MNIST/raw/train-images-idx3-ubyte"), x, sizeof x, NULL) == SPM_OK);
+    check_refused(ctx, "torch", SPM_DATA_AUTO, "train-images-idx3-ubyte", "wants 240 bytes");
     spm_context_destroy(ctx);
 }
 
@@ -913,9 +1185,43 @@ static int load_all(long allocations, const char *name)
     return done;
 }
 
+/* Packs few_birds to small.pack with so many allocations; 1 if that was enough. */
+static int pack_all(long allocations)
+{
+    spm_context_desc how = SPM_ZERO;
+    spm_dataset_desc where = SPM_ZERO;
+    spm_error err = SPM_ZERO;
+    spm_context *ctx;
+    spm_dataset *set;
+    char path[500], to[500];
+    int done = 0;
+    how.alloc = failing_alloc;
+    how.free = failing_free;
+    how.threads = 1;
+    alloc_left = 1000000;
+    ctx = spm_context_create(&how);
+    snprintf(path, sizeof path, "%s/few_birds", root);
+    snprintf(to, sizeof to, "%s/small.pack", root);
+    (void)remove(to);
+    where.path = path;
+    set = spm_dataset_open(ctx, &where, &err);
+    alloc_left = allocations;
+    done = set && spm_dataset_pack(set, to, NULL, NULL, NULL, &err) == SPM_OK;
+    if (!done) {
+        FILE *file = fopen(to, "rb");
+        CHECK(file == NULL);
+        if (file) fclose(file);
+        CHECK_MSG(err.status == SPM_E_MEMORY, err.text[0] ? err.text : "failed without an error");
+    }
+    spm_dataset_close(set);
+    spm_context_destroy(ctx);
+    CHECK_INT(alloc_live, 0);
+    return done;
+}
+
 static void memory_failures(void)
 {
-    static const char sets[][12] = { "few_birds", "celeba_ok", "tree", "small.tar" };
+    static const char sets[][12] = { "few_birds", "celeba_ok", "tree", "small.tar", "small.pack", "mnist_gz" };
     spm_context *ctx = make_context(1);
     size_t s;
     FILE *tar;
@@ -938,6 +1244,12 @@ static void memory_failures(void)
         fwrite(zero, 1, sizeof zero, tar);
         fclose(tar);
     }
+    CHECK(spm_deflate(ctx, "\0\0\x08\x03\0\0\0\1\0\0\0\2\0\0\0\2abcd", 20, 2, &data, &size, NULL) == SPM_OK);
+    CHECK(spm_file_write(ctx, place(ctx, "mnist_gz/train-images-idx3-ubyte.gz"), data, size, NULL) == SPM_OK);
+    spm_free(ctx, data);
+    CHECK(spm_file_write(ctx, place(ctx, "mnist_gz/train-labels-idx1-ubyte"), "\0\0\x08\1\0\0\0\1", 9, NULL) == SPM_OK);
+    for (s = 0; s < 1000 && !pack_all((long)s); s++) continue;
+    CHECK(s > 10 && s < 1000);
     spm_context_destroy(ctx);
     for (s = 0; s < sizeof sets / sizeof sets[0]; s++) {
         long n;
@@ -990,6 +1302,9 @@ int main(void)
     TEST(folders);
     TEST(tar_files);
     TEST(blocks);
+    TEST(packed);
+    TEST(unsteady_files);
+    TEST(other_layouts);
     TEST(refusals);
     TEST(transforms);
     TEST(loading);
