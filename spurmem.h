@@ -1298,38 +1298,107 @@ SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int cla
  * >>API-ATTR  17  attribution: scores of units
  * ============================================================================================================= */
 
-/* A unit: one output channel of a convolution or one output of a linear layer (row `channel` of `parameter`). */
+/* What is ranked and changed:
+ *   CHANNEL  one output channel of a convolution or one output of a linear layer: row `channel` of `parameter`
+ *   HEAD     one head of an attention: `parameter` is its qkv weight, `channel` the head's number
+ *   WEIGHT   a single weight: `channel` is its index in `parameter` */
+typedef enum spm_unit_kind { SPM_UNIT_CHANNEL, SPM_UNIT_HEAD, SPM_UNIT_WEIGHT } spm_unit_kind;
+SPMDEF int spm_unit_kind_parse(const char *name, spm_unit_kind *kind); /* 1 if it is one */
+SPMDEF const char *spm_unit_kind_name(spm_unit_kind kind);             /* "channel", "head", "weight" */
+
 typedef struct spm_unit {
     int parameter;
     int64_t channel;
     double score;
+    double error;              /* standard error of the score where it is sampled (shapley); else 0 */
+    spm_unit_kind kind;
 } spm_unit;
 
+/* Scores.  L is the mean cross-entropy of the chosen samples in evaluation mode, w a unit's weights, z its output
+ * behind the batch norm and before shortcut and ReLU (a head: what it hands to the projection); a unit is removed when
+ * z becomes 0.
+ *   GRADIENT             ||dL/dw||_2                               METHOD 2.2; a single weight: |dL/dw|
+ *   MAGNITUDE            ||w||_2, not divided by the fan-in; needs no samples
+ *   WEIGHT_GRADIENT      |sum of w dL/dw|: first-order effect of w = 0 (a head: of its value rows)
+ *   ACTIVATION           root mean square of z over samples and positions
+ *   ACTIVATION_GRADIENT  |sum of z dL/dz|: first-order effect of z = 0 (Molchanov et al. 2017; heads: Michel et al.
+ *                        2019).  No activation is stored: behind a batch norm it is w dL/dw + b dL/db of the norm
+ *   INTEGRATED           |sum of (z(x) - z(x0)) times the mean of dL/dz along the straight line from x0 to x|
+ *                        (Sundararajan et al. 2017, at hidden units: Leino et al. 2018); x0: the mean colour
+ *   CONDUCTANCE          |sum over the line of dL/dz dz| (Dhamdhere et al. 2019), trapezoid rule
+ *   SHAPLEY              Neuron Shapley (Ghorbani and Zou 2020): mean over random orders of removal of the fall in the
+ *                        mean probability of the true class when it is the unit's turn
+ *   EXHAUSTIVE           the fall in accuracy when the unit alone is removed: spm_scan_units of section 18
+ *   RANDOM               uniform draws, by seed */
 typedef enum spm_criterion {
-    SPM_CRITERION_GRADIENT,        /* L2 norm of the loss gradient's row */
-    SPM_CRITERION_MAGNITUDE,       /* L2 norm of the weight's row */
-    SPM_CRITERION_WEIGHT_GRADIENT, /* |sum of weight x gradient| over the row: the first-order effect of removing it */
-    SPM_CRITERION_RANDOM
+    SPM_CRITERION_GRADIENT, SPM_CRITERION_MAGNITUDE, SPM_CRITERION_WEIGHT_GRADIENT, SPM_CRITERION_ACTIVATION,
+    SPM_CRITERION_ACTIVATION_GRADIENT, SPM_CRITERION_INTEGRATED, SPM_CRITERION_CONDUCTANCE, SPM_CRITERION_SHAPLEY,
+    SPM_CRITERION_EXHAUSTIVE, SPM_CRITERION_RANDOM
 } spm_criterion;
 SPMDEF int spm_criterion_parse(const char *name, spm_criterion *criterion);
 SPMDEF const char *spm_criterion_name(spm_criterion criterion);
+SPMDEF int spm_criterion_by_group(spm_criterion criterion); /* 1 if its scores depend on the samples */
+
+/* How far sampled and integrated scores can be trusted. */
+typedef struct spm_attr_report {
+    double loss, baseline_loss;    /* INTEGRATED, CONDUCTANCE: L of the samples and of x0 */
+    /* |sum over all channels of a cut - (loss - baseline_loss)| / |loss - baseline_loss|, at the inputs of the first
+     * block and of the head: what the trapezoid rule leaves; 0 for exact integration (CONDUCTANCE only, else NaN) */
+    double completeness_first, completeness_last;
+    double full_value, chance;     /* SHAPLEY: mean probability of the true class with all units; 1 / classes */
+    double mean_error, max_error;  /* standard errors over the units met at least twice */
+    int64_t permutations, evaluations, met; /* orders drawn, networks measured, units met at least twice */
+} spm_attr_report;
 
 typedef struct spm_attr_desc {
     spm_reading reading;
     int64_t samples;           /* of a group, those with the lowest probability of the true class; 0: 200 */
-    uint64_t seed;             /* random criterion */
+    int64_t steps;             /* INTEGRATED, CONDUCTANCE: intervals of the line; 0: 16 */
+    int64_t permutations;      /* SHAPLEY: orders of removal; 0: 20 */
+    /* SHAPLEY: an order ends where the value is chance + truncation (full - chance); 0: .1; a network that is no better
+     * than chance from the start has no such end */
+    double truncation;
+    uint64_t seed;             /* RANDOM, SHAPLEY */
+    spm_attr_report *report;   /* filled if not NULL */
     int group;                 /* -1: all groups together */
     int skip_downsample;       /* quirk Q3 for magnitude */
     int convolutions_only;     /* official ranks 4-D weights only */
     int workers;
     spm_split split;
     spm_criterion criterion;
+    spm_unit_kind kind;
 } spm_attr_desc;
 
-/* Scores every unit and sorts: largest first, ties by (parameter, channel).  `eval` (of desc->split) may hand in a
- * finished evaluation that samples are chosen by; NULL evaluates here.  *units is freed with spm_free. */
+/* Scores every unit of a kind and sorts: largest first, ties by (parameter, channel).  `eval` (of desc->split) may hand
+ * in a finished evaluation that samples are chosen by; NULL evaluates here.  *units is freed with spm_free: 40 bytes a
+ * unit, also for single weights.  A group smaller than the samples is taken whole, and *samples_used says so.  Parameter
+ * values are the same bits before and after; gradients are lost.  Errors: an empty group (SPM_E_DATA); heads without
+ * attention, single weights by a criterion of whole units, EXHAUSTIVE (SPM_E_UNSUPPORTED).  Tests: test_local.c,
+ * test_attr.c. */
 SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval,
                                  spm_unit **units, int64_t *count, int64_t *samples_used, spm_error *err);
+
+/* Where the network looked.
+ *   GRADCAM   relu(sum_c mean_positions(d logit / d A_c) A_c), A what the global pool reads (Selvaraju et al. 2017)
+ *   ROLLOUT   row of the class token in the product over blocks of (mean over heads of attention + identity) / 2
+ *             (Abnar and Zuidema 2020)
+ *   AUTO      gradcam for ResNets, rollout for ViTs */
+typedef enum spm_map_kind { SPM_MAP_AUTO, SPM_MAP_GRADCAM, SPM_MAP_ROLLOUT } spm_map_kind;
+typedef struct spm_map {
+    float *values;             /* [height][width], 0 or more; spm_free */
+    int64_t height, width;     /* of the last feature map, or of the grid of patches */
+    int class_index;           /* the class it explains, in class order (rollout: the predicted one) */
+} spm_map;
+
+/* The map of one picture (pixels [H,W,3], normalised) for a class in class order; -1: the predicted one.  Plans a run of
+ * its own: some milliseconds beside the forward pass.  SPM_E_UNSUPPORTED where the network has no such map, SPM_E_ARGUMENT
+ * for a class it does not have.  Test: test_attr.c. */
+SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, const float *pixels, int class_index,
+                              spm_map_kind kind, spm_map *map, spm_error *err);
+/* Lays a map over a picture of any size: bilinear, divided by its largest value, in a palette whose lightness rises with
+ * the value; where the map is 0 the picture shows in gray.  `overlay` is new.  Test: test_attr.c. */
+SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const spm_image *picture, spm_image *overlay,
+                                  spm_error *err);
 
 /* ================================================================================================================
  * >>API-LOCAL  18  localization: change units, measure every group
@@ -21850,12 +21919,34 @@ SPMDEF void spm_eval_json(spm_json *json, const char *key, const spm_eval *eval)
  * >>ATTR  17  attribution: scores of units
  * ============================================================================================================= */
 
+SPMDEF const char *spm_unit_kind_name(spm_unit_kind kind)
+{
+    return kind == SPM_UNIT_CHANNEL ? "channel" : kind == SPM_UNIT_HEAD ? "head" : "weight";
+}
+
+SPMDEF int spm_unit_kind_parse(const char *name, spm_unit_kind *kind)
+{
+    int i;
+    for (i = SPM_UNIT_CHANNEL; i <= SPM_UNIT_WEIGHT; i++) {
+        if (!spmi_string_equal(name, spm_unit_kind_name((spm_unit_kind)i))) continue;
+        *kind = (spm_unit_kind)i;
+        return 1;
+    }
+    return 0;
+}
+
 SPMDEF const char *spm_criterion_name(spm_criterion criterion)
 {
     switch (criterion) {
     case SPM_CRITERION_GRADIENT: return "gradient";
     case SPM_CRITERION_MAGNITUDE: return "magnitude";
     case SPM_CRITERION_WEIGHT_GRADIENT: return "weight-gradient";
+    case SPM_CRITERION_ACTIVATION: return "activation";
+    case SPM_CRITERION_ACTIVATION_GRADIENT: return "activation-gradient";
+    case SPM_CRITERION_INTEGRATED: return "integrated-gradients";
+    case SPM_CRITERION_CONDUCTANCE: return "conductance";
+    case SPM_CRITERION_SHAPLEY: return "shapley";
+    case SPM_CRITERION_EXHAUSTIVE: return "exhaustive";
     case SPM_CRITERION_RANDOM: return "random";
     }
     return "unknown";
@@ -21872,6 +21963,11 @@ SPMDEF int spm_criterion_parse(const char *name, spm_criterion *criterion)
     return 0;
 }
 
+SPMDEF int spm_criterion_by_group(spm_criterion criterion)
+{
+    return criterion != SPM_CRITERION_MAGNITUDE && criterion != SPM_CRITERION_RANDOM;
+}
+
 static int spmi_unit_order(const void *a, const void *b)
 {
     const spm_unit *x = (const spm_unit *)a, *y = (const spm_unit *)b;
@@ -21879,6 +21975,220 @@ static int spmi_unit_order(const void *a, const void *b)
     if (x->parameter != y->parameter) return x->parameter < y->parameter ? -1 : 1;
     return x->channel < y->channel ? -1 : x->channel > y->channel;
 }
+
+/* ---- units: where their weights lie, what they put out, how they are taken away ---- */
+
+static int64_t spmi_row_size(const spm_parameter *p)
+{
+    return spm_tensor_count(&p->value) / p->value.shape[0];
+}
+
+/* The step of the program that computes with `value` as its input number `slot`; -1 if there is none. */
+static int spmi_step_reading(const spm_program *program, spm_op op, int slot, spm_value value)
+{
+    int s;
+    for (s = 0; s < program->n_steps; s++) {
+        if (program->steps[s].op == op && program->steps[s].in[slot] == value) return s;
+    }
+    return -1;
+}
+
+/* Heads of the attention that reads a linear layer's output; 0 if none does. *attention: what the heads put out. */
+static int64_t spmi_heads_of(const spm_model *model, const spm_parameter *p, spm_value *attention)
+{
+    int s = p->output ? spmi_step_reading(model->program, SPM_OP_ATTENTION, 0, p->output) : -1;
+    if (s < 0) return 0;
+    *attention = model->program->steps[s].out;
+    return model->program->steps[s].attr.heads;
+}
+
+/* The stretches of a parameter that belong to a unit: start[0..n) of `length` elements each; a head's last one is its
+ * value rows. Returns n. */
+static int spmi_unit_spans(const spm_model *model, const spm_unit *unit, int64_t *start, int64_t *length)
+{
+    const spm_parameter *p = &model->parameters[unit->parameter];
+    int64_t row = spmi_row_size(p), width = p->value.shape[0] / 3, heads;
+    spm_value attention = 0;
+    int i;
+    if (unit->kind == SPM_UNIT_WEIGHT) {
+        start[0] = unit->channel;
+        *length = 1;
+        return 1;
+    }
+    if (unit->kind == SPM_UNIT_CHANNEL) {
+        start[0] = unit->channel * row;
+        *length = row;
+        return 1;
+    }
+    heads = SPMI_MAX(spmi_heads_of(model, p, &attention), 1);
+    *length = width / heads * row;
+    for (i = 0; i < 3; i++) start[i] = i * width * row + unit->channel * *length;
+    return 3;
+}
+
+/* Channels first..first+count of the parameter whose output is the unit's (a head: its value rows). */
+static void spmi_unit_channels(const spm_model *model, const spm_unit *unit, int64_t *first, int64_t *count)
+{
+    int64_t start[3], length, row = spmi_row_size(&model->parameters[unit->parameter]);
+    int n = spmi_unit_spans(model, unit, start, &length);
+    *first = start[n - 1] / row;
+    *count = SPMI_MAX(length / row, 1);
+}
+
+/* A convolution's batch norm as z = scale * y + shift of the convolution's output y; 1 and 0 without one. */
+static void spmi_unit_affine(const spm_model *model, const spm_parameter *p, int64_t channel, double *scale,
+                             double *shift)
+{
+    const spmi_tape_step *step;
+    const float *mean, *var;
+    int s;
+    *scale = 1.0;
+    *shift = 0.0;
+    if (p->norm_weight < 0) return;
+    s = spmi_step_reading(model->program, SPM_OP_BATCH_NORM, 1, model->parameters[p->norm_weight].id);
+    if (s < 0) return;
+    step = &model->program->steps[s];
+    mean = model->parameters[model->program->values[step->in[3]].index].value.data;
+    var = model->parameters[model->program->values[step->in[4]].index].value.data;
+    *scale = (double)model->parameters[p->norm_weight].value.data[channel]
+             / sqrt((double)var[channel] + (double)step->attr.eps);
+    *shift = -*scale * (double)mean[channel];
+    if (p->norm_bias >= 0) *shift += (double)model->parameters[p->norm_bias].value.data[channel];
+}
+
+/* The unit's output becomes the constant means[0..] (NULL: 0): gamma 0 and beta behind a convolution, else row and bias.
+ * 0 if it is not 0 and there is no bias to hold it. */
+static int spmi_unit_constant(spm_model *model, const spm_unit *unit, const double *means)
+{
+    const spm_parameter *p = &model->parameters[unit->parameter];
+    int64_t row = spmi_row_size(p), first, count, c;
+    int bias = p->norm_weight >= 0 ? p->norm_bias : p->bias;
+    spmi_unit_channels(model, unit, &first, &count);
+    if (means && bias < 0) return 0;
+    for (c = 0; c < count; c++) {
+        if (p->norm_weight >= 0)
+            model->parameters[p->norm_weight].value.data[first + c] = 0.0f;
+        else
+            memset(p->value.data + (first + c) * row, 0, (size_t)row * sizeof(float));
+        if (bias >= 0) model->parameters[bias].value.data[first + c] = means ? (float)means[c] : 0.0f;
+    }
+    return 1;
+}
+
+/* A copy of all parameter values, to put units back from. */
+typedef struct spmi_snapshot {
+    float *values;
+    int64_t *offset; /* of a parameter in `values` */
+} spmi_snapshot;
+
+static void spmi_snapshot_free(spm_context *ctx, spmi_snapshot *snapshot)
+{
+    spmi_free(ctx, snapshot->values);
+    spmi_free(ctx, snapshot->offset);
+    memset(snapshot, 0, sizeof *snapshot);
+}
+
+static spm_status spmi_snapshot_take(const spm_model *model, spmi_snapshot *snapshot, spm_error *err)
+{
+    int64_t total = 0;
+    int i;
+    snapshot->offset = (int64_t *)spmi_alloc_array(model->ctx, model->n_parameters + 1, sizeof *snapshot->offset);
+    for (i = 0; snapshot->offset && i < model->n_parameters; i++) {
+        snapshot->offset[i] = total;
+        total += spm_tensor_count(&model->parameters[i].value);
+    }
+    snapshot->values = snapshot->offset ? (float *)spmi_alloc_array(model->ctx, total, sizeof(float)) : NULL;
+    if (!snapshot->values) return spmi_fail_memory(model->ctx, err, "a copy of the parameters");
+    for (i = 0; i < model->n_parameters; i++) {
+        const spm_tensor *value = &model->parameters[i].value;
+        memcpy(snapshot->values + snapshot->offset[i], value->data, (size_t)spm_tensor_count(value) * sizeof(float));
+    }
+    return SPM_OK;
+}
+
+static void spmi_snapshot_put(spm_model *model, const spmi_snapshot *snapshot, int parameter)
+{
+    spm_tensor *value;
+    if (parameter < 0) return;
+    value = &model->parameters[parameter].value;
+    memcpy(value->data, snapshot->values + snapshot->offset[parameter],
+           (size_t)spm_tensor_count(value) * sizeof(float));
+}
+
+/* Puts back what a change of the unit can have touched. */
+static void spmi_snapshot_put_unit(spm_model *model, const spmi_snapshot *snapshot, int parameter)
+{
+    const spm_parameter *p = &model->parameters[parameter];
+    spmi_snapshot_put(model, snapshot, parameter);
+    spmi_snapshot_put(model, snapshot, p->norm_weight);
+    spmi_snapshot_put(model, snapshot, p->norm_bias);
+    spmi_snapshot_put(model, snapshot, p->bias);
+}
+
+/* ---- the units that are ranked ---- */
+
+/* A parameter with units of the wanted kind. */
+typedef struct spmi_ranked {
+    int64_t units, first; /* how many; the number of the first one in the list of all */
+    int64_t width, at;    /* channels of `output`, and where they begin in an array over all parameters */
+    spm_value output;     /* what the units put out: of a head, the attention's */
+    int parameter;
+} spmi_ranked;
+
+typedef struct spmi_layout {
+    spmi_ranked *list;
+    int64_t units, width; /* of all */
+    int n;
+} spmi_layout;
+
+/* 1 for the parameters whose rows are ranked. */
+static int spmi_attr_ranked(const spm_parameter *p, const spm_attr_desc *desc)
+{
+    if (!(p->flags & SPM_PARAMETER_PRUNABLE) || (p->flags & SPM_PARAMETER_HEAD)) return 0;
+    if (desc->convolutions_only && p->value.rank != 4) return 0;
+    return !(desc->skip_downsample && desc->criterion == SPM_CRITERION_MAGNITUDE
+             && (p->flags & SPM_PARAMETER_DOWNSAMPLE));
+}
+
+static spm_status spmi_layout_make(const spm_model *model, const spm_attr_desc *desc, spmi_layout *layout,
+                                   spm_error *err)
+{
+    int i;
+    memset(layout, 0, sizeof *layout);
+    layout->list = (spmi_ranked *)spmi_alloc_array(model->ctx, model->n_parameters, sizeof *layout->list);
+    if (!layout->list) return spmi_fail_memory(model->ctx, err, "the ranking");
+    for (i = 0; i < model->n_parameters; i++) {
+        const spm_parameter *p = &model->parameters[i];
+        spmi_ranked *r = &layout->list[layout->n];
+        spm_value attention = 0;
+        if (!spmi_attr_ranked(p, desc)) continue;
+        r->parameter = i;
+        r->output = p->output;
+        r->width = p->value.shape[0];
+        r->units = desc->kind == SPM_UNIT_CHANNEL  ? p->value.shape[0]
+                   : desc->kind == SPM_UNIT_WEIGHT ? spm_tensor_count(&p->value)
+                                                   : spmi_heads_of(model, p, &attention);
+        if (desc->kind == SPM_UNIT_HEAD) {
+            if (r->units == 0) continue;
+            r->output = attention;
+            r->width /= 3;
+        }
+        r->first = layout->units;
+        r->at = layout->width;
+        layout->units += r->units;
+        layout->width += r->width;
+        layout->n++;
+    }
+    if (layout->units) return SPM_OK;
+    spmi_free(model->ctx, layout->list);
+    layout->list = NULL;
+    return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED, "%s",
+                     desc->kind == SPM_UNIT_HEAD
+                         ? "the model has no attention heads to rank; use --unit channel or weight"
+                         : "the model has no convolution or linear units that this criterion ranks");
+}
+
+/* ---- samples and passes over them ---- */
 
 /* An example and the probability that its true class was given. */
 typedef struct spmi_candidate {
@@ -21894,7 +22204,7 @@ static int spmi_candidate_order(const void *a, const void *b)
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
-/* The examples a gradient is taken on: of the group, those the model is least sure of. */
+/* The examples a score is taken on: of the group, those the model is least sure of. */
 static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *desc, const spm_eval *eval,
                                     int64_t **ids, int64_t *count, spm_error *err)
 {
@@ -21930,9 +22240,10 @@ static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *d
     return SPM_OK;
 }
 
-/* d(sum of weight * cross-entropy) / d outputs of one example, in column order: softmax(outputs) - target. */
-static void spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y, float weight,
-                                    float *gradient)
+/* d(weight * cross-entropy) / d outputs of one example, in column order: softmax(outputs) - target.  Returns the
+ * cross-entropy. */
+static double spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y,
+                                      float weight, float *gradient)
 {
     int column = reading->label_reversed ? classes - 1 - y : y, c;
     double sum = 0.0, top = (double)outputs[0];
@@ -21941,102 +22252,487 @@ static void spmi_attr_loss_gradient(const spm_reading *reading, const float *out
     for (c = 0; c < classes; c++) {
         gradient[c] = weight * (float)(exp((double)outputs[c] - top) / sum - (c == column ? 1.0 : 0.0));
     }
+    return top + log(sum) - (double)outputs[column];
 }
 
-/* Leaves the gradient of the mean cross-entropy over `ids`, in evaluation mode, in the model. Batches only bound the
- * memory: in evaluation mode examples do not see each other, so their gradients add up. */
+/* One walk over chosen examples, in evaluation mode. Batches only bound the memory: there examples do not see each
+ * other, so their gradients add up. */
+typedef struct spmi_pass {
+    spm_context *ctx;
+    spm_model *model;
+    const spm_attr_desc *desc;
+    spm_error *err; /* never NULL here */
+    spm_loader *loader;
+    spm_run *run;
+    spm_batch batch;
+    float *gradient;
+    spm_value image, outputs;
+    int64_t n;
+    int classes;
+} spmi_pass;
+
+static void spmi_pass_close(spmi_pass *pass)
+{
+    spmi_free(pass->ctx, pass->gradient);
+    spm_run_destroy(pass->run);
+    spm_loader_destroy(pass->loader);
+    memset(pass, 0, sizeof *pass);
+}
+
+static spm_status spmi_pass_failed(spmi_pass *pass)
+{
+    spm_error *error = spm_run_error(pass->run)->status ? spm_run_error(pass->run) : spm_loader_error(pass->loader);
+    return spmi_fail(pass->ctx, pass->err, error->status, "%s", error->text);
+}
+
+/* batch 0: 32. */
+static spm_status spmi_pass_open(spmi_pass *pass, spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                 int64_t n, int64_t batch, int backward, spm_error *err)
+{
+    spm_loader_desc loading = SPM_ZERO;
+    spm_run_desc running = SPM_ZERO;
+    memset(pass, 0, sizeof *pass);
+    pass->ctx = model->ctx;
+    pass->model = model;
+    pass->desc = desc;
+    pass->err = err;
+    pass->n = n;
+    pass->image = spm_program_find(model->program, "image");
+    pass->outputs = spm_program_find(model->program, "outputs");
+    pass->classes = (int)spm_program_shape(model->program, pass->outputs, 1).shape[1];
+    loading.transform = desc->reading.transform;
+    loading.batch = running.max_batch = SPMI_MIN(n, batch > 0 ? batch : 32);
+    loading.split = desc->split;
+    loading.workers = desc->workers;
+    running.backward = backward;
+    pass->loader = spm_loader_create(dataset, &loading, err);
+    pass->run = pass->loader ? spm_run_create(model, &running, err) : NULL;
+    if (!pass->run) return err->status;
+    pass->gradient = (float *)spmi_alloc_array(pass->ctx, loading.batch * pass->classes, sizeof(float));
+    return pass->gradient ? SPM_OK : spmi_fail_memory(pass->ctx, err, "the ranking");
+}
+
+static spm_status spmi_pass_start(spmi_pass *pass, const int64_t *ids)
+{
+    return spm_loader_start(pass->loader, 0, ids, pass->n) ? spmi_pass_failed(pass) : SPM_OK;
+}
+
+static spm_status spmi_pass_forward(spmi_pass *pass, const float *pixels)
+{
+    return spm_run_input(pass->run, pass->image, pixels) || spm_run_forward(pass->run, pass->batch.count, 0)
+               ? spmi_pass_failed(pass)
+               : SPM_OK;
+}
+
+/* Sends the gradient of the mean cross-entropy back; adds this batch's part of it to *loss. */
+static spm_status spmi_pass_backward(spmi_pass *pass, double *loss)
+{
+    const float *out = spm_run_data(pass->run, pass->outputs);
+    int64_t i;
+    for (i = 0; i < pass->batch.count; i++) {
+        *loss += spmi_attr_loss_gradient(&pass->desc->reading, out + i * pass->classes, pass->classes,
+                                         pass->batch.y[i], 1.0f / (float)pass->n, pass->gradient + i * pass->classes)
+                 / (double)pass->n;
+    }
+    return spm_run_set_gradient(pass->run, pass->outputs, pass->gradient) || spm_run_backward(pass->run)
+               ? spmi_pass_failed(pass)
+               : SPM_OK;
+}
+
+/* Leaves the gradient of the mean cross-entropy over `ids` in the model. */
 static spm_status spmi_attr_gradient(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
                                      const int64_t *ids, int64_t n, spm_error *err)
 {
-    const spm_program *program = spm_model_program(model);
-    spm_context *ctx = spm_model_context(model);
-    spm_value image = spm_program_find(program, "image"), outputs = spm_program_find(program, "outputs");
-    int classes = (int)spm_program_shape(program, outputs, 1).shape[1], more = 0;
-    spm_loader_desc loading = SPM_ZERO;
-    spm_run_desc running = SPM_ZERO;
-    spm_batch batch;
-    spm_loader *loader;
-    spm_run *run;
-    float *gradient;
-    spm_status status = SPM_OK;
-    loading.transform = desc->reading.transform;
-    loading.batch = running.max_batch = SPMI_MIN(n, 32);
-    loading.split = desc->split;
-    loading.workers = desc->workers;
-    running.backward = 1;
-    loader = spm_loader_create(dataset, &loading, err);
-    run = loader ? spm_run_create(model, &running, err) : NULL;
-    gradient = (float *)spmi_alloc_array(ctx, loading.batch * classes, sizeof *gradient);
-    if (!loader || !run)
-        status = err->status;
-    else if (!gradient)
-        status = spmi_fail_memory(ctx, err, "the ranking");
-    if (!status && spm_loader_start(loader, 0, ids, n))
-        status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    spmi_pass pass;
+    double loss = 0.0;
+    int more = 0;
+    spm_status status = spmi_pass_open(&pass, model, dataset, desc, n, 0, 1, err);
+    if (!status) status = spmi_pass_start(&pass, ids);
     spm_model_zero_gradients(model);
-    while (!status && (more = spm_loader_next(loader, &batch)) > 0) {
-        int64_t i;
-        const float *out;
-        if (spm_run_input(run, image, batch.pixels) || spm_run_forward(run, batch.count, 0)) {
-            status = spmi_fail(ctx, err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
-            break;
-        }
-        out = spm_run_data(run, outputs);
-        for (i = 0; i < batch.count; i++) {
-            spmi_attr_loss_gradient(&desc->reading, out + i * classes, classes, batch.y[i], 1.0f / (float)n,
-                                    gradient + i * classes);
-        }
-        if (spm_run_set_gradient(run, outputs, gradient) || spm_run_backward(run)) {
-            status = spmi_fail(ctx, err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
-        }
+    while (!status && (more = spm_loader_next(pass.loader, &pass.batch)) > 0) {
+        status = spmi_pass_forward(&pass, pass.batch.pixels);
+        if (!status) status = spmi_pass_backward(&pass, &loss);
     }
-    if (!status && more < 0)
-        status = spmi_fail(ctx, err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    if (!status && more < 0) status = spmi_pass_failed(&pass);
     spm_model_finish_gradients(model);
-    spmi_free(ctx, gradient);
-    spm_run_destroy(run);
-    spm_loader_destroy(loader);
+    spmi_pass_close(&pass);
     return status;
 }
 
-/* 1 for the parameters whose rows are ranked. */
-static int spmi_attr_ranked(const spm_parameter *p, const spm_attr_desc *desc)
+/* Mean and mean square of every channel's output y over `ids` (NULL: the split) and positions, before the batch norm. */
+static spm_status spmi_attr_moments(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                    const int64_t *ids, int64_t n, const spmi_layout *layout, double *mean,
+                                    double *square, spm_error *err)
 {
-    if (!(p->flags & SPM_PARAMETER_PRUNABLE) || (p->flags & SPM_PARAMETER_HEAD)) return 0;
-    if (desc->convolutions_only && p->value.rank != 4) return 0;
-    return !(desc->skip_downsample && desc->criterion == SPM_CRITERION_MAGNITUDE
-             && (p->flags & SPM_PARAMETER_DOWNSAMPLE));
+    spmi_pass pass;
+    int64_t seen = 0, c;
+    int i, more = 0;
+    spm_status status = spmi_pass_open(&pass, model, dataset, desc, n, 0, 0, err);
+    memset(mean, 0, (size_t)layout->width * sizeof *mean);
+    memset(square, 0, (size_t)layout->width * sizeof *square);
+    for (i = 0; !status && i < layout->n; i++) {
+        const spmi_ranked *r = &layout->list[i];
+        if (spm_run_hook(pass.run, r->output, SPM_HOOK_SUM, 0, mean + r->at)
+            || spm_run_hook(pass.run, r->output, SPM_HOOK_SUM_SQUARES, 0, square + r->at))
+            status = spmi_pass_failed(&pass);
+    }
+    if (!status && spm_loader_start(pass.loader, 0, ids, ids ? n : 0)) status = spmi_pass_failed(&pass);
+    while (!status && (more = spm_loader_next(pass.loader, &pass.batch)) > 0) {
+        status = spmi_pass_forward(&pass, pass.batch.pixels);
+        seen += pass.batch.count;
+    }
+    if (!status && more < 0) status = spmi_pass_failed(&pass);
+    for (i = 0; !status && i < layout->n; i++) {
+        const spmi_ranked *r = &layout->list[i];
+        spm_tensor shape = spm_program_shape(model->program, r->output, 1);
+        double cells = (double)seen * (double)(spm_tensor_count(&shape) / r->width);
+        for (c = r->at; c < r->at + r->width; c++) {
+            mean[c] /= cells;
+            square[c] /= cells;
+        }
+    }
+    spmi_pass_close(&pass);
+    return status;
 }
 
-static double spmi_attr_score(const spm_parameter *p, const spm_attr_desc *desc, int index, int64_t channel)
+/* ---- scores ---- */
+
+/* Scores that follow from weights and gradients. */
+static double spmi_attr_score(const spm_model *model, const spm_unit *unit, const spm_attr_desc *desc)
 {
-    int64_t row = spm_tensor_count(&p->value) / p->value.shape[0], i;
-    const float *w = p->value.data + channel * row;
-    const float *g = p->gradient ? p->gradient + channel * row : NULL;
+    const spm_parameter *p = &model->parameters[unit->parameter];
+    const float *w = p->value.data, *g = p->gradient;
+    int64_t start[3], length, first, count, i;
+    int n = spmi_unit_spans(model, unit, start, &length), s;
     double sum = 0.0;
     if (desc->criterion == SPM_CRITERION_RANDOM) {
-        return (double)spm_random_uniform(desc->seed, spm_random_key(desc->seed, 0x72616e6bu, (uint64_t)index),
-                                          (uint64_t)channel);
+        uint64_t stream = spm_random_key(desc->seed, 0x72616e6bu, (uint64_t)unit->parameter);
+        return (double)spm_random_uniform(desc->seed, stream, (uint64_t)unit->channel);
     }
-    for (i = 0; i < row; i++) {
-        if (desc->criterion == SPM_CRITERION_MAGNITUDE)
-            sum += (double)w[i] * (double)w[i];
-        else if (desc->criterion == SPM_CRITERION_GRADIENT)
-            sum += (double)g[i] * (double)g[i];
-        else
-            sum += (double)w[i] * (double)g[i];
+    if (desc->criterion == SPM_CRITERION_MAGNITUDE || desc->criterion == SPM_CRITERION_GRADIENT) {
+        const float *v = desc->criterion == SPM_CRITERION_MAGNITUDE ? w : g;
+        for (s = 0; s < n; s++) {
+            for (i = start[s]; i < start[s] + length; i++) sum += (double)v[i] * (double)v[i];
+        }
+        return sqrt(sum);
     }
-    return desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT ? fabs(sum) : sqrt(sum);
+    if (desc->criterion == SPM_CRITERION_ACTIVATION_GRADIENT) {
+        int bias = p->norm_weight >= 0 ? p->norm_bias : p->bias;
+        spmi_unit_channels(model, unit, &first, &count);
+        for (i = first; i < first + count; i++) {
+            if (bias >= 0)
+                sum += (double)model->parameters[bias].value.data[i] * (double)model->parameters[bias].gradient[i];
+            if (p->norm_weight >= 0)
+                sum += (double)model->parameters[p->norm_weight].value.data[i]
+                       * (double)model->parameters[p->norm_weight].gradient[i];
+        }
+        if (p->norm_weight >= 0) return fabs(sum);
+    }
+    for (i = start[n - 1]; i < start[n - 1] + length; i++) sum += (double)w[i] * (double)g[i];
+    return fabs(sum);
 }
 
-/* The gradient a ranking needs: chooses the samples (by `eval`, or by an evaluation made here) and runs them. */
-static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
-                                    const spm_eval *eval, int64_t *used, spm_error *err)
+/* Root mean square of each unit's output. */
+static spm_status spmi_attr_activation(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                       const int64_t *ids, int64_t n, const spmi_layout *layout, spm_unit *units,
+                                       spm_error *err)
 {
-    spm_context *ctx = spm_model_context(model);
-    spm_eval own = SPM_ZERO;
-    int64_t *ids = NULL;
+    double *mean = (double *)spmi_alloc_array(model->ctx, 2 * layout->width, sizeof *mean), *square, scale, shift;
+    int64_t u, c, size;
+    int i;
+    spm_status status;
+    if (!mean) return spmi_fail_memory(model->ctx, err, "the ranking");
+    square = mean + layout->width;
+    status = spmi_attr_moments(model, dataset, desc, ids, n, layout, mean, square, err);
+    for (i = 0; !status && i < layout->n; i++) {
+        const spmi_ranked *r = &layout->list[i];
+        size = r->width / r->units; /* channels a unit */
+        for (u = 0; u < r->units; u++) {
+            double sum = 0.0;
+            for (c = 0; c < size; c++) {
+                int64_t at = r->at + u * size + c;
+                spmi_unit_affine(model, &model->parameters[r->parameter], u, &scale, &shift);
+                if (desc->kind == SPM_UNIT_HEAD) {
+                    scale = 1.0;
+                    shift = 0.0;
+                }
+                sum += scale * scale * square[at] + 2.0 * scale * shift * mean[at] + shift * shift;
+            }
+            units[r->first + u].score = sqrt(SPMI_MAX(sum / (double)size, 0.0));
+        }
+    }
+    spmi_free(model->ctx, mean);
+    return status;
+}
+
+/* A value that is followed along the line: its data and gradient at the last point, or its first data and the summed
+ * gradient (integrated gradients). */
+typedef struct spmi_followed {
+    spm_value value;
+    float *data, *gradient; /* [batch][size] */
+    double *sum;            /* [width] */
+    int64_t size, width;
+} spmi_followed;
+
+/* Takes in point `step` of `steps` for the n examples of the batch. */
+static void spmi_follow(const spmi_pass *pass, spmi_followed *f, int integrated, int64_t step, int64_t steps)
+{
+    const float *y = spm_run_data(pass->run, f->value), *g = spm_run_gradient(pass->run, f->value);
+    int64_t cells = pass->batch.count * f->size, i, c;
+    float weight = (step == 0 || step == steps ? 0.5f : 1.0f) / (float)steps;
+    if (!g) return;
+    if (integrated && step == 0) {
+        memcpy(f->data, y, (size_t)cells * sizeof *y);
+        for (i = 0; i < cells; i++) f->gradient[i] = weight * g[i];
+        return;
+    }
+    if (integrated) {
+        for (i = 0; i < cells; i++) f->gradient[i] += weight * g[i];
+    }
+    for (i = 0; i < cells && (integrated ? step == steps : step > 0); i += f->width) {
+        for (c = 0; c < f->width; c++) {
+            double slope = integrated ? (double)f->gradient[i + c]
+                                      : 0.5 * ((double)f->gradient[i + c] + (double)g[i + c]);
+            f->sum[c] += slope * ((double)y[i + c] - (double)f->data[i + c]);
+        }
+    }
+    if (!integrated) {
+        memcpy(f->data, y, (size_t)cells * sizeof *y);
+        memcpy(f->gradient, g, (size_t)cells * sizeof *g);
+    }
+}
+
+/* INTEGRATED and CONDUCTANCE: every batch walks its line from the mean colour (0 after normalisation) to its pictures. */
+static spm_status spmi_attr_line(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc, const int64_t *ids,
+                                 int64_t n, const spmi_layout *layout, spm_unit *units, spm_error *err)
+{
+    spm_context *ctx = model->ctx;
+    int64_t floats = 0, pixels, batch, i, k, u, c, steps = desc->steps > 0 ? desc->steps : 16;
+    int followed = layout->n + 2, f, more = 0, integrated = desc->criterion == SPM_CRITERION_INTEGRATED;
+    spm_tensor shape = spm_program_shape(model->program, spm_program_find(model->program, "image"), 1);
+    spmi_followed *all = (spmi_followed *)spmi_alloc_array(ctx, followed, sizeof *all);
+    float *input = NULL;
+    double loss[2] = { 0.0, 0.0 }, ignored = 0.0;
+    spmi_pass pass;
     spm_status status = SPM_OK;
+    memset(&pass, 0, sizeof pass);
+    if (!all) return spmi_fail_memory(ctx, err, "the ranking");
+    pixels = spm_tensor_count(&shape);
+    for (f = 0; f < followed; f++) {
+        all[f].value = f < layout->n ? layout->list[f].output
+                                     : spm_program_find(model->program, f == layout->n ? "block1" : "last");
+        shape = spm_program_shape(model->program, all[f].value, 1);
+        all[f].size = spm_tensor_count(&shape);
+        all[f].width = shape.rank ? shape.shape[shape.rank - 1] : 1;
+        floats += all[f].size;
+    }
+    batch = SPMI_MAX(1, SPMI_MIN(32, (int64_t)(64 << 20) / SPMI_MAX(floats, 1))); /* a quarter of a GiB for each copy */
+    status = spmi_pass_open(&pass, model, dataset, desc, n, batch, 1, err);
+    batch = SPMI_MIN(batch, n);
+    input = (float *)spmi_alloc_array(ctx, batch * pixels, sizeof *input);
+    for (f = 0; f < followed; f++) {
+        all[f].data = (float *)spmi_alloc_array(ctx, batch * all[f].size, sizeof(float));
+        all[f].gradient = (float *)spmi_alloc_array(ctx, batch * all[f].size, sizeof(float));
+        all[f].sum = (double *)spmi_alloc_array(ctx, all[f].width, sizeof(double));
+        if (!status && (!all[f].data || !all[f].gradient || !all[f].sum || !input))
+            status = spmi_fail_memory(ctx, err, "the ranking");
+        if (!status && spm_run_keep(pass.run, all[f].value)) status = spmi_pass_failed(&pass);
+    }
+    if (!status) status = spmi_pass_start(&pass, ids);
+    while (!status && (more = spm_loader_next(pass.loader, &pass.batch)) > 0) {
+        for (k = 0; !status && k <= steps; k++) {
+            float t = (float)((double)k / (double)steps);
+            for (i = 0; i < pass.batch.count * pixels; i++) input[i] = t * pass.batch.pixels[i];
+            spm_model_zero_gradients(model);
+            status = spmi_pass_forward(&pass, input);
+            if (!status)
+                status = spmi_pass_backward(&pass, k == 0 ? &loss[0] : k == steps ? &loss[1] : &ignored);
+            for (f = 0; !status && f < followed; f++) spmi_follow(&pass, &all[f], integrated, k, steps);
+        }
+    }
+    if (!status && more < 0) status = spmi_pass_failed(&pass);
+    for (f = 0; !status && f < layout->n; f++) {
+        const spmi_ranked *r = &layout->list[f];
+        int64_t size = r->width / r->units;
+        for (u = 0; u < r->units; u++) {
+            double sum = 0.0;
+            for (c = 0; c < size; c++) sum += all[f].sum[u * size + c];
+            units[r->first + u].score = fabs(sum);
+        }
+    }
+    if (!status && desc->report) {
+        double whole[2] = { 0.0, 0.0 }, change = loss[1] - loss[0];
+        for (f = 0; f < 2; f++) {
+            const spmi_followed *cut = &all[layout->n + f];
+            for (c = 0; c < cut->width; c++) whole[f] += cut->sum[c];
+            whole[f] = integrated || fabs(change) < 1e-12 ? (double)NAN : fabs(whole[f] - change) / fabs(change);
+        }
+        desc->report->loss = loss[1];
+        desc->report->baseline_loss = loss[0];
+        desc->report->completeness_first = whole[0];
+        desc->report->completeness_last = whole[1];
+    }
+    for (f = 0; f < followed; f++) {
+        spmi_free(ctx, all[f].data);
+        spmi_free(ctx, all[f].gradient);
+        spmi_free(ctx, all[f].sum);
+    }
+    spmi_free(ctx, input);
+    spmi_free(ctx, all);
+    if (pass.ctx) spmi_pass_close(&pass);
+    return status;
+}
+
+/* The samples in memory, for measuring many changed networks on them. */
+typedef struct spmi_bench {
+    spmi_pass pass;
+    float *pixels;
+    int32_t *y;
+    int64_t cells, n, batch;
+    int64_t measured;
+} spmi_bench;
+
+static spm_status spmi_bench_load(spmi_bench *b, spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                  const int64_t *ids, int64_t n, spm_error *err)
+{
+    spm_tensor shape = spm_program_shape(model->program, spm_program_find(model->program, "image"), 1);
+    int64_t total = 0;
+    int more = 0;
+    spm_status status;
+    memset(b, 0, sizeof *b);
+    b->cells = spm_tensor_count(&shape);
+    b->batch = SPMI_MIN(n, 32);
+    status = spmi_pass_open(&b->pass, model, dataset, desc, n, 0, 0, err);
+    b->pixels = spmi_mul_dim(n, b->cells, &total) ? (float *)spmi_alloc_array(model->ctx, total, sizeof(float)) : NULL;
+    b->y = (int32_t *)spmi_alloc_array(model->ctx, n, sizeof *b->y);
+    if (!status && (!b->pixels || !b->y)) status = spmi_fail_memory(model->ctx, err, "the samples");
+    if (!status) status = spmi_pass_start(&b->pass, ids);
+    while (!status && (more = spm_loader_next(b->pass.loader, &b->pass.batch)) > 0) {
+        memcpy(b->pixels + b->n * b->cells, b->pass.batch.pixels,
+               (size_t)(b->pass.batch.count * b->cells) * sizeof(float));
+        memcpy(b->y + b->n, b->pass.batch.y, (size_t)b->pass.batch.count * sizeof *b->y);
+        b->n += b->pass.batch.count;
+    }
+    if (!status && more < 0) status = spmi_pass_failed(&b->pass);
+    return status;
+}
+
+/* Mean probability of the true class over the samples. */
+static spm_status spmi_bench_measure(spmi_bench *b, double *value)
+{
+    spmi_pass *pass = &b->pass;
+    const spm_reading *reading = &pass->desc->reading;
+    spm_value logits = spm_program_find(pass->model->program, "logits");
+    int64_t at, i;
+    double sum = 0.0;
+    spm_model_touch(pass->model);
+    b->measured++;
+    for (at = 0; at < b->n; at += b->batch) {
+        const float *out;
+        pass->batch.count = SPMI_MIN(b->batch, b->n - at);
+        if (spmi_pass_forward(pass, b->pixels + at * b->cells)) return pass->err->status;
+        out = spm_run_data(pass->run, logits);
+        for (i = 0; i < pass->batch.count; i++) {
+            (void)spm_classify(reading, out + i * pass->classes, pass->classes, pass->gradient);
+            sum += (double)pass->gradient[b->y[at + i]];
+        }
+    }
+    *value = sum / (double)b->n;
+    return SPM_OK;
+}
+
+/* SHAPLEY.  Each order takes units away until the network is at the truncation's level; the rest of the order counts as
+ * 0.  Means and variances over orders by Welford's recurrence. */
+static spm_status spmi_attr_shapley(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                    const int64_t *ids, int64_t n, spm_unit *units, int64_t n_units, spm_error *err)
+{
+    spm_context *ctx = model->ctx;
+    int64_t orders = desc->permutations > 0 ? desc->permutations : 20, p, k, *order, *met, u;
+    double full = 0.0, chance, floor_value, *square, *gain, error_sum = 0.0, error_max = 0.0;
+    spmi_snapshot saved = SPM_ZERO;
+    spmi_bench bench;
+    spm_status status = spmi_bench_load(&bench, model, dataset, desc, ids, n, err);
+    order = (int64_t *)spmi_alloc_array(ctx, n_units, sizeof *order);
+    met = (int64_t *)spmi_alloc_array(ctx, n_units, sizeof *met);
+    square = (double *)spmi_alloc_array(ctx, n_units, sizeof *square);
+    gain = (double *)spmi_alloc_array(ctx, n_units, sizeof *gain);
+    if (!status && (!order || !met || !square || !gain)) status = spmi_fail_memory(ctx, err, "the ranking");
+    if (!status) status = spmi_snapshot_take(model, &saved, err);
+    if (!status) status = spmi_bench_measure(&bench, &full);
+    chance = 1.0 / (double)SPMI_MAX(bench.pass.classes, 1);
+    floor_value = full > chance ? chance + (desc->truncation > 0.0 ? desc->truncation : 0.1) * (full - chance) : -1.0;
+    for (p = 0; !status && p < orders; p++) {
+        double value = full, next = 0.0;
+        spm_random_permutation(spm_random_key(desc->seed, 0x73686170u, (uint64_t)p), 0, n_units, order);
+        memset(gain, 0, (size_t)n_units * sizeof *gain);
+        for (k = 0; !status && k < n_units && value > floor_value; k++) {
+            (void)spmi_unit_constant(model, &units[order[k]], NULL);
+            status = spmi_bench_measure(&bench, &next);
+            gain[order[k]] = value - next;
+            met[order[k]]++;
+            value = next;
+        }
+        for (u = k; u > 0; u--) spmi_snapshot_put_unit(model, &saved, units[order[u - 1]].parameter);
+        spm_model_touch(model);
+        for (u = 0; u < n_units; u++) {
+            double delta = gain[u] - units[u].score;
+            units[u].score += delta / (double)(p + 1);
+            square[u] += delta * (gain[u] - units[u].score);
+        }
+    }
+    for (u = 0, k = 0; !status && u < n_units; u++) {
+        if (orders > 1) units[u].error = sqrt(square[u] / ((double)(orders - 1) * (double)orders));
+        if (met[u] < 2) continue;
+        k++;
+        error_sum += units[u].error;
+        error_max = SPMI_MAX(error_max, units[u].error);
+    }
+    if (!status && desc->report) {
+        desc->report->full_value = full;
+        desc->report->chance = chance;
+        desc->report->mean_error = k ? error_sum / (double)k : (double)NAN;
+        desc->report->max_error = k ? error_max : (double)NAN;
+        desc->report->permutations = orders;
+        desc->report->evaluations = bench.measured;
+        desc->report->met = k;
+    }
+    spmi_snapshot_free(ctx, &saved);
+    spmi_free(ctx, order);
+    spmi_free(ctx, met);
+    spmi_free(ctx, square);
+    spmi_free(ctx, gain);
+    spmi_free(ctx, bench.pixels);
+    spmi_free(ctx, bench.y);
+    spmi_pass_close(&bench.pass);
+    return status;
+}
+
+/* What cannot be scored, in a sentence. */
+static spm_status spmi_attr_check(const spm_model *model, const spm_attr_desc *desc, spm_error *err)
+{
+    spm_criterion c = desc->criterion;
+    if (c == SPM_CRITERION_EXHAUSTIVE) {
+        return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED,
+                         "criterion exhaustive measures every unit's removal, which is spm_scan_units' work (the tool's "
+                         "localize); rank by another criterion here");
+    }
+    if (desc->kind == SPM_UNIT_WEIGHT && c != SPM_CRITERION_GRADIENT && c != SPM_CRITERION_MAGNITUDE
+        && c != SPM_CRITERION_WEIGHT_GRADIENT && c != SPM_CRITERION_RANDOM) {
+        return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED,
+                         "criterion %s scores whole units, not single weights; use gradient, magnitude, weight-gradient "
+                         "or random with unit weight",
+                         spm_criterion_name(c));
+    }
+    return SPM_OK;
+}
+
+/* Chooses the samples (by `eval`, or by an evaluation made here); none for criteria that need none. */
+static spm_status spmi_attr_choose(spm_model *model, spm_dataset *dataset, const spm_attr_desc *desc,
+                                   const spm_eval *eval, int64_t **ids, int64_t *used, spm_error *err)
+{
+    spm_eval own = SPM_ZERO;
+    spm_status status = SPM_OK;
+    if (!spm_criterion_by_group(desc->criterion)) return SPM_OK;
     if (!eval) {
         spm_eval_desc evaluation = SPM_ZERO;
         evaluation.reading = desc->reading;
@@ -22045,10 +22741,8 @@ static spm_status spmi_attr_prepare(spm_model *model, spm_dataset *dataset, cons
         status = spm_evaluate(model, dataset, &evaluation, &own, err);
         eval = &own;
     }
-    if (!status) status = spmi_attr_samples(dataset, desc, eval, &ids, used, err);
-    if (!status) status = spmi_attr_gradient(model, dataset, desc, ids, *used, err);
-    spmi_free(ctx, ids);
-    spm_eval_free(ctx, &own);
+    if (!status) status = spmi_attr_samples(dataset, desc, eval, ids, used, err);
+    spm_eval_free(model->ctx, &own);
     return status;
 }
 
@@ -22058,36 +22752,238 @@ SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const s
 {
     spm_context *ctx = spm_model_context(model);
     spm_error *to = err ? err : &ctx->error;
-    int64_t n = 0, c;
-    int i, parameters = spm_model_parameter_count(model);
-    spm_status status = SPM_OK;
+    spm_criterion criterion = desc->criterion;
+    spmi_layout layout = SPM_ZERO;
+    int64_t *ids = NULL, n = 0, c;
+    int i;
+    spm_status status = spmi_attr_check(model, desc, to);
     *units = NULL;
     *count = *samples_used = 0;
-    if (desc->criterion == SPM_CRITERION_GRADIENT || desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT) {
-        status = spmi_attr_prepare(model, dataset, desc, eval, samples_used, to);
+    if (desc->report) {
+        memset(desc->report, 0, sizeof *desc->report);
+        desc->report->completeness_first = desc->report->completeness_last = (double)NAN;
     }
-    if (status) return status;
-    for (i = 0; i < parameters; i++) {
-        const spm_parameter *p = spm_model_parameter(model, i);
-        if (spmi_attr_ranked(p, desc)) n += p->value.shape[0];
+    if (!status) status = spmi_layout_make(model, desc, &layout, to);
+    if (!status) status = spmi_attr_choose(model, dataset, desc, eval, &ids, &n, to);
+    if (!status) {
+        *units = (spm_unit *)spmi_alloc_array(ctx, layout.units, sizeof **units);
+        if (!*units) status = spmi_fail_memory(ctx, to, "the ranking");
     }
-    if (n == 0)
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
-                         "the model has no convolution or linear units that this criterion ranks");
-    *units = (spm_unit *)spmi_alloc_array(ctx, n, sizeof **units);
-    if (!*units) return spmi_fail_memory(ctx, err, "the ranking");
-    n = 0;
-    for (i = 0; i < parameters; i++) {
-        const spm_parameter *p = spm_model_parameter(model, i);
-        if (!spmi_attr_ranked(p, desc)) continue;
-        for (c = 0; c < p->value.shape[0]; c++) {
-            (*units)[n].parameter = i;
-            (*units)[n].channel = c;
-            (*units)[n++].score = spmi_attr_score(p, desc, i, c);
+    for (i = 0; !status && i < layout.n; i++) {
+        for (c = 0; c < layout.list[i].units; c++) {
+            spm_unit *unit = &(*units)[layout.list[i].first + c];
+            unit->parameter = layout.list[i].parameter;
+            unit->channel = c;
+            unit->kind = desc->kind;
         }
     }
-    qsort(*units, (size_t)n, sizeof **units, spmi_unit_order);
-    *count = n;
+    if (status)
+        ; /* nothing more to do */
+    else if (criterion == SPM_CRITERION_ACTIVATION)
+        status = spmi_attr_activation(model, dataset, desc, ids, n, &layout, *units, to);
+    else if (criterion == SPM_CRITERION_INTEGRATED || criterion == SPM_CRITERION_CONDUCTANCE)
+        status = spmi_attr_line(model, dataset, desc, ids, n, &layout, *units, to);
+    else if (criterion == SPM_CRITERION_SHAPLEY)
+        status = spmi_attr_shapley(model, dataset, desc, ids, n, *units, layout.units, to);
+    else {
+        if (ids) status = spmi_attr_gradient(model, dataset, desc, ids, n, to);
+        for (c = 0; !status && c < layout.units; c++) (*units)[c].score = spmi_attr_score(model, &(*units)[c], desc);
+    }
+    spmi_free(ctx, ids);
+    spmi_free(ctx, layout.list);
+    if (status) {
+        spmi_free(ctx, *units);
+        *units = NULL;
+        return status;
+    }
+    qsort(*units, (size_t)layout.units, sizeof **units, spmi_unit_order);
+    *count = layout.units;
+    *samples_used = n;
+    return SPM_OK;
+}
+
+/* ---- maps: where the network looked ---- */
+
+/* Grad-CAM of the value "last": positions are h x w, channels last. */
+static spm_status spmi_map_gradcam(spm_run *run, spm_value last, const float *gradient, spm_map *map)
+{
+    spm_tensor a = spm_run_tensor(run, last);
+    int64_t positions = a.shape[1] * a.shape[2], channels = a.shape[3], c, i;
+    double *weight = (double *)spmi_alloc_array(run->ctx, channels, sizeof *weight);
+    map->height = a.shape[1];
+    map->width = a.shape[2];
+    map->values = (float *)spmi_alloc_array(run->ctx, positions, sizeof(float));
+    if (!weight || !map->values) {
+        spmi_free(run->ctx, weight);
+        return spmi_fail_memory(run->ctx, &run->error, "a Grad-CAM map");
+    }
+    for (i = 0; i < positions; i++) {
+        for (c = 0; c < channels; c++) weight[c] += (double)gradient[i * channels + c] / (double)positions;
+    }
+    for (i = 0; i < positions; i++) {
+        double sum = 0.0;
+        for (c = 0; c < channels; c++) sum += weight[c] * (double)a.data[i * channels + c];
+        map->values[i] = (float)SPMI_MAX(sum, 0.0);
+    }
+    spmi_free(run->ctx, weight);
+    return SPM_OK;
+}
+
+/* Attention rollout: the class token's row r starts at itself and takes r <- r (A + I) / 2 from the last block down. */
+static spm_status spmi_map_rollout(spm_run *run, const spm_value *probs, int blocks, spm_map *map)
+{
+    spm_tensor a = spm_run_tensor(run, probs[0]); /* [1,heads,T,T] */
+    int64_t heads = a.shape[1], tokens = a.shape[2], extra = tokens - map->height * map->width, h, i, j;
+    double *row = (double *)spmi_alloc_array(run->ctx, 2 * tokens, sizeof *row), *next = row + tokens;
+    int b;
+    map->values = (float *)spmi_alloc_array(run->ctx, map->height * map->width, sizeof(float));
+    if (!row || !map->values) {
+        spmi_free(run->ctx, row);
+        return spmi_fail_memory(run->ctx, &run->error, "an attention map");
+    }
+    row[0] = 1.0;
+    for (b = blocks - 1; b >= 0; b--) {
+        const float *p = spm_run_data(run, probs[b]);
+        for (j = 0; j < tokens; j++) next[j] = 0.5 * row[j];
+        for (h = 0; h < heads; h++) {
+            for (i = 0; i < tokens; i++) {
+                double weight = 0.5 * row[i] / (double)heads;
+                for (j = 0; j < tokens; j++) next[j] += weight * (double)p[(h * tokens + i) * tokens + j];
+            }
+        }
+        memcpy(row, next, (size_t)tokens * sizeof *row);
+    }
+    for (i = 0; i < map->height * map->width; i++) map->values[i] = (float)row[extra + i];
+    spmi_free(run->ctx, row);
+    return SPM_OK;
+}
+
+/* The attention probabilities of every block, kept; how many there are, or -1. */
+static int spmi_map_keep_attention(spm_run *run, spm_value *probs, int most)
+{
+    int s, n = 0;
+    for (s = 0; s < run->program->n_steps; s++) {
+        if (run->program->steps[s].op != SPM_OP_ATTENTION || n == most) continue;
+        probs[n] = run->program->steps[s].out + 1;
+        if (spm_run_keep(run, probs[n++])) return -1;
+    }
+    return n;
+}
+
+SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, const float *pixels, int class_index,
+                              spm_map_kind kind, spm_map *map, spm_error *err)
+{
+    const spm_program *program = model->program;
+    spm_value image = spm_program_find(program, "image"), logits = spm_program_find(program, "logits"),
+              last = spm_program_find(program, "last"), probs[256], in[SPM_OP_MAX_IN];
+    int classes = (int)spm_program_shape(program, logits, 1).shape[1], s, blocks = 0, column;
+    spm_tensor shape = spm_program_shape(program, last, 1);
+    spm_run_desc running = SPM_ZERO;
+    spm_run *run;
+    float *row;
+    spm_status status = SPM_OK;
+    memset(map, 0, sizeof *map);
+    if (kind == SPM_MAP_AUTO) kind = shape.rank == 4 ? SPM_MAP_GRADCAM : SPM_MAP_ROLLOUT;
+    if ((kind == SPM_MAP_GRADCAM) != (shape.rank == 4)) {
+        return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED, "%s",
+                         kind == SPM_MAP_GRADCAM ? "Grad-CAM needs a feature map before the pool, which a transformer "
+                                                   "has not; use attention rollout"
+                                                 : "attention rollout needs attention, which a ResNet has not; use "
+                                                   "Grad-CAM");
+    }
+    if (class_index >= classes) {
+        return spmi_fail(model->ctx, err, SPM_E_ARGUMENT, "class %d does not exist; the model has classes 0 to %d",
+                         class_index, classes - 1);
+    }
+    running.backward = kind == SPM_MAP_GRADCAM;
+    run = spm_run_create(model, &running, err);
+    if (!run) return err ? err->status : spm_context_status(model->ctx);
+    if (kind == SPM_MAP_ROLLOUT) {
+        for (s = 0; spm_program_op_at(program, s, NULL, NULL, in) != 0; s++) {
+            if (program->steps[s].op != SPM_OP_CONV2D) continue;
+            shape = spm_program_shape(program, program->steps[s].out, 1); /* the grid of patches */
+            map->height = shape.shape[1];
+            map->width = shape.shape[2];
+        }
+        blocks = spmi_map_keep_attention(run, probs, 256);
+        if (blocks <= 0) status = spm_run_error(run)->status ? spm_run_error(run)->status : SPM_E_UNSUPPORTED;
+    } else if (spm_run_keep(run, last))
+        status = spm_run_error(run)->status;
+    row = (float *)spmi_alloc_array(model->ctx, classes, sizeof *row);
+    if (!status && !row) status = spmi_fail_memory(model->ctx, &run->error, "a map");
+    if (!status) status = spm_run_input(run, image, pixels);
+    if (!status) status = spm_run_forward(run, 1, 0);
+    if (!status) {
+        int predicted = spm_classify(reading, spm_run_data(run, logits), classes, row);
+        map->class_index = class_index < 0 || kind == SPM_MAP_ROLLOUT ? predicted : class_index;
+    }
+    if (!status && kind == SPM_MAP_GRADCAM) {
+        memset(row, 0, (size_t)classes * sizeof *row);
+        column = reading->label_reversed ? classes - 1 - map->class_index : map->class_index;
+        row[column] = 1.0f;
+        spm_model_zero_gradients(model);
+        status = spm_run_set_gradient(run, logits, row);
+        if (!status) status = spm_run_backward(run);
+        if (!status) status = spmi_map_gradcam(run, last, spm_run_gradient(run, last), map);
+    } else if (!status)
+        status = spmi_map_rollout(run, probs, blocks, map);
+    if (status) {
+        status = spmi_fail(model->ctx, err, status, "%s", run->error.text);
+        spmi_free(model->ctx, map->values);
+        memset(map, 0, sizeof *map);
+    }
+    spmi_free(model->ctx, row);
+    spm_run_destroy(run);
+    return status;
+}
+
+/* The map at picture coordinates: pixel centres, bilinear, edges repeated. */
+static double spmi_map_at(const spm_map *map, double y, double x)
+{
+    int64_t r, c, r1, c1;
+    double fy, fx;
+    y = SPMI_MAX(0.0, SPMI_MIN(y, (double)(map->height - 1)));
+    x = SPMI_MAX(0.0, SPMI_MIN(x, (double)(map->width - 1)));
+    r = (int64_t)y;
+    c = (int64_t)x;
+    r1 = SPMI_MIN(r + 1, map->height - 1);
+    c1 = SPMI_MIN(c + 1, map->width - 1);
+    fy = y - (double)r;
+    fx = x - (double)c;
+    return (1.0 - fy) * ((1.0 - fx) * (double)map->values[r * map->width + c] + fx * (double)map->values[r * map->width + c1])
+           + fy * ((1.0 - fx) * (double)map->values[r1 * map->width + c] + fx * (double)map->values[r1 * map->width + c1]);
+}
+
+SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const spm_image *picture, spm_image *overlay,
+                                  spm_error *err)
+{
+    /* from dark to light, so that the order survives print and colour blindness */
+    static const unsigned char palette[6][3] = { { 20, 11, 52 },  { 101, 21, 110 }, { 181, 50, 90 },
+                                                 { 237, 105, 37 }, { 251, 180, 26 }, { 252, 255, 164 } };
+    double top = 0.0;
+    int64_t i;
+    int y, x, k;
+    if (!map->values || map->height < 1 || map->width < 1)
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "there is no map to lay over a picture");
+    if (spm_image_create(ctx, picture->width, picture->height, overlay, err)) return err ? err->status : SPM_E_MEMORY;
+    for (i = 0; i < map->height * map->width; i++) top = SPMI_MAX(top, (double)map->values[i]);
+    for (y = 0; y < picture->height; y++) {
+        for (x = 0; x < picture->width; x++) {
+            const uint8_t *from = picture->pixels + ((size_t)y * (size_t)picture->width + (size_t)x) * 3;
+            uint8_t *to = overlay->pixels + ((size_t)y * (size_t)picture->width + (size_t)x) * 3;
+            double gray = 0.299 * from[0] + 0.587 * from[1] + 0.114 * from[2],
+                   value = top > 0.0 ? spmi_map_at(map, ((double)y + 0.5) * (double)map->height / picture->height - 0.5,
+                                                   ((double)x + 0.5) * (double)map->width / picture->width - 0.5)
+                                           / top
+                                     : 0.0,
+                   place = SPMI_MIN(value, 0.99999) * 5.0, share = 0.7 * sqrt(value);
+            int cell = (int)place;
+            for (k = 0; k < 3; k++) {
+                double colour = palette[cell][k] + (place - cell) * (palette[cell + 1][k] - palette[cell][k]);
+                to[k] = (uint8_t)(gray + share * (colour - gray) + 0.5);
+            }
+        }
+    }
     return SPM_OK;
 }
 
@@ -22119,24 +23015,6 @@ SPMDEF int spm_modify_parse(const char *name, spm_modify *modify)
     return 0;
 }
 
-static int64_t spmi_row_size(const spm_parameter *p)
-{
-    return spm_tensor_count(&p->value) / p->value.shape[0];
-}
-
-/* The unit's output after its norm becomes 0: gamma and beta of the batch norm behind a convolution, else row and bias. */
-static void spmi_zero_unit(spm_model *model, const spm_unit *unit)
-{
-    spm_parameter *p = spm_model_parameter(model, unit->parameter);
-    if (p->norm_weight >= 0) {
-        spm_model_parameter(model, p->norm_weight)->value.data[unit->channel] = 0.0f;
-        if (p->norm_bias >= 0) spm_model_parameter(model, p->norm_bias)->value.data[unit->channel] = 0.0f;
-        return;
-    }
-    memset(p->value.data + unit->channel * spmi_row_size(p), 0, (size_t)spmi_row_size(p) * sizeof(float));
-    if (p->bias >= 0) spm_model_parameter(model, p->bias)->value.data[unit->channel] = 0.0f;
-}
-
 SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify,
                                    double std, uint64_t seed, spm_model *rewind, spm_error *err)
 {
@@ -22147,7 +23025,7 @@ SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int6
         uint64_t stream = spm_random_key(seed, (uint64_t)units[u].parameter, (uint64_t)units[u].channel);
         float *w = p->value.data + start;
         switch (modify) {
-        case SPM_MODIFY_ZERO_UNIT: spmi_zero_unit(model, &units[u]); break;
+        case SPM_MODIFY_ZERO_UNIT: (void)spmi_unit_constant(model, &units[u], NULL); break;
         case SPM_MODIFY_ZERO: memset(w, 0, (size_t)row * sizeof *w); break;
         case SPM_MODIFY_NOISE:
             for (i = 0; i < row; i++) w[i] += (float)std * spm_random_normal(seed, stream, (uint64_t)i);
@@ -22384,8 +23262,7 @@ typedef struct spmi_study {
     spmi_probe probes[SPM_SPLITS];
     int reported[SPM_SPLITS]; /* splits in report order */
     int n_reported, n_groups;
-    float *saved;    /* all parameter values, back to back */
-    int64_t *offset; /* of a parameter in `saved` */
+    spmi_snapshot saved;
     spm_unit *units; /* of the current ranking, all of them */
     int64_t n_units;
     int64_t top[SPM_LOCALIZE_MAX];
@@ -22396,42 +23273,11 @@ typedef struct spmi_study {
     double start;
 } spmi_study;
 
-static spm_status spmi_study_save(spmi_study *s)
-{
-    int i, count = spm_model_parameter_count(s->model);
-    int64_t total = 0;
-    s->offset = (int64_t *)spmi_alloc_array(s->ctx, count + 1, sizeof *s->offset);
-    if (!s->offset) return spmi_fail_memory(s->ctx, s->err, "localization");
-    for (i = 0; i < count; i++) {
-        s->offset[i] = total;
-        total += spm_tensor_count(&spm_model_parameter(s->model, i)->value);
-    }
-    s->saved = (float *)spmi_alloc_array(s->ctx, total, sizeof *s->saved);
-    if (!s->saved) return spmi_fail_memory(s->ctx, s->err, "a copy of the parameters");
-    for (i = 0; i < count; i++) {
-        spm_tensor *value = &spm_model_parameter(s->model, i)->value;
-        memcpy(s->saved + s->offset[i], value->data, (size_t)spm_tensor_count(value) * sizeof(float));
-    }
-    return SPM_OK;
-}
-
-static void spmi_study_restore_one(spmi_study *s, int parameter)
-{
-    spm_tensor *value;
-    if (parameter < 0) return;
-    value = &spm_model_parameter(s->model, parameter)->value;
-    memcpy(value->data, s->saved + s->offset[parameter], (size_t)spm_tensor_count(value) * sizeof(float));
-}
-
 static void spmi_study_restore(spmi_study *s, const spmi_change *change)
 {
     int64_t u;
     for (u = 0; u < change->count; u++) {
-        const spm_parameter *p = spm_model_parameter(s->model, change->units[u].parameter);
-        spmi_study_restore_one(s, change->units[u].parameter);
-        spmi_study_restore_one(s, p->norm_weight);
-        spmi_study_restore_one(s, p->norm_bias);
-        spmi_study_restore_one(s, p->bias);
+        spmi_snapshot_put_unit(s->model, &s->saved, change->units[u].parameter);
     }
     spm_model_touch(s->model);
 }
@@ -22472,7 +23318,7 @@ static double spmi_unit_norm(const spmi_study *s, int parameter, int64_t channel
 {
     const spm_parameter *p = spm_model_parameter(s->model, parameter);
     int64_t row = spmi_row_size(p), i;
-    const float *w = s->saved + s->offset[parameter] + channel * row;
+    const float *w = s->saved.values + s->saved.offset[parameter] + channel * row;
     double sum = 0.0;
     for (i = 0; i < row; i++) sum += (double)w[i] * (double)w[i];
     return sqrt(sum);
@@ -22720,7 +23566,7 @@ static void spmi_study_ranking_json(spmi_study *s, int group, int64_t samples)
 /* Ranks for every asked group (once, for a criterion without groups); what = 0 writes the rankings, 1 measures them. */
 static spm_status spmi_study_rankings(spmi_study *s, const spm_eval *selection, int what)
 {
-    int by_group = s->desc->criterion == SPM_CRITERION_GRADIENT || s->desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT;
+    int by_group = spm_criterion_by_group(s->desc->criterion);
     int n = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups, i, k, v;
     spm_status status = SPM_OK;
     for (i = 0; !status && i < n; i++) {
@@ -22820,7 +23666,7 @@ static spm_status spmi_study_rewind(spmi_study *s)
 /* How many measurements the study will take, for the progress report. */
 static int64_t spmi_study_total(const spmi_study *s)
 {
-    int by_group = s->desc->criterion == SPM_CRITERION_GRADIENT || s->desc->criterion == SPM_CRITERION_WEIGHT_GRADIENT;
+    int by_group = spm_criterion_by_group(s->desc->criterion);
     int64_t rankings = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups;
     return rankings * s->n_std * (s->n_top * s->repeats + s->desc->controls);
 }
@@ -22861,7 +23707,7 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     s.start = spmi_seconds();
     status = spmi_study_check(&s);
     if (!status) status = spmi_study_rewind(&s);
-    if (!status) status = spmi_study_save(&s);
+    if (!status) status = spmi_snapshot_take(model, &s.saved, s.err);
     for (i = 0; !status && i < s.n_reported; i++) {
         spm_split split = (spm_split)s.reported[i];
         status = spmi_probe_create(&s.probes[split], model, dataset, desc, split, &budget, s.err);
@@ -22893,8 +23739,7 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
         if (s.probes[i].ctx) spmi_probe_free(&s.probes[i]);
     }
     spm_model_destroy(s.rewind);
-    spmi_free(s.ctx, s.saved);
-    spmi_free(s.ctx, s.offset);
+    spmi_snapshot_free(s.ctx, &s.saved);
     spmi_free(s.ctx, s.units);
     return status ? spmi_fail(s.ctx, err, status, "%s", error.text) : SPM_OK;
 }

@@ -128,6 +128,8 @@ typedef enum option_id {
     O_SELECT_SPLIT,
     O_REPORT_SPLITS,
     O_ALLOW_SAME_SPLIT,
+    O_GRADCAM,
+    O_MAP_CLASS,
     O_OUT_DIR,
     O_AS,
     O_OUTPUT,
@@ -224,8 +226,10 @@ static const option options[] = {
     { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on",
       "intervention: every group weighs the same in the cross-entropy" },
     { O_SPLIT, EVAL, 'c', "split", "train|val|test", "test", "split to evaluate" },
-    { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion", "gradient|magnitude|weight-gradient|random", "gradient",
-      "how units are ranked" },
+    { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion",
+      "gradient|magnitude|weight-gradient|activation|activation-gradient|integrated-gradients|conductance|shapley|"
+      "exhaustive|random",
+      "gradient", "how units are ranked (exhaustive: localize only)" },
     { O_GROUPS, LOCALIZE, 'l', "groups", "all|0,1,...", "all", "groups to rank units for" },
     { O_UNIT, LOCALIZE, 'c', "unit", "channel", "channel", "what is ranked and changed" },
     { O_TOP, LOCALIZE, 'l', "top", "K,...", "1,2,3", "how many units are changed at once" },
@@ -240,6 +244,9 @@ static const option options[] = {
     { O_REPORT_SPLITS, LOCALIZE, 'l', "report-splits", "train,test", "train,test", "splits that are reported" },
     { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL,
       "report val or test although units were chosen on it" },
+    { O_GRADCAM, PREDICT, 's', "gradcam", "DIR", NULL,
+      "write DIR/NAME.png: where the network looked (ViT: attention rollout) over the picture as it sees it" },
+    { O_MAP_CLASS, PREDICT, 'i', "map-class", "C", "-1", "class that Grad-CAM explains; -1: the predicted one" },
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
     { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
     { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
@@ -864,6 +871,8 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->group_labels = is_on(line, O_GROUP_LABELS);
     desc->group_weighting = is_on(line, O_GROUP_WEIGHTING);
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
+    if (desc->criterion == SPM_CRITERION_EXHAUSTIVE)
+        return wrong("--criterion exhaustive belongs to localize; choose another one for the mask");
     if (fill_optimizer(line, desc)) return 2;
     if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy)
         return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
@@ -1203,11 +1212,65 @@ static spm_status load_picture(cli *line, const char *file, const spm_transform 
     return status;
 }
 
+/* DIR/BASENAME.png, extension replaced. */
+static void output_name(char *text, size_t size, const char *dir, const char *file, const char *extension)
+{
+    const char *base = strrchr(file, '/'), *dot;
+    base = base ? base + 1 : file;
+    dot = strrchr(base, '.');
+    snprintf(text, size, "%s/%.*s.%s", dir, dot && dot > base ? (int)(dot - base) : (int)strlen(base), base, extension);
+}
+
+/* 2 and a sentence if two operands would become one file. */
+static int outputs_clash(cli *line, const char *dir, const char *extension)
+{
+    char path[4096], other[4096], text[4200];
+    int i, j;
+    for (i = 0; i < line->operands; i++) {
+        output_name(path, sizeof path, dir, line->operand[i], extension);
+        for (j = 0; j < i; j++) {
+            output_name(other, sizeof other, dir, line->operand[j], extension);
+            if (strcmp(path, other) != 0) continue;
+            snprintf(text, sizeof text,
+                     "%.1000s and %.1000s would both become %.2000s; give them to separate calls with other folders",
+                     line->operand[j], line->operand[i], path);
+            return wrong(text);
+        }
+    }
+    return 0;
+}
+
+/* The map of a picture that the network has just seen, over that picture, at 256 pixels or more, as DIR/NAME.png. */
+static int write_map(cli *line, spm_model *model, const spm_reading *reading, const float *pixels, const char *file,
+                     const spm_image *picture, spm_error *err)
+{
+    spm_map map = SPM_ZERO;
+    spm_image large = SPM_ZERO, overlay = SPM_ZERO;
+    char path[4096];
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    int side = picture->width < picture->height ? picture->width : picture->height, by = side < 256 ? 255 / side + 1 : 1;
+    spm_status status = spm_explain(model, reading, pixels, (int)integer(line, O_MAP_CLASS), SPM_MAP_AUTO, &map, err);
+    output_name(path, sizeof path, line->value[O_GRADCAM], file, "png");
+    if (!status)
+        status = spm_image_resize(line->ctx, picture, picture->width * by, picture->height * by, SPM_FILTER_BILINEAR,
+                                  &large, err);
+    if (!status) status = spm_map_overlay(line->ctx, &map, &large, &overlay, err);
+    if (!status) status = spm_image_encode_png(line->ctx, &overlay, &bytes, &size, err);
+    if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
+    spm_free(line->ctx, bytes);
+    spm_free(line->ctx, map.values);
+    spm_image_free(line->ctx, &large);
+    spm_image_free(line->ctx, &overlay);
+    return status == SPM_OK;
+}
+
 /* One line on stdout; with --json - only the element of the object. */
-static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program *program, const spm_reading *reading,
+static int predict_one(cli *line, spm_json *all, spm_run *run, spm_model *model, const spm_reading *reading,
                        const char *names, const char *file, float *pixels, float *probabilities, int classes,
                        spm_error *err)
 {
+    const spm_program *program = spm_model_program(model);
     spm_image ready = SPM_ZERO;
     const float *logits;
     const char *text;
@@ -1216,7 +1279,9 @@ static int predict_one(cli *line, spm_json *all, spm_run *run, const spm_program
     int c, best, ok;
     if (load_picture(line, file, &reading->transform, &ready, err)) return 0;
     spm_transform_normalize(&reading->transform, &ready, pixels);
+    ok = !line->value[O_GRADCAM] || write_map(line, model, reading, pixels, file, &ready, err);
     spm_image_free(line->ctx, &ready);
+    if (!ok) return 0;
     if (spm_run_input(run, spm_program_find(program, "image"), pixels) || spm_run_forward(run, 1, 0)) {
         *err = *spm_run_error(run);
         return 0;
@@ -1262,9 +1327,11 @@ static int run_predict(cli *line)
     int i, rc = 0;
     if (!required(line, O_CHECKPOINT)) return 2;
     if (line->operands == 0) return wrong("predict needs at least one picture");
+    if (line->value[O_GRADCAM] && outputs_clash(line, line->value[O_GRADCAM], "png")) return 2;
     model = open_model(line, 0, &arch, &reading, &err);
     if (!model) return failed(&err);
     if (spm_checkpoint_inspect(line->ctx, line->value[O_CHECKPOINT], &info, &err)) rc = 1;
+    if (!rc && line->value[O_GRADCAM] && spm_directory_create(line->ctx, line->value[O_GRADCAM], &err)) rc = 1;
     if (!rc) {
         spm_run_desc desc = SPM_ZERO;
         run = spm_run_create(model, &desc, &err);
@@ -1278,7 +1345,7 @@ static int run_predict(cli *line)
     spm_json_string(json, "command", "predict");
     spm_json_array_begin(json, "predictions");
     for (i = 0; !rc && i < line->operands && !interrupted; i++) {
-        if (!predict_one(line, json, run, spm_model_program(model), &reading, info.class_names, line->operand[i],
+        if (!predict_one(line, json, run, model, &reading, info.class_names, line->operand[i],
                          pixels, probabilities, (int)arch.classes, &err))
             rc = 1;
     }
@@ -1298,15 +1365,6 @@ static int run_predict(cli *line)
     spm_run_destroy(run);
     spm_model_destroy(model);
     return rc;
-}
-
-/* DIR/BASENAME.png, extension replaced. */
-static void output_name(char *text, size_t size, const char *dir, const char *file, const char *extension)
-{
-    const char *base = strrchr(file, '/'), *dot;
-    base = base ? base + 1 : file;
-    dot = strrchr(base, '.');
-    snprintf(text, size, "%s/%.*s.%s", dir, dot && dot > base ? (int)(dot - base) : (int)strlen(base), base, extension);
 }
 
 static int decode_one(cli *line, spm_json *json, const char *file, const char *path, spm_error *err)
@@ -1341,23 +1399,12 @@ static int decode_one(cli *line, spm_json *json, const char *file, const char *p
 static int run_decode(cli *line)
 {
     spm_error err = SPM_ZERO;
-    char path[4096], other[4096], text[4200];
+    char path[4096];
     spm_json *json;
-    int i, j, ok = 1;
+    int i, ok = 1;
     if (!required(line, O_OUT_DIR)) return 2;
     if (line->operands == 0) return wrong("decode needs at least one picture");
-    for (i = 0; i < line->operands; i++) {
-        output_name(path, sizeof path, line->value[O_OUT_DIR], line->operand[i], line->value[O_AS]);
-        for (j = 0; j < i; j++) {
-            output_name(other, sizeof other, line->value[O_OUT_DIR], line->operand[j], line->value[O_AS]);
-            if (strcmp(path, other) == 0) {
-                snprintf(text, sizeof text,
-                         "%.1000s and %.1000s would both become %.2000s; decode them into different folders",
-                         line->operand[j], line->operand[i], path);
-                return wrong(text);
-            }
-        }
-    }
+    if (outputs_clash(line, line->value[O_OUT_DIR], line->value[O_AS])) return 2;
     if (spm_directory_create(line->ctx, line->value[O_OUT_DIR], &err)) return failed(&err);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
