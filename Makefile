@@ -5,6 +5,7 @@
 #   make test     the test suite; closes with `N passed, N failed`
 #   make check    the matrix: compilers, standards, sanitizers, cross targets, lint (uses what is installed)
 #   make bench    speed of this machine
+#   make bench-peers   the same beside PyTorch and ONNX Runtime, where a Python has them; ROWS="train-vit-b ..." for some
 #   make clean
 
 CC ?= cc
@@ -58,10 +59,13 @@ check: all $(BUILD)/data.stamp
 bench: $(BUILD)/spurmem
 	$(BUILD)/spurmem bench
 
+bench-peers: $(BUILD)/spurmem
+	python3 tests/bench/peers.py --spurmem $(BUILD)/spurmem $(ROWS)
+
 lint:
 	sh tests/lint.sh
 
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all demo test check bench lint clean
+.PHONY: all demo test check bench bench-peers lint clean

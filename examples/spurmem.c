@@ -11,6 +11,7 @@
 #include "../spurmem.h"
 #include "terminal.h"
 #include <math.h>
+#include <time.h>
 #if !defined(_WIN32)
     #include <sys/resource.h>
 #endif
@@ -209,7 +210,7 @@ static const option options[] = {
     { O_EVAL_EVERY, LEARN, 'i', "eval-every", "N", "1", "evaluate all splits every N epochs, and after the last" },
     { O_RESUME, LEARN, 'b', "resume", NULL, NULL, "go on with the run in --out" },
     { O_LOG_STEPS, LEARN, 's', "log-steps", "FILE", NULL, "a JSON line per step" },
-    { O_SEGMENTS, LEARN, 'b', "segments", NULL, NULL, "less memory: recompute activations block by block" },
+    { O_SEGMENTS, LEARN | BENCH, 'b', "segments", NULL, NULL, "less memory: recompute activations block by block" },
     { O_TAU, LEARN, 'n', "tau", "F", "0.5", "intervention: temperature of the contrast" },
     { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
     { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01",
@@ -250,7 +251,8 @@ static const option options[] = {
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
     { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
     { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
-    { O_ONLY, BENCH, 's', "only", "NAME", NULL, "train:ARCH, infer:ARCH, gemm, conv or decode" },
+    { O_ONLY, BENCH, 's', "only", "NAME", NULL, "one part: train:ARCH, infer:ARCH, intervene:ARCH,\n"
+      "                                           scan:ARCH, start:ARCH, gemm, conv, attention, memory, decode" },
 };
 #define N_COMMANDS ((int)(sizeof commands / sizeof commands[0]))
 #define N_OPTIONS ((int)(sizeof options / sizeof options[0]))
@@ -263,7 +265,6 @@ typedef struct cli {
     const char **operand;
     int operands;
     spm_context *ctx;
-    double peak; /* bench: measured once, GFLOP/s */
 } cli;
 
 /* Edit distance, for suggestions. */
@@ -1938,38 +1939,6 @@ static int64_t peak_bytes(void)
 #endif
 }
 
-/* One line of the bench's table and of its JSON. flops: of one repetition; images: of one repetition, 0 for kernels. */
-static void bench_row(cli *line, spm_json *json, const char *name, int64_t batch, double seconds, double flops,
-                      double images)
-{
-    double gflops = flops / seconds * 1e-9, peak = line->peak;
-    spm_json_object_begin(json, NULL);
-    spm_json_string(json, "name", name);
-    spm_json_int(json, "batch", batch);
-    if (images > 0.0)
-        spm_json_number(json, "images_per_second", images / seconds);
-    else
-        spm_json_null(json, "images_per_second");
-    if (flops > 0.0) {
-        spm_json_number(json, "gflops", gflops);
-        spm_json_number(json, "share_of_peak", gflops / peak);
-    } else {
-        spm_json_null(json, "gflops");
-        spm_json_null(json, "share_of_peak");
-    }
-    spm_json_int(json, "peak_bytes", peak_bytes());
-    spm_json_object_end(json);
-    if (!prints(line)) return;
-    printf("  %-36s", name);
-    if (images > 0.0)
-        printf(" %9.2f images/s", images / seconds);
-    else
-        printf(" %9.3f ms      ", 1e3 * seconds);
-    if (flops > 0.0) printf("  %7.1f GFLOP/s  %3.0f %% of peak", gflops, 100.0 * gflops / peak);
-    printf("  %6.0f MB\n", (double)peak_bytes() * 1e-6);
-    fflush(stdout);
-}
-
 static double median(double *values, int n)
 {
     int i, j;
@@ -1981,142 +1950,498 @@ static double median(double *values, int n)
     return values[n / 2];
 }
 
+/* Seconds that copying takes on all threads: half of `bytes` are read, half written. */
+typedef struct bench_copying {
+    char *from, *to;
+    size_t piece;
+} bench_copying;
+
+static void bench_copy_piece(void *arg, int64_t task, int slot)
+{
+    const bench_copying *c = (const bench_copying *)arg;
+    (void)slot;
+    memcpy(c->to + (size_t)task * c->piece, c->from + (size_t)task * c->piece, c->piece);
+}
+
+static double bench_copy(spm_context *ctx, double bytes)
+{
+    bench_copying c;
+    double seconds[7], result = 0.0;
+    const size_t half = (size_t)(bytes / 2.0) / 4096 * 4096;
+    int i;
+    c.piece = 65536;
+    c.from = (char *)malloc(half + c.piece);
+    c.to = (char *)malloc(half + c.piece);
+    if (c.from && c.to) {
+        memset(c.from, 1, half + c.piece);
+        memset(c.to, 2, half + c.piece);
+        for (i = 0; i < 7; i++) {
+            const double start = spm_seconds();
+            spm_parallel(ctx, (int64_t)((half + c.piece - 1) / c.piece), bench_copy_piece, &c);
+            seconds[i] = spm_seconds() - start;
+        }
+        result = median(seconds, 7);
+    }
+    free(c.from);
+    free(c.to);
+    return result > 0.0 ? result : 1e9;
+}
+
+/* One line of the bench's table: a repetition's seconds and processor seconds (of all threads; 0: not taken), floating-
+ * point operations, images and bytes that it reads and writes at the least (0: not counted), and how many times faster
+ * it is than the plain way (0: there is none). */
+typedef struct bench_line {
+    const char *name;
+    int64_t batch;
+    double seconds, cpu, flops, images, bytes, times;
+} bench_line;
+
+/* Seconds on the wall and on the processors so far. */
+static double bench_clock(double *cpu)
+{
+    *cpu = (double)clock() / (double)CLOCKS_PER_SEC;
+    return spm_seconds();
+}
+
+static void bench_number(spm_json *json, const char *key, double value)
+{
+    if (value > 0.0) spm_json_number(json, key, value);
+    else spm_json_null(json, key);
+}
+
+/* Peak and copying are measured beside the row that is compared with them: other programs may share the machine. */
+static void bench_row(cli *line, spm_json *json, const bench_line *row)
+{
+    const double gflops = row->flops / row->seconds * 1e-9, images = row->images / row->seconds;
+    const double peak = row->flops > 0.0 ? spm_measure_peak(line->ctx) : 0.0;
+    const double copies = row->bytes > 0.0 ? row->seconds / bench_copy(line->ctx, row->bytes) : 0.0;
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "name", row->name);
+    spm_json_int(json, "batch", row->batch);
+    spm_json_number(json, "seconds", row->seconds);
+    bench_number(json, "cpu_seconds", row->cpu);
+    bench_number(json, "images_per_second", images);
+    bench_number(json, "gflops", gflops);
+    bench_number(json, "peak_gflops", peak);
+    bench_number(json, "share_of_peak", peak > 0.0 ? gflops / peak : 0.0);
+    bench_number(json, "times_copy", copies);
+    bench_number(json, "times_faster", row->times);
+    spm_json_int(json, "peak_bytes", peak_bytes());
+    spm_json_object_end(json);
+    if (!prints(line)) return;
+    printf("  %-34s %4lld  %9.3f ms", row->name, (long long)row->batch, 1e3 * row->seconds);
+    if (images > 0.0) printf("  %8.2f images/s", images);
+    if (peak > 0.0) printf("  %7.1f GFLOP/s  %3.0f %% of peak", gflops, 100.0 * gflops / peak);
+    if (copies > 0.0) printf("  %5.2f x a copy", copies);
+    if (row->times > 0.0) printf("  %5.2f x faster", row->times);
+    if (images > 0.0) printf("  %6.0f MB", (double)peak_bytes() * 1e-6);
+    if (row->cpu > 0.0 && row->cpu < 0.7 * row->seconds * spm_context_threads(line->ctx))
+        printf("  (had %.0f %% of its processors)", 100.0 * row->cpu / row->seconds / spm_context_threads(line->ctx));
+    printf("\n");
+    fflush(stdout);
+}
+
 static void fill_noise(float *values, int64_t n)
 {
     int64_t i;
     for (i = 0; i < n; i++) values[i] = spm_random_uniform(7, 7, (uint64_t)i) - 0.5f;
 }
 
-/* Training or inference of an architecture on synthetic data; at least three measured steps after one warm-up. */
-static int bench_model(cli *line, spm_json *json, const char *name, int train, spm_error *err)
-{
+/* A model and what a step of it needs, on synthetic pictures. */
+typedef struct bench_state {
     spm_arch arch;
+    spm_model *model, *loss_model;
+    spm_run *run, *pruned, *loss;
+    spm_optimizer *optimizer;
+    spm_value image, logits, features, a, b;
+    int64_t batch;
+    float *pixels, *gradient;
+} bench_state;
+
+static void bench_close(bench_state *s)
+{
+    free(s->pixels);
+    free(s->gradient);
+    spm_optimizer_destroy(s->optimizer);
+    spm_run_destroy(s->run);
+    spm_run_destroy(s->pruned);
+    spm_run_destroy(s->loss);
+    spm_model_destroy(s->model);
+    spm_model_destroy(s->loss_model);
+}
+
+/* The architecture's text with the command line's size; two classes. */
+static int bench_arch(cli *line, const char *name, spm_arch *arch, spm_error *err)
+{
+    int64_t h = 0, w = 0;
+    memset(arch, 0, sizeof *arch);
+    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+    arch->height = h;
+    arch->width_px = w;
+    arch->classes = 2;
+    return !spm_arch_parse(line->ctx, name, arch, err);
+}
+
+static int bench_open(cli *line, const char *name, int backward, bench_state *s, spm_error *err)
+{
     spm_run_desc running = SPM_ZERO;
     spm_optimizer_desc sgd = spm_optimizer_desc_init();
-    spm_model *model;
-    spm_run *run = NULL;
-    spm_optimizer *optimizer = NULL;
-    int64_t batch = line->given[O_BATCH] ? integer(line, O_BATCH) : 16, cells, h = 0, w = 0;
-    double seconds[16], began;
-    float *pixels = NULL, *gradient = NULL;
-    spm_value image, logits;
-    char label[96];
-    int step, ok;
-    memset(&arch, 0, sizeof arch);
-    if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
-    arch.height = h;
-    arch.width_px = w;
-    arch.classes = 2;
-    if (spm_arch_parse(line->ctx, name, &arch, err)) return 0;
-    model = spm_model_build(line->ctx, &arch, 1, err);
-    if (!model) return 0;
+    memset(s, 0, sizeof *s);
+    if (!bench_arch(line, name, &s->arch, err)) return 0;
+    s->batch = line->given[O_BATCH] ? integer(line, O_BATCH) : s->arch.family == SPM_VIT ? 8 : 16;
+    s->model = spm_model_build(line->ctx, &s->arch, 1, err);
+    if (!s->model) return 0;
     sgd.kind = SPM_SGD;
     sgd.momentum = 0.9f;
     sgd.lr = 1e-3f;
-    running.max_batch = batch;
-    running.backward = train;
-    cells = batch * arch.height * arch.width_px * 3;
-    run = spm_run_create(model, &running, err);
-    if (run && train) optimizer = spm_optimizer_create(model, &sgd, err);
-    pixels = (float *)malloc((size_t)cells * sizeof *pixels);
-    gradient = (float *)malloc((size_t)(batch * 2) * sizeof *gradient);
-    ok = run && pixels && gradient && (!train || optimizer);
-    if (ok) {
-        fill_noise(pixels, cells);
-        fill_noise(gradient, batch * 2);
-        image = spm_program_find(spm_model_program(model), "image");
-        logits = spm_program_find(spm_model_program(model), "logits");
-        began = spm_seconds();
-        for (step = 0; ok && !interrupted && step < 16 && (step < 4 || spm_seconds() - began < 3.0); step++) {
-            double start = spm_seconds();
-            ok = !spm_run_input(run, image, pixels) && !spm_run_forward(run, batch, train);
-            if (ok && train) {
-                spm_model_zero_gradients(model);
-                ok = !spm_run_set_gradient(run, logits, gradient) && !spm_run_backward(run)
-                     && !spm_run_commit_statistics(run, 0.1f);
-                spm_model_finish_gradients(model);
-                spm_optimizer_step(optimizer);
-            }
-            seconds[step] = spm_seconds() - start;
-        }
-        if (!ok) *err = *spm_run_error(run);
-        if (interrupted) ok = 0;
-        snprintf(label, sizeof label, "%s:%s", train ? "train" : "infer", name);
-        if (ok)
-            bench_row(line, json, label, batch, median(seconds + 1, step - 1),
-                      spm_program_flops(spm_model_program(model), batch, train), (double)batch);
+    running.max_batch = s->batch;
+    running.backward = backward;
+    running.segments = is_on(line, O_SEGMENTS);
+    s->run = spm_run_create(s->model, &running, err);
+    if (s->run && backward) s->optimizer = spm_optimizer_create(s->model, &sgd, err);
+    s->pixels = (float *)malloc((size_t)(s->batch * s->arch.height * s->arch.width_px * 3) * sizeof(float));
+    s->gradient = (float *)malloc((size_t)(s->batch * 2) * sizeof(float));
+    if (!s->run || (backward && !s->optimizer)) return 0;
+    if (!s->pixels || !s->gradient) {
+        snprintf(err->text, sizeof err->text, "bench: not enough memory for the pictures");
+        return 0;
     }
-    free(pixels);
-    free(gradient);
-    spm_optimizer_destroy(optimizer);
-    spm_run_destroy(run);
-    spm_model_destroy(model);
+    fill_noise(s->pixels, s->batch * s->arch.height * s->arch.width_px * 3);
+    fill_noise(s->gradient, s->batch * 2);
+    s->image = spm_program_find(spm_model_program(s->model), "image");
+    s->logits = spm_program_find(spm_model_program(s->model), "logits");
+    s->features = spm_program_find(spm_model_program(s->model), "features");
+    return 1;
+}
+
+/* The intervention's second branch, 1 % of the units masked, and its contrast of features. */
+static int bench_branch(cli *line, bench_state *s, spm_error *err)
+{
+    spm_run_desc running = SPM_ZERO;
+    spm_program *program = spm_program_create(line->ctx);
+    const spm_tensor shape = spm_program_shape(spm_model_program(s->model), s->features, 1);
+    int64_t size[2], j;
+    spm_value loss;
+    int i;
+    size[0] = 0;
+    size[1] = shape.shape[1];
+    s->a = spm_program_input(program, "a", 2, size, 1);
+    s->b = spm_program_input(program, "b", 2, size, 1);
+    loss = spm_ntxent(program, s->a, s->b, 0.5f);
+    spm_program_output(program, "loss", loss);
+    s->loss_model = spm_model_create(program, 0, err);
+    running.max_batch = s->batch;
+    running.backward = 1;
+    running.segments = is_on(line, O_SEGMENTS);
+    s->pruned = spm_run_create(s->model, &running, err);
+    running.segments = 0;
+    if (s->loss_model) s->loss = spm_run_create(s->loss_model, &running, err);
+    if (!s->pruned || !s->loss) return 0;
+    for (i = 0; i < spm_model_parameter_count(s->model); i++) {
+        const spm_parameter *p = spm_model_parameter(s->model, i);
+        const int64_t n = spm_tensor_count(&p->value), rows = p->value.shape[0];
+        float *keep;
+        if (!(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
+        keep = (float *)malloc((size_t)n * sizeof *keep);
+        for (j = 0; keep && j < n; j++) keep[j] = j / (n / rows) % 100 == 99 ? 0.0f : 1.0f;
+        if (!keep || spm_run_set_mask(s->pruned, i, keep)) {
+            free(keep);
+            *err = *spm_run_error(s->pruned);
+            return 0;
+        }
+        free(keep);
+    }
+    return 1;
+}
+
+/* One step; 0 with an error. */
+static int bench_step(bench_state *s, spm_error *err)
+{
+    spm_run *run = s->run;
+    const int train = s->optimizer != NULL;
+    int ok = !spm_run_input(run, s->image, s->pixels) && !spm_run_forward(run, s->batch, train);
+    if (ok && train) {
+        spm_model_zero_gradients(s->model);
+        if (s->pruned) {
+            run = s->pruned;
+            ok = !spm_run_input(run, s->image, s->pixels) && !spm_run_forward(run, s->batch, 1)
+                 && !spm_run_input(s->loss, s->a, spm_run_data(s->run, s->features))
+                 && !spm_run_input(s->loss, s->b, spm_run_data(run, s->features)) && !spm_run_forward(s->loss, s->batch, 1)
+                 && !spm_run_backward(s->loss)
+                 && !spm_run_set_gradient(run, s->features, spm_run_gradient(s->loss, s->b)) && !spm_run_backward(run);
+            run = s->run;
+            ok = ok && !spm_run_set_gradient(run, s->features, spm_run_gradient(s->loss, s->a));
+        }
+        ok = ok && !spm_run_set_gradient(run, s->logits, s->gradient) && !spm_run_backward(run)
+             && !spm_run_commit_statistics(run, 0.1f);
+        spm_model_finish_gradients(s->model);
+        spm_optimizer_step(s->optimizer);
+    }
+    if (!ok) *err = *spm_run_error(run);
     return ok;
 }
 
-/* One operation, forward or a part of its backward pass. what: 0 forward, 1 data gradient, 2 weight gradient. */
-static void bench_op(cli *line, spm_json *json, const char *name, spm_op op, spm_op_call *call, int what)
+/* train:, infer: and intervene: at least three measured steps after one warm-up, for about two seconds. */
+static int bench_model(cli *line, spm_json *json, const char *what, const char *name, spm_error *err)
 {
-    static const char passes[3][8] = { "", " dx", " dw" };
-    int64_t sizes[3];
-    float *memory[3];
-    void *scratch, *packed;
-    double seconds[9];
-    char label[96];
-    spm_error err = SPM_ZERO;
-    int i;
-    if (spm_op_infer(line->ctx, op, call, &err)) return;
-    sizes[0] = spm_tensor_count(&call->in[0]);
-    sizes[1] = spm_tensor_count(&call->in[1]);
-    sizes[2] = spm_tensor_count(&call->out[0]);
-    for (i = 0; i < 3; i++) {
-        memory[i] = (float *)malloc((size_t)(2 * sizes[i] + 64) * sizeof(float));
-        if (!memory[i]) return;
-        fill_noise(memory[i], 2 * sizes[i]);
+    bench_state s;
+    bench_line row;
+    double seconds[64], cpu[65], began;
+    char label[160];
+    const int backward = what[0] == 't' || strcmp(what, "intervene") == 0;
+    int step = 0, ok = bench_open(line, name, backward, &s, err);
+    if (ok && strcmp(what, "intervene") == 0) ok = bench_branch(line, &s, err);
+    began = spm_seconds();
+    for (; ok && !interrupted && step < 64 && (step < 4 || spm_seconds() - began < 2.0); step++) {
+        const double start = bench_clock(&cpu[step]);
+        ok = bench_step(&s, err);
+        seconds[step] = bench_clock(&cpu[step + 1]) - start;
+        cpu[step] = cpu[step + 1] - cpu[step];
     }
-    call->in[0].data = memory[0];
-    call->in[1].data = memory[1];
-    call->out[0].data = memory[2];
+    if (ok && !interrupted) {
+        memset(&row, 0, sizeof row);
+        snprintf(label, sizeof label, "%s:%s", what, name);
+        row.name = label;
+        row.batch = s.batch;
+        row.seconds = median(seconds + 1, step - 1);
+        row.cpu = median(cpu + 1, step - 1);
+        row.images = (double)s.batch;
+        row.flops = spm_program_flops(spm_model_program(s.model), s.batch, 0);
+        if (backward) row.flops += spm_program_flops(spm_model_program(s.model), s.batch, 1);
+        if (s.pruned) row.flops *= 2.0;
+        bench_row(line, json, &row);
+    }
+    bench_close(&s);
+    return ok && !interrupted;
+}
+
+/* Sets one channel of a value to zero. */
+static void bench_zero_channel(void *user, spm_tensor *value)
+{
+    const int64_t channels = value->shape[value->rank - 1], n = spm_tensor_count(value);
+    int64_t i;
+    for (i = *(const int64_t *)user; i < n; i += channels) value->data[i] = 0.0f;
+}
+
+/* scan: the removal of a seeded 1 % of the units, one at a time; each forward pass resumed at the changed block, and in
+ * full.  Both must give the same logits. */
+static int bench_scan(cli *line, spm_json *json, const char *name, spm_error *err)
+{
+    bench_state s;
+    bench_line row;
+    spm_run *source = NULL;
+    spm_run_desc running = SPM_ZERO;
+    double full = 0.0, resumed = 0.0;
+    int64_t channel, units = 0;
+    float *logits = NULL;
+    char label[160], mark[32];
+    int block, i, same = 1, ok = bench_open(line, name, 0, &s, err);
+    if (ok) logits = (float *)malloc((size_t)(2 * s.batch) * sizeof *logits);
+    running.max_batch = s.batch;
+    for (block = 1; ok && logits && !interrupted; block++) {
+        spm_value first;
+        snprintf(mark, sizeof mark, "block%d", block);
+        first = spm_program_find(spm_model_program(s.model), mark);
+        if (!first) break;
+        source = spm_run_create(s.model, &running, err);
+        ok = source && !spm_run_keep(source, first) && !spm_run_input(source, s.image, s.pixels)
+             && !spm_run_input(s.run, s.image, s.pixels) && !spm_run_forward(source, s.batch, 0);
+        for (i = 0; ok && i < spm_model_parameter_count(s.model); i++) {
+            const spm_parameter *p = spm_model_parameter(s.model, i);
+            if (!(p->flags & SPM_PARAMETER_PRUNABLE) || p->block != block) continue;
+            for (channel = 0; ok && channel < p->value.shape[0] && !interrupted; channel++) {
+                double start;
+                if (spm_random_below(1, (uint64_t)i, (uint64_t)channel, 100)) continue;
+                ok = !spm_run_hook_write(s.run, p->norm_output, bench_zero_channel, &channel);
+                start = spm_seconds();
+                ok = ok && !spm_run_forward(s.run, s.batch, 0);
+                full += spm_seconds() - start;
+                if (!ok) break;
+                memcpy(logits, spm_run_data(s.run, s.logits), (size_t)(2 * s.batch) * sizeof *logits);
+                start = spm_seconds();
+                ok = !spm_run_input(s.run, first, spm_run_data(source, first))
+                     && !spm_run_forward_from(s.run, first, s.batch, 0);
+                resumed += spm_seconds() - start;
+                same = same && ok && !memcmp(logits, spm_run_data(s.run, s.logits), (size_t)(2 * s.batch) * sizeof *logits);
+                spm_run_clear_hooks(s.run);
+                units++;
+            }
+        }
+        if (!ok && source) *err = spm_run_error(source)->status ? *spm_run_error(source) : *spm_run_error(s.run);
+        spm_run_destroy(source);
+    }
+    free(logits);
+    if (ok && !same) {
+        snprintf(err->text, sizeof err->text, "scan:%s: the resumed pass gives other logits than the full one", name);
+        ok = 0;
+    }
+    if (ok && units > 0 && !interrupted) {
+        memset(&row, 0, sizeof row);
+        snprintf(label, sizeof label, "scan:%s", name);
+        row.name = label;
+        row.batch = s.batch;
+        row.seconds = resumed;
+        row.images = (double)(units * s.batch);
+        row.times = full / resumed;
+        bench_row(line, json, &row);
+    }
+    bench_close(&s);
+    return ok && !interrupted;
+}
+
+/* start: from nothing to the logits of one picture: a context, the model from its file (warm), one forward pass. */
+static int bench_start(cli *line, spm_json *json, const char *name, spm_error *err)
+{
+    const char *folder = getenv("TMPDIR");
+    bench_state s;
+    bench_line row;
+    double seconds[5];
+    char path[600], label[160];
+    int round, ok;
+    line->value[O_BATCH] = "1";
+    line->given[O_BATCH] = 1;
+    ok = bench_open(line, name, 0, &s, err);
+    snprintf(path, sizeof path, "%s/spurmem-bench-%ld.safetensors", folder ? folder : ".", (long)(spm_seconds() * 1e6));
+    ok = ok && !spm_checkpoint_save(s.model, path, NULL, err);
+    for (round = 0; ok && round < 5 && !interrupted; round++) {
+        const double start = spm_seconds();
+        spm_context_desc desc = SPM_ZERO;
+        spm_context *ctx;
+        spm_model *model;
+        spm_run *run = NULL;
+        spm_run_desc running = SPM_ZERO;
+        desc.threads = spm_context_threads(line->ctx);
+        desc.isa = spm_context_isa(line->ctx);
+        ctx = spm_context_create(&desc);
+        model = ctx ? spm_model_build(ctx, &s.arch, SPM_NO_SEED, err) : NULL;
+        ok = model && !spm_checkpoint_load(model, path, 0, err);
+        if (ok) run = spm_run_create(model, &running, err);
+        ok = run && !spm_run_input(run, spm_program_find(spm_model_program(model), "image"), s.pixels)
+             && !spm_run_forward(run, 1, 0);
+        seconds[round] = spm_seconds() - start;
+        spm_run_destroy(run);
+        spm_model_destroy(model);
+        spm_context_destroy(ctx);
+    }
+    remove(path);
+    if (ok && !interrupted) {
+        memset(&row, 0, sizeof row);
+        snprintf(label, sizeof label, "start:%s", name);
+        row.name = label;
+        row.batch = 1;
+        row.seconds = median(seconds, 5);
+        bench_row(line, json, &row);
+    }
+    bench_close(&s);
+    return ok && !interrupted;
+}
+
+/* One operation, forward or a part of its backward pass. what: 0 forward, else a set of inputs whose gradient is
+ * computed (bit i: input i).  traffic: floats read and written, as a multiple of the first input; 0: GFLOP/s count. */
+static void bench_op(cli *line, spm_json *json, const char *name, spm_op op, spm_op_call *call, int what, double traffic)
+{
+    float *memory[SPM_OP_MAX_IN + SPM_OP_MAX_OUT + 1 + SPM_OP_MAX_IN];
+    void *scratch, *packed;
+    double seconds[9], cpu[10], began;
+    bench_line row;
+    spm_error err = SPM_ZERO;
+    spm_tensor *tensor[sizeof memory / sizeof memory[0]];
+    size_t bytes;
+    int i, n = 0, ok = 1;
+    if (spm_op_infer(line->ctx, op, call, &err)) return;
     call->d_out = call->out[0];
-    call->d_in[0] = call->in[0];
-    call->d_in[1] = call->in[1];
-    call->d_in[0].data = what == 1 ? memory[0] + sizes[0] : NULL;
-    call->d_in[1].data = what == 2 ? memory[1] + sizes[1] : NULL;
-    scratch = malloc(spm_op_scratch(line->ctx, op, call, what > 0) + 128);
+    for (i = 0; i < call->n_in; i++) {
+        tensor[n++] = &call->in[i];
+        call->d_in[i] = call->in[i];
+        if (what >> i & 1) tensor[n++] = &call->d_in[i];
+    }
+    for (i = 0; i < call->n_out; i++) tensor[n++] = &call->out[i];
+    if (what) tensor[n++] = &call->d_out;
+    for (i = 0; i < n; i++) {
+        const int64_t count = spm_tensor_count(tensor[i]);
+        memory[i] = (float *)malloc((size_t)(count + 32) * sizeof(float));
+        ok = ok && memory[i];
+        if (!memory[i]) continue;
+        tensor[i]->data = (float *)(((uintptr_t)memory[i] + 63) & ~(uintptr_t)63);
+        fill_noise(tensor[i]->data, count);
+    }
+    call->training = 1;
+    bytes = spm_op_scratch(line->ctx, op, call, 0);
+    if (what && spm_op_scratch(line->ctx, op, call, 1) > bytes) bytes = spm_op_scratch(line->ctx, op, call, 1);
+    scratch = malloc(bytes + 128);
     packed = malloc(spm_op_packed(line->ctx, op, call) + 128);
-    if (scratch && packed) {
+    if (ok && scratch && packed) {
         call->scratch = (void *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
         call->packed = (void *)(((uintptr_t)packed + 63) & ~(uintptr_t)63);
-        for (i = 0; i < 9; i++) {
-            double start = spm_seconds();
-            if (what == 0)
-                spm_op_forward(line->ctx, op, call);
-            else
-                spm_op_backward(line->ctx, op, call);
-            seconds[i] = spm_seconds() - start;
+        call->packed_ready = 0;
+        if (what) spm_op_forward(line->ctx, op, call); /* what the backward pass reads */
+        began = spm_seconds();
+        for (i = 0; i < 9 && (i < 5 || spm_seconds() - began < 0.5); i++) {
+            const double start = bench_clock(&cpu[i]);
+            if (!what) spm_op_forward(line->ctx, op, call);
+            else spm_op_backward(line->ctx, op, call);
+            seconds[i] = bench_clock(&cpu[i + 1]) - start;
+            cpu[i] = cpu[i + 1] - cpu[i];
         }
-        snprintf(label, sizeof label, "%s%s", name, passes[what]);
-        bench_row(line, json, label, call->in[0].shape[0], median(seconds + 2, 7), spm_op_flops(op, call, 0), 0.0);
+        memset(&row, 0, sizeof row);
+        row.name = name;
+        row.batch = call->in[0].shape[0];
+        row.seconds = median(seconds + 2, i - 2);
+        row.cpu = median(cpu + 2, i - 2);
+        row.bytes = traffic * 4.0 * (double)spm_tensor_count(&call->in[0]);
+        /* of a product, each of the two backward passes is as much work as the forward one */
+        if (!(traffic > 0.0)) row.flops = spm_op_flops(op, call, what > 0 && op == SPM_OP_ATTENTION);
+        bench_row(line, json, &row);
     }
     free(scratch);
     free(packed);
-    for (i = 0; i < 3; i++) free(memory[i]);
+    for (i = 0; i < n; i++) free(memory[i]);
 }
 
-static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
+static void bench_gemm(cli *line, spm_json *json)
+{
+    static const int64_t size[][3] = { { 2048, 2048, 2048 }, { 1576, 768, 3072 }, { 1576, 3072, 768 }, { 1576, 384, 1152 } };
+    static const char pass[3][4] = { "", " dx", " dw" };
+    int i, what;
+    for (i = 0; i < (int)(sizeof size / sizeof size[0]); i++) {
+        for (what = 0; what < 3 && !interrupted; what++) {
+            spm_op_call call = SPM_ZERO;
+            char name[96];
+            call.in[0] = spm_tensor_make(NULL, 2, size[i][0], size[i][1], 0, 0);
+            call.in[1] = spm_tensor_make(NULL, 2, size[i][2], size[i][1], 0, 0);
+            call.n_in = 2;
+            snprintf(name, sizeof name, "gemm %lldx%lldx%lld%s", (long long)size[i][0], (long long)size[i][1],
+                     (long long)size[i][2], pass[what]);
+            bench_op(line, json, name, SPM_OP_LINEAR, &call, what, 0.0);
+        }
+    }
+}
+
+static void bench_attention(cli *line, spm_json *json)
+{
+    int64_t heads;
+    for (heads = 6; heads <= 12; heads += 6) {
+        int what;
+        for (what = 0; what < 2 && !interrupted; what++) {
+            spm_op_call call = SPM_ZERO;
+            char name[96];
+            call.in[0] = spm_tensor_make(NULL, 3, 8, 197, 3 * 64 * heads, 0);
+            call.n_in = 1;
+            call.attr.heads = heads;
+            snprintf(name, sizeof name, "attention 197 tokens %lld heads%s", (long long)heads, what ? " dx" : "");
+            bench_op(line, json, name, SPM_OP_ATTENTION, &call, what, 0.0);
+        }
+    }
+}
+
+static void bench_conv(cli *line, spm_json *json)
 {
     static const int64_t shape[][5] = { { 56, 64, 64, 3, 1 },  { 28, 128, 128, 3, 1 }, { 14, 256, 256, 3, 1 },
                                         { 7, 512, 512, 3, 1 }, { 56, 64, 256, 1, 1 },  { 14, 1024, 256, 1, 1 },
                                         { 56, 64, 128, 3, 2 }, { 224, 3, 64, 7, 2 } };
+    static const char pass[3][4] = { "", " dx", " dw" };
     int i, what;
-    for (what = 0; gemm && what < 3 && !interrupted; what++) {
-        spm_op_call call = SPM_ZERO;
-        call.in[0] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
-        call.in[1] = spm_tensor_make(NULL, 2, 1024, 1024, 0, 0);
-        call.n_in = 2;
-        bench_op(line, json, "gemm 1024", SPM_OP_LINEAR, &call, what);
-    }
-    for (i = 0; conv && i < (int)(sizeof shape / sizeof shape[0]); i++) {
+    for (i = 0; i < (int)(sizeof shape / sizeof shape[0]); i++) {
         for (what = 0; what < 3 && !interrupted; what++) {
             spm_op_call call = SPM_ZERO;
             char name[96];
@@ -2126,16 +2451,48 @@ static void bench_kernels(cli *line, spm_json *json, int gemm, int conv)
             call.n_in = 2;
             call.attr.stride[0] = call.attr.stride[1] = s[4];
             call.attr.padding[0] = call.attr.padding[1] = s[3] / 2;
-            snprintf(name, sizeof name, "conv %lldx%lld/%lld %lld->%lld at %lld", (long long)s[3], (long long)s[3],
-                     (long long)s[4], (long long)s[1], (long long)s[2], (long long)s[0]);
-            if (what != 1 || s[1] > 3) bench_op(line, json, name, SPM_OP_CONV2D, &call, what);
+            snprintf(name, sizeof name, "conv %lldx%lld/%lld %lld->%lld at %lld%s", (long long)s[3], (long long)s[3],
+                     (long long)s[4], (long long)s[1], (long long)s[2], (long long)s[0], pass[what]);
+            if (what != 1 || s[1] > 3) bench_op(line, json, name, SPM_OP_CONV2D, &call, what, 0.0);
         }
+    }
+}
+
+/* Operations that move memory, against a copy of as many bytes as they must read and write. */
+static void bench_memory(cli *line, spm_json *json)
+{
+    static const struct {
+        char name[24];
+        spm_op op;
+        int what, inputs, rank;
+        double traffic;
+    } op[] = {
+        { "layer_norm", SPM_OP_LAYER_NORM, 0, 3, 3, 2.0 }, { "layer_norm backward", SPM_OP_LAYER_NORM, 7, 3, 3, 3.0 },
+        { "gelu", SPM_OP_GELU, 0, 1, 3, 2.0 },             { "gelu backward", SPM_OP_GELU, 1, 1, 3, 3.0 },
+        { "softmax", SPM_OP_SOFTMAX, 0, 1, 3, 2.0 },       { "softmax backward", SPM_OP_SOFTMAX, 1, 1, 3, 3.0 },
+        { "add", SPM_OP_ADD, 0, 2, 3, 3.0 },               { "relu", SPM_OP_RELU, 0, 1, 3, 2.0 },
+        { "relu backward", SPM_OP_RELU, 1, 1, 3, 3.0 },    { "batch_norm", SPM_OP_BATCH_NORM, 0, 5, 4, 3.0 },
+        { "batch_norm backward", SPM_OP_BATCH_NORM, 7, 5, 4, 5.0 },
+    };
+    int i, j;
+    for (i = 0; i < (int)(sizeof op / sizeof op[0]) && !interrupted; i++) {
+        spm_op_call call = SPM_ZERO;
+        if (op[i].rank == 3) call.in[0] = spm_tensor_make(NULL, 3, 32, 197, 1536, 0);
+        else call.in[0] = spm_tensor_make(NULL, 4, 16, 56, 56, 192);
+        for (j = 1; j < op[i].inputs; j++) {
+            call.in[j] = op[i].op == SPM_OP_ADD ? call.in[0]
+                                                : spm_tensor_make(NULL, 1, call.in[0].shape[op[i].rank - 1], 0, 0, 0);
+        }
+        call.n_in = op[i].inputs;
+        call.attr.eps = 1e-5f;
+        bench_op(line, json, op[i].name, op[i].op, &call, op[i].what, op[i].traffic);
     }
 }
 
 static int bench_decode(cli *line, spm_json *json, spm_error *err)
 {
     double seconds[5];
+    bench_line row;
     int i, round;
     for (round = 0; round < 5; round++) {
         double start = spm_seconds();
@@ -2146,48 +2503,78 @@ static int bench_decode(cli *line, spm_json *json, spm_error *err)
         }
         seconds[round] = spm_seconds() - start;
     }
-    bench_row(line, json, "decode", line->operands, median(seconds, 5), 0.0, (double)line->operands);
+    memset(&row, 0, sizeof row);
+    row.name = "decode";
+    row.batch = line->operands;
+    row.images = (double)line->operands;
+    row.seconds = median(seconds, 5);
+    bench_row(line, json, &row);
     return 1;
+}
+
+#define BENCH_ONLY "train:ARCH, infer:ARCH, intervene:ARCH, scan:ARCH, start:ARCH, gemm, conv, attention, memory or decode"
+
+/* One part of the table, by its name. */
+static int bench_part(cli *line, spm_json *json, const char *name, spm_error *err)
+{
+    char what[16];
+    const char *arch = strchr(name, ':');
+    if (!arch) {
+        if (strcmp(name, "gemm") == 0) bench_gemm(line, json);
+        else if (strcmp(name, "conv") == 0) bench_conv(line, json);
+        else if (strcmp(name, "attention") == 0) bench_attention(line, json);
+        else if (strcmp(name, "memory") == 0) bench_memory(line, json);
+        else return bench_decode(line, json, err);
+        return !interrupted;
+    }
+    snprintf(what, sizeof what, "%.*s", (int)(arch - name), name);
+    if (strcmp(what, "scan") == 0) return bench_scan(line, json, arch + 1, err);
+    if (strcmp(what, "start") == 0) return bench_start(line, json, arch + 1, err);
+    return bench_model(line, json, what, arch + 1, err);
+}
+
+static int bench_known(const char *name)
+{
+    static const char known[][16] = { "train:", "infer:", "intervene:", "scan:", "start:" };
+    static const char plain[][16] = { "gemm", "conv", "attention", "memory", "decode" };
+    int i;
+    for (i = 0; i < 5; i++) {
+        if (strncmp(name, known[i], strlen(known[i])) == 0 || strcmp(name, plain[i]) == 0) return 1;
+    }
+    return 0;
 }
 
 static int run_bench(cli *line)
 {
+    static const char whole[][24] = { "gemm", "conv", "attention", "memory", "train:resnet18", "train:resnet50",
+                                      "train:deit_small", "train:vit_base", "infer:resnet18", "infer:resnet50",
+                                      "intervene:resnet50", "start:resnet50" };
     const char *only = line->value[O_ONLY];
     spm_error err = SPM_ZERO;
     spm_json *json;
-    int ok = 1;
-    if (only && strncmp(only, "train:", 6) != 0 && strncmp(only, "infer:", 6) != 0 && strcmp(only, "gemm") != 0
-        && strcmp(only, "conv") != 0 && strcmp(only, "decode") != 0) {
-        return wrong("--only must be train:ARCH, infer:ARCH, gemm, conv or decode");
-    }
+    int i, ok = 1;
+    if (only && !bench_known(only)) return wrong("--only must be " BENCH_ONLY);
     if (only && strchr(only, ':')) {
         spm_arch arch;
-        memset(&arch, 0, sizeof arch);
-        if (spm_arch_parse(line->ctx, only + 6, &arch, &err)) return wrong(err.text);
+        if (!bench_arch(line, strchr(only, ':') + 1, &arch, &err)) return wrong(err.text);
     }
     if (only && strcmp(only, "decode") == 0 && line->operands == 0)
         return wrong("bench --only decode needs the pictures to decode");
-    line->peak = spm_measure_peak(line->ctx);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "command", "bench");
-    spm_json_number(json, "peak_gflops", line->peak);
+    spm_json_number(json, "peak_gflops", spm_measure_peak(line->ctx));
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(line->ctx)));
     spm_json_int(json, "threads", spm_context_threads(line->ctx));
     spm_json_array_begin(json, "results");
     if (prints(line))
-        printf("%s, %d threads, peak %.0f GFLOP/s\n", spm_isa_name(spm_context_isa(line->ctx)),
-               spm_context_threads(line->ctx), line->peak);
-    if (only && (strncmp(only, "train:", 6) == 0 || strncmp(only, "infer:", 6) == 0))
-        ok = bench_model(line, json, only + 6, only[0] == 't', &err);
-    else {
-        bench_kernels(line, json, !only || strcmp(only, "gemm") == 0, !only || strcmp(only, "conv") == 0);
-        if (!only) {
-            ok = bench_model(line, json, "resnet18", 0, &err) && bench_model(line, json, "resnet18", 1, &err)
-                 && bench_model(line, json, "resnet50", 0, &err);
-        }
-        if (ok && line->operands) ok = bench_decode(line, json, &err);
+        printf("%s, %d threads, peak %.0f GFLOP/s (measured again beside each row)\n",
+               spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), spm_measure_peak(line->ctx));
+    if (only) ok = bench_part(line, json, only, &err);
+    for (i = 0; ok && !only && i < (int)(sizeof whole / sizeof whole[0]); i++) {
+        ok = bench_part(line, json, whole[i], &err);
     }
+    if (ok && !only && line->operands) ok = bench_decode(line, json, &err);
     spm_json_array_end(json);
     spm_json_object_end(json);
     if (ok && !interrupted) return finish_json(line, json);

@@ -785,13 +785,19 @@ static void test_bench(void)
         CHECK(strstr(string(row, "name"), "gemm") != NULL);
         CHECK(whole(row, "batch") >= 1 && whole(row, "peak_bytes") > 0);
         CHECK(is_null(row, "images_per_second"));
-        CHECK_NEAR(real(row, "share_of_peak"), real(row, "gflops") / peak, 1e-6);
+        CHECK_NEAR(real(row, "share_of_peak"), real(row, "gflops") / real(row, "peak_gflops"), 1e-6);
     }
     RUNS(0, "bench --only train:resnet18:width=8 --batch 4 --image-size 32 --threads 1 --json bench.json");
     results = list(parse_file("bench.json"), "results");
     CHECK_INT(spm_json_length(results), 1);
     CHECK_INT(whole(spm_json_at(results, 0), "batch"), 4);
     CHECK(real(spm_json_at(results, 0), "images_per_second") > 0.0);
+    RUNS(0, "bench --only intervene:resnet18:width=8 --batch 4 --image-size 32 --threads 1 --json bench.json");
+    CHECK_STR(string(spm_json_at(list(parse_file("bench.json"), "results"), 0), "name"), "intervene:resnet18:width=8");
+    RUNS(0, "bench --only scan:resnet18:width=8 --batch 4 --image-size 32 --threads 1 --json bench.json");
+    CHECK(real(spm_json_at(list(parse_file("bench.json"), "results"), 0), "times_faster") > 0.0);
+    RUNS(0, "bench --only start:resnet18:width=8 --image-size 32 --threads 1 --json bench.json");
+    CHECK(real(spm_json_at(list(parse_file("bench.json"), "results"), 0), "seconds") > 0.0);
     RUNS(0, "bench --only decode --threads 1 --json - " BIRD);
     CHECK(real(spm_json_at(list(parse(out), "results"), 0), "images_per_second") > 0.0);
 }
