@@ -1514,6 +1514,7 @@ typedef struct spm_report_desc {
     int n_runs;
     const char *title;             /* NULL: "spurmem report" */
     const char *command;           /* shown in the protocol, or NULL */
+    const char *results;           /* a study's results.json for the Pareto plot, or NULL */
 } spm_report_desc;
 
 /* One self-contained page (inline CSS and SVG, no script from elsewhere): curves per group over epochs, tables before and
@@ -23354,15 +23355,26 @@ static int64_t spmi_control_candidates(const spmi_study *s, const spmi_change *c
 
 /* Tallies of the controls of one row: [split][group]. */
 typedef struct spmi_tally {
-    double *drop_sum;
+    double *drop_sum, *drops; /* drops: [control][split][group] */
     int64_t *at_least;
     int64_t n;
+    size_t room; /* bytes at drops */
     double gap;
 } spmi_tally;
 
 static double spmi_accuracy_drop(const spmi_probe *probe, const spm_eval *eval, int g)
 {
     return probe->baseline.groups[g].accuracy - eval->groups[g].accuracy;
+}
+
+/* Room for the drops of one more control. */
+static spm_status spmi_tally_room(const spmi_study *s, spmi_tally *tally)
+{
+    size_t row = sizeof(double) * (size_t)(SPM_SPLITS * s->n_groups), used = row * (size_t)tally->n;
+    void *memory = tally->drops;
+    if (!spmi_grow(s->ctx, &memory, used, &tally->room, used + row)) return spmi_fail_memory(s->ctx, s->err, "the controls");
+    tally->drops = (double *)memory;
+    return SPM_OK;
 }
 
 /* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
@@ -23405,6 +23417,7 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, 
         other.units = chosen;
         other.seed = spm_random_key(change->seed, 0x636f6e74u, (uint64_t)j);
         status = spmi_study_measure(s, &other, control);
+        if (!status) status = spmi_tally_room(s, tally);
         if (status) break;
         for (i = 0; i < s->n_reported; i++) {
             spmi_probe *probe = &s->probes[s->reported[i]];
@@ -23412,6 +23425,7 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, 
                 double drop = spmi_accuracy_drop(probe, &control[s->reported[i]], g);
                 int cell = s->reported[i] * s->n_groups + g;
                 tally->drop_sum[cell] += drop;
+                tally->drops[tally->n * SPM_SPLITS * s->n_groups + cell] = drop;
                 tally->at_least[cell] += drop >= spmi_accuracy_drop(probe, &evals[s->reported[i]], g);
             }
         }
@@ -23453,6 +23467,7 @@ static void spmi_study_row_splits(spmi_study *s, const spm_eval *evals)
 
 static void spmi_study_row_controls(spmi_study *s, const spmi_tally *tally)
 {
+    int64_t j;
     int i, g;
     spm_json_array_begin(s->json, "controls");
     for (i = 0; i < s->n_reported && tally->n > 0; i++) {
@@ -23466,6 +23481,10 @@ static void spmi_study_row_controls(spmi_study *s, const spmi_tally *tally)
             spm_json_number(s->json, "mean_drop", tally->drop_sum[cell] / (double)tally->n);
             spm_json_number(s->json, "p_value", (1.0 + (double)tally->at_least[cell]) / ((double)tally->n + 1.0));
             spm_json_number(s->json, "mean_norm_gap", tally->gap / (double)tally->n);
+            spm_json_array_begin(s->json, "drops");
+            for (j = 0; j < tally->n; j++)
+                spm_json_number(s->json, NULL, tally->drops[j * SPM_SPLITS * s->n_groups + cell]);
+            spm_json_array_end(s->json);
             spm_json_object_end(s->json);
         }
     }
@@ -23535,6 +23554,7 @@ static spm_status spmi_study_rows(spmi_study *s, int group, int64_t top, double 
     }
     for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &mean[i]);
     spmi_free(s->ctx, tally.drop_sum);
+    spmi_free(s->ctx, tally.drops);
     spmi_free(s->ctx, tally.at_least);
     return status;
 }
@@ -25103,54 +25123,109 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
  * >>REPORT  20  the HTML page
  * ============================================================================================================= */
 
+/* Accuracy of one group; NaN where it is empty or the file says nonsense. */
+typedef struct spmi_report_cell {
+    double accuracy, low, high;
+    int64_t correct, count;
+} spmi_report_cell;
+
 /* One run folder, as read from its files. */
 typedef struct spmi_report_run {
     const char *path;
+    char label[128];        /* the method, with the folder's name where two runs share it */
     spm_json_value *config;
     spm_json_value **lines; /* of metrics.jsonl */
     int64_t n_lines;
-    spm_json_value *localize; /* NULL: the folder has none */
-    int64_t shown_epoch;      /* chosen by the run's own selection rule */
+    spm_json_value *localize, *gradcam, *accounting; /* NULL: the folder has none */
+    int64_t shown_epoch;    /* chosen by the run's own selection rule */
 } spmi_report_run;
 
 typedef struct spmi_report {
     spm_context *ctx;
     spmi_text out;
     spmi_report_run *runs;
+    spm_json_value *study; /* results.json, or NULL */
     int n_runs, n_groups;
+    int *order;            /* [n_groups] groups, the worst of the first run first */
+    int *minority;         /* [n_groups] 1: not the largest training group of its class */
+    const char *split;     /* what counts as new pictures: test, or val where no run has test */
     spm_error *err;
 } spmi_report;
 
-/* Eight colours that stay apart for every kind of colour vision (Okabe and Ito 2008); dashes and marks repeat the
- * distinction without colour. */
-static const char *spmi_series_color(int index)
+/* ---- text ---- */
+
+/* Text with the characters that mean something to HTML replaced; broken UTF-8 and control characters become U+FFFD. */
+static void spmi_html(spmi_text *out, const char *text)
 {
-    switch (index % 8) {
-    case 0: return "#0072b2";
-    case 1: return "#d55e00";
-    case 2: return "#009e73";
-    case 3: return "#cc79a7";
-    case 4: return "#e69f00";
-    case 5: return "#56b4e9";
-    case 6: return "#7a6a00";
-    default: return "#444444";
+    size_t left = strlen(text);
+    while (left) {
+        int length = spmi_utf8_length(text, left);
+        unsigned char c = (unsigned char)*text;
+        if (!length || c < 0x20 || c == 0x7F || (c == 0xC2 && length == 2 && (unsigned char)text[1] < 0xA0)) {
+            spmi_text_add(out, "\xEF\xBF\xBD");
+        } else {
+            switch (c) {
+            case '<': spmi_text_add(out, "&lt;"); break;
+            case '>': spmi_text_add(out, "&gt;"); break;
+            case '&': spmi_text_add(out, "&amp;"); break;
+            case '"': spmi_text_add(out, "&quot;"); break;
+            case '\'': spmi_text_add(out, "&#39;"); break;
+            default: spmi_text_append(out, text, (size_t)length); break;
+            }
+        }
+        text += SPMI_MAX(length, 1);
+        left -= (size_t)SPMI_MAX(length, 1);
     }
 }
 
-/* Text with the characters that mean something to HTML replaced. */
-static void spmi_html(spmi_text *out, const char *text)
+/* before, the text escaped, after */
+static void spmi_html_in(spmi_text *out, const char *before, const char *text, const char *after)
 {
-    for (; *text; text++) {
-        if (*text == '<')
-            spmi_text_add(out, "&lt;");
-        else if (*text == '>')
-            spmi_text_add(out, "&gt;");
-        else if (*text == '&')
-            spmi_text_add(out, "&amp;");
-        else if (*text == '"')
-            spmi_text_add(out, "&quot;");
-        else
-            spmi_text_append(out, text, 1);
+    spmi_text_add(out, before);
+    spmi_html(out, text);
+    spmi_text_add(out, after);
+}
+
+/* A share as percent; a dash for NaN. */
+static void spmi_html_percent(spmi_text *out, double share)
+{
+    if (share == share)
+        spmi_text_addf(out, "%.1f", 100.0 * share);
+    else
+        spmi_text_add(out, "&ndash;");
+}
+
+/* A change in points, with its sign. */
+static void spmi_html_points(spmi_text *out, double change)
+{
+    if (change == change)
+        spmi_text_addf(out, "%s%.1f", change <= -0.0005 ? "&minus;" : change >= 0.0005 ? "+" : "", 100.0 * fabs(change));
+    else
+        spmi_text_add(out, "&ndash;");
+}
+
+static void spmi_html_p(spmi_text *out, double p)
+{
+    if (p == p)
+        spmi_text_addf(out, p < 0.001 ? "p&nbsp;=&nbsp;%.1g" : "p&nbsp;=&nbsp;%.3g", p);
+    else
+        spmi_text_add(out, "no controls");
+}
+
+static void spmi_html_base64(spmi_text *out, const uint8_t *data, size_t size)
+{
+    static const char digits[65] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    size_t i;
+    for (i = 0; i < size; i += 3) {
+        size_t left = size - i;
+        unsigned bits = (unsigned)data[i] << 16 | (left > 1 ? (unsigned)data[i + 1] << 8 : 0u)
+                        | (left > 2 ? (unsigned)data[i + 2] : 0u);
+        char four[4];
+        four[0] = digits[bits >> 18];
+        four[1] = digits[bits >> 12 & 63];
+        four[2] = left > 1 ? digits[bits >> 6 & 63] : '=';
+        four[3] = left > 2 ? digits[bits & 63] : '=';
+        spmi_text_append(out, four, 4);
     }
 }
 
@@ -25164,9 +25239,14 @@ static void spmi_report_free(spmi_report *report)
         spmi_report_run *run = &report->runs[r];
         spm_json_free(report->ctx, run->config);
         spm_json_free(report->ctx, run->localize);
+        spm_json_free(report->ctx, run->gradcam);
+        spm_json_free(report->ctx, run->accounting);
         for (i = 0; run->lines && i < run->n_lines; i++) spm_json_free(report->ctx, run->lines[i]);
         spmi_free(report->ctx, run->lines);
     }
+    spm_json_free(report->ctx, report->study);
+    spmi_free(report->ctx, report->order);
+    spmi_free(report->ctx, report->minority);
     spmi_free(report->ctx, report->runs);
     spmi_text_free(&report->out);
 }
@@ -25185,6 +25265,10 @@ static spm_status spmi_report_read(spmi_report *report, const char *folder, cons
         status = spm_file_read(report->ctx, path, &data, &size, report->err);
         if (!status) *value = spm_json_parse(report->ctx, path, (const char *)data, size, report->err);
         if (!status && !*value) status = SPM_E_FORMAT;
+        if (!status && spm_json_type_of(*value) != SPM_JSON_OBJECT) {
+            status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
+                               "%s: holds no JSON object; write it again with the command that made it", path);
+        }
     } else if (needed) {
         status = spmi_fail(report->ctx, report->err, SPM_E_IO,
                            "%s: no run folder: it has no %s; give folders that train or intervene wrote", folder, name);
@@ -25199,24 +25283,27 @@ static spm_status spmi_report_metrics(spmi_report *report, spmi_report_run *run)
     char *path = spmi_path_join(report->ctx, run->path, "metrics.jsonl");
     uint8_t *data = NULL;
     size_t size = 0, start = 0, i;
-    int64_t count = 0;
+    int64_t count = 0, line = 0;
     spm_status status;
     if (!path) return spmi_fail_memory(report->ctx, report->err, "metrics.jsonl");
-    if (spmi_path_kind(path) != 1) {
+    if (spmi_path_kind(path) == 1) {
+        status = spm_file_read(report->ctx, path, &data, &size, report->err);
+        for (i = 0; i < size; i++) count += data[i] == '\n';
+    } else
+        status = SPM_OK;
+    if (!status && count == 0) {
         status =
             spmi_fail(report->ctx, report->err, SPM_E_DATA,
                       "%s: holds no finished epoch yet (no metrics.jsonl); train on with --resume first", run->path);
-        spmi_free(report->ctx, path);
-        return status;
     }
-    status = spm_file_read(report->ctx, path, &data, &size, report->err);
-    for (i = 0; i < size; i++) count += data[i] == '\n';
     if (!status) run->lines = (spm_json_value **)spmi_alloc_array(report->ctx, count + 1, sizeof *run->lines);
     if (!status && !run->lines) status = spmi_fail_memory(report->ctx, report->err, path);
     for (i = 0; !status && i < size; i++) {
+        char name[600];
         if (data[i] != '\n') continue;
+        (void)spmi_format(name, sizeof name, "%s, line %ld", path, (long)++line);
         run->lines[run->n_lines] =
-            spm_json_parse(report->ctx, path, (const char *)data + start, i - start, report->err);
+            spm_json_parse(report->ctx, name, (const char *)data + start, i - start, report->err);
         if (!run->lines[run->n_lines])
             status = SPM_E_FORMAT;
         else
@@ -25238,6 +25325,11 @@ static double spmi_field_number(const spm_json_value *object, const char *key)
     return spm_json_as_number(spm_json_get(object, key), (double)NAN);
 }
 
+static int64_t spmi_field_int(const spm_json_value *object, const char *key, int64_t otherwise)
+{
+    return spm_json_as_int(spm_json_get(object, key), otherwise);
+}
+
 /* The epoch that the run's rule selects, as the trainer does: the first with the best validation score, else the last. */
 static void spmi_report_choose(spmi_report_run *run)
 {
@@ -25246,7 +25338,7 @@ static void spmi_report_choose(spmi_report_run *run)
     int64_t i;
     run->shown_epoch = 0;
     for (i = 0; i < run->n_lines; i++) {
-        int64_t epoch = spm_json_as_int(spm_json_get(run->lines[i], "epoch"), 0);
+        int64_t epoch = spmi_field_int(run->lines[i], "epoch", 0);
         double score;
         if (best < 0.0) run->shown_epoch = SPMI_MAX(run->shown_epoch, epoch);
         if (spmi_string_equal(rule, "last") || !spmi_string_equal(spmi_field(run->lines[i], "split"), "val")) continue;
@@ -25263,12 +25355,121 @@ static void spmi_report_choose(spmi_report_run *run)
 static const spm_json_value *spmi_report_line(const spmi_report_run *run, const char *split, int64_t epoch)
 {
     int64_t i;
-    for (i = 0; i < run->n_lines; i++) {
-        if (spm_json_as_int(spm_json_get(run->lines[i], "epoch"), -1) == epoch
+    for (i = run->n_lines - 1; i >= 0; i--) {
+        if (spmi_field_int(run->lines[i], "epoch", -1) == epoch
             && spmi_string_equal(spmi_field(run->lines[i], "split"), split))
             return run->lines[i];
     }
     return NULL;
+}
+
+static spmi_report_cell spmi_report_group(const spm_json_value *group)
+{
+    spmi_report_cell cell;
+    cell.count = spmi_field_int(group, "count", 0);
+    cell.correct = spmi_field_int(group, "correct", -1);
+    cell.accuracy = spmi_field_number(group, "accuracy");
+    cell.low = cell.high = (double)NAN;
+    if (!(cell.accuracy >= 0.0 && cell.accuracy <= 1.0) || cell.count < 1 || cell.correct < 0
+        || cell.correct > cell.count) {
+        cell.accuracy = (double)NAN;
+        cell.correct = cell.count = 0;
+    } else
+        spm_wilson(cell.correct, cell.count, &cell.low, &cell.high);
+    return cell;
+}
+
+/* Group g of a split at the run's shown epoch. */
+static spmi_report_cell spmi_report_cell_of(const spmi_report_run *run, const char *split, int g)
+{
+    return spmi_report_group(
+        spm_json_at(spm_json_get(spmi_report_line(run, split, run->shown_epoch), "groups"), g));
+}
+
+/* Mean accuracy over the groups that are minority (1), majority (0) or of either kind (-1), of a metrics line. */
+static double spmi_report_mean(const spmi_report *report, const spm_json_value *line, int minority)
+{
+    double sum = 0.0;
+    int g, n = 0;
+    for (g = 0; g < report->n_groups; g++) {
+        spmi_report_cell cell = spmi_report_group(spm_json_at(spm_json_get(line, "groups"), g));
+        if (!(cell.accuracy == cell.accuracy) || (minority >= 0 && report->minority[g] != minority)) continue;
+        sum += cell.accuracy;
+        n++;
+    }
+    return n ? sum / n : (double)NAN;
+}
+
+/* The group with the lowest accuracy of a metrics line, or -1. */
+static int spmi_report_worst(const spmi_report *report, const spm_json_value *line)
+{
+    double worst = 2.0;
+    int g, found = -1;
+    for (g = 0; g < report->n_groups; g++) {
+        spmi_report_cell cell = spmi_report_group(spm_json_at(spm_json_get(line, "groups"), g));
+        if (!(cell.accuracy < worst)) continue;
+        worst = cell.accuracy;
+        found = g;
+    }
+    return found;
+}
+
+static const char *spmi_report_group_name(const spmi_report *report, int64_t g)
+{
+    return spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?");
+}
+
+/* Which groups are small in training, and the order in which groups stand on the page: worst first. */
+static spm_status spmi_report_groups(spmi_report *report)
+{
+    const spmi_report_run *run = &report->runs[0];
+    const spm_json_value *train = spm_json_get(spmi_report_line(run, "train", run->shown_epoch), "groups");
+    int g, h, r;
+    report->split = "val";
+    for (r = 0; r < report->n_runs; r++) {
+        if (spmi_report_line(&report->runs[r], "test", report->runs[r].shown_epoch)) report->split = "test";
+    }
+    report->order = (int *)spmi_alloc_array(report->ctx, SPMI_MAX(report->n_groups, 1), sizeof *report->order);
+    report->minority = (int *)spmi_alloc_array(report->ctx, SPMI_MAX(report->n_groups, 1), sizeof *report->minority);
+    if (!report->order || !report->minority) return spmi_fail_memory(report->ctx, report->err, "the report");
+    for (g = 0; g < report->n_groups; g++) {
+        const spm_json_value *a = spm_json_at(train, g);
+        double mine = spmi_report_cell_of(run, report->split, g).accuracy;
+        report->minority[g] = 0;
+        for (h = 0; h < report->n_groups; h++) {
+            const spm_json_value *b = spm_json_at(train, h);
+            if (spmi_field_int(a, "y", -1) == spmi_field_int(b, "y", -2)
+                && spmi_field_int(b, "count", 0) > spmi_field_int(a, "count", 0))
+                report->minority[g] = 1;
+        }
+        if (!(mine == mine)) mine = 2.0;
+        for (h = g; h > 0; h--) { /* insertion sort: stable, and groups are few */
+            double other = spmi_report_cell_of(run, report->split, report->order[h - 1]).accuracy;
+            if (!(mine < other)) break;
+            report->order[h] = report->order[h - 1];
+        }
+        report->order[h] = g;
+    }
+    return SPM_OK;
+}
+
+static void spmi_report_labels(spmi_report *report)
+{
+    int r, s;
+    for (r = 0; r < report->n_runs; r++) {
+        spmi_report_run *run = &report->runs[r];
+        const char *method = spmi_field(run->config, "method"), *end = run->path + strlen(run->path), *name;
+        int shared = 0;
+        while (end > run->path && (end[-1] == '/' || end[-1] == '\\')) end--;
+        for (name = end; name > run->path && name[-1] != '/' && name[-1] != '\\';) name--;
+        for (s = 0; s < report->n_runs; s++)
+            shared += s != r && spmi_string_equal(spmi_field(report->runs[s].config, "method"), method);
+        if (shared)
+            (void)spmi_format(run->label, sizeof run->label, "%.*s (%.30s)", (int)SPMI_MIN(end - name, 60), name,
+                              method);
+        else
+            (void)spmi_format(run->label, sizeof run->label, "%.60s", *method ? method : "run");
+    }
 }
 
 static spm_status spmi_report_load(spmi_report *report, const spm_report_desc *desc)
@@ -25284,57 +25485,202 @@ static spm_status spmi_report_load(spmi_report *report, const spm_report_desc *d
         status = spmi_report_read(report, run->path, "config.json", 1, &run->config);
         if (!status) status = spmi_report_metrics(report, run);
         if (!status) status = spmi_report_read(report, run->path, "localize.json", 0, &run->localize);
+        if (!status) status = spmi_report_read(report, run->path, "gradcam/index.json", 0, &run->gradcam);
         if (!status) {
             spmi_report_choose(run);
             report->n_groups = SPMI_MAX(report->n_groups, (int)spm_json_length(spm_json_get(run->config, "groups")));
         }
     }
+    if (!status && desc->results) {
+        status = spmi_path_kind(desc->results) == 1
+                     ? spmi_report_read(report, "", desc->results, 0, &report->study)
+                     : spmi_fail(report->ctx, report->err, SPM_E_IO, "%s: cannot be read: no such file", desc->results);
+    }
+    if (!status) status = spmi_report_groups(report);
+    if (!status) spmi_report_labels(report);
     return status;
 }
 
-/* ---- tables ---- */
+/* ---- the story: what happened, in figures that are read off in seconds ---- */
 
-static void spmi_report_percent(spmi_text *out, double share)
+/* A large number with its name: before, an arrow, after. */
+static void spmi_report_card(spmi_report *report, const char *name, const char *note, double before, double after)
 {
-    if (share == share)
-        spmi_text_addf(out, "%.1f", 100.0 * share);
-    else
-        spmi_text_add(out, "&ndash;");
+    spmi_text *out = &report->out;
+    spmi_text_addf(out, "<div class=card><dt>%s</dt><dd>", name);
+    if (report->n_runs > 1) {
+        spmi_text_add(out, "<span class=old>");
+        spmi_html_percent(out, before);
+        spmi_text_add(out, "</span><span class=arrow aria-label=to>&rarr;</span>");
+    }
+    spmi_html_percent(out, report->n_runs > 1 ? after : before);
+    spmi_text_add(out, "<span class=unit>%</span>");
+    if (report->n_runs > 1 && after - before == after - before) {
+        spmi_text_add(out, " <small>");
+        spmi_html_points(out, after - before);
+        spmi_text_add(out, " points</small>");
+    }
+    spmi_text_addf(out, "</dd><p>%s</p></div>\n", note);
 }
 
-/* Accuracy, interval and counts of one group in one cell. */
-static void spmi_report_cell(spmi_text *out, const spm_json_value *group)
+static void spmi_report_lede(spmi_report *report, const spmi_report_run *first, const spmi_report_run *last)
 {
-    const spm_json_value *ci = spm_json_get(group, "ci95");
-    if (!group || spm_json_as_int(spm_json_get(group, "count"), 0) == 0) {
+    spmi_text *out = &report->out;
+    double most = -1.0, after, before;
+    int g, shown = -1, split_is_test = spmi_string_equal(report->split, "test");
+    spmi_report_cell train, test;
+    for (g = 0; g < report->n_groups; g++) {
+        double gap = spmi_report_cell_of(first, "train", g).accuracy
+                     - spmi_report_cell_of(first, report->split, g).accuracy;
+        if (!(gap > most)) continue;
+        most = gap;
+        shown = g;
+    }
+    if (shown < 0) return;
+    train = spmi_report_cell_of(first, "train", shown);
+    test = spmi_report_cell_of(first, report->split, shown);
+    spmi_html_in(out, "<p class=lede><b>", first->label, "</b> is right on ");
+    spmi_html_percent(out, train.accuracy);
+    spmi_html_in(out, " % of the training pictures of <q>", spmi_report_group_name(report, shown), "</q> and on ");
+    spmi_html_percent(out, test.accuracy);
+    spmi_text_addf(out, " %% of the %s pictures", split_is_test ? "test" : "validation");
+    if (most >= 0.2 && train.accuracy >= 0.9)
+        spmi_text_add(out, ": it knows them by heart.");
+    else if (most >= 0.1)
+        spmi_text_addf(out, ": a gap of %.1f points.", 100.0 * most);
+    else
+        spmi_text_add(out, ": no group shows a gap of 10 points or more.");
+    if (first != last) {
+        spmi_html_in(out, " <b>", last->label, "</b> gets ");
+        spmi_html_percent(out, spmi_report_cell_of(last, report->split, shown).accuracy);
+        spmi_text_add(out, " % of them right");
+        after = spmi_report_mean(report, spmi_report_line(last, report->split, last->shown_epoch), 0);
+        before = spmi_report_mean(report, spmi_report_line(first, report->split, first->shown_epoch), 0);
+        spmi_text_add(out, "; the majority groups change by ");
+        spmi_html_points(out, after - before);
+        spmi_text_add(out, " points on average.");
+    }
+    spmi_text_add(out, "</p>\n");
+}
+
+static void spmi_report_story(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    const spmi_report_run *first = &report->runs[0], *last = &report->runs[report->n_runs - 1];
+    const spm_json_value *before = spmi_report_line(first, report->split, first->shown_epoch),
+                         *after = spmi_report_line(last, report->split, last->shown_epoch);
+    int worst_before = spmi_report_worst(report, before), worst_after = spmi_report_worst(report, after);
+    spmi_report_lede(report, first, last);
+    if (worst_before < 0 || worst_after < 0) return;
+    spmi_text_add(out, "<dl class=cards>\n");
+    spmi_report_card(report, "Worst group", "lowest accuracy of any group on new pictures",
+                     spmi_report_cell_of(first, report->split, worst_before).accuracy,
+                     spmi_report_cell_of(last, report->split, worst_after).accuracy);
+    spmi_report_card(report, "Memorization gap", "minority groups: training minus new pictures, mean",
+                     spmi_report_mean(report, spmi_report_line(first, "train", first->shown_epoch), 1)
+                         - spmi_report_mean(report, before, 1),
+                     spmi_report_mean(report, spmi_report_line(last, "train", last->shown_epoch), 1)
+                         - spmi_report_mean(report, after, 1));
+    spmi_report_card(report, "Majority groups", "mean accuracy on new pictures: the price",
+                     spmi_report_mean(report, before, 0), spmi_report_mean(report, after, 0));
+    spmi_text_add(out, "</dl>\n");
+}
+
+/* ---- bars: every group, every run ---- */
+
+/* One run's bar: new pictures solid with their interval, training pictures a diamond, the gap between them dotted. */
+static void spmi_report_bar(spmi_report *report, int r, int g)
+{
+    spmi_text *out = &report->out;
+    const spmi_report_run *run = &report->runs[r];
+    spmi_report_cell test = spmi_report_cell_of(run, report->split, g), train = spmi_report_cell_of(run, "train", g);
+    int tick;
+    spmi_html_in(out, "<div class=bar><span class=who>", run->label, "</span><svg height=24 role=img><title>");
+    spmi_html(out, run->label);
+    spmi_html_in(out, ", ", spmi_report_group_name(report, g), ": ");
+    spmi_html_percent(out, test.accuracy);
+    spmi_text_addf(out, " %% on new pictures (%ld of %ld, 95 %% interval ", (long)test.correct, (long)test.count);
+    spmi_html_percent(out, test.low);
+    spmi_text_add(out, " to ");
+    spmi_html_percent(out, test.high);
+    spmi_text_add(out, "), ");
+    spmi_html_percent(out, train.accuracy);
+    spmi_text_add(out, " % in training</title><rect class=track width=\"100%\" height=18 y=3 />");
+    for (tick = 25; tick < 100; tick += 25)
+        spmi_text_addf(out, "<line class=grid x1=\"%d%%\" x2=\"%d%%\" y1=3 y2=21 />", tick, tick);
+    if (test.accuracy == test.accuracy)
+        spmi_text_addf(out, "<rect class=\"f%d\" width=\"%.2f%%\" height=18 y=3 />", r % 8, 100.0 * test.accuracy);
+    if (train.accuracy > test.accuracy)
+        spmi_text_addf(out, "<line class=gapline x1=\"%.2f%%\" x2=\"%.2f%%\" y1=12 y2=12 />", 100.0 * test.accuracy,
+                       100.0 * train.accuracy);
+    if (test.accuracy == test.accuracy)
+        spmi_text_addf(out, "<line class=halo x1=\"%.2f%%\" x2=\"%.2f%%\" y1=12 y2=12 />"
+                            "<line class=whisker x1=\"%.2f%%\" x2=\"%.2f%%\" y1=12 y2=12 />",
+                       100.0 * test.low, 100.0 * test.high, 100.0 * test.low, 100.0 * test.high);
+    if (train.accuracy == train.accuracy)
+        spmi_text_addf(out, "<use href=\"#train\" x=\"%.2f%%\" y=12 />", 100.0 * train.accuracy);
+    spmi_text_add(out, "</svg><span class=val><b>");
+    spmi_html_percent(out, test.accuracy);
+    spmi_text_add(out, "</b> <small>&loz;&nbsp;");
+    spmi_html_percent(out, train.accuracy);
+    spmi_text_add(out, "</small></span></div>\n");
+}
+
+#define SPMI_REPORT_GROUPS 24 /* so many are drawn; the table has all */
+
+static void spmi_report_bars(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    int i, r, n = SPMI_MIN(report->n_groups, SPMI_REPORT_GROUPS);
+    spmi_text_addf(out, "<section id=groups><h2>What happened to every group</h2>\n<p>Bars: accuracy on new pictures "
+                        "(%s), with Wilson 95 %% intervals. Diamonds (&loz;): accuracy in training. The dotted line "
+                        "between is what was memorized and does not carry over. Worst group first.</p>\n",
+                   report->split);
+    if (n < report->n_groups) spmi_text_addf(out, "<p>The %d worst of %d groups; the table has all.</p>\n", n,
+                                             report->n_groups);
+    for (i = 0; i < n; i++) {
+        int g = report->order[i];
+        spmi_report_cell train = spmi_report_cell_of(&report->runs[0], "train", g);
+        spmi_html_in(out, "<div class=group><h3>", spmi_report_group_name(report, g), "");
+        spmi_text_addf(out, " <small>%s, %ld in training</small></h3>\n",
+                       report->minority[g] ? "minority" : "majority", (long)train.count);
+        for (r = 0; r < report->n_runs; r++) spmi_report_bar(report, r, g);
+        spmi_text_add(out, "</div>\n");
+    }
+    spmi_text_add(out, "<div class=\"bar axis\" aria-hidden=true><span class=who></span><svg height=16>");
+    for (i = 0; i <= 100; i += 25)
+        spmi_text_addf(out, "<text x=\"%d%%\" y=12 text-anchor=%s>%d%s</text>", i,
+                       i == 0 ? "start" : i == 100 ? "end" : "middle", i, i == 100 ? "&nbsp;%" : "");
+    spmi_text_add(out, "</svg><span class=val></span></div>\n");
+}
+
+/* ---- the table of the bars ---- */
+
+static void spmi_report_cell_html(spmi_text *out, spmi_report_cell cell)
+{
+    if (!(cell.accuracy == cell.accuracy)) {
         spmi_text_add(out, "<td>&ndash;</td>");
         return;
     }
     spmi_text_add(out, "<td><b>");
-    spmi_report_percent(out, spmi_field_number(group, "accuracy"));
-    spmi_text_add(out, "</b> <small>");
-    spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 0), (double)NAN));
-    spmi_text_add(out, "&ndash;");
-    spmi_report_percent(out, spm_json_as_number(spm_json_at(ci, 1), (double)NAN));
-    spmi_text_addf(out, "<br>%ld of %ld</small></td>", (long)spm_json_as_int(spm_json_get(group, "correct"), 0),
-                   (long)spm_json_as_int(spm_json_get(group, "count"), 0));
+    spmi_html_percent(out, cell.accuracy);
+    spmi_text_addf(out, "</b> <small>%.1f&ndash;%.1f<br>%ld of %ld</small></td>", 100.0 * cell.low, 100.0 * cell.high,
+                   (long)cell.correct, (long)cell.count);
 }
 
 static void spmi_report_summary_row(spmi_report *report, const char *label, const char *key, int group)
 {
-    static const char splits[2][8] = { "train", "test" };
     int r, s;
-    spmi_text_add(&report->out, group < 0 ? "<tr class=sum><th>" : "<tr><th>");
-    spmi_html(&report->out, label);
-    spmi_text_add(&report->out, "</th>");
+    spmi_html_in(&report->out, group < 0 ? "<tr class=sum><th scope=row>" : "<tr><th scope=row>", label, "</th>");
     for (r = 0; r < report->n_runs; r++) {
         for (s = 0; s < 2; s++) {
-            const spm_json_value *line = spmi_report_line(&report->runs[r], splits[s], report->runs[r].shown_epoch);
+            const spmi_report_run *run = &report->runs[r];
+            const char *split = s ? report->split : "train";
             if (group >= 0)
-                spmi_report_cell(&report->out, spm_json_at(spm_json_get(line, "groups"), group));
+                spmi_report_cell_html(&report->out, spmi_report_cell_of(run, split, group));
             else {
                 spmi_text_add(&report->out, "<td><b>");
-                spmi_report_percent(&report->out, line ? spmi_field_number(line, key) : (double)NAN);
+                spmi_html_percent(&report->out, spmi_field_number(spmi_report_line(run, split, run->shown_epoch), key));
                 spmi_text_add(&report->out, "</b></td>");
             }
         }
@@ -25345,138 +25691,331 @@ static void spmi_report_summary_row(spmi_report *report, const char *label, cons
 static void spmi_report_summary(spmi_report *report)
 {
     spmi_text *out = &report->out;
-    int r, g;
-    spmi_text_add(out, "<h2>Accuracy by group</h2>\n<p>Percent, with Wilson 95 % intervals and counts. Each run is "
-                       "shown at the epoch its own rule selected.</p>\n<table>\n<tr><th rowspan=2>group</th>");
+    int r, i;
+    spmi_text_add(out, "<div class=scroll><table><caption>Percent, Wilson 95 % interval, counts. Each run is shown at "
+                       "the epoch that its own rule selected.</caption>\n<thead><tr><th rowspan=2 "
+                       "scope=col>group</th>");
     for (r = 0; r < report->n_runs; r++) {
-        spmi_text_add(out, "<th colspan=2>");
-        spmi_html(out, spmi_field(report->runs[r].config, "method"));
+        spmi_html_in(out, "<th colspan=2 scope=colgroup>", report->runs[r].label, "");
         spmi_text_addf(out, " <small>epoch %ld</small></th>", (long)report->runs[r].shown_epoch + 1);
     }
     spmi_text_add(out, "</tr>\n<tr>");
-    for (r = 0; r < report->n_runs; r++) spmi_text_add(out, "<th>train</th><th>test</th>");
-    spmi_text_add(out, "</tr>\n");
-    for (g = 0; g < report->n_groups; g++) {
-        const spm_json_value *names = spm_json_get(report->runs[0].config, "groups");
-        spmi_report_summary_row(report, spm_json_as_string(spm_json_at(names, g), "?"), NULL, g);
-    }
+    for (r = 0; r < report->n_runs; r++)
+        spmi_text_addf(out, "<th scope=col>train</th><th scope=col>%s</th>", report->split);
+    spmi_text_add(out, "</tr></thead>\n<tbody>");
+    for (i = 0; i < report->n_groups; i++)
+        spmi_report_summary_row(report, spmi_report_group_name(report, report->order[i]), NULL, report->order[i]);
     spmi_report_summary_row(report, "worst group", "worst_group_accuracy", -1);
     spmi_report_summary_row(report, "mean", "mean_accuracy", -1);
     spmi_report_summary_row(report, "adjusted (training shares)", "adjusted_accuracy", -1);
-    spmi_text_add(out, "</table>\n");
+    spmi_text_add(out, "</tbody></table></div></section>\n");
 }
 
-/* ---- plots ---- */
+/* ---- curves: one panel per run and group ---- */
 
-/* Test accuracy per group, a bar a run, with its interval. */
-static void spmi_report_bars(spmi_report *report)
-{
-    spmi_text *out = &report->out;
-    int g, r, tick, bar = 26, step = SPMI_MAX(report->n_runs * bar + 34, 140),
-                    width = 60 + report->n_groups * step + 20;
-    spmi_text_addf(out,
-                   "<h2>Before and after</h2>\n<figure><svg viewBox=\"0 0 %d 300\" width=\"%d\" role=img "
-                   "aria-label=\"Test accuracy by group and run\">\n",
-                   width, width);
-    for (tick = 0; tick <= 100; tick += 25) {
-        int y = 240 - 2 * tick;
-        spmi_text_addf(out, "<line x1=50 x2=%d y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n",
-                       width - 10, y, y, y + 4, tick);
-    }
-    for (g = 0; g < report->n_groups; g++) {
-        int x0 = 60 + g * step + (step - report->n_runs * bar) / 2;
-        for (r = 0; r < report->n_runs; r++) {
-            const spm_json_value *line = spmi_report_line(&report->runs[r], "test", report->runs[r].shown_epoch);
-            const spm_json_value *group = spm_json_at(spm_json_get(line, "groups"), g),
-                                 *ci = spm_json_get(group, "ci95");
-            double a = spmi_field_number(group, "accuracy"), lo = spm_json_as_number(spm_json_at(ci, 0), 0.0),
-                   hi = spm_json_as_number(spm_json_at(ci, 1), 0.0);
-            double x = x0 + r * bar, middle = x + 0.45 * bar;
-            if (!(a == a)) continue;
-            spmi_text_addf(
-                out, "<rect x=%.1f y=%.1f width=%.1f height=%.1f fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" />", x,
-                240.0 - 200.0 * a, 0.9 * bar, 200.0 * a, spmi_series_color(r), r % 2 ? "0.35" : "0.85",
-                spmi_series_color(r));
-            spmi_text_addf(out, "<path d=\"M%.1f %.1fV%.1fM%.1f %.1fh8M%.1f %.1fh8\" stroke=\"#111\" fill=none />",
-                           middle, 240.0 - 200.0 * hi, 240.0 - 200.0 * lo, middle - 4.0, 240.0 - 200.0 * hi,
-                           middle - 4.0, 240.0 - 200.0 * lo);
-            spmi_text_addf(out, "<text x=%.1f y=%.1f text-anchor=middle font-size=10>%.0f</text>\n", middle,
-                           236.0 - 200.0 * hi, 100.0 * a);
-        }
-        spmi_text_addf(out, "<text x=%.1f y=258 text-anchor=middle>", x0 + 0.5 * report->n_runs * bar);
-        spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
-        spmi_text_add(out, "</text>\n");
-    }
-    for (r = 0; r < report->n_runs; r++) {
-        spmi_text_addf(
-            out,
-            "<rect x=%d y=275 width=14 height=14 fill=\"%s\" fill-opacity=\"%s\" stroke=\"%s\" /><text x=%d y=287>",
-            60 + 150 * r, spmi_series_color(r), r % 2 ? "0.35" : "0.85", spmi_series_color(r), 80 + 150 * r);
-        spmi_html(out, spmi_field(report->runs[r].config, "method"));
-        spmi_text_addf(out, " (run %d)</text>\n", r + 1);
-    }
-    spmi_text_add(
-        out, "</svg><figcaption>Test accuracy in percent; whiskers are Wilson 95 % intervals.</figcaption></figure>\n");
-}
+#define SPMI_PANEL_X(t) (30.0 + 172.0 * (t))
+#define SPMI_PANEL_Y(a) (132.0 - 120.0 * (a))
 
-/* One group's curve in a run: a polyline with a mark at every point. */
-static void spmi_report_curve(spmi_report *report, const spmi_report_run *run, const char *split, int g, double last)
+/* One group's curve of a split: a path through all evaluated epochs, a dot at each if they are few, the last value. */
+static double spmi_report_curve(spmi_report *report, const spmi_report_run *run, const char *split, int g, int64_t last)
 {
     spmi_text *out = &report->out;
     int64_t i, points = 0;
-    double x = 0.0, y = 0.0;
-    spmi_text_addf(out, "<polyline fill=none stroke=\"%s\" stroke-width=2 %s points=\"", spmi_series_color(g),
-                   spmi_string_equal(split, "train") ? "stroke-dasharray=\"5 4\"" : "");
+    int dots = run->n_lines <= 90;
+    double y = (double)NAN;
+    spmi_text_addf(out, "<path class=%s%s d=\"", spmi_string_equal(split, "train") ? "ltrain" : "ltest",
+                   dots ? " marker-start=\"url(#dot)\" marker-mid=\"url(#dot)\" marker-end=\"url(#dot)\"" : "");
     for (i = 0; i < run->n_lines; i++) {
-        double a = spmi_field_number(spm_json_at(spm_json_get(run->lines[i], "groups"), g), "accuracy");
+        double a = spmi_report_group(spm_json_at(spm_json_get(run->lines[i], "groups"), g)).accuracy, t;
         if (!spmi_string_equal(spmi_field(run->lines[i], "split"), split) || !(a == a)) continue;
-        x = 50.0 + 380.0 * (last > 0.0 ? spmi_field_number(run->lines[i], "epoch") / last : 0.0);
-        y = 240.0 - 200.0 * a;
-        spmi_text_addf(out, "%.1f,%.1f ", x, y);
-        points++;
+        t = last > 0 ? (double)spmi_field_int(run->lines[i], "epoch", 0) / (double)last : 0.0;
+        y = SPMI_PANEL_Y(a);
+        spmi_text_addf(out, "%s%.1f %.1f", points++ ? "L" : "M", SPMI_PANEL_X(SPMI_MAX(SPMI_MIN(t, 1.0), 0.0)), y);
     }
+    if (!points) spmi_text_add(out, "M0 0");
     spmi_text_add(out, "\" />");
-    if (points && spmi_string_equal(split, "test")) {
-        spmi_text_addf(out, "<text x=%.1f y=%.1f font-size=11 fill=\"%s\">%d</text>", x + 5.0, y + 4.0,
-                       spmi_series_color(g), g);
+    return y;
+}
+
+/* The area between training and new pictures: its height is the memory that does not carry over. */
+static void spmi_report_gap_area(spmi_report *report, const spmi_report_run *run, int g, int64_t last)
+{
+    spmi_text *out = &report->out;
+    int64_t i;
+    int back, any = 0;
+    spmi_text_add(out, "<path class=gap d=\"");
+    for (back = 0; back < 2; back++) {
+        for (i = 0; i < run->n_lines; i++) {
+            const spm_json_value *line = run->lines[back ? run->n_lines - 1 - i : i], *other;
+            int64_t epoch = spmi_field_int(line, "epoch", 0);
+            double a, b, t = last > 0 ? (double)epoch / (double)last : 0.0;
+            if (!spmi_string_equal(spmi_field(line, "split"), "train")) continue;
+            other = spmi_report_line(run, report->split, epoch);
+            a = spmi_report_group(spm_json_at(spm_json_get(line, "groups"), g)).accuracy;
+            b = spmi_report_group(spm_json_at(spm_json_get(other, "groups"), g)).accuracy;
+            if (!(a == a) || !(b == b)) continue;
+            spmi_text_addf(out, "%s%.1f %.1f", any++ ? "L" : "M", SPMI_PANEL_X(SPMI_MAX(SPMI_MIN(t, 1.0), 0.0)),
+                           SPMI_PANEL_Y(back ? b : SPMI_MAX(a, b)));
+        }
     }
-    spmi_text_add(out, "\n");
+    spmi_text_add(out, any ? "Z\" />" : "M0 0\" />");
+}
+
+static void spmi_report_panel(spmi_report *report, int r, int g)
+{
+    spmi_text *out = &report->out;
+    const spmi_report_run *run = &report->runs[r];
+    int64_t last = run->n_lines ? spmi_field_int(run->lines[run->n_lines - 1], "epoch", 0) : 0;
+    double train, test, apart;
+    int tick;
+    spmi_html_in(out, "<figure><figcaption>", spmi_report_group_name(report, g), "</figcaption>");
+    spmi_html_in(out, "<svg viewBox=\"0 0 270 154\" role=img><title>", run->label, ": accuracy over epochs, ");
+    spmi_html_in(out, "", spmi_report_group_name(report, g), "</title>");
+    for (tick = 0; tick <= 100; tick += 50)
+        spmi_text_addf(out, "<line class=grid x1=30 x2=202 y1=%.0f y2=%.0f /><text x=25 y=%.0f text-anchor=end>%d"
+                            "</text>", SPMI_PANEL_Y(tick / 100.0), SPMI_PANEL_Y(tick / 100.0),
+                       SPMI_PANEL_Y(tick / 100.0) + 4.0, tick);
+    spmi_text_addf(out, "<text x=30 y=149>%s</text><text x=202 y=149 text-anchor=end>epoch %ld</text>",
+                   last > 0 ? "1" : "", (long)last + 1);
+    if (r > 0) {
+        double before = spmi_report_cell_of(&report->runs[0], report->split, g).accuracy;
+        if (before == before)
+            spmi_text_addf(out, "<line class=before x1=30 x2=202 y1=%.1f y2=%.1f />", SPMI_PANEL_Y(before),
+                           SPMI_PANEL_Y(before));
+    }
+    spmi_report_gap_area(report, run, g, last);
+    train = spmi_report_curve(report, run, "train", g, last);
+    spmi_text_addf(out, "<g class=\"s%d\">", r % 8);
+    test = spmi_report_curve(report, run, report->split, g, last);
+    spmi_text_add(out, "</g>");
+    apart = train == train && test == test && fabs(train - test) < 13.0 ? (13.0 - fabs(train - test)) / 2.0 : 0.0;
+    if (train > test) apart = -apart;
+    if (train == train)
+        spmi_text_addf(out, "<text class=soft x=209 y=%.1f>train %.0f</text>", train + 4.0 - apart,
+                       (SPMI_PANEL_Y(0.0) - train) / 1.2);
+    if (test == test)
+        spmi_text_addf(out, "<text class=strong x=209 y=%.1f>%s %.0f</text>", test + 4.0 + apart, report->split,
+                       (SPMI_PANEL_Y(0.0) - test) / 1.2);
+    spmi_text_add(out, "</svg></figure>\n");
 }
 
 static void spmi_report_curves(spmi_report *report)
 {
     spmi_text *out = &report->out;
-    int r, g, tick;
-    spmi_text_add(
-        out, "<h2>Accuracy over epochs</h2>\n<p>Solid: test; dashed: train. The number at a line's end is its group:");
-    for (g = 0; g < report->n_groups; g++) {
-        spmi_text_addf(out, " <span style=\"color:%s\"><b>%d</b> ", spmi_series_color(g), g);
-        spmi_html(out, spm_json_as_string(spm_json_at(spm_json_get(report->runs[0].config, "groups"), g), "?"));
-        spmi_text_add(out, g + 1 < report->n_groups ? "</span>," : "</span>");
-    }
-    spmi_text_add(out, ".</p>\n");
+    int r, i, n = SPMI_MIN(report->n_groups, SPMI_REPORT_GROUPS);
+    spmi_text_addf(out, "<section id=curves><h2>How it came about: accuracy over epochs</h2>\n<p>Dashed: training "
+                        "pictures. Solid: new pictures (%s). The shaded area between them is memorization.%s</p>\n",
+                   report->split, report->n_runs > 1 ? " Dotted: where the first run ended." : "");
     for (r = 0; r < report->n_runs; r++) {
-        spmi_report_run *run = &report->runs[r];
-        double last = run->n_lines ? spmi_field_number(run->lines[run->n_lines - 1], "epoch") : 0.0;
-        spmi_text_add(out, "<figure class=half><svg viewBox=\"0 0 460 290\" width=460 role=img aria-label=\"Accuracy "
-                           "over epochs\">\n");
-        for (tick = 0; tick <= 100; tick += 25) {
-            spmi_text_addf(out,
-                           "<line x1=50 x2=430 y1=%d y2=%d class=grid /><text x=44 y=%d text-anchor=end>%d</text>\n",
-                           240 - 2 * tick, 240 - 2 * tick, 244 - 2 * tick, tick);
-        }
-        spmi_text_addf(out,
-                       "<text x=50 y=258 text-anchor=middle>1</text><text x=430 y=258 "
-                       "text-anchor=middle>%.0f</text><text x=240 y=274 text-anchor=middle>epoch</text>\n",
-                       last + 1.0);
-        for (g = 0; g < report->n_groups; g++) {
-            spmi_report_curve(report, run, "train", g, last);
-            spmi_report_curve(report, run, "test", g, last);
-        }
-        spmi_text_addf(out, "</svg><figcaption>Run %d: ", r + 1);
-        spmi_html(out, spmi_field(run->config, "method"));
-        spmi_text_add(out, "</figcaption></figure>\n");
+        spmi_html_in(out, "<h3>", report->runs[r].label, "</h3>\n<div class=panels>\n");
+        for (i = 0; i < n; i++) spmi_report_panel(report, r, report->order[i]);
+        spmi_text_add(out, "</div>\n");
     }
+    spmi_text_add(out, "</section>\n");
+}
+
+/* ---- Pareto: worst group against the majority ---- */
+
+typedef struct spmi_report_point {
+    const char *label;
+    double x, y; /* majority accuracy, worst group */
+    int run;     /* -1: of the study */
+    int epoch;   /* 1: an epoch of a run's way there, not its end */
+} spmi_report_point;
+
+typedef struct spmi_report_points {
+    spmi_report_point *at;
+    size_t count, capacity; /* capacity in bytes */
+    double x0, x1, y0, y1;  /* the drawn range */
+} spmi_report_points;
+
+static int spmi_report_point_add(spmi_report *report, spmi_report_points *points, const char *label, double x, double y,
+                                 int run, int epoch)
+{
+    void *memory = points->at;
+    spmi_report_point *p;
+    if (!(x >= 0.0 && x <= 1.0 && y >= 0.0 && y <= 1.0)) return 1;
+    if (!spmi_grow(report->ctx, &memory, points->count * sizeof *p, &points->capacity, (points->count + 1) * sizeof *p))
+        return 0;
+    points->at = (spmi_report_point *)memory;
+    p = &points->at[points->count++];
+    p->label = label;
+    p->x = x;
+    p->y = y;
+    p->run = run;
+    p->epoch = epoch;
+    return 1;
+}
+
+/* Every object of results.json that has a majority accuracy and a worst group is a point, under its method's name. */
+static int spmi_report_study_points(spmi_report *report, spmi_report_points *points, const spm_json_value *value,
+                                    const char *label)
+{
+    double x = spmi_field_number(value, "majority_accuracy"), y = spmi_field_number(value, "worst_group_accuracy");
+    int64_t i;
+    if (spm_json_type_of(value) == SPM_JSON_OBJECT) {
+        const char *method = spmi_field(value, "method");
+        if (*method) label = method;
+        if (x == x && y == y) return spmi_report_point_add(report, points, label, x, y, -1, 0);
+    }
+    if (spm_json_type_of(value) != SPM_JSON_OBJECT && spm_json_type_of(value) != SPM_JSON_ARRAY) return 1;
+    for (i = 0; i < spm_json_length(value) && points->count < 4096; i++) {
+        const char *key = spm_json_type_of(value) == SPM_JSON_OBJECT ? spm_json_key_at(value, i) : label;
+        if (!spmi_report_study_points(report, points, spm_json_at(value, i), key)) return 0;
+    }
+    return 1;
+}
+
+static int spmi_report_gather(spmi_report *report, spmi_report_points *points)
+{
+    size_t i;
+    int64_t k;
+    int r;
+    for (r = 0; r < report->n_runs; r++) {
+        const spmi_report_run *run = &report->runs[r];
+        for (k = 0; k < run->n_lines; k++) {
+            const spm_json_value *line = run->lines[k];
+            if (!spmi_string_equal(spmi_field(line, "split"), report->split)) continue;
+            if (!spmi_report_point_add(report, points, run->label, spmi_report_mean(report, line, 0),
+                                       spmi_field_number(line, "worst_group_accuracy"), r,
+                                       spmi_field_int(line, "epoch", 0) != run->shown_epoch))
+                return 0;
+        }
+    }
+    if (report->study && !spmi_report_study_points(report, points, report->study, "study")) return 0;
+    points->x0 = points->y0 = points->x1 = points->y1 = 1.0;
+    for (i = 0; i < points->count; i++) {
+        points->x0 = SPMI_MIN(points->x0, points->at[i].x - 0.02);
+        points->y0 = SPMI_MIN(points->y0, points->at[i].y - 0.02);
+    }
+    points->x0 = SPMI_MAX(floor(points->x0 * 20.0) / 20.0, 0.0);
+    points->y0 = SPMI_MAX(floor(points->y0 * 20.0) / 20.0, 0.0);
+    return 1;
+}
+
+#define SPMI_PARETO_HEIGHT 360.0
+#define SPMI_PARETO_X(p, v) (100.0 * ((v) - (p)->x0) / ((p)->x1 - (p)->x0))
+#define SPMI_PARETO_Y(p, v) (SPMI_PARETO_HEIGHT * (1.0 - ((v) - (p)->y0) / ((p)->y1 - (p)->y0)))
+
+static void spmi_report_pareto_axes(spmi_text *out, const spmi_report_points *points)
+{
+    int axis, tick;
+    for (axis = 0; axis < 2; axis++) {
+        double low = axis ? points->y0 : points->x0;
+        int step = low < 0.5 ? 20 : low < 0.8 ? 10 : 5;
+        for (tick = 0; tick <= 100; tick += step) {
+            double v = tick / 100.0, at = axis ? SPMI_PARETO_Y(points, v) : SPMI_PARETO_X(points, v);
+            if (v < low) continue;
+            if (axis)
+                spmi_text_addf(out, "<line class=grid x1=0 x2=\"100%%\" y1=%.1f y2=%.1f /><text x=-8 y=%.1f "
+                                    "text-anchor=end>%d</text>", at, at, at + 4.0, tick);
+            else
+                spmi_text_addf(out, "<line class=grid x1=\"%.2f%%\" x2=\"%.2f%%\" y1=0 y2=%.0f /><text x=\"%.2f%%\" "
+                                    "y=%.0f text-anchor=middle>%d</text>", at, at, SPMI_PARETO_HEIGHT, at,
+                               SPMI_PARETO_HEIGHT + 18.0, tick);
+        }
+    }
+    spmi_text_addf(out, "<text x=\"100%%\" y=%.0f text-anchor=end class=soft>mean accuracy of the majority groups, %% "
+                        "&rarr;</text><text x=0 y=-10 class=soft>&uarr; worst group, %%</text>",
+                   SPMI_PARETO_HEIGHT + 36.0);
+}
+
+/* Steps through the end points that no other end point beats on both axes. */
+static void spmi_report_pareto_front(spmi_text *out, const spmi_report_points *points)
+{
+    double x = 2.0, y = -1.0, last_x = -1.0;
+    for (;;) { /* from the right: the next is the one with the largest x left of here that lies higher */
+        const spmi_report_point *best = NULL;
+        size_t i;
+        for (i = 0; i < points->count; i++) {
+            const spmi_report_point *p = &points->at[i];
+            if (p->epoch || p->x > x || p->y <= y) continue;
+            if (!best || p->x > best->x || (p->x == best->x && p->y > best->y)) best = p;
+        }
+        if (!best) return;
+        if (last_x >= 0.0) {
+            spmi_text_addf(out, "<line class=front x1=\"%.2f%%\" x2=\"%.2f%%\" y1=%.1f y2=%.1f />",
+                           SPMI_PARETO_X(points, last_x), SPMI_PARETO_X(points, best->x), SPMI_PARETO_Y(points, y),
+                           SPMI_PARETO_Y(points, best->y));
+        }
+        last_x = x = best->x;
+        y = best->y;
+    }
+}
+
+/* End points with their names, pushed apart where they would overlap (side 0: name at the right, 1: at the left). */
+static void spmi_report_pareto_labels(spmi_text *out, const spmi_report_points *points, int side)
+{
+    double below = -100.0, floor_y = 2.0;
+    size_t done, i, last = SIZE_MAX;
+    for (done = 0; done < 40; done++) {
+        size_t next = SIZE_MAX;
+        double at;
+        for (i = 0; i < points->count; i++) { /* the highest that has not been written */
+            const spmi_report_point *p = &points->at[i];
+            if (p->epoch || (SPMI_PARETO_X(points, p->x) > 60.0) != side) continue;
+            if (p->y > floor_y || (p->y == floor_y && last != SIZE_MAX && i <= last)) continue;
+            if (next == SIZE_MAX || p->y > points->at[next].y) next = i;
+        }
+        if (next == SIZE_MAX) return;
+        floor_y = points->at[next].y;
+        last = next;
+        at = SPMI_MAX(SPMI_PARETO_Y(points, floor_y) + 4.0, below + 15.0);
+        below = at;
+        spmi_text_addf(out, "<text class=%s x=\"%.2f%%\" y=%.1f dx=%d text-anchor=%s>",
+                       points->at[next].run >= 0 ? "strong" : "soft", SPMI_PARETO_X(points, points->at[next].x), at,
+                       side ? -12 : 12, side ? "end" : "start");
+        spmi_html(out, points->at[next].label);
+        spmi_text_addf(out, " %.1f</text>", 100.0 * floor_y);
+    }
+}
+
+static spm_status spmi_report_pareto(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    spmi_report_points points;
+    size_t i;
+    memset(&points, 0, sizeof points);
+    if (!spmi_report_gather(report, &points)) {
+        spmi_free(report->ctx, points.at);
+        return spmi_fail_memory(report->ctx, report->err, "the report");
+    }
+    if (points.count) {
+        spmi_text_addf(out, "<section id=pareto><h2>What it costs: worst group against majority</h2>\n<p>Every run on new "
+                            "pictures (%s); right and up is better. Small dots: the epochs on the way. The broken line "
+                            "joins the end points that no other beats on both axes.%s</p>\n<figure class=plot><svg "
+                            "height=%.0f role=img><title>Worst-group accuracy against the mean accuracy of the "
+                            "majority "
+                            "groups</title>\n",
+                       report->split, report->study ? " Hollow marks: the study's results." : "", SPMI_PARETO_HEIGHT);
+        spmi_report_pareto_axes(out, &points);
+        for (i = 0; i < points.count; i++) {
+            const spmi_report_point *p = &points.at[i], *next = i + 1 < points.count ? p + 1 : p;
+            if (p->run < 0) continue;
+            if (next->run == p->run)
+                spmi_text_addf(out, "<line class=\"trail s%d\" x1=\"%.2f%%\" x2=\"%.2f%%\" y1=%.1f y2=%.1f />",
+                               p->run % 8, SPMI_PARETO_X(&points, p->x), SPMI_PARETO_X(&points, next->x),
+                               SPMI_PARETO_Y(&points, p->y), SPMI_PARETO_Y(&points, next->y));
+            if (p->epoch)
+                spmi_text_addf(out, "<circle class=\"f%d\" cx=\"%.2f%%\" cy=%.1f r=2.5 />", p->run % 8,
+                               SPMI_PARETO_X(&points, p->x), SPMI_PARETO_Y(&points, p->y));
+        }
+        spmi_report_pareto_front(out, &points);
+        for (i = 0; i < points.count; i++) {
+            const spmi_report_point *p = &points.at[i];
+            if (p->epoch) continue;
+            spmi_html_in(out, "<g><title>", p->label, "");
+            spmi_text_addf(out, ": worst group %.1f %%, majority %.1f %%</title><use href=\"#m%d\" class=\"%s%d\" "
+                                "x=\"%.2f%%\" y=%.1f /></g>\n",
+                           100.0 * p->y, 100.0 * p->x, p->run < 0 ? 1 : p->run % 8, p->run < 0 ? "hollow s" : "mark f",
+                           p->run < 0 ? 7 : p->run % 8, SPMI_PARETO_X(&points, p->x), SPMI_PARETO_Y(&points, p->y));
+        }
+        spmi_report_pareto_labels(out, &points, 0);
+        spmi_report_pareto_labels(out, &points, 1);
+        spmi_text_add(out, "</svg></figure></section>\n");
+    }
+    spmi_free(report->ctx, points.at);
+    return SPM_OK;
 }
 
 /* ---- localization ---- */
@@ -25487,10 +26026,100 @@ static const spm_json_value *spmi_report_control(const spm_json_value *row, cons
     int64_t i;
     for (i = 0; i < spm_json_length(controls); i++) {
         const spm_json_value *c = spm_json_at(controls, i);
-        if (spmi_string_equal(spmi_field(c, "split"), split) && spm_json_as_int(spm_json_get(c, "group"), -1) == group)
-            return c;
+        if (spmi_string_equal(spmi_field(c, "split"), split) && spmi_field_int(c, "group", -1) == group) return c;
     }
     return NULL;
+}
+
+/* What a row did to group g of a split: accuracy after minus before; NaN where either is missing. */
+static double spmi_report_change(const spm_json_value *study, const spm_json_value *row, const char *split, int64_t g)
+{
+    const spm_json_value *before = spm_json_get(spm_json_get(study, "baseline"), split),
+                         *after = spm_json_get(spm_json_get(row, "splits"), split);
+    return spmi_report_group(spm_json_at(after, g)).accuracy - spmi_report_group(spm_json_at(before, g)).accuracy;
+}
+
+/* "layer1.0.conv2.weight"[8] as layer1.0.conv2[8] */
+static void spmi_report_unit(spmi_text *out, const spm_json_value *unit)
+{
+    const char *name = spmi_field(unit, "parameter");
+    size_t length = strlen(name);
+    char text[200];
+    if (length > 7 && spmi_string_equal(name + length - 7, ".weight")) length -= 7;
+    (void)spmi_format(text, sizeof text, "%.*s[%ld]", (int)SPMI_MIN(length, 160), name,
+                      (long)spmi_field_int(unit, "channel", 0));
+    spmi_html(out, text);
+}
+
+static const spm_json_value *spmi_report_ranking(const spm_json_value *study, const spm_json_value *row)
+{
+    const spm_json_value *rankings = spm_json_get(study, "rankings");
+    int64_t i, group = spmi_field_int(row, "group", -1);
+    for (i = 0; i < spm_json_length(rankings); i++) {
+        if (spmi_field_int(spm_json_at(rankings, i), "group", -1) == group) return spm_json_at(rankings, i);
+    }
+    return NULL;
+}
+
+#define SPMI_STRIP_X(change) (100.0 * (SPMI_MAX(SPMI_MIN((change), 0.2), -1.0) + 1.0) / 1.2)
+
+/* One strip: what the matched controls did to a group (hollow, behind) and what the chosen units did (solid). */
+static void spmi_report_strip(spmi_report *report, const spm_json_value *study, const spm_json_value *row,
+                              const char *split, int64_t g)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *control = spmi_report_control(row, split, g), *drops = spm_json_get(control, "drops");
+    double change = spmi_report_change(study, row, split, g), mean = -spmi_field_number(control, "mean_drop");
+    double p = spmi_field_number(control, "p_value");
+    int64_t i;
+    if (!(change == change)) return;
+    spmi_html_in(out, "<div class=bar><span class=who>", spmi_report_group_name(report, g), "");
+    spmi_html_in(out, " <small>", split, "</small></span><svg height=24 role=img><title>");
+    spmi_html_in(out, "", spmi_report_group_name(report, g), ", ");
+    spmi_html_in(out, "", split, ": ");
+    spmi_html_points(out, change);
+    spmi_text_addf(out, " points; %ld controls, mean ", (long)spmi_field_int(control, "n", 0));
+    spmi_html_points(out, mean);
+    spmi_text_addf(out, "</title><line class=rule x1=0 x2=\"100%%\" y1=12 y2=12 /><line class=zero x1=\"%.2f%%\" "
+                        "x2=\"%.2f%%\" y1=2 y2=22 />", SPMI_STRIP_X(0.0), SPMI_STRIP_X(0.0));
+    for (i = 0; i < SPMI_MIN(spm_json_length(drops), 200); i++) {
+        double d = spm_json_as_number(spm_json_at(drops, i), (double)NAN);
+        if (d == d) spmi_text_addf(out, "<circle class=control cx=\"%.2f%%\" cy=12 r=4 />", SPMI_STRIP_X(-d));
+    }
+    if (mean == mean)
+        spmi_text_addf(out, "<line class=mean x1=\"%.2f%%\" x2=\"%.2f%%\" y1=4 y2=20 />", SPMI_STRIP_X(mean),
+                       SPMI_STRIP_X(mean));
+    spmi_text_addf(out, "<use href=\"#m3\" class=\"mark f5\" x=\"%.2f%%\" y=12 /></svg><span class=val><b>",
+                   SPMI_STRIP_X(change));
+    spmi_html_points(out, change);
+    spmi_text_add(out, "</b> <small>");
+    spmi_html_p(out, p);
+    spmi_text_add(out, "</small></span></div>\n");
+}
+
+/* A row with controls: its units by name, and a strip for each split of the group it was ranked for (else all small
+ * groups). */
+static void spmi_report_strips(spmi_report *report, const spm_json_value *study, const spm_json_value *row)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *splits = spm_json_get(row, "splits"), *ranking = spmi_report_ranking(study, row),
+                         *units = spm_json_get(ranking, "units");
+    int64_t group = spmi_field_int(row, "group", -1), top = spmi_field_int(row, "top", 0), u, s, g;
+    spmi_html_in(out, "<div class=group><h4>", spmi_field(study, "criterion"), "");
+    if (group >= 0)
+        spmi_html_in(out, ", ranked for <q>", spmi_report_group_name(report, group), "</q>");
+    spmi_text_add(out, ": without <code>");
+    for (u = 0; u < SPMI_MIN(SPMI_MIN(top, spm_json_length(units)), 10); u++) {
+        if (u) spmi_text_add(out, "</code>, <code>");
+        spmi_report_unit(out, spm_json_at(units, u));
+    }
+    spmi_text_add(out, top > 10 ? "</code> and more</h4>\n" : "</code></h4>\n");
+    for (g = 0; g < report->n_groups; g++) {
+        if (group >= 0 ? g != group : !report->minority[g]) continue;
+        for (s = 0; s < spm_json_length(splits); s++)
+            spmi_report_strip(report, study, row, spm_json_key_at(splits, s), g);
+    }
+    spmi_text_add(out, "</div>\n");
 }
 
 /* One line of a study: the accuracies of a split's groups after a change, their drops, and what the controls did. */
@@ -25498,33 +26127,33 @@ static void spmi_report_study_row(spmi_report *report, const spm_json_value *stu
                                   const char *split)
 {
     spmi_text *out = &report->out;
-    const spm_json_value *before = spm_json_get(spm_json_get(study, "baseline"), split),
-                         *after = spm_json_get(spm_json_get(row, "splits"), split);
-    const spm_json_value *ranked = spm_json_get(row, "group");
-    int64_t g;
-    spmi_text_add(out, "<tr><th>");
-    if (spm_json_type_of(ranked) == SPM_JSON_NUMBER)
-        spmi_text_addf(out, "group %ld", (long)spm_json_as_int(ranked, 0));
-    else
-        spmi_text_add(out, "all");
-    spmi_text_addf(out, "</th><td>top %ld, ", (long)spm_json_as_int(spm_json_get(row, "top"), 0));
+    const spm_json_value *after = spm_json_get(spm_json_get(row, "splits"), split);
+    int64_t ranked = spmi_field_int(row, "group", -1), g;
+    spmi_html_in(out, "<tr><th scope=row>", ranked >= 0 ? spmi_report_group_name(report, ranked) : "all",
+                 "</th><td class=left>");
+    if (spm_json_get(row, "top"))
+        spmi_text_addf(out, "top %ld, ", (long)spmi_field_int(row, "top", 0));
+    else if (spm_json_get(row, "fraction"))
+        spmi_text_addf(out, "%.3g %%, ", 100.0 * spmi_field_number(row, "fraction"));
     spmi_html(out, spmi_field(row, "modify"));
-    spmi_text_add(out, "</td><td>");
-    spmi_html(out, split);
-    spmi_text_add(out, "</td>");
+    if (spm_json_type_of(spm_json_get(row, "std")) == SPM_JSON_NUMBER)
+        spmi_text_addf(out, " %.3g", spmi_field_number(row, "std"));
+    if (spm_json_type_of(spm_json_get(row, "repeat")) == SPM_JSON_STRING) spmi_text_add(out, ", mean");
+    spmi_html_in(out, "</td><td class=left>", split, "</td>");
     for (g = 0; g < spm_json_length(after); g++) {
-        double a = spmi_field_number(spm_json_at(after, g), "accuracy"),
-               b = spmi_field_number(spm_json_at(before, g), "accuracy");
         const spm_json_value *control = spmi_report_control(row, split, g);
-        spmi_text_add(out, spm_json_type_of(ranked) == SPM_JSON_NUMBER && spm_json_as_int(ranked, -1) == g
-                               ? "<td class=mark>"
-                               : "<td>");
-        spmi_report_percent(out, a);
-        if (a == a) spmi_text_addf(out, " <small>(%+.1f)</small>", 100.0 * (a - b));
+        double p = spmi_field_number(control, "p_value");
+        spmi_text_add(out, g == ranked ? "<td class=mark>" : "<td>");
+        spmi_html_percent(out, spmi_report_group(spm_json_at(after, g)).accuracy);
+        spmi_text_add(out, " <small>(");
+        spmi_html_points(out, spmi_report_change(study, row, split, g));
+        spmi_text_add(out, ")</small>");
         if (control) {
-            spmi_text_addf(out, "<br><small>controls %+.1f, p %.2f, n %ld</small>",
-                           -100.0 * spmi_field_number(control, "mean_drop"), spmi_field_number(control, "p_value"),
-                           (long)spm_json_as_int(spm_json_get(control, "n"), 0));
+            spmi_text_addf(out, "<br><small>%ld controls ", (long)spmi_field_int(control, "n", 0));
+            spmi_html_points(out, -spmi_field_number(control, "mean_drop"));
+            spmi_text_add(out, p <= 0.05 ? ", <b>" : ", ");
+            spmi_html_p(out, p);
+            spmi_text_add(out, p <= 0.05 ? "</b></small>" : "</small>");
         }
         spmi_text_add(out, "</td>");
     }
@@ -25534,62 +26163,153 @@ static void spmi_report_study_row(spmi_report *report, const spm_json_value *stu
 static void spmi_report_study(spmi_report *report, const spm_json_value *study)
 {
     spmi_text *out = &report->out;
-    const spm_json_value *rankings = spm_json_get(study, "rankings"), *results = spm_json_get(study, "results"),
-                         *baseline = spm_json_get(study, "baseline");
-    int64_t i, u, s, g;
-    spmi_text_add(out, "<h3>Criterion: ");
-    spmi_html(out, spmi_field(study, "criterion"));
-    spmi_text_add(out, "</h3>\n<ul>\n");
-    for (i = 0; i < spm_json_length(rankings); i++) {
-        const spm_json_value *ranking = spm_json_at(rankings, i), *units = spm_json_get(ranking, "units"),
-                             *group = spm_json_get(ranking, "group");
-        if (spm_json_type_of(group) == SPM_JSON_NUMBER)
-            spmi_text_addf(out, "<li>group %ld:", (long)spm_json_as_int(group, 0));
-        else
-            spmi_text_add(out, "<li>all:");
-        for (u = 0; u < SPMI_MIN(spm_json_length(units), 10); u++) {
-            spmi_text_add(out, u ? ", <code>" : " <code>");
-            spmi_html(out, spmi_field(spm_json_at(units, u), "parameter"));
-            spmi_text_addf(out, "[%ld]</code> %.3g",
-                           (long)spm_json_as_int(spm_json_get(spm_json_at(units, u), "channel"), 0),
-                           spmi_field_number(spm_json_at(units, u), "score"));
-        }
-        spmi_text_add(out, "</li>\n");
+    const spm_json_value *results = spm_json_get(study, "results"),
+                         *groups = spm_json_at(spm_json_get(study, "baseline"), 0);
+    int64_t i, s, g;
+    int any = 0;
+    for (i = 0; i < spm_json_length(results); i++)
+        any |= spm_json_length(spm_json_get(spm_json_at(results, i), "controls")) > 0;
+    for (i = 0; i < spm_json_length(results); i++) {
+        if (spm_json_length(spm_json_get(spm_json_at(results, i), "controls")) > 0)
+            spmi_report_strips(report, study, spm_json_at(results, i));
     }
-    spmi_text_add(out, "</ul>\n<table>\n<tr><th>ranked for</th><th>change</th><th>split</th>");
-    for (g = 0; g < spm_json_length(spm_json_at(baseline, 0)); g++) {
-        spmi_text_add(out, "<th>");
-        spmi_html(out, spmi_field(spm_json_at(spm_json_at(baseline, 0), g), "name"));
-        spmi_text_add(out, "</th>");
-    }
-    spmi_text_add(out, "</tr>\n");
+    if (any)
+        spmi_text_add(out, "<div class=\"bar axis\" aria-hidden=true><span class=who></span><svg height=16><text x=0 y=12>"
+                           "&minus;100</text><text x=\"41.67%\" y=12 text-anchor=middle>&minus;50</text><text "
+                           "x=\"83.33%\" y=12 text-anchor=middle>0</text><text x=\"100%\" y=12 text-anchor=end>+20 "
+                           "points</text></svg><span class=val></span></div>\n");
+    spmi_html_in(out, "<details open><summary>All changes, criterion ", spmi_field(study, "criterion"), "</summary>\n");
+    spmi_html_in(out, "<div class=scroll><table><caption>Units were selected on split ", spmi_field(study, "selected_on"),
+                 ". Percent after the change; in brackets the change in points. Controls: the same change of other "
+                 "units "
+                 "of the same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1)."
+                 "</caption>\n<thead><tr><th scope=col>ranked for</th><th scope=col class=left>change</th><th "
+                 "scope=col "
+                 "class=left>split</th>");
+    for (g = 0; g < spm_json_length(groups); g++)
+        spmi_html_in(out, "<th scope=col>", spmi_field(spm_json_at(groups, g), "name"), "</th>");
+    spmi_text_add(out, "</tr></thead>\n<tbody>");
     for (i = 0; i < spm_json_length(results); i++) {
         const spm_json_value *row = spm_json_at(results, i), *splits = spm_json_get(row, "splits");
         for (s = 0; s < spm_json_length(splits); s++)
             spmi_report_study_row(report, study, row, spm_json_key_at(splits, s));
     }
-    spmi_text_add(out, "</table>\n<p>Units were selected on split ");
-    spmi_html(out, spmi_field(study, "selected_on"));
-    spmi_text_add(out, ". In brackets: change of accuracy in points. Controls: the same change of other units of the "
-                       "same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1).</p>\n");
+    spmi_text_add(out, "</tbody></table></div></details>\n");
 }
 
 /* A folder's localize.json: one study, or an object of studies by name. */
 static void spmi_report_localize(spmi_report *report)
 {
+    spmi_text *out = &report->out;
     int r, any = 0;
     int64_t i;
     for (r = 0; r < report->n_runs; r++) {
         const spm_json_value *root = report->runs[r].localize;
         if (!root) continue;
-        if (!any) spmi_text_add(&report->out, "<h2>Where the memory sits</h2>\n");
+        if (!any)
+            spmi_text_add(out, "<section id=memory><h2>Where the memory sits</h2>\n<p>Solid diamond: accuracy lost (in "
+                               "points) without the units that the criterion ranks first. Hollow circles: without as "
+                               "many other units of the same layers, nearest in norm; the tick is their mean. Memory "
+                               "shows as a diamond left of all circles in training, and at home in test.</p>\n");
         any = 1;
+        spmi_html_in(out, "<h3>", report->runs[r].label, "</h3>\n");
         if (spm_json_get(root, "results"))
             spmi_report_study(report, root);
         else {
             for (i = 0; i < spm_json_length(root); i++) spmi_report_study(report, spm_json_at(root, i));
         }
     }
+    if (any) spmi_text_add(out, "</section>\n");
+}
+
+/* ---- Grad-CAM ---- */
+
+#define SPMI_REPORT_PICTURES 24
+
+/* The picture as a data: URI. The name must be a plain one of a PNG inside the run's gradcam folder. */
+static spm_status spmi_report_picture(spmi_report *report, const spmi_report_run *run, const char *file,
+                                      const char *label)
+{
+    static const uint8_t signature[8] = { 0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n' };
+    spmi_text *out = &report->out;
+    char *folder = spmi_path_join(report->ctx, run->path, "gradcam");
+    char *path = folder ? spmi_path_join(report->ctx, folder, file) : NULL;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_status status = path ? SPM_OK : spmi_fail_memory(report->ctx, report->err, "the report");
+    if (!status && (!*file || strchr(file, '/') || strchr(file, '\\') || strchr(file, ':'))) {
+        status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
+                           "%s/index.json: \"file\" is \"%.60s\"; it must name a picture in that folder", folder, file);
+    }
+    if (!status) status = spm_file_read(report->ctx, path, &data, &size, report->err);
+    if (!status && (size < 8 || memcmp(data, signature, 8) != 0)) {
+        status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
+                           "%s: is no PNG picture; write the folder again with predict --gradcam", path);
+    }
+    if (!status) {
+        spmi_html_in(out, "<img alt=\"", label, "\" src=\"data:image/png;base64,");
+        spmi_html_base64(out, data, size);
+        spmi_text_add(out, "\">");
+    }
+    spm_free(report->ctx, data);
+    spmi_free(report->ctx, path);
+    spmi_free(report->ctx, folder);
+    return status;
+}
+
+/* The entry of another run's index that shows the same source picture, or NULL. */
+static const spm_json_value *spmi_report_same_picture(const spmi_report_run *run, const char *source)
+{
+    const spm_json_value *pictures = spm_json_get(run->gradcam, "pictures");
+    int64_t i;
+    for (i = 0; i < spm_json_length(pictures); i++) {
+        if (spmi_string_equal(spmi_field(spm_json_at(pictures, i), "source"), source)) return spm_json_at(pictures, i);
+    }
+    return NULL;
+}
+
+static spm_status spmi_report_pictures(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *pictures = NULL;
+    spm_status status = SPM_OK;
+    int64_t i, n;
+    int r, lead = 0;
+    for (r = report->n_runs - 1; r >= 0; r--) {
+        if (spm_json_length(spm_json_get(report->runs[r].gradcam, "pictures")) == 0) continue;
+        lead = r;
+        pictures = spm_json_get(report->runs[r].gradcam, "pictures");
+    }
+    if (!pictures) return SPM_OK;
+    n = SPMI_MIN(spm_json_length(pictures), SPMI_REPORT_PICTURES);
+    spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>Grad-CAM: the warmer and brighter a "
+                       "place, the more it speaks for the class that the network names.</p>\n<div class=cams>\n");
+    for (i = 0; !status && i < n; i++) {
+        const spm_json_value *first = spm_json_at(pictures, i);
+        const char *source = spmi_field(first, "source");
+        spmi_html_in(out, "<figure><figcaption><b>", spmi_report_group_name(report, spmi_field_int(first, "group", -1)),
+                     "</b> <small>");
+        spmi_html_in(out, "", source, "</small></figcaption><div class=pair>");
+        for (r = lead; !status && r < report->n_runs; r++) {
+            const spm_json_value *p = r == lead ? first : spmi_report_same_picture(&report->runs[r], source);
+            double probability = spmi_field_number(p, "probability");
+            int64_t right = spmi_field_int(p, "correct", -1);
+            if (!p) continue;
+            spmi_text_add(out, "<div>");
+            status = spmi_report_picture(report, &report->runs[r], spmi_field(p, "file"), report->runs[r].label);
+            spmi_html_in(out, "<p><small>", report->runs[r].label, "</small><br>");
+            spmi_html(out, spmi_field(p, "class_name"));
+            if (probability == probability) spmi_text_addf(out, " %.0f&nbsp;%%", 100.0 * probability);
+            if (right >= 0) spmi_text_add(out, right ? " &#10003;" : " &#10007;");
+            spmi_text_add(out, "</p></div>");
+        }
+        spmi_text_add(out, "</div></figure>\n");
+    }
+    spmi_text_add(out, "</div>\n");
+    if (n < spm_json_length(pictures))
+        spmi_text_addf(out, "<p>The first %ld of %ld pictures.</p>\n", (long)n, (long)spm_json_length(pictures));
+    spmi_text_add(out, "</section>\n");
+    return status;
 }
 
 /* ---- protocol and page ---- */
@@ -25599,88 +26319,215 @@ static void spmi_report_value(spmi_text *out, const spm_json_value *value)
     int64_t i;
     switch (spm_json_type_of(value)) {
     case SPM_JSON_NULL: spmi_text_add(out, "&ndash;"); break;
-    case SPM_JSON_BOOL: spmi_text_add(out, spm_json_as_int(value, 0) ? "yes" : "no"); break;
+    case SPM_JSON_BOOL: spmi_text_add(out, spm_json_as_int(value, 0) ? "on" : "off"); break;
     case SPM_JSON_NUMBER: spmi_text_addf(out, "%.9g", spm_json_as_number(value, 0.0)); break;
     case SPM_JSON_STRING: spmi_html(out, spm_json_as_string(value, "")); break;
     case SPM_JSON_ARRAY:
     case SPM_JSON_OBJECT:
         for (i = 0; i < spm_json_length(value); i++) {
             if (i) spmi_text_add(out, ", ");
-            spmi_html(out, spm_json_as_string(spm_json_at(value, i), ""));
+            spmi_html(out, spm_json_as_string(spm_json_at(value, i), "?"));
         }
         break;
     }
 }
 
+/* 1 where the runs do not all say the same about a setting. */
+static int spmi_report_differs(spmi_report *report, const char *key)
+{
+    spmi_text first = spmi_text_create(report->ctx), other = spmi_text_create(report->ctx);
+    int r, differ = 0;
+    spmi_report_value(&first, spm_json_get(report->runs[0].config, key));
+    for (r = 1; r < report->n_runs; r++) {
+        other.length = 0;
+        spmi_report_value(&other, spm_json_get(report->runs[r].config, key));
+        differ |= other.length != first.length
+                  || (first.length && !first.failed && !other.failed && memcmp(first.data, other.data, first.length) != 0);
+    }
+    report->out.failed |= first.failed | other.failed;
+    spmi_text_free(&first);
+    spmi_text_free(&other);
+    return differ;
+}
+
 static void spmi_report_protocol(spmi_report *report, const char *command)
 {
     spmi_text *out = &report->out;
-    const spm_json_value *longest = report->runs[0].config;
     int64_t i;
-    int r;
-    for (r = 1; r < report->n_runs; r++) {
-        if (spm_json_length(report->runs[r].config) > spm_json_length(longest)) longest = report->runs[r].config;
-    }
-    spmi_text_add(out, "<h2>Protocol</h2>\n");
-    if (command) {
-        spmi_text_add(out, "<p><code>");
-        spmi_html(out, command);
-        spmi_text_add(out, "</code></p>\n");
-    }
-    spmi_text_add(out, "<table class=protocol>\n<tr><th>setting</th>");
-    for (r = 0; r < report->n_runs; r++) spmi_text_addf(out, "<th>run %d</th>", r + 1);
-    spmi_text_add(out, "</tr>\n<tr><th>folder</th>");
+    int r, s;
+    spmi_text_add(out, "<section id=protocol><h2>Protocol</h2>\n");
+    if (command) spmi_html_in(out, "<pre>", command, "</pre>\n");
     for (r = 0; r < report->n_runs; r++) {
-        spmi_text_add(out, "<td>");
-        spmi_html(out, report->runs[r].path);
-        spmi_text_add(out, "</td>");
+        if (*spmi_field(report->runs[r].config, "command"))
+            spmi_html_in(out, "<pre>", spmi_field(report->runs[r].config, "command"), "</pre>\n");
     }
+    spmi_text_add(out, "<div class=scroll><table class=protocol><caption>config.json of every run. &ne; marks settings "
+                       "in which the runs differ.</caption>\n<thead><tr><th scope=col>setting</th>");
+    for (r = 0; r < report->n_runs; r++) spmi_html_in(out, "<th scope=col>", report->runs[r].label, "</th>");
+    spmi_text_add(out, "</tr></thead>\n<tbody><tr><th scope=row>folder</th>");
+    for (r = 0; r < report->n_runs; r++) spmi_html_in(out, "<td>", report->runs[r].path, "</td>");
     spmi_text_add(out, "</tr>\n");
-    for (i = 0; i < spm_json_length(longest); i++) {
-        spmi_text_add(out, "<tr><th>");
-        spmi_html(out, spm_json_key_at(longest, i));
-        spmi_text_add(out, "</th>");
-        for (r = 0; r < report->n_runs; r++) {
-            spmi_text_add(out, "<td>");
-            spmi_report_value(out, spm_json_get(report->runs[r].config, spm_json_key_at(longest, i)));
-            spmi_text_add(out, "</td>");
+    for (r = 0; r < report->n_runs; r++) {
+        for (i = 0; i < spm_json_length(report->runs[r].config); i++) {
+            const char *key = spm_json_key_at(report->runs[r].config, i);
+            int known = spmi_string_equal(key, "command"), differ;
+            for (s = 0; s < r; s++) known |= spm_json_get(report->runs[s].config, key) != NULL;
+            if (known) continue;
+            differ = spmi_report_differs(report, key);
+            spmi_html_in(out, differ ? "<tr class=differ><th scope=row>" : "<tr><th scope=row>", key,
+                         differ ? " <span title=differs>&ne;</span></th>" : "</th>");
+            for (s = 0; s < report->n_runs; s++) {
+                spmi_text_add(out, "<td>");
+                spmi_report_value(out, spm_json_get(report->runs[s].config, key));
+                spmi_text_add(out, "</td>");
+            }
+            spmi_text_add(out, "</tr>\n");
         }
-        spmi_text_add(out, "</tr>\n");
     }
-    spmi_text_add(out, "</table>\n");
+    spmi_text_add(out, "</tbody></table></div></section>\n");
+}
+
+/* Colours are Okabe and Ito's (2008), ordered so that neighbours also differ in lightness: the page is read without
+ * colour vision and from a black-and-white print; marks, dashes and names say the same again. */
+static void spmi_report_style(spmi_text *out)
+{
+    int i;
+    spmi_text_add(
+        out,
+        "<style>\n"
+        ":root{color-scheme:light dark;--ink:#15202b;--soft:#566270;--rule:#d8dee4;--paper:#fff;--wash:#f3f5f7;"
+        "--mark:#fff1cc;--gap:#d55e00;--c0:#e69f00;--c1:#0b5394;--c2:#66c2a5;--c3:#8a3b70;--c4:#56b4e9;--c5:#b34700;"
+        "--c6:#b5a642;--c7:#3f4a55}\n"
+        "@media screen and (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#a3b0bd;--rule:#35414d;"
+        "--paper:#12181f;"
+        "--wash:#1b232c;--mark:#4a3b10;--gap:#ff9a4d;--c0:#e69f00;--c1:#7cc0ff;--c2:#2f9e7f;--c3:#e29ac4;--c4:#3d8fc4;"
+        "--c5:#ff8a3d;--c6:#8f8228;--c7:#c3ccd5}}\n"
+        "*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}\n"
+        "body{font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Liberation Sans\",sans-serif;"
+        "color:var(--ink);"
+        "background:var(--paper);max-width:74rem;margin:0 auto;padding:1.5rem clamp(.8rem,3vw,2.5rem) 4rem}\n"
+        "h1{font-size:clamp(1.5rem,4vw,2.3rem);line-height:1.15;margin:.4rem 0 .8rem;letter-spacing:-.01em}\n"
+        "h2{font-size:1.35rem;line-height:1.25;margin:0 0 .3rem}h3{font-size:1.02rem;margin:1.2rem 0 .3rem}"
+        "h4{font-size:.95rem;margin:1.2rem 0 .2rem;font-weight:600}\n"
+        "section{margin-top:2.6rem;padding-top:1.1rem;border-top:2px solid var(--ink)}section>p,.lede{max-width:46rem}"
+        "section>p{color:var(--soft);margin:.1rem 0 .8rem}\n"
+        ".lede{font-size:1.15rem}q{quotes:\"\\201C\" \"\\201D\"}th,td,q,figcaption{unicode-bidi:isolate;overflow-wrap:"
+        "anywhere}\n"
+        "nav{font-size:.9rem}nav a{color:var(--soft);margin-right:1rem;white-space:nowrap}\n"
+        ".cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem;margin:1.2rem 0 0}\n"
+        ".card{background:var(--wash);border-radius:6px;padding:.8rem 1rem}.card dt{font-weight:600}.card dd{margin:0;"
+        "font-size:2rem;font-weight:700;line-height:1.3;font-variant-numeric:tabular-nums}.card p{margin:.1rem 0 0;"
+        "color:var(--soft);font-size:.86rem}\n"
+        ".old{font-weight:400;color:var(--soft)}.arrow{padding:0 .35rem;color:var(--soft);font-weight:400}.unit{"
+        "font-size:"
+        "1.1rem;font-weight:400;padding-left:.2rem}.card dd small{font-size:.9rem;white-space:nowrap}\n"
+        "small{color:var(--soft);font-weight:400;font-size:.84em}code,pre{"
+        "font-family:ui-monospace,Consolas,\"Liberation "
+        "Mono\",monospace;font-size:.88em;overflow-wrap:anywhere}pre{background:var(--wash);padding:.6rem .8rem;"
+        "border-radius:6px;white-space:pre-wrap;margin:.4rem 0}\n"
+        ".group{margin:.9rem 0 0}.group h3{margin:0}.bar{display:grid;grid-template-columns:minmax(5.5rem,11rem) "
+        "1fr 8rem;"
+        "gap:.7rem;align-items:center}.who{font-size:.9rem;text-align:right;line-height:1.15;overflow-wrap:anywhere}"
+        ".val{font-variant-numeric:tabular-nums;white-space:nowrap}\n"
+        "");
+    spmi_text_add(
+        out,
+        "svg{display:block;width:100%;overflow:visible;font-size:12px;fill:currentColor}svg text{font-variant-numeric:"
+        "tabular-nums}\n"
+        ".track{fill:var(--wash)}.grid{stroke:var(--rule)}.rule{stroke:var(--rule);stroke-width:2}.zero{"
+        "stroke:var(--soft)}"
+        ".whisker{stroke:var(--ink);stroke-width:2}.halo{stroke:var(--paper);stroke-width:5;opacity:.75}.gapline{"
+        "stroke:"
+        "var(--ink);stroke-width:1.5;stroke-dasharray:1 4;stroke-linecap:round}\n"
+        ".gap{fill:var(--gap);opacity:.16}.ltrain{fill:none;stroke:var(--soft);stroke-width:1.6;stroke-dasharray:5 3}"
+        ".ltest{fill:none;stroke-width:2.6}.before{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:1 3;"
+        "stroke-linecap:"
+        "round}.soft{fill:var(--soft)}.strong{font-weight:600}\n"
+        ".mark{stroke:var(--paper);stroke-width:1.5}.hollow{fill:none;stroke-width:1.8}.trail{stroke-width:1.2;"
+        "opacity:.6}"
+        ".front{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:7 4}.control{fill:var(--paper);fill-opacity:.4;"
+        "stroke:"
+        "var(--soft);stroke-width:1.3}.mean{stroke:var(--soft);stroke-width:2}\n"
+        "figure{margin:0}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem "
+        "1.2rem}"
+        ".panels figcaption{font-size:.9rem;font-weight:600}.plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n"
+        ".cams{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1.4rem}.pair{display:flex;"
+        "gap:"
+        ".7rem}.pair>div{flex:1}.pair img{width:100%;border-radius:4px;display:block}.pair p{margin:.25rem 0 0;"
+        "font-size:"
+        ".88rem;line-height:1.3}.cams figcaption{font-size:.9rem;margin-bottom:.3rem;overflow-wrap:anywhere}\n"
+        ".scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;"
+        "font-size:"
+        ".9rem}caption{text-align:left;color:var(--soft);font-size:.86rem;padding-bottom:.4rem}th,td{padding:.28rem "
+        ".7rem;"
+        "border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}thead th{vertical-align:bottom;border-"
+        "bottom:2px solid var(--rule)}\n"
+        "th:first-child{text-align:left;padding-left:0}.left,.protocol td,.protocol th{text-align:left}tr.sum{"
+        "background:"
+        "var(--wash)}tr.sum th:first-child{padding-left:.4rem}td.mark{background:var(--mark)}tr.differ td{"
+        "font-weight:600}"
+        "td small{white-space:nowrap}.protocol td{max-width:22rem}summary{cursor:pointer;margin-top:1.2rem;"
+        "font-weight:600}"
+        "\n"
+        "@media(max-width:34rem){body{font-size:15px}.bar{grid-template-columns:4.6rem 1fr 5.2rem;gap:.5rem}.val small{"
+        "display:block;line-height:1.1}.scroll table{font-size:.84rem}}\n"
+        "@page{margin:14mm}@media print{body{font-size:10.5pt;max-width:none;padding:0}nav{display:none}section{"
+        "margin-top:"
+        "1.4rem}h2,h3,h4{break-after:avoid}figure,tr,.group,.card,.bar{break-inside:avoid}.scroll{"
+        "overflow:visible}table{"
+        "font-size:8.5pt}th,td{padding:.18rem .4rem}.panels{grid-template-columns:repeat(4,1fr)}.cams{"
+        "grid-template-columns:"
+        "repeat(3,1fr)}.cards{grid-template-columns:repeat(3,1fr)}*{-webkit-print-color-adjust:exact;"
+        "print-color-adjust:"
+        "exact}}\n");
+    for (i = 0; i < 8; i++)
+        spmi_text_addf(out, ".f%d{fill:var(--c%d)}.s%d{stroke:var(--c%d)}.s%d .strong{stroke:none}", i, i, i, i, i);
+    spmi_text_add(out, "\n</style>\n");
+}
+
+/* The marks of runs 0 to 7, and the diamond of the training pictures. */
+static void spmi_report_marks(spmi_text *out)
+{
+    spmi_text_add(
+        out, "<svg width=0 height=0 style=\"position:absolute\" aria-hidden=true><defs>"
+             "<marker id=dot markerWidth=6 markerHeight=6 refX=3 refY=3 markerUnits=userSpaceOnUse><circle cx=3 "
+             "cy=3 r=2.2 "
+             "fill=\"context-stroke\" /></marker>"
+             "<path id=train d=\"M0-7L6 0L0 7L-6 0Z\" style=\"fill:var(--paper);stroke:var(--ink);stroke-width:1.8\" />"
+             "<path id=m0 d=\"M-7 0A7 7 0 1 1 7 0A7 7 0 1 1-7 0Z\" /><path id=m1 d=\"M-6.5-6.5H6.5V6.5H-6.5Z\" />"
+             "<path id=m2 d=\"M0-8L8 6H-8Z\" /><path id=m3 d=\"M0-9L7.5 0L0 9L-7.5 0Z\" />"
+             "<path id=m4 d=\"M0 8L8-6H-8Z\" /><path id=m5 d=\"M-2.5-8H2.5V-2.5H8V2.5H2.5V8H-2.5V2.5H-8V-2.5H-2.5Z\" />"
+             "<path id=m6 d=\"M0-8L7.6-2.5L4.7 6.5H-4.7L-7.6-2.5Z\" /><path id=m7 "
+             "d=\"M-7-3.5L-3.5-7L0-3.5L3.5-7L7-3.5L3.5 "
+             "0L7 3.5L3.5 7L0 3.5L-3.5 7L-7 3.5L-3.5 0Z\" /></defs></svg>\n");
 }
 
 static void spmi_report_head(spmi_report *report, const char *title)
 {
     spmi_text *out = &report->out;
-    spmi_text_add(out, "<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport "
-                       "content=\"width=device-width\">\n<title>");
-    spmi_html(out, title);
-    spmi_text_add(
-        out, "</title>\n<style>\n"
-             "body{font:15px/1.45 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:70rem;margin:2rem "
-             "auto;padding:0 1rem}\n"
-             "h1{font-size:1.6rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid "
-             "#ccc}h3{font-size:1rem;margin:1.4rem 0 .3rem}\n"
-             "table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}th,td{padding:.25rem "
-             ".7rem;border-bottom:1px solid #e3e3e3;text-align:right;vertical-align:top}\n"
-             "th:first-child{text-align:left}tr.sum{background:#f5f5f2}td.mark{background:#fff3d6;font-weight:600}"
-             "small{color:#555;font-weight:400}\n"
-             "figure{margin:.6rem "
-             "0}figure.half{display:inline-block;margin-right:1rem}svg{max-width:100%;height:auto;font:12px "
-             "system-ui,sans-serif}figcaption{color:#555;font-size:.9rem}\n"
-             ".grid{stroke:#ddd}table.protocol td,table.protocol th{text-align:left}code{font-size:.92em}\n"
-             "@media print{body{margin:0;max-width:none}h2{break-after:avoid}figure,tr{break-inside:avoid}}\n"
-             "</style>\n<h1>");
-    spmi_html(out, title);
-    spmi_text_add(out, "</h1>\n");
+    int r, studies = 0, pictures = 0;
+    for (r = 0; r < report->n_runs; r++) {
+        studies |= report->runs[r].localize != NULL;
+        pictures |= report->runs[r].gradcam != NULL;
+    }
+    spmi_html_in(out, "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<meta name=viewport content=\"width="
+                      "device-width,initial-scale=1\">\n<meta name=generator content=spurmem>\n<title>", title,
+                 "</title>\n");
+    spmi_report_style(out);
+    spmi_text_add(out, "</head>\n<body>\n");
+    spmi_report_marks(out);
+    spmi_html_in(out, "<header><h1>", title, "</h1>\n");
+    spmi_report_story(report);
+    spmi_text_add(out, "<nav><a href=\"#groups\">groups</a><a href=\"#curves\">curves</a><a href=\"#pareto\">cost</a>");
+    if (studies) spmi_text_add(out, "<a href=\"#memory\">where it sits</a>");
+    if (pictures) spmi_text_add(out, "<a href=\"#gradcam\">Grad-CAM</a>");
+    spmi_text_add(out, "<a href=\"#protocol\">protocol</a></nav></header>\n<main>\n");
 }
 
 SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc, const char *path, spm_error *err)
 {
     spmi_report report;
     spm_error error = SPM_ZERO;
-    const char *title = desc->title ? desc->title : "spurmem report";
     spm_status status;
     memset(&report, 0, sizeof report);
     report.ctx = ctx;
@@ -25689,13 +26536,19 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
     status = desc->n_runs < 1 ? spmi_fail(ctx, &error, SPM_E_ARGUMENT, "a report needs at least one run folder")
                               : spmi_report_load(&report, desc);
     if (!status) {
-        spmi_report_head(&report, title);
-        spmi_report_summary(&report);
+        spmi_report_head(&report, desc->title ? desc->title : "Spurious memorization report");
         spmi_report_bars(&report);
+        spmi_report_summary(&report);
         spmi_report_curves(&report);
+        status = spmi_report_pareto(&report);
+    }
+    if (!status) {
         spmi_report_localize(&report);
+        status = spmi_report_pictures(&report);
+    }
+    if (!status) {
         spmi_report_protocol(&report, desc->command);
-        spmi_text_add(&report.out, "</html>\n");
+        spmi_text_add(&report.out, "</main>\n</body>\n</html>\n");
         status = report.out.failed ? spmi_fail_memory(ctx, &error, "the report")
                                    : spm_file_write(ctx, path, report.out.data, report.out.length, &error);
     }

@@ -134,6 +134,8 @@ typedef enum option_id {
     O_OUT_DIR,
     O_AS,
     O_OUTPUT,
+    O_RESULTS,
+    O_TITLE,
     O_ONLY,
     O_COUNT
 } option_id;
@@ -251,6 +253,9 @@ static const option options[] = {
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
     { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
     { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
+    { O_RESULTS, REPORT, 's', "results", "FILE", NULL,
+      "results.json of a study: its methods as further points of the Pareto plot" },
+    { O_TITLE, REPORT, 's', "title", "TEXT", NULL, "the page's headline" },
     { O_ONLY, BENCH, 's', "only", "NAME", NULL, "one part: train:ARCH, infer:ARCH, intervene:ARCH,\n"
       "                                           scan:ARCH, start:ARCH, gemm, conv, attention, memory, decode" },
 };
@@ -1434,6 +1439,8 @@ static int run_report(cli *line)
     if (line->operands == 0) return wrong("report needs at least one run folder");
     desc.runs = line->operand;
     desc.n_runs = line->operands;
+    desc.results = line->value[O_RESULTS];
+    desc.title = line->value[O_TITLE];
     if (spm_report_write(line->ctx, &desc, line->value[O_OUTPUT], &err)) return failed(&err);
     if (prints(line)) printf("%s\n", line->value[O_OUTPUT]);
     json = spm_json_create(line->ctx);
