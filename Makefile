@@ -32,7 +32,7 @@ $(BUILD)/spurmem.o: tests/spurmem.c spurmem.h
 $(BUILD)/%: examples/%.c $(wildcard examples/*.h) $(BUILD)/spurmem.o
 	$(CC) $(FLAGS) -DSPURMEM_LINKED -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
 
-$(BUILD)/%: data_tools/%.c $(BUILD)/spurmem.o
+$(BUILD)/%: data_tools/%.c $(wildcard data_tools/*.h) $(BUILD)/spurmem.o
 	$(CC) $(FLAGS) -DSPURMEM_LINKED -o $@ $< $(BUILD)/spurmem.o $(LDLIBS)
 
 # Tests that look inside include the implementation themselves.
