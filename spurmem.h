@@ -342,6 +342,9 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  *  dropout        x[N,..]  ->  y: each element 0 with probability p, else x / (1 - p).  attr: p.  Identity in
  *                 evaluation mode
  *  drop_path      x[N,..]  ->  y: the same by whole examples
+ *  tied_dropout   x[N,..,C]  ->  y: the first attr.index channels pass; each of the others passes for an example with
+ *                 probability 1 - p, by a hash of (seed, example's id, channel), so always or never (Maini et al.
+ *                 2023); nothing is rescaled.  Evaluation mode: all of the others are 0.  attr: index, p
  *  tokens         x[N,H,W,D] class[K,D] position[K+L+H*W,D] distillation[L,D]?  ->  y[N,K+L+H*W,D]: class tokens, then
  *                 distillation tokens, then the pixels of x, all plus their positions
  *  token          x[N,T,D]  ->  y[N,D]: token attr.index
@@ -360,7 +363,7 @@ typedef enum spm_op {
     SPM_OP_NONE, SPM_OP_CONV2D, SPM_OP_LINEAR, SPM_OP_BATCH_NORM, SPM_OP_LAYER_NORM, SPM_OP_RELU, SPM_OP_GELU,
     SPM_OP_SOFTMAX, SPM_OP_ATTENTION, SPM_OP_MAX_POOL, SPM_OP_AVG_POOL, SPM_OP_GLOBAL_POOL, SPM_OP_ADD,
     SPM_OP_SHORTCUT_A, SPM_OP_DROPOUT, SPM_OP_DROP_PATH, SPM_OP_TOKENS, SPM_OP_TOKEN, SPM_OP_MEAN2,
-    SPM_OP_CROSS_ENTROPY, SPM_OP_NTXENT, SPM_OP_COUNT
+    SPM_OP_CROSS_ENTROPY, SPM_OP_NTXENT, SPM_OP_TIED_DROPOUT, SPM_OP_COUNT
 } spm_op;
 
 #define SPM_OP_MAX_IN 6
@@ -386,7 +389,8 @@ typedef struct spm_op_call {
     int n_in, n_out;
     int training;                    /* 1: batch statistics, dropout on; 0: evaluation mode.  Same for both passes. */
     uint64_t seed, stream;           /* dropout, drop_path: a draw depends on (seed, stream, example's id, element
-                                        within the example) alone; the backward pass repeats it */
+                                        within the example) alone; the backward pass repeats it.  tied_dropout:
+                                        on (seed, example's id, channel) */
     const int64_t *example;          /* [N] ids of the batch's examples, or NULL: 0..N-1 */
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
@@ -513,6 +517,7 @@ SPMDEF spm_value spm_global_pool(spm_program *program, spm_value x);
 SPMDEF spm_value spm_add(spm_program *program, spm_value a, spm_value b);
 SPMDEF spm_value spm_dropout(spm_program *program, spm_value x, float p);
 SPMDEF spm_value spm_drop_path(spm_program *program, spm_value x, float p);
+SPMDEF spm_value spm_tied_dropout(spm_program *program, spm_value x, int64_t always, float p);
 SPMDEF spm_value spm_tokens(spm_program *program, spm_value x, spm_value class_token, spm_value position);
 SPMDEF spm_value spm_token(spm_program *program, spm_value x, int64_t index);
 SPMDEF spm_value spm_cross_entropy(spm_program *program, spm_value logits, spm_value target, spm_value weight,
@@ -661,11 +666,15 @@ typedef struct spm_arch {
     int distilled;                 /* a second token and head; logits are the mean of both heads */
     float norm_eps;                /* ViT layer norms: 1e-6 */
     float drop, drop_path;         /* rates, 0; drop_path grows linearly over the blocks up to this */
+    /* dropout of the features: a share of the channels always passes; the others are off at rate `off` (0: none), tied
+     * to the example (off_free = 0) or drawn anew each step as in ordinary dropout (off_free = 1) */
+    float always, off;
+    int off_free;
 } spm_arch;
 
 /* Parses NAME[:option=value,...].  Names: spm_arch_name_at, and "vit" for a free one (dim 192, depth 12, heads 3).
  * Options of ResNets: width, stem=imagenet|cifar, groups, width_per_group; of ViTs: patch, dim, depth, heads, mlp,
- * distilled=0|1, eps, drop, drop_path.  *arch is an input as well: height, width_px and classes that are not 0 stay
+ * distilled=0|1, eps, drop, drop_path; of both: always=SHARE, off=RATE, off_free=0|1 (see spm_arch).  *arch is an input as well: height, width_px and classes that are not 0 stay
  * (else 224 px and 1000 classes; with a CIFAR stem 32 px and 10), softmax_head stays; the rest is overwritten.
  * Errors name the option and the nearest known name.  Covered by test_nets. */
 SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err);
@@ -6357,6 +6366,63 @@ static double spmi_drop_path_flops(const spm_op_call *call, int backward)
     return spmi_dropout_flops(call, backward);
 }
 
+static spm_status spmi_tied_dropout_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
+{
+    const int64_t channels = call->in[0].shape[call->in[0].rank - 1];
+    if (call->attr.index < 0 || call->attr.index > channels) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "tied_dropout: %lld channels always pass, but there are %lld",
+                         (long long)call->attr.index, (long long)channels);
+    }
+    return spmi_drop_infer(ctx, call, err, "tied_dropout");
+}
+
+/* One example: to = (add ? to : 0) + from where the channel passes. */
+static void spmi_tied_task(void *arg, int64_t task, int slot)
+{
+    const spmi_drop *drop = (const spmi_drop *)arg;
+    const spm_op_call *call = drop->call;
+    const int64_t channels = call->in[0].shape[call->in[0].rank - 1], at = task * drop->n;
+    const uint64_t id = call->example ? (uint64_t)call->example[task] : (uint64_t)task;
+    const uint64_t key = spm_random_key(call->seed, 0, id), limit = (uint64_t)((double)call->attr.p * 4294967296.0);
+    int64_t c, i;
+    (void)slot;
+    for (c = 0; c < channels; c++) {
+        const int pass = c < call->attr.index || (call->training && spm_random_u32(key, 1, (uint64_t)c) >= limit);
+        for (i = at + c; i < at + drop->n; i += channels) {
+            const float v = pass ? drop->from[i] : 0.0f;
+            drop->to[i] = drop->add ? drop->to[i] + v : v;
+        }
+    }
+}
+
+static void spmi_tied_run(spm_context *ctx, spm_op_call *call, const float *from, float *to, int add)
+{
+    spmi_drop drop = SPM_ZERO;
+    if (!to) return;
+    drop.ctx = ctx;
+    drop.call = call;
+    drop.from = from;
+    drop.to = to;
+    drop.n = spm_tensor_count(&call->in[0]) / call->in[0].shape[0];
+    drop.add = add;
+    spm_parallel(ctx, call->in[0].shape[0], spmi_tied_task, &drop);
+}
+
+static void spmi_tied_dropout_forward(spm_context *ctx, spm_op_call *call)
+{
+    spmi_tied_run(ctx, call, call->in[0].data, call->out[0].data, 0);
+}
+
+static void spmi_tied_dropout_backward(spm_context *ctx, spm_op_call *call)
+{
+    spmi_tied_run(ctx, call, call->d_out.data, call->d_in[0].data, call->d_in_add[0]);
+}
+
+static double spmi_tied_dropout_flops(const spm_op_call *call, int backward)
+{
+    return spmi_dropout_flops(call, backward);
+}
+
 /* ---- pooling -------------------------------------------------------------------------------------------------------
  * H' = floor((H + 2 padding - kernel) / stride) + 1, as PyTorch without ceil_mode.  max_pool sees pads as -infinity,
  * keeps the first of equal entries and lets not-a-number through; avg_pool counts pads as zeros.  out[1] of max_pool
@@ -7187,7 +7253,8 @@ static double spmi_ntxent_flops(const spm_op_call *call, int backward)
     X(TOKEN, token, spmi_none_packed, spmi_none_scratch)                                       \
     X(MEAN2, mean2, spmi_none_packed, spmi_none_scratch)                                       \
     X(CROSS_ENTROPY, cross_entropy, spmi_none_packed, spmi_cross_entropy_scratch)              \
-    X(NTXENT, ntxent, spmi_none_packed, spmi_ntxent_scratch)
+    X(NTXENT, ntxent, spmi_none_packed, spmi_ntxent_scratch)                                   \
+    X(TIED_DROPOUT, tied_dropout, spmi_none_packed, spmi_none_scratch)
 
 SPMDEF const char *spm_op_name(spm_op op)
 {
@@ -7215,7 +7282,8 @@ static spmi_op_facts spmi_op_info(spm_op op)
         { 1, 1, 1 }, { 1, 1, 1 }, { 1, 1, 1 }, { 1, 1, 1 }, /* relu, gelu, softmax, attention */
         { 1, 1, 1 }, { 1, 1, 1 }, { 1, 1, 1 }, { 2, 2, 3 }, /* max_pool, avg_pool, global_pool, add */
         { 1, 1, 1 }, { 1, 1, 1 }, { 1, 1, 1 }, { 3, 4, 15 }, /* shortcut_a, dropout, drop_path, tokens */
-        { 1, 1, 1 }, { 2, 2, 3 }, { 2, 3, 1 }, { 2, 2, 3 }  /* token, mean2, cross_entropy, ntxent */
+        { 1, 1, 1 }, { 2, 2, 3 }, { 2, 3, 1 }, { 2, 2, 3 }, /* token, mean2, cross_entropy, ntxent */
+        { 1, 1, 1 }                                         /* tied_dropout */
     };
     spmi_op_facts info = SPM_ZERO;
     if (op > SPM_OP_NONE && op < SPM_OP_COUNT) {
@@ -7246,8 +7314,8 @@ SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output,
     case SPM_OP_CROSS_ENTROPY: return output ? index == 2 : index == 1 || index == 2;
     case SPM_OP_NTXENT: return output && index > 0;
     case SPM_OP_AVG_POOL: case SPM_OP_GLOBAL_POOL: case SPM_OP_ADD: case SPM_OP_SHORTCUT_A: case SPM_OP_DROPOUT:
-    case SPM_OP_DROP_PATH: case SPM_OP_TOKENS: case SPM_OP_TOKEN: case SPM_OP_MEAN2: case SPM_OP_NONE:
-    case SPM_OP_COUNT: break;
+    case SPM_OP_DROP_PATH: case SPM_OP_TIED_DROPOUT: case SPM_OP_TOKENS: case SPM_OP_TOKEN: case SPM_OP_MEAN2:
+    case SPM_OP_NONE: case SPM_OP_COUNT: break;
     }
     return 0;
 }
@@ -7864,6 +7932,14 @@ SPMDEF spm_value spm_drop_path(spm_program *program, spm_value x, float p)
     spm_op_attr attr = SPM_ZERO;
     attr.p = p;
     return spmi_record(program, SPM_OP_DROP_PATH, 1, x, 0, 0, &attr);
+}
+
+SPMDEF spm_value spm_tied_dropout(spm_program *program, spm_value x, int64_t always, float p)
+{
+    spm_op_attr attr = SPM_ZERO;
+    attr.index = always;
+    attr.p = p;
+    return spmi_record(program, SPM_OP_TIED_DROPOUT, 1, x, 0, 0, &attr);
 }
 
 SPMDEF spm_value spm_tokens(spm_program *program, spm_value x, spm_value class_token, spm_value position)
@@ -9746,21 +9822,29 @@ SPMDEF const char *spm_arch_name_at(int index)
 typedef enum spmi_arch_option {
     SPMI_ARCH_WIDTH, SPMI_ARCH_STEM, SPMI_ARCH_GROUPS, SPMI_ARCH_WIDTH_PER_GROUP,
     SPMI_ARCH_PATCH, SPMI_ARCH_DIM, SPMI_ARCH_DEPTH, SPMI_ARCH_HEADS, SPMI_ARCH_MLP, SPMI_ARCH_DISTILLED,
-    SPMI_ARCH_EPS, SPMI_ARCH_DROP, SPMI_ARCH_DROP_PATH, SPMI_ARCH_OPTIONS
+    SPMI_ARCH_EPS, SPMI_ARCH_DROP, SPMI_ARCH_DROP_PATH, SPMI_ARCH_ALWAYS, SPMI_ARCH_OFF, SPMI_ARCH_OFF_FREE,
+    SPMI_ARCH_OPTIONS
 } spmi_arch_option;
 
 static const char *spmi_arch_option_name(int option)
 {
     static const char names[SPMI_ARCH_OPTIONS][16] = {
         "width", "stem", "groups", "width_per_group", "patch", "dim", "depth", "heads", "mlp", "distilled",
-        "eps", "drop", "drop_path"
+        "eps", "drop", "drop_path", "always", "off", "off_free"
     };
     return names[option];
 }
 
-static int spmi_arch_option_family(int option)
+/* 1 if networks of this family have the option. */
+static int spmi_arch_has_option(spm_family family, int option)
 {
-    return option >= SPMI_ARCH_PATCH;
+    return option >= SPMI_ARCH_ALWAYS || (option >= SPMI_ARCH_PATCH) == (family == SPM_VIT);
+}
+
+/* Where an option that is 0 or 1 is kept; NULL for the others. */
+static int *spmi_arch_flag(spm_arch *arch, int option)
+{
+    return option == SPMI_ARCH_DISTILLED ? &arch->distilled : option == SPMI_ARCH_OFF_FREE ? &arch->off_free : NULL;
 }
 
 /* Where an option's whole number is kept; NULL for the others. */
@@ -9782,7 +9866,8 @@ static int64_t *spmi_arch_integer(spm_arch *arch, int option)
 static float *spmi_arch_rate(spm_arch *arch, int option)
 {
     return option == SPMI_ARCH_EPS ? &arch->norm_eps : option == SPMI_ARCH_DROP ? &arch->drop
-        : option == SPMI_ARCH_DROP_PATH ? &arch->drop_path : NULL;
+        : option == SPMI_ARCH_DROP_PATH ? &arch->drop_path : option == SPMI_ARCH_ALWAYS ? &arch->always
+        : option == SPMI_ARCH_OFF ? &arch->off : NULL;
 }
 
 /* Letters to change, add or drop until `a` (of n letters, at most 31 looked at) is `b` (Levenshtein). */
@@ -9872,8 +9957,8 @@ SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size)
         else if (option == SPMI_ARCH_STEM && arch->cifar_stem != plain.cifar_stem) {
             (void)spmi_format(text + used, size - used, "%cstem=%s", separator, arch->cifar_stem ? "cifar"
                               : "imagenet");
-        } else if (option == SPMI_ARCH_DISTILLED && arch->distilled != plain.distilled) {
-            (void)spmi_format(text + used, size - used, "%cdistilled=%d", separator, arch->distilled);
+        } else if (spmi_arch_flag(&now, option) && *spmi_arch_flag(&now, option) != *spmi_arch_flag(&plain, option)) {
+            (void)spmi_format(text + used, size - used, "%c%s=%d", separator, name, *spmi_arch_flag(&now, option));
         } else continue;
         separator = ',';
     }
@@ -9891,7 +9976,7 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
     for (option = 0; option < SPMI_ARCH_OPTIONS; option++) {
         const char *known = spmi_arch_option_name(option);
         int distance;
-        if (spmi_arch_option_family(option) != (arch->family == SPM_VIT)) continue;
+        if (!spmi_arch_has_option(arch->family, option)) continue;
         if (strlen(known) == name && memcmp(known, text, name) == 0) break;
         distance = spmi_edit_distance(text, name, known);
         if (distance < best) {
@@ -9922,12 +10007,12 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
                          text);
     } else {
         const long number = strtol(value, &end, 10);
-        const int flag = option == SPMI_ARCH_DISTILLED;
+        const int flag = spmi_arch_flag(arch, option) != NULL;
         if (end == value || *end != 0 || number < (flag ? 0 : 1) || number > (flag ? 1 : 65536)) {
             return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a whole number from %d to %d", arch->name,
                              length, text, flag ? 0 : 1, flag ? 1 : 65536);
         }
-        if (flag) arch->distilled = (int)number;
+        if (flag) *spmi_arch_flag(arch, option) = (int)number;
         else *spmi_arch_integer(arch, option) = number;
     }
     return SPM_OK;
@@ -10044,6 +10129,15 @@ static void spmi_build_block(spmi_build *build, spm_value x)
     spm_program_block(build->program, build->block);
 }
 
+/* The dropout of the features (dim channels), where there is one. */
+static spm_value spmi_build_features(spmi_build *build, spm_value x, int64_t dim)
+{
+    const spm_arch *arch = build->arch;
+    if (!(arch->off > 0.0f)) return x;
+    if (arch->off_free) return spm_dropout(build->program, x, arch->off * (1.0f - arch->always));
+    return spm_tied_dropout(build->program, x, (int64_t)((double)arch->always * (double)dim + 0.5), arch->off);
+}
+
 /* The end of every network: outputs by name. */
 static void spmi_build_outputs(spmi_build *build, spm_value features, spm_value logits)
 {
@@ -10122,7 +10216,7 @@ static void spmi_build_resnet(spmi_build *build, spm_value x)
     build->prefix[0] = 0;
     spm_program_block(program, 0);
     spm_program_mark(program, "last", x);
-    features = spm_global_pool(program, x);
+    features = spmi_build_features(build, spm_global_pool(program, x), in);
     x = spmi_build_linear(build, arch->option_a ? "linear" : "fc", features, arch->classes, in, SPM_INIT_UNIFORM_FAN_IN,
                           SPM_INIT_UNIFORM_FAN_IN,
                           SPM_PARAMETER_HEAD);
@@ -10195,7 +10289,7 @@ static void spmi_build_vit(spmi_build *build, spm_value x)
     spm_program_block(program, 0);
     spm_program_mark(program, "last", x);
     x = spmi_build_layer_norm(build, "norm", x);
-    features = spm_token(program, x, 0);
+    features = spmi_build_features(build, spm_token(program, x, 0), d);
     logits = spmi_build_linear(build, "head", features, arch->classes, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO,
                                SPM_PARAMETER_HEAD);
     if (arch->distilled) {

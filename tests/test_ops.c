@@ -454,6 +454,11 @@ static void reference(spm_op op, const spm_op_call *c, const doubles *v, int tra
             if (training) v->y[i] *= c->out[0].data[i] == 0.0f ? 0.0 : 1.0 / (1.0 - (double)c->attr.p);
         }
         break;
+    case SPM_OP_TIED_DROPOUT:
+        for (i = 0; i < count; i++) {
+            v->y[i] = i % n >= c->attr.index && (!training || c->out[0].data[i] == 0.0f) ? 0.0 : v->in[0][i];
+        }
+        break;
     case SPM_OP_TOKENS:
         for (i = 0; i < outputs; i++) {
             const int64_t k = c->in[1].shape[0], all = k + c->in[3].shape[0], at = i % (y[1] * n), b = i / (y[1] * n);
@@ -623,10 +628,10 @@ static void norm_sizes(void)
 static void elementwise_sizes(void)
 {
     static const spm_op ops[] = { SPM_OP_RELU, SPM_OP_GELU, SPM_OP_SOFTMAX, SPM_OP_ADD, SPM_OP_MEAN2, SPM_OP_DROPOUT,
-                                 SPM_OP_DROP_PATH };
+                                 SPM_OP_DROP_PATH, SPM_OP_TIED_DROPOUT };
     static const int64_t widths[] = { 1, 2, 7, 16, 31, 100, 1003 };
     int i, k;
-    for (i = 0; i < 7; i++) for (k = 0; k < 7; k++) {
+    for (i = 0; i < 8; i++) for (k = 0; k < 7; k++) {
         op_case t = make_case(ops[i], "odd sizes");
         shape(&t, 0, 5, widths[k], 0, 0);
         if (ops[i] == SPM_OP_ADD || ops[i] == SPM_OP_MEAN2) shape(&t, 1, 5, widths[k], 0, 0);
@@ -635,7 +640,7 @@ static void elementwise_sizes(void)
         t.training = k & 1;
         check_case(&t, 10);
     }
-    for (i = 0; i < 7; i++) { /* several tasks */
+    for (i = 0; i < 8; i++) { /* several tasks */
         op_case t = make_case(ops[i], "large");
         shape(&t, 0, 3, 11, 1777, 0);
         if (ops[i] == SPM_OP_ADD || ops[i] == SPM_OP_MEAN2) shape(&t, 1, 3, 11, 1777, 0);
@@ -720,8 +725,8 @@ static void loss_sizes(void)
         t.attr.label_smoothing = i == 2 ? 0.1f : 0.0f;
         check_case(&t, 20);
         t = make_case(SPM_OP_NTXENT, "odd sizes");
-        shape(&t, 0, cuts[i][0], cuts[i][1] < 500 ? cuts[i][1] : 130, 0, 0);
-        shape(&t, 1, cuts[i][0], cuts[i][1] < 500 ? cuts[i][1] : 130, 0, 0);
+        shape(&t, 0, cuts[i][0] + !i, cuts[i][1] < 500 ? cuts[i][1] : 130, 0, 0); /* of one row the gradient is 0: below */
+        shape(&t, 1, cuts[i][0] + !i, cuts[i][1] < 500 ? cuts[i][1] : 130, 0, 0);
         t.attr.temperature = 0.3f;
         check_case(&t, i == 2 ? 6 : 20);
     }
@@ -931,6 +936,41 @@ static void max_pool_ties(void)
     release(&call);
 }
 
+/* Example-tied dropout: the same channels for an example in every epoch and batch and at every pixel, others for another
+ * example; the first ones always, the rest never in evaluation mode; the gradient goes the same way. */
+static void tied_dropout_draws(void)
+{
+    static const int64_t ids[] = { 3, 900000000007, 3 };
+    op_case t = make_case(SPM_OP_TIED_DROPOUT, "draws");
+    spm_op_call call;
+    int64_t i, c, kept = 0, differ = 0;
+    shape(&t, 0, 3, 2, 2, 1000);
+    t.training = 1;
+    t.attr.index = 200;
+    t.attr.p = 0.75f;
+    if (!prepare(ctx_of[2], &t, &call)) return;
+    call.example = ids;
+    for (i = 0; i < 12000; i++) call.in[0].data[i] = 2.0f;
+    spm_op_forward(ctx_of[2], t.op, &call);
+    for (c = 0; c < 1000; c++) {
+        const float *y = call.out[0].data + c;
+        for (i = 1; i < 4; i++) CHECK(y[0] == y[i * 1000]);
+        CHECK(y[0] == y[8000] && (y[0] == 2.0f || (y[0] == 0.0f && c >= 200)));
+        kept += c >= 200 && y[0] > 0.0f;
+        differ += y[0] != y[4000];
+    }
+    CHECK(kept > 160 && kept < 240); /* 800 draws at .25 */
+    CHECK(differ > 200 && differ < 400); /* 2 * .25 * .75 of 800 */
+    call.stream++; /* another epoch */
+    for (i = 0; i < 12000; i++) call.in[0].data[i] = call.out[0].data[i] > 0.0f ? 1.0f : 5.0f;
+    spm_op_forward(ctx_of[0], t.op, &call);
+    for (i = 0; i < 12000; i++) CHECK(call.out[0].data[i] == (call.in[0].data[i] < 2.0f ? 1.0f : 0.0f));
+    call.training = 0;
+    spm_op_forward(ctx_of[0], t.op, &call);
+    for (i = 0; i < 12000; i++) CHECK(call.out[0].data[i] == (i % 1000 < 200 ? call.in[0].data[i] : 0.0f));
+    release(&call);
+}
+
 /* A draw belongs to (seed, stream, example, element), whatever the batch looks like. */
 static void dropout_draws(void)
 {
@@ -1076,6 +1116,10 @@ static void refusals(void)
     shape(&t, 0, 2, 3, 4, 0);
     t.attr.index = 3;
     expect_error(&t, "token: index 3", "0..2");
+    t = make_case(SPM_OP_TIED_DROPOUT, "channels");
+    shape(&t, 0, 2, 3, 5, 0);
+    t.attr.index = 6;
+    expect_error(&t, "tied_dropout: 6 channels", "there are 5");
     t = make_case(SPM_OP_DROPOUT, "p");
     shape(&t, 0, 2, 3, 4, 0);
     t.attr.p = 1.5f;
@@ -1284,6 +1328,7 @@ int main(void)
         TEST(softmax_extremes);
         TEST(max_pool_ties);
         TEST(dropout_draws);
+        TEST(tied_dropout_draws);
         TEST(loss_extremes);
         TEST(ntxent_corners);
         TEST(refusals);
