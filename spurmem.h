@@ -1460,10 +1460,37 @@ SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int6
  * >>API-TRAIN  19  training, the intervention, run folders
  * ============================================================================================================= */
 
-typedef enum spm_method { SPM_METHOD_ERM, SPM_METHOD_INTERVENE } spm_method;
+/* The training methods, with their sources.  Where a method works on groups, `group_labels` = 0 puts (class, memorized)
+ * in their place and `by_class` = 1 the classes; all of these are called cells below.
+ *   erm          mean cross-entropy
+ *   reweight     cross-entropy in which every cell weighs the same: weight n / (cells n_c)
+ *   resample     epochs of n draws with replacement, every cell equally often (Idrissi et al. 2022, RWG)
+ *   subsample    every cell cut to the smallest, once, by the seed (the same paper, SUBG)
+ *   groupdro     q_c <- q_c exp(step (L_c + adjust / sqrt(n_c))), normalised; loss sum q_c L_c, with L_c the batch's mean
+ *                loss of cell c, 0 if it is absent (Sagawa et al. 2020, algorithm 1, as published code has it)
+ *   jtt          trains, collects the training examples it gets wrong, starts anew with these `upweight` times
+ *                (Liu et al. 2021)
+ *   lff          a biased network learns with generalized cross-entropy, gradient weight q p_y^q; the other one with
+ *                weights B / (B + D) of the two losses, running means over epochs divided by their class's largest
+ *                (Nam et al. 2020)
+ *   dfr          ERM, or the checkpoint; then the last layer anew on balanced subsets of the validation split: features
+ *                standardised, multinomial logistic regression with L1 (or L2), coefficients averaged over `subsets`
+ *                (Kirichenko et al. 2023).  Writes interpolation.json: the way from the ERM head to the new one
+ *   afr          ERM on 1 - hold_out of the training split (or the checkpoint of such a run); then the last layer on the
+ *                held-out share with weights exp(-gamma p_y) / n_y, drawn to the ERM head by l2 (Qiu et al. 2023)
+ *   fairdropout  ERM with example-tied dropout of the features (spm_arch.always, off; Maini et al. 2023)
+ *   intervene    METHOD.md 2.6; from a checkpoint */
+typedef enum spm_method {
+    SPM_METHOD_ERM, SPM_METHOD_REWEIGHT, SPM_METHOD_RESAMPLE, SPM_METHOD_SUBSAMPLE, SPM_METHOD_GROUPDRO, SPM_METHOD_JTT,
+    SPM_METHOD_LFF, SPM_METHOD_DFR, SPM_METHOD_AFR, SPM_METHOD_FAIRDROPOUT, SPM_METHOD_INTERVENE, SPM_METHODS
+} spm_method;
+SPMDEF int spm_method_parse(const char *name, spm_method *method); /* 1 if `name` is a method's */
+SPMDEF const char *spm_method_name(spm_method method);             /* "erm", "reweight" ... */
 typedef enum spm_mask_kind { SPM_MASK_CRITICAL, SPM_MASK_OFFICIAL, SPM_MASK_RANDOM, SPM_MASK_NONE } spm_mask_kind;
 typedef enum spm_contrast { SPM_CONTRAST_FEATURES, SPM_CONTRAST_OUTPUTS, SPM_CONTRAST_NONE } spm_contrast;
 typedef enum spm_select { SPM_SELECT_WGA, SPM_SELECT_ACCURACY, SPM_SELECT_LAST } spm_select;
+/* What happens to the chosen units: off in the pruned branch; scaled there by `damp`; or left out of training. */
+typedef enum spm_mask_mode { SPM_MASK_MODE_OFF, SPM_MASK_MODE_DAMP, SPM_MASK_MODE_FREEZE } spm_mask_mode;
 
 /* spm_train_desc_init fills the defaults of CLI.md; zero means what it says. */
 typedef struct spm_train_desc {
@@ -1479,7 +1506,23 @@ typedef struct spm_train_desc {
     double clip;
     uint64_t seed;
     const char *log_steps;         /* a JSON line per step, or NULL */
+    int64_t epoch_examples;        /* an epoch ends after so many examples; 0: when its list does (equal budgets) */
+    double hold_out;               /* share of the training split, drawn by the seed, that is not trained on */
+    const char *history;           /* group_labels = 0: the run folder whose history tells the memorized examples; NULL:
+                                      the folder of `checkpoint` */
     int workers, shuffle, drop_last, allow_partial, resume, segments;
+    /* the other methods */
+    int by_class;                  /* reweight, resample, subsample, groupdro: cells are the classes */
+    int balanced;                  /* any method: batches are drawn as resample draws them */
+    float dro_step, dro_adjust;    /* groupdro: .01, 0 */
+    const char *identify;          /* jtt: checkpoint that finds the error set; NULL: trained first */
+    int64_t identify_epochs;       /* jtt: for so many epochs; 0: a fifth of `epochs`, at least 1 */
+    int64_t upweight;              /* jtt: 50 */
+    float gce, ema;                /* lff: q of the biased network's loss, .7; share of the past in running losses, .7 */
+    int64_t subsets;               /* dfr: 20 */
+    double l1, l2;                 /* dfr, afr: penalties per example; negative l1 (dfr), l2 (afr): chosen by WGA */
+    double gamma;                  /* afr; 0: chosen by validation WGA */
+    double interpolate;            /* dfr: 1 the new head, 0 the ERM head, between: both, each over its logits' spread */
     /* the intervention (METHOD.md 2.6) */
     float tau, lambda;             /* contrast temperature; weight of the cross-entropy term */
     double prune_fraction;
@@ -1489,8 +1532,13 @@ typedef struct spm_train_desc {
     int group_labels;              /* 1: minority groups are known; 0: memorized examples are found by the model's history */
     int official;                  /* profile: every quirk of METHOD.md */
     int group_weighting;           /* 1: cross-entropy weighted so that every group counts the same */
+    float weight_power;            /* of the weights (n / (cells n_c))^power, 1 */
+    float anchor;                  /* weight of KL(start || now) on the examples of majority groups; 0 */
+    float damp;                    /* mask mode damp: what the units' weights are multiplied with, .5 */
+    int64_t mask_every, mask_ramp; /* epochs from one ranking to the next (1); epochs in which the share grows linearly */
     spm_criterion criterion;
     spm_mask_kind mask;
+    spm_mask_mode mask_mode;
     spm_contrast contrast;
     spm_method method;
     spm_schedule_kind schedule;
@@ -1510,8 +1558,11 @@ typedef struct spm_train_result {
 } spm_train_result;
 
 SPMDEF spm_train_desc spm_train_desc_init(spm_method method);
-/* Trains into desc->out: config.json, metrics.jsonl, best.safetensors, last.safetensors, resume state.
- * The same bits for any number of threads, and for a resumed and an unbroken run. */
+/* Trains into desc->out: config.json, metrics.jsonl, history.csv (per training example: epochs in which it was wrong,
+ * the first in which it was right, how often it was forgotten), best.safetensors, last.safetensors, resume state.
+ * The same bits for any number of threads, and for a resumed and an unbroken run.  A loss or a gradient that is no finite
+ * number ends it (SPM_E_NUMERIC names step and layer); last.safetensors then holds the values before that step.
+ * Tests: test_train.c, test_methods.c. */
 SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc, spm_train_result *result, spm_error *err);
 
 /* ================================================================================================================
@@ -23877,12 +23928,35 @@ SPMDEF spm_train_desc spm_train_desc_init(spm_method method)
     desc.cross_entropy = 1;
     desc.group_labels = 1;
     desc.group_weighting = 1;
+    desc.weight_power = 1.0f;
+    desc.damp = 0.5f;
+    desc.dro_step = 0.01f;
+    desc.upweight = 50;
+    desc.gce = desc.ema = 0.7f;
+    desc.subsets = 20;
+    desc.l1 = method == SPM_METHOD_DFR ? -1.0 : 0.0;
+    desc.l2 = method == SPM_METHOD_AFR ? -1.0 : 0.0;
+    desc.hold_out = method == SPM_METHOD_AFR ? 0.2 : 0.0;
+    desc.interpolate = 1.0;
     return desc;
 }
 
-static const char *spmi_method_name(spm_method method)
+SPMDEF const char *spm_method_name(spm_method method)
 {
-    return method == SPM_METHOD_INTERVENE ? "intervene" : "erm";
+    static const char names[SPM_METHODS][12] = { "erm", "reweight", "resample", "subsample", "groupdro", "jtt",
+                                                 "lff", "dfr", "afr", "fairdropout", "intervene" };
+    return method >= 0 && method < SPM_METHODS ? names[method] : "unknown";
+}
+
+SPMDEF int spm_method_parse(const char *name, spm_method *method)
+{
+    int i;
+    for (i = 0; i < SPM_METHODS; i++) {
+        if (!spmi_string_equal(name, spm_method_name((spm_method)i))) continue;
+        *method = (spm_method)i;
+        return 1;
+    }
+    return 0;
 }
 
 static const char *spmi_mask_name(spm_mask_kind mask)
@@ -23896,6 +23970,22 @@ static const char *spmi_mask_name(spm_mask_kind mask)
     return "none";
 }
 
+/* Numbers kept per example, by its id (state).  The first four are the history of every run. */
+typedef enum spmi_table {
+    SPMI_TABLE_WRONG, SPMI_TABLE_FIRST, SPMI_TABLE_FORGOTTEN, SPMI_TABLE_RIGHT, /* epochs wrong, first right (-1) ... */
+    SPMI_TABLE_CELL,                       /* the example's cell */
+    SPMI_TABLE_COPIES,                     /* jtt: how often an epoch has it */
+    SPMI_TABLE_BIASED, SPMI_TABLE_DEBIASED, /* lff: running losses of the two networks */
+    SPMI_TABLES
+} spmi_table;
+
+static const char *spmi_table_name(int table)
+{
+    static const char names[SPMI_TABLES][12] = { "wrong", "first", "forgotten", "right", "cell", "copies", "biased",
+                                                 "debiased" };
+    return names[table];
+}
+
 /* Everything a training run holds. What is marked (state) is saved for resuming. */
 typedef struct spmi_trainer {
     spm_context *ctx;
@@ -23907,19 +23997,29 @@ typedef struct spmi_trainer {
     spm_optimizer *optimizer; /* moments (state) */
     spm_loader *loader;
     spm_schedule schedule;                 /* (state) */
-    int64_t *order, n;                     /* the epoch's order of training ids */
-    float *target, *weight, *group_weight; /* [batch][C], [batch], [groups] */
-    float **keep; /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
+    int64_t *order, *list, n, room;        /* the epoch's ids, in order and before; how many; how many there can be */
+    int64_t *pool, n_pool, *cell_start;    /* ids that are trained on, cell by cell, rising; where each cell begins */
+    int cells;                             /* see spm_method */
+    float *table[SPMI_TABLES];             /* (state) */
+    float *q;                              /* groupdro: weights of the cells (state) */
+    float *target, *weight, *cell_weight;  /* [batch][C], [batch], [cells] */
+    float **keep;   /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
+    float **frozen; /* mask mode freeze: the values that stay, where keep is 0 */
+    spm_model *biased, *teacher;           /* lff (state); the start of an anchored intervention */
+    spm_run *biased_run, *teacher_run;
+    spm_optimizer *biased_optimizer;       /* (state) */
     spm_value image, outputs, contrast, ce_logits, ce_target, ce_weight, ce_loss, ntx_a, ntx_b, ntx_loss;
     int classes, n_groups;
     int64_t epoch, position, step, best_epoch;        /* (state) position: of the next example in `order` */
+    int64_t epochs, first_epoch;                      /* in all; those that only find jtt's error set */
+    int identified, retrained;                        /* (state) jtt has its error set; dfr, afr have their new head */
     double loss_sum, images, best_score;              /* (state) of the running epoch; of the selection rule */
     int64_t metrics_bytes, steps_bytes, events_bytes; /* (state) lengths of the append files */
     spmi_text config;                                 /* config.json */
     FILE *steps;
     double start, epoch_start; /* seconds */
     int64_t images_done;       /* by this call, for the progress report */
-    int stopped;
+    int stopped, masked;       /* masked: this run makes masks */
 } spmi_trainer;
 
 /* ---- TensorBoard events: records of (length, checksum, protocol-buffer message, checksum) ---- */
@@ -24097,7 +24197,7 @@ static spm_status spmi_train_config(spmi_trainer *t)
     (void)spmi_format(hash, sizeof hash, "%016llx", (unsigned long long)spm_dataset_hash(t->dataset));
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "program", "spurmem 0.1");
-    spm_json_string(json, "method", spmi_method_name(d->method));
+    spm_json_string(json, "method", spm_method_name(d->method));
     spm_json_string(json, "arch", d->arch.name);
     spm_json_int(json, "height", d->arch.height);
     spm_json_int(json, "width", d->arch.width_px);
@@ -24136,7 +24236,30 @@ static spm_status spmi_train_config(spmi_trainer *t)
                     d->select == SPM_SELECT_WGA        ? "validation classes and groups"
                     : d->select == SPM_SELECT_ACCURACY ? "validation classes"
                                                        : "none");
-    if (d->method == SPM_METHOD_INTERVENE) {
+    spm_json_int(json, "epoch_examples", d->epoch_examples);
+    spm_json_number(json, "hold_out", d->hold_out);
+    spm_json_bool(json, "balanced", d->balanced);
+    spm_json_bool(json, "group_labels", d->group_labels);
+    spm_json_string(json, "cells", d->by_class ? "class" : "group");
+    if (d->method == SPM_METHOD_GROUPDRO) {
+        spm_json_number(json, "dro_step", (double)d->dro_step);
+        spm_json_number(json, "dro_adjust", (double)d->dro_adjust);
+    } else if (d->method == SPM_METHOD_JTT) {
+        spm_json_bool(json, "identify_given", d->identify != NULL);
+        spm_json_int(json, "identify_epochs", t->first_epoch);
+        spm_json_int(json, "upweight", d->upweight);
+    } else if (d->method == SPM_METHOD_LFF) {
+        spm_json_number(json, "gce", (double)d->gce);
+        spm_json_number(json, "ema", (double)d->ema);
+    } else if (d->method == SPM_METHOD_DFR || d->method == SPM_METHOD_AFR) {
+        spm_json_string(json, "retrain_labels", d->method == SPM_METHOD_DFR ? "validation classes and groups"
+                                                                            : "held-out training classes");
+        spm_json_int(json, "subsets", d->subsets);
+        spm_json_number(json, "l1", d->l1);
+        spm_json_number(json, "l2", d->l2);
+        spm_json_number(json, "gamma", d->gamma);
+        spm_json_number(json, "interpolate", d->interpolate);
+    } else if (d->method == SPM_METHOD_INTERVENE) {
         spm_json_number(json, "tau", (double)d->tau);
         spm_json_number(json, "lambda", (double)d->lambda);
         spm_json_number(json, "prune_fraction", d->prune_fraction);
@@ -24149,8 +24272,15 @@ static spm_status spmi_train_config(spmi_trainer *t)
         spm_json_bool(json, "cross_entropy", d->cross_entropy);
         spm_json_bool(json, "cross_entropy_pruned", d->cross_entropy_pruned);
         spm_json_string(json, "bn", d->bn_shared ? "shared" : "separate");
-        spm_json_bool(json, "group_labels", d->group_labels);
-        spm_json_bool(json, "group_weighting", d->group_weighting && d->group_labels);
+        spm_json_bool(json, "group_weighting", d->group_weighting);
+        spm_json_number(json, "weight_power", (double)d->weight_power);
+        spm_json_number(json, "anchor", (double)d->anchor);
+        spm_json_string(json, "mask_mode", d->mask_mode == SPM_MASK_MODE_OFF    ? "off"
+                                           : d->mask_mode == SPM_MASK_MODE_DAMP ? "damp"
+                                                                                : "freeze");
+        spm_json_number(json, "damp", (double)d->damp);
+        spm_json_int(json, "mask_every", SPMI_MAX(d->mask_every, 1));
+        spm_json_int(json, "mask_ramp", d->mask_ramp);
         spm_json_string(json, "profile", d->official ? "official" : "sound");
     }
     spm_json_array_begin(json, "groups");
@@ -24256,25 +24386,51 @@ static spm_status spmi_state_tensor(spmi_trainer *t, spmi_state_walk *walk, cons
     return SPM_OK;
 }
 
+/* A network's values and its optimizer's moments, under three names. */
+static spm_status spmi_state_model(spmi_trainer *t, spmi_state_walk *walk, spm_model *model, spm_optimizer *optimizer,
+                                   const char *values_name, const char *first_name, const char *second_name)
+{
+    int i, slot;
+    spm_status status = SPM_OK;
+    for (i = 0; !status && model && i < spm_model_parameter_count(model); i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        int64_t n = spm_tensor_count(&p->value);
+        status = spmi_state_tensor(t, walk, values_name, p->name, p->value.data, n);
+        for (slot = 0; !status && slot < spm_optimizer_slots(optimizer); slot++) {
+            float *values = spm_optimizer_state(optimizer, slot, i);
+            if (values) status = spmi_state_tensor(t, walk, slot ? second_name : first_name, p->name, values, n);
+        }
+    }
+    return status;
+}
+
+/* 1 where the next step begins by ranking anew, so that no mask needs to be saved. */
+static int spmi_mask_due(const spmi_trainer *t)
+{
+    return t->position == 0 && t->epoch % SPMI_MAX(t->desc->mask_every, 1) == 0;
+}
+
 static spm_status spmi_state_walk_all(spmi_trainer *t, spmi_state_walk *walk)
 {
-    int i, slot, count = spm_model_parameter_count(t->model);
-    spm_status status = SPM_OK;
+    int i, count = spm_model_parameter_count(t->model);
+    spm_status status = spmi_state_model(t, walk, t->model, t->optimizer, "model", "first", "second");
+    if (!status)
+        status = spmi_state_model(t, walk, t->biased, t->biased_optimizer, "biased", "biased_first", "biased_second");
+    for (i = 0; !status && i < SPMI_TABLES; i++) {
+        if (!t->table[i]) continue;
+        status = spmi_state_tensor(t, walk, "example", spmi_table_name(i), t->table[i], spm_dataset_size(t->dataset));
+    }
+    if (!status && t->q) status = spmi_state_tensor(t, walk, "cells", "q", t->q, t->cells);
     for (i = 0; !status && i < count; i++) {
         spm_parameter *p = spm_model_parameter(t->model, i);
         int64_t n = spm_tensor_count(&p->value);
         char full[256];
-        status = spmi_state_tensor(t, walk, "model", p->name, p->value.data, n);
-        for (slot = 0; !status && slot < spm_optimizer_slots(t->optimizer); slot++) {
-            float *values = spm_optimizer_state(t->optimizer, slot, i);
-            if (values) status = spmi_state_tensor(t, walk, slot ? "second" : "first", p->name, values, n);
-        }
-        if (!status && t->pruned && !t->desc->bn_shared && (p->flags & SPM_PARAMETER_BUFFER)) {
+        if (t->pruned && !t->desc->bn_shared && (p->flags & SPM_PARAMETER_BUFFER)) {
             status = spmi_state_tensor(t, walk, "pruned", p->name, spm_run_buffer(t->pruned, i), n);
         }
         (void)spmi_format(full, sizeof full, "mask.%s", p->name);
         if (status || !t->keep || !(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
-        if (walk->what < 2 ? t->keep[i] == NULL || t->position == 0 : spm_archive_find(walk->archive, full) == NULL)
+        if (walk->what < 2 ? t->keep[i] == NULL || spmi_mask_due(t) : spm_archive_find(walk->archive, full) == NULL)
             continue;
         if (!t->keep[i]) {
             t->keep[i] = (float *)spmi_alloc_array(t->ctx, n, sizeof(float));
@@ -24310,6 +24466,8 @@ static spm_status spmi_state_save(spmi_trainer *t)
     spmi_state_number(walk.writer, "position", (double)t->position);
     spmi_state_number(walk.writer, "step", (double)t->step);
     spmi_state_number(walk.writer, "optimizer_steps", (double)spm_optimizer_steps(t->optimizer));
+    spmi_state_number(walk.writer, "identified", (double)t->identified);
+    spmi_state_number(walk.writer, "retrained", (double)t->retrained);
     spmi_state_number(walk.writer, "loss_sum", t->loss_sum);
     spmi_state_number(walk.writer, "images", t->images);
     spmi_state_number(walk.writer, "best_score", t->best_score);
@@ -24351,6 +24509,8 @@ static spm_status spmi_state_load(spmi_trainer *t)
     t->epoch = (int64_t)spmi_state_get(walk.archive, "epoch");
     t->position = (int64_t)spmi_state_get(walk.archive, "position");
     t->step = (int64_t)spmi_state_get(walk.archive, "step");
+    t->identified = (int)spmi_state_get(walk.archive, "identified");
+    t->retrained = (int)spmi_state_get(walk.archive, "retrained");
     t->loss_sum = spmi_state_get(walk.archive, "loss_sum");
     t->images = spmi_state_get(walk.archive, "images");
     t->best_score = spmi_state_get(walk.archive, "best_score");
@@ -24362,10 +24522,12 @@ static spm_status spmi_state_load(spmi_trainer *t)
     t->events_bytes = (int64_t)spmi_state_get(walk.archive, "events_bytes");
     t->steps_bytes = (int64_t)spmi_state_get(walk.archive, "steps_bytes");
     spm_optimizer_set_steps(t->optimizer, (int64_t)spmi_state_get(walk.archive, "optimizer_steps"));
+    if (t->biased) spm_optimizer_set_steps(t->biased_optimizer, spm_optimizer_steps(t->optimizer));
     status = spmi_state_walk_all(t, &walk);
     spm_archive_close(walk.archive);
     spmi_free(t->ctx, path);
     spm_model_touch(t->model);
+    if (t->biased) spm_model_touch(t->biased);
     if (!status) {
         path = spmi_train_path(t, "metrics.jsonl");
         status = path ? spmi_cut_back(t->ctx, path, t->metrics_bytes, t->err) : SPM_E_MEMORY;
@@ -24377,6 +24539,272 @@ static spm_status spmi_state_load(spmi_trainer *t)
         spmi_free(t->ctx, path);
     }
     if (!status && t->desc->log_steps) status = spmi_cut_back(t->ctx, t->desc->log_steps, t->steps_bytes, t->err);
+    return status;
+}
+
+/* ---- cells, the history of examples, the order of an epoch ---- */
+
+/* A minority group: less than half of its class's largest group, and not empty. */
+static int spmi_is_minority(const spm_dataset *dataset, int group)
+{
+    int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
+    int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
+    for (a = 0; a < confounders; a++)
+        largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
+    return count > 0 && 2 * count < largest;
+}
+
+/* The same for a cell; without group labels, cells are (class, memorized). */
+static int spmi_is_minority_cell(const spmi_trainer *t, int cell)
+{
+    if (!t->desc->group_labels) return (cell & 1) && t->cell_start[cell + 1] > t->cell_start[cell];
+    return !t->desc->by_class && spmi_is_minority(t->dataset, cell);
+}
+
+static int spmi_held_out(const spmi_trainer *t, int64_t id)
+{
+    return t->desc->hold_out > 0.0
+           && (double)spm_random_uniform(spm_random_key(t->desc->seed, 0x68656c64u, 0), 0, (uint64_t)id)
+                  < t->desc->hold_out;
+}
+
+/* The threshold that parts a class's numbers of wrong epochs best (Otsu 1979: largest variance between the parts):
+ * what lies above it was learned late, by heart.  Returns -1 where all are equal. */
+static int64_t spmi_history_threshold(const int64_t *histogram, int64_t bins)
+{
+    double n = 0.0, sum = 0.0, below = 0.0, below_sum = 0.0, best = 0.0;
+    int64_t i, at = -1;
+    for (i = 0; i < bins; i++) {
+        n += (double)histogram[i];
+        sum += (double)i * (double)histogram[i];
+    }
+    for (i = 0; i < bins - 1; i++) {
+        double gap, between;
+        below += (double)histogram[i];
+        below_sum += (double)i * (double)histogram[i];
+        if (!(below > 0.0) || !(n - below > 0.0)) continue;
+        gap = below_sum / below - (sum - below_sum) / (n - below);
+        between = below * (n - below) * gap * gap;
+        if (between > best) {
+            best = between;
+            at = i;
+        }
+    }
+    return at;
+}
+
+/* Cells (class, memorized) from the history that an earlier run has left in its state. */
+static spm_status spmi_train_memorized(spmi_trainer *t)
+{
+    const char *folder = t->desc->history, *checkpoint = t->desc->checkpoint;
+    int64_t size = spm_dataset_size(t->dataset), i, bins = 1, *histogram = NULL;
+    const int64_t *ids = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
+    int64_t n = spm_dataset_split_size(t->dataset, SPM_TRAIN);
+    char *path, *beside = NULL;
+    float *wrong = t->table[SPMI_TABLE_WRONG]; /* on loan: this run's own history has not begun */
+    spm_archive *archive = NULL;
+    const spm_archive_tensor *tensor;
+    spm_status status = SPM_OK;
+    int y;
+    if (!folder && checkpoint) {
+        size_t length = strlen(checkpoint);
+        while (length > 0 && checkpoint[length - 1] != '/' && checkpoint[length - 1] != '\\') length--;
+        beside = (char *)spmi_alloc_array(t->ctx, (int64_t)length + 2, 1);
+        if (!beside) return spmi_fail_memory(t->ctx, t->err, "the history");
+        memcpy(beside, length ? checkpoint : ".", length ? length : 1);
+        folder = beside;
+    }
+    path = folder ? spmi_path_join(t->ctx, folder, "state.safetensors") : NULL;
+    if (!path || spmi_path_kind(path) != 1) {
+        status = spmi_fail(t->ctx, t->err, SPM_E_DATA,
+                           "%s: holds no run; without group labels the memorized examples are told by the history of "
+                           "the run that trained the checkpoint: give its folder with --history",
+                           folder ? folder : "training");
+    }
+    if (!status) archive = spm_archive_open(t->ctx, path, t->err);
+    if (!status && !archive) status = SPM_E_FORMAT;
+    if (!status) {
+        tensor = spm_archive_find(archive, "example.wrong");
+        if (!tensor || tensor->count != size) {
+            status = spmi_fail(t->ctx, t->err, SPM_E_DATA,
+                               "%s: its history has %ld examples and this data set %ld; give the folder of a run on the "
+                               "same data with --history",
+                               path, tensor ? (long)tensor->count : 0L, (long)size);
+        } else
+            status = spm_archive_read_f32(archive, tensor, wrong, t->err);
+    }
+    for (i = 0; !status && i < n; i++) bins = SPMI_MAX(bins, (int64_t)wrong[ids[i]] + 1);
+    if (!status) {
+        histogram = (int64_t *)spmi_alloc_array(t->ctx, bins, sizeof *histogram);
+        if (!histogram) status = spmi_fail_memory(t->ctx, t->err, "the history");
+    }
+    for (y = 0; !status && y < spm_dataset_classes(t->dataset); y++) {
+        int64_t above;
+        memset(histogram, 0, (size_t)bins * sizeof *histogram);
+        for (i = 0; i < n; i++) {
+            if (spm_dataset_example(t->dataset, ids[i])->y == y) histogram[(int64_t)wrong[ids[i]]]++;
+        }
+        above = spmi_history_threshold(histogram, bins);
+        for (i = 0; i < n; i++) {
+            if (spm_dataset_example(t->dataset, ids[i])->y != y) continue;
+            t->table[SPMI_TABLE_CELL][ids[i]] = (float)(2 * y + (above >= 0 && (int64_t)wrong[ids[i]] > above));
+        }
+    }
+    memset(wrong, 0, (size_t)size * sizeof(float));
+    spm_archive_close(archive);
+    spmi_free(t->ctx, histogram);
+    spmi_free(t->ctx, path);
+    spmi_free(t->ctx, beside);
+    return status;
+}
+
+/* Sorts the examples that are trained on by cell, and sets the cells' weights. */
+static spm_status spmi_train_pool(spmi_trainer *t)
+{
+    const int64_t *ids = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
+    int64_t n = spm_dataset_split_size(t->dataset, SPM_TRAIN), i;
+    int c, seen = 0;
+    t->n_pool = 0;
+    for (c = 0; c < t->cells; c++) {
+        t->cell_start[c] = t->n_pool;
+        for (i = 0; i < n; i++) {
+            if ((int)t->table[SPMI_TABLE_CELL][ids[i]] == c && !spmi_held_out(t, ids[i])) t->pool[t->n_pool++] = ids[i];
+        }
+        seen += t->n_pool > t->cell_start[c];
+    }
+    t->cell_start[t->cells] = t->n_pool;
+    if (t->n_pool == 0) {
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: a held-out share of %g leaves no training example; lower it",
+                         spm_dataset_path(t->dataset), t->desc->hold_out);
+    }
+    for (c = 0; c < t->cells; c++) {
+        int64_t count = t->cell_start[c + 1] - t->cell_start[c];
+        double weight = count ? (double)t->n_pool / ((double)count * (double)seen) : 1.0;
+        int balance = t->desc->method == SPM_METHOD_REWEIGHT
+                      || (t->desc->method == SPM_METHOD_INTERVENE && t->desc->group_weighting);
+        if (balance && t->desc->weight_power < 1.0f) weight = pow(weight, (double)t->desc->weight_power);
+        t->cell_weight[c] = balance ? (float)weight : 1.0f;
+    }
+    return SPM_OK;
+}
+
+/* Every training example's cell. */
+static spm_status spmi_train_cells(spmi_trainer *t)
+{
+    int64_t i;
+    if (!t->desc->group_labels) return t->desc->resume ? SPM_OK : spmi_train_memorized(t);
+    for (i = 0; i < spm_dataset_size(t->dataset); i++) {
+        const spm_example *example = spm_dataset_example(t->dataset, i);
+        t->table[SPMI_TABLE_CELL][i] = (float)(t->desc->by_class ? example->y : example->group);
+    }
+    return SPM_OK;
+}
+
+static int spmi_id_order(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Makes t->order, the ids of this epoch, and their number t->n. */
+static spm_status spmi_train_order(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    uint64_t key = spm_random_key(d->seed, 0x6f72646572u, (uint64_t)t->epoch);
+    int64_t n = 0, i, k, room = t->n_pool, smallest = INT64_MAX;
+    int draws = d->method == SPM_METHOD_RESAMPLE || d->balanced, c, full = 0;
+    const float *copies = d->method == SPM_METHOD_JTT && t->identified ? t->table[SPMI_TABLE_COPIES] : NULL;
+    for (c = 0; c < t->cells; c++) {
+        int64_t count = t->cell_start[c + 1] - t->cell_start[c];
+        if (count) smallest = SPMI_MIN(smallest, count);
+        full += count > 0;
+    }
+    for (i = 0, room = 0; i < t->n_pool; i++) room += copies ? (int64_t)copies[t->pool[i]] : 1;
+    if (room > t->room) {
+        spmi_free(t->ctx, t->order);
+        spmi_free(t->ctx, t->list);
+        t->order = (int64_t *)spmi_alloc_array(t->ctx, room, sizeof *t->order);
+        t->list = (int64_t *)spmi_alloc_array(t->ctx, room, sizeof *t->list);
+        t->room = t->order && t->list ? room : 0;
+        if (!t->room) return spmi_fail_memory(t->ctx, t->err, "the order of training");
+    }
+    if (draws) {
+        for (; n < t->n_pool; n++) {
+            int64_t pick = (int64_t)spm_random_below(key, 1, (uint64_t)n, (uint32_t)full), count;
+            for (c = 0;; c++) {
+                count = t->cell_start[c + 1] - t->cell_start[c];
+                if (count && pick-- == 0) break;
+            }
+            t->list[n] = t->pool[t->cell_start[c] + (int64_t)spm_random_below(key, 2, (uint64_t)n, (uint32_t)count)];
+        }
+    } else if (d->method == SPM_METHOD_SUBSAMPLE) {
+        for (c = 0; c < t->cells; c++) {
+            int64_t count = t->cell_start[c + 1] - t->cell_start[c];
+            spm_random_permutation(spm_random_key(d->seed, 0x73756267u, (uint64_t)c), 0, count, t->order);
+            for (i = 0; i < SPMI_MIN(count, smallest); i++) t->list[n++] = t->pool[t->cell_start[c] + t->order[i]];
+        }
+        qsort(t->list, (size_t)n, sizeof *t->list, spmi_id_order);
+    } else {
+        for (i = 0; i < t->n_pool; i++) {
+            for (k = copies ? (int64_t)copies[t->pool[i]] : 1; k > 0; k--) t->list[n++] = t->pool[i];
+        }
+        qsort(t->list, (size_t)n, sizeof *t->list, spmi_id_order);
+    }
+    if (d->shuffle) {
+        spm_random_permutation(key, 0, n, t->order);
+        for (i = 0; i < n; i++) t->order[i] = t->list[t->order[i]];
+    } else
+        memcpy(t->order, t->list, (size_t)n * sizeof *t->order);
+    t->n = d->epoch_examples > 0 ? SPMI_MIN(n, d->epoch_examples) : n;
+    return SPM_OK;
+}
+
+/* Takes in which examples of a batch the dense branch had right. */
+static void spmi_train_history(spmi_trainer *t, const spm_batch *batch, const float *outputs)
+{
+    int64_t i;
+    for (i = 0; i < batch->count; i++) {
+        const float *row = outputs + i * t->classes;
+        int64_t id = batch->id[i];
+        int column = t->desc->reading.label_reversed ? t->classes - 1 - batch->y[i] : batch->y[i], c, right = 1;
+        for (c = 0; c < t->classes; c++) right &= c == column || row[c] < row[column];
+        if (!right) t->table[SPMI_TABLE_WRONG][id] += 1.0f;
+        if (right && t->table[SPMI_TABLE_FIRST][id] < 0.0f) t->table[SPMI_TABLE_FIRST][id] = (float)t->epoch;
+        if (!right && t->table[SPMI_TABLE_RIGHT][id] > 0.5f) t->table[SPMI_TABLE_FORGOTTEN][id] += 1.0f;
+        t->table[SPMI_TABLE_RIGHT][id] = (float)right;
+    }
+}
+
+static void spmi_train_history_reset(spmi_trainer *t)
+{
+    int64_t i, size = spm_dataset_size(t->dataset);
+    for (i = 0; i < size; i++) {
+        t->table[SPMI_TABLE_WRONG][i] = t->table[SPMI_TABLE_FORGOTTEN][i] = t->table[SPMI_TABLE_RIGHT][i] = 0.0f;
+        t->table[SPMI_TABLE_FIRST][i] = -1.0f;
+    }
+}
+
+/* history.csv, whole: a row per training example. */
+static spm_status spmi_train_history_write(spmi_trainer *t)
+{
+    const int64_t *ids = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
+    int64_t i, n = spm_dataset_split_size(t->dataset, SPM_TRAIN);
+    spmi_text text = spmi_text_create(t->ctx);
+    char line[160], *path = spmi_train_path(t, "history.csv");
+    spm_status status = path ? SPM_OK : SPM_E_MEMORY;
+    spmi_text_add(&text, "id,y,confounder,group,cell,first_right,epochs_wrong,forgotten,right\n");
+    for (i = 0; i < n; i++) {
+        const spm_example *example = spm_dataset_example(t->dataset, ids[i]);
+        (void)spmi_format(line, sizeof line, "%ld,%d,%d,%d,%d,%d,%d,%d,%d\n", (long)ids[i], (int)example->y,
+                          (int)example->confounder, (int)example->group, (int)t->table[SPMI_TABLE_CELL][ids[i]],
+                          (int)t->table[SPMI_TABLE_FIRST][ids[i]], (int)t->table[SPMI_TABLE_WRONG][ids[i]],
+                          (int)t->table[SPMI_TABLE_FORGOTTEN][ids[i]], (int)t->table[SPMI_TABLE_RIGHT][ids[i]]);
+        spmi_text_add(&text, line);
+    }
+    if (!status && text.failed) status = spmi_fail_memory(t->ctx, t->err, "history.csv");
+    if (!status) status = spm_file_write(t->ctx, path, text.data, text.length, t->err);
+    spmi_text_free(&text);
+    spmi_free(t->ctx, path);
     return status;
 }
 
@@ -24453,18 +24881,8 @@ static spm_status spmi_mask_official(spmi_trainer *t)
     return SPM_OK;
 }
 
-/* A minority group: less than half of its class's largest group, and not empty. */
-static int spmi_is_minority(const spm_dataset *dataset, int group)
-{
-    int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
-    int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
-    for (a = 0; a < confounders; a++)
-        largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
-    return count > 0 && 2 * count < largest;
-}
-
-/* The critical units: each minority group's ranking (METHOD.md 2.2) takes its next unit in turn until the share is
- * reached. Without group labels, or where no group is a minority, the rows of the ranking come from all examples. */
+/* The critical units: each minority cell's ranking (METHOD.md 2.2) takes its next unit in turn until the share is
+ * reached.  Where no cell is a minority, the ranking comes from all examples. */
 static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
 {
     spm_attr_desc attr = SPM_ZERO;
@@ -24480,15 +24898,16 @@ static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
     evaluation.workers = t->desc->workers;
     attr.criterion = t->desc->criterion;
     attr.seed = t->desc->seed;
-    lists = (spm_unit **)spmi_alloc_array(t->ctx, t->n_groups + 1, sizeof *lists);
+    lists = (spm_unit **)spmi_alloc_array(t->ctx, t->cells + 1, sizeof *lists);
     if (!lists) return spmi_fail_memory(t->ctx, t->err, "the mask");
     status = spm_evaluate(t->model, t->dataset, &evaluation, &eval, t->err);
     if (status) {
         spmi_free(t->ctx, lists);
         return status;
     }
-    for (g = 0; !status && g < t->n_groups && t->desc->group_labels; g++) {
-        if (!spmi_is_minority(t->dataset, g)) continue;
+    for (i = 0; i < eval.count; i++) eval.group[i] = (int32_t)t->table[SPMI_TABLE_CELL][eval.example[i]];
+    for (g = 0; !status && g < t->cells; g++) {
+        if (!spmi_is_minority_cell(t, g)) continue;
         attr.group = g;
         status = spm_rank_units(t->model, t->dataset, &attr, &eval, &lists[n], &count, &used, t->err);
         if (!status) n++;
@@ -24544,22 +24963,53 @@ static spm_status spmi_mask_random(spmi_trainer *t, int64_t units, int64_t wante
     return status;
 }
 
+/* Puts the mask to work: in the pruned branch, or, in mode freeze, by remembering the values that are to stay. */
 static spm_status spmi_mask_apply(spmi_trainer *t)
 {
-    int i;
+    int i, freeze = t->desc->mask_mode == SPM_MASK_MODE_FREEZE, damp = t->desc->mask_mode == SPM_MASK_MODE_DAMP;
     spm_status status = SPM_OK;
-    spm_run_clear_masks(t->pruned);
+    if (!freeze) spm_run_clear_masks(t->pruned);
     for (i = 0; !status && i < spm_model_parameter_count(t->model); i++) {
-        if (t->keep[i]) status = spm_run_set_mask(t->pruned, i, t->keep[i]);
+        const spm_parameter *p = spm_model_parameter(t->model, i);
+        int64_t n = spm_tensor_count(&p->value), j;
+        if (!t->keep[i]) continue;
+        if (freeze || damp) { /* `frozen` is where the damped mask is made, too */
+            if (!t->frozen[i]) t->frozen[i] = (float *)spmi_alloc_array(t->ctx, n, sizeof(float));
+            if (!t->frozen[i]) return spmi_fail_memory(t->ctx, t->err, p->name);
+        }
+        if (freeze) memcpy(t->frozen[i], p->value.data, (size_t)n * sizeof(float));
+        for (j = 0; damp && j < n; j++) t->frozen[i][j] = t->keep[i][j] > 0.5f ? 1.0f : t->desc->damp;
+        if (!freeze) status = spm_run_set_mask(t->pruned, i, damp ? t->frozen[i] : t->keep[i]);
     }
     return status ? spmi_fail(t->ctx, t->err, status, "%s", spm_run_error(t->pruned)->text) : SPM_OK;
+}
+
+/* Mode freeze: before the optimizer's step the frozen units lose their gradients, after it they get their values back
+ * (what momentum has moved). */
+static void spmi_mask_freeze(spmi_trainer *t, int after)
+{
+    int i;
+    for (i = 0; i < spm_model_parameter_count(t->model); i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        int64_t j, n = t->keep[i] ? spm_tensor_count(&p->value) : 0;
+        for (j = 0; j < n; j++) {
+            if (t->keep[i][j] > 0.5f) continue;
+            if (after)
+                p->value.data[j] = t->frozen[i][j];
+            else
+                p->gradient[j] = 0.0f;
+        }
+    }
+    if (after) spm_model_touch(t->model);
 }
 
 /* Builds the mask of this epoch from the parameters as they are now. */
 static spm_status spmi_mask_build(spmi_trainer *t)
 {
+    const spm_train_desc *d = t->desc;
     int i, count = spm_model_parameter_count(t->model);
     int64_t units = 0, wanted;
+    double share = d->prune_fraction;
     spm_status status = SPM_OK;
     for (i = 0; i < count; i++) {
         spm_parameter *p = spm_model_parameter(t->model, i);
@@ -24567,33 +25017,77 @@ static spm_status spmi_mask_build(spmi_trainer *t)
         t->keep[i] = NULL;
         if ((p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD)) units += p->value.shape[0];
     }
-    wanted = (int64_t)ceil(t->desc->prune_fraction * (double)units);
-    if (t->desc->mask == SPM_MASK_OFFICIAL)
+    if (d->mask_ramp > 0) share *= SPMI_MIN(1.0, (double)(t->epoch + 1) / (double)d->mask_ramp);
+    wanted = (int64_t)ceil(share * (double)units);
+    if (d->mask == SPM_MASK_OFFICIAL)
         status = spmi_mask_official(t);
-    else if (t->desc->mask == SPM_MASK_RANDOM)
+    else if (d->mask == SPM_MASK_RANDOM)
         status = spmi_mask_random(t, units, wanted);
-    else if (t->desc->mask == SPM_MASK_CRITICAL)
+    else if (d->mask == SPM_MASK_CRITICAL)
         status = spmi_mask_critical(t, wanted);
     return status ? status : spmi_mask_apply(t);
 }
 
 /* ---- one step ---- */
 
-/* One-hot targets in column order, and example weights that sum to 1 (or to the groups' shares). */
+static spm_status spmi_run_failed(spmi_trainer *t, spm_run *run)
+{
+    return spmi_fail(t->ctx, t->err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
+}
+
+/* Cross-entropy of one row of outputs. */
+static double spmi_row_loss(const float *row, int classes, int column)
+{
+    double top = (double)row[0], sum = 0.0;
+    int c;
+    for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)row[c]);
+    for (c = 0; c < classes; c++) sum += exp((double)row[c] - top);
+    return top + log(sum) - (double)row[column];
+}
+
+static int spmi_column(const spmi_trainer *t, int y)
+{
+    return t->desc->reading.label_reversed ? t->classes - 1 - y : y;
+}
+
+/* One-hot targets in column order, and example weights that sum to 1 (or to the cells' shares). */
 static void spmi_train_targets(spmi_trainer *t, const spm_batch *batch)
 {
     int64_t i;
     memset(t->target, 0, (size_t)(batch->count * t->classes) * sizeof(float));
     for (i = 0; i < batch->count; i++) {
-        int column = t->desc->reading.label_reversed ? t->classes - 1 - batch->y[i] : batch->y[i];
-        t->target[i * t->classes + column] = 1.0f;
-        t->weight[i] = t->group_weight[batch->group[i]] / (float)batch->count;
+        t->target[i * t->classes + spmi_column(t, batch->y[i])] = 1.0f;
+        t->weight[i] = t->cell_weight[(int)t->table[SPMI_TABLE_CELL][batch->id[i]]] / (float)batch->count;
     }
 }
 
-static spm_status spmi_run_failed(spmi_trainer *t, spm_run *run)
+/* Group DRO: moves q by the batch's mean losses and weighs the examples of cell c by q_c / (their number). */
+static void spmi_train_dro(spmi_trainer *t, const spm_batch *batch, const float *outputs)
 {
-    return spmi_fail(t->ctx, t->err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
+    double total = 0.0;
+    int64_t i;
+    int c;
+    for (c = 0; c < t->cells; c++) {
+        int64_t count = 0, all = t->cell_start[c + 1] - t->cell_start[c];
+        double loss = 0.0;
+        for (i = 0; i < batch->count; i++) {
+            if ((int)t->table[SPMI_TABLE_CELL][batch->id[i]] != c) continue;
+            loss += spmi_row_loss(outputs + i * t->classes, t->classes, spmi_column(t, batch->y[i]));
+            count++;
+        }
+        if (count) loss /= (double)count;
+        if (all) loss += (double)t->desc->dro_adjust / sqrt((double)all);
+        t->q[c] = all ? (float)((double)t->q[c] * exp((double)t->desc->dro_step * loss)) : 0.0f;
+        total += (double)t->q[c];
+    }
+    for (c = 0; c < t->cells; c++) {
+        int64_t count = 0;
+        t->q[c] = (float)((double)t->q[c] / total);
+        for (i = 0; i < batch->count; i++) count += (int)t->table[SPMI_TABLE_CELL][batch->id[i]] == c;
+        for (i = 0; i < batch->count; i++) {
+            if ((int)t->table[SPMI_TABLE_CELL][batch->id[i]] == c) t->weight[i] = t->q[c] / (float)count;
+        }
+    }
 }
 
 /* Cross-entropy of a branch's outputs; its gradient, times `scale`, is left in `gradient`. */
@@ -24628,23 +25122,92 @@ static spm_status spmi_train_backward(spmi_trainer *t, spm_run *branch, const fl
     return SPM_OK;
 }
 
+/* LfF: one step of the biased network, and from both networks' losses the weights of the other one's. */
+static spm_status spmi_train_lff(spmi_trainer *t, const spm_batch *batch, const float *outputs, float *gradient)
+{
+    const spm_train_desc *d = t->desc;
+    double keep = (double)d->ema, value;
+    int64_t i, id, size = spm_dataset_size(t->dataset);
+    float *biased = t->table[SPMI_TABLE_BIASED], *debiased = t->table[SPMI_TABLE_DEBIASED];
+    const float *rows;
+    int y;
+    spm_run_examples(t->biased_run, batch->id);
+    if (spm_run_input(t->biased_run, t->image, batch->pixels) || spm_run_forward(t->biased_run, batch->count, 1))
+        return spmi_run_failed(t, t->biased_run);
+    rows = spm_run_data(t->biased_run, t->outputs);
+    for (i = 0; i < batch->count; i++) {
+        int column = spmi_column(t, batch->y[i]);
+        double loss = spmi_row_loss(rows + i * t->classes, t->classes, column);
+        t->weight[i] = (float)((double)d->gce * exp(-(double)d->gce * loss) / (double)batch->count);
+        id = batch->id[i];
+        biased[id] = (float)(keep * (double)biased[id] + (1.0 - keep) * loss);
+        loss = spmi_row_loss(outputs + i * t->classes, t->classes, column);
+        debiased[id] = (float)(keep * (double)debiased[id] + (1.0 - keep) * loss);
+    }
+    memset(gradient, 0, (size_t)(batch->count * t->classes) * sizeof(float));
+    spm_model_zero_gradients(t->biased);
+    if (spmi_train_cross_entropy(t, t->ce_pruned, t->biased_run, batch->count, 1.0f, gradient, &value)
+        || spmi_train_backward(t, t->biased_run, gradient, NULL))
+        return t->err->status;
+    if (spm_run_commit_statistics(t->biased_run, 0.1f)) return spmi_run_failed(t, t->biased_run);
+    spm_model_finish_gradients(t->biased);
+    spm_optimizer_step(t->biased_optimizer);
+    for (y = 0; y < spm_dataset_classes(t->dataset); y++) {
+        double most_biased = 1e-30, most_debiased = 1e-30;
+        for (id = 0; id < size; id++) {
+            if (spm_dataset_example(t->dataset, id)->y != y) continue;
+            most_biased = SPMI_MAX(most_biased, (double)biased[id]);
+            most_debiased = SPMI_MAX(most_debiased, (double)debiased[id]);
+        }
+        for (i = 0; i < batch->count; i++) {
+            double b = (double)biased[batch->id[i]] / most_biased, f = (double)debiased[batch->id[i]] / most_debiased;
+            if (batch->y[i] == y) t->weight[i] = (float)(b / (b + f + 1e-8) / (double)batch->count);
+        }
+    }
+    return SPM_OK;
+}
+
+/* Adds weight * KL(start || now) on the majority: cross-entropy is linear in its targets, so the start's probabilities
+ * join them. */
+static spm_status spmi_train_anchor(spmi_trainer *t, const spm_batch *batch)
+{
+    int64_t i;
+    int c;
+    const float *rows;
+    if (spm_run_input(t->teacher_run, t->image, batch->pixels) || spm_run_forward(t->teacher_run, batch->count, 0))
+        return spmi_run_failed(t, t->teacher_run);
+    rows = spm_run_data(t->teacher_run, t->outputs);
+    for (i = 0; i < batch->count; i++) {
+        const float *row = rows + i * t->classes;
+        float scale = t->desc->anchor / ((float)batch->count * t->weight[i]);
+        if (spmi_is_minority_cell(t, (int)t->table[SPMI_TABLE_CELL][batch->id[i]])) continue;
+        for (c = 0; c < t->classes; c++)
+            t->target[i * t->classes + c] += scale * (float)exp(-spmi_row_loss(row, t->classes, c));
+    }
+    return SPM_OK;
+}
+
 /* METHOD.md 2.6.  Both one-sided NT-Xent terms together have exactly the gradient of one joint NT-Xent, and the second
  * dense forward equals the first (train-mode batch norm ignores running statistics): two forwards do. */
 static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, spmi_step_loss *loss, float *d_dense,
                                       float *d_pruned)
 {
     const spm_train_desc *d = t->desc;
-    int use_pruned = d->method == SPM_METHOD_INTERVENE && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned);
+    int use_pruned = t->pruned != NULL;
     const float *d_a = NULL, *d_b = NULL;
     float ce_scale = d->method == SPM_METHOD_INTERVENE ? d->lambda : 1.0f;
     int64_t n = batch->count, i, cells = n * t->classes;
-    int ce_dense = d->method == SPM_METHOD_ERM || d->cross_entropy;
+    int ce_dense = d->method != SPM_METHOD_INTERVENE || d->cross_entropy;
     int ce_pruned = use_pruned && d->cross_entropy && d->cross_entropy_pruned;
     memset(d_dense, 0, (size_t)cells * sizeof(float));
     memset(d_pruned, 0, (size_t)cells * sizeof(float));
     spm_run_examples(t->dense, batch->id);
     if (spm_run_input(t->dense, t->image, batch->pixels) || spm_run_forward(t->dense, n, 1))
         return spmi_run_failed(t, t->dense);
+    spmi_train_history(t, batch, spm_run_data(t->dense, t->outputs));
+    if (d->method == SPM_METHOD_GROUPDRO) spmi_train_dro(t, batch, spm_run_data(t->dense, t->outputs));
+    if (t->biased && spmi_train_lff(t, batch, spm_run_data(t->dense, t->outputs), d_pruned)) return t->err->status;
+    if (t->teacher && spmi_train_anchor(t, batch)) return t->err->status;
     if (ce_dense && spmi_train_cross_entropy(t, t->ce, t->dense, n, ce_scale, d_dense, &loss->ce))
         return t->err->status;
     loss->total = ce_dense ? (double)ce_scale * loss->ce : 0.0;
@@ -24676,26 +25239,88 @@ static spm_status spmi_train_branches(spmi_trainer *t, const spm_batch *batch, s
         if (spmi_train_backward(t, t->pruned, ce_pruned || t->contrast == t->outputs ? d_pruned : NULL, d_b))
             return t->err->status;
     }
-    if (spmi_train_backward(t, t->dense, d_dense, d_a)) return t->err->status;
+    return spmi_train_backward(t, t->dense, d_dense, d_a);
+}
+
+/* Running statistics of a step that went well, in the order of METHOD.md 2.6. */
+static spm_status spmi_train_commit(spmi_trainer *t)
+{
     if (spm_run_commit_statistics(t->dense, 0.1f)) return spmi_run_failed(t, t->dense);
-    if (use_pruned && spm_run_commit_statistics(t->pruned, 0.1f)) return spmi_run_failed(t, t->pruned);
-    if (use_pruned && d->bn_shared && spm_run_commit_statistics(t->dense, 0.1f)) return spmi_run_failed(t, t->dense);
+    if (t->pruned && spm_run_commit_statistics(t->pruned, 0.1f)) return spmi_run_failed(t, t->pruned);
+    if (t->pruned && t->desc->bn_shared && spm_run_commit_statistics(t->dense, 0.1f))
+        return spmi_run_failed(t, t->dense);
     return SPM_OK;
 }
 
-/* Where numbers went bad: the first parameter whose gradient is not finite. */
-static const char *spmi_train_bad_parameter(spmi_trainer *t)
+static spm_checkpoint_info spmi_train_info(spmi_trainer *t)
 {
-    int i;
-    for (i = 0; i < spm_model_parameter_count(t->model); i++) {
-        spm_parameter *p = spm_model_parameter(t->model, i);
-        int64_t j, n = spm_tensor_count(&p->value);
-        if ((p->flags & SPM_PARAMETER_BUFFER) || !p->gradient) continue;
-        for (j = 0; j < n; j++) {
-            if (!(fabsf(p->gradient[j]) <= FLT_MAX)) return p->name;
+    spm_checkpoint_info info = SPM_ZERO;
+    size_t at = 0;
+    int c;
+    info.arch = t->desc->arch;
+    info.transform = t->desc->reading.transform;
+    info.label_reversed = t->desc->reading.label_reversed;
+    info.has_arch = 1;
+    info.epoch = t->epoch;
+    (void)spmi_format(info.method, sizeof info.method, "%s", spm_method_name(t->desc->method));
+    for (c = 0; c < spm_dataset_classes(t->dataset) && at < sizeof info.class_names; c++) {
+        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "",
+                            spm_dataset_class_name(t->dataset, c));
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return info;
+}
+
+static spm_status spmi_train_save(spmi_trainer *t, const char *name)
+{
+    spm_checkpoint_info info = spmi_train_info(t);
+    char *path = spmi_train_path(t, name);
+    spm_status status = path ? spm_checkpoint_save(t->model, path, &info, t->err) : SPM_E_MEMORY;
+    spmi_free(t->ctx, path);
+    return status;
+}
+
+static int spmi_all_finite(const float *values, int64_t n)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        if (!(fabsf(values[i]) <= FLT_MAX)) return 0;
+    }
+    return 1;
+}
+
+/* Where numbers went bad, into `text`: the first layer whose values, on this batch, are not finite; else, from the loss
+ * backwards, the first gradient.  A run of its own looks at every layer; only failures pay for it. */
+static void spmi_train_bad_layer(spmi_trainer *t, const spm_batch *batch, char *text, size_t size)
+{
+    spm_run_desc running = SPM_ZERO;
+    int i, found = -1, gradient = -1, count = spm_model_parameter_count(t->model);
+    spm_run *run;
+    running.max_batch = batch->count;
+    run = spm_run_create(t->model, &running, NULL);
+    for (i = 0; run && i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(t->model, i);
+        if (p->norm_output && spm_run_keep(run, p->norm_output)) break;
+    }
+    if (run && i == count && !spm_run_input(run, t->image, batch->pixels) && !spm_run_forward(run, batch->count, 1)) {
+        for (i = 0; i < count && found < 0; i++) {
+            const spm_parameter *p = spm_model_parameter(t->model, i);
+            spm_tensor value = SPM_ZERO;
+            if (p->norm_output) value = spm_run_tensor(run, p->norm_output);
+            if (value.data && !spmi_all_finite(value.data, spm_tensor_count(&value))) found = i;
         }
     }
-    return "none";
+    for (i = 0; i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(t->model, i);
+        if (p->gradient && !spmi_all_finite(p->gradient, spm_tensor_count(&p->value))) gradient = i;
+    }
+    spm_run_destroy(run);
+    if (found >= 0)
+        (void)spmi_format(text, size, "first in the values of %s", spm_model_parameter(t->model, found)->name);
+    else if (gradient >= 0)
+        (void)spmi_format(text, size, "first in the gradient of %s", spm_model_parameter(t->model, gradient)->name);
+    else
+        (void)spmi_format(text, size, "in the loss itself");
 }
 
 static spm_status spmi_train_log_step(spmi_trainer *t, const spmi_step_loss *loss)
@@ -24724,19 +25349,36 @@ static spm_status spmi_train_step(spmi_trainer *t, const spm_batch *batch, float
 {
     spmi_step_loss loss = SPM_ZERO;
     spm_status status;
+    double norm;
+    int freeze = t->keep && t->desc->mask_mode == SPM_MASK_MODE_FREEZE;
     spmi_train_targets(t, batch);
     spm_model_zero_gradients(t->model);
     status = spmi_train_branches(t, batch, &loss, d_dense, d_pruned);
     if (status) return status;
     spm_model_finish_gradients(t->model);
-    if (!(fabs(loss.total) <= DBL_MAX)) {
+    if (freeze) spmi_mask_freeze(t, 0);
+    norm = spm_clip_gradients(t->model, t->desc->clip);
+    if (!(fabs(loss.total) <= DBL_MAX) || !(norm <= DBL_MAX)) {
+        char where[160];
+        spm_error unsaid = SPM_ZERO, *err = t->err; /* a full disk would hide the reason */
+        int i, finite = 1;
+        spmi_train_bad_layer(t, batch, where, sizeof where);
+        for (i = 0; i < spm_model_parameter_count(t->model); i++) {
+            const spm_parameter *p = spm_model_parameter(t->model, i);
+            finite &= spmi_all_finite(p->value.data, spm_tensor_count(&p->value));
+        }
+        t->err = &unsaid;
+        if (finite) (void)spmi_train_save(t, "last.safetensors");
+        t->err = err;
         return spmi_fail(t->ctx, t->err, SPM_E_NUMERIC,
-                         "step %ld of epoch %ld: the loss is not a finite number (first bad gradient: %s); lower --lr "
-                         "or set --clip, the last good checkpoint is kept",
-                         (long)t->step + 1, (long)t->epoch, spmi_train_bad_parameter(t));
+                         "step %ld of epoch %ld: the %s is not a finite number (%s); lower --lr or set --clip; %s",
+                         (long)t->step + 1, (long)t->epoch, fabs(loss.total) <= DBL_MAX ? "gradient" : "loss", where,
+                         finite || t->epoch > 0 ? "last.safetensors is the last good checkpoint"
+                                                : "no step before it left a checkpoint");
     }
-    if (t->desc->clip > 0.0) (void)spm_clip_gradients(t->model, t->desc->clip);
+    if (spmi_train_commit(t)) return t->err->status;
     spm_optimizer_step(t->optimizer);
+    if (freeze) spmi_mask_freeze(t, 1);
     t->step++;
     t->loss_sum += loss.total * (double)batch->count;
     t->images += (double)batch->count;
@@ -24744,34 +25386,6 @@ static spm_status spmi_train_step(spmi_trainer *t, const spm_batch *batch, float
 }
 
 /* ---- epochs ---- */
-
-static spm_checkpoint_info spmi_train_info(spmi_trainer *t)
-{
-    spm_checkpoint_info info = SPM_ZERO;
-    size_t at = 0;
-    int c;
-    info.arch = t->desc->arch;
-    info.transform = t->desc->reading.transform;
-    info.label_reversed = t->desc->reading.label_reversed;
-    info.has_arch = 1;
-    info.epoch = t->epoch;
-    (void)spmi_format(info.method, sizeof info.method, "%s", spmi_method_name(t->desc->method));
-    for (c = 0; c < spm_dataset_classes(t->dataset) && at < sizeof info.class_names; c++) {
-        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "",
-                            spm_dataset_class_name(t->dataset, c));
-        at += n > 0 ? (size_t)n : 0;
-    }
-    return info;
-}
-
-static spm_status spmi_train_save(spmi_trainer *t, const char *name)
-{
-    spm_checkpoint_info info = spmi_train_info(t);
-    char *path = spmi_train_path(t, name);
-    spm_status status = path ? spm_checkpoint_save(t->model, path, &info, t->err) : SPM_E_MEMORY;
-    spmi_free(t->ctx, path);
-    return status;
-}
 
 /* One line of metrics.jsonl: an epoch's metrics of one split. */
 static spm_status spmi_train_metrics_line(spmi_trainer *t, const spm_eval *eval, spmi_text *lines)
@@ -24798,6 +25412,12 @@ static spm_status spmi_train_metrics_line(spmi_trainer *t, const spm_eval *eval,
     }
     spm_json_destroy(json);
     return !text || lines->failed ? spmi_fail_memory(t->ctx, t->err, "metrics.jsonl") : SPM_OK;
+}
+
+/* The epoch within its stage: jtt's second stage begins anew. */
+static int64_t spmi_train_stage_epoch(const spmi_trainer *t)
+{
+    return t->epoch < t->first_epoch ? t->epoch : t->epoch - t->first_epoch;
 }
 
 /* The selection rule's score of this epoch; larger is better. Without a validation split the last epoch wins. */
@@ -24889,8 +25509,9 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     int64_t every = SPMI_MAX(t->desc->eval_every, 1);
     spm_status status = SPM_OK;
     char name[48];
-    if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->desc->epochs) status = spmi_train_evaluate(t);
+    if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->epochs) status = spmi_train_evaluate(t);
     if (!status) status = spmi_train_save(t, "last.safetensors");
+    if (!status) status = spmi_train_history_write(t);
     if (!status && t->desc->keep_every > 0 && (t->epoch + 1) % t->desc->keep_every == 0) {
         (void)spmi_format(name, sizeof name, "epoch-%03ld.safetensors", (long)t->epoch);
         status = spmi_train_save(t, name);
@@ -24902,18 +25523,6 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     return status ? status : spmi_state_save(t);
 }
 
-static void spmi_train_order(spmi_trainer *t)
-{
-    const int64_t *ids = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
-    int64_t i;
-    if (t->desc->shuffle) {
-        spm_random_permutation(spm_random_key(t->desc->seed, 0x6f72646572u, (uint64_t)t->epoch), 0, t->n, t->order);
-        for (i = 0; i < t->n; i++) t->order[i] = ids[t->order[i]];
-    } else {
-        for (i = 0; i < t->n; i++) t->order[i] = ids[i];
-    }
-}
-
 /* 1 when the caller wants to stop here. */
 static int spmi_train_report(spmi_trainer *t, int64_t count)
 {
@@ -24922,12 +25531,12 @@ static int spmi_train_report(spmi_trainer *t, int64_t count)
     t->images_done += count;
     if (t->desc->max_steps > 0 && t->step >= t->desc->max_steps) return 1;
     if (!t->desc->progress) return 0;
-    (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spmi_method_name(t->desc->method), (long)t->epoch + 1,
-                      (long)t->desc->epochs);
+    (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spm_method_name(t->desc->method), (long)t->epoch + 1,
+                      (long)t->epochs);
     progress.what = what;
     progress.unit = "images";
     progress.done = t->epoch * t->n + t->position;
-    progress.total = t->desc->epochs * t->n;
+    progress.total = t->epochs * t->n;
     progress.seconds = spmi_seconds() - t->start;
     return t->desc->progress(t->desc->progress_user, &progress);
 }
@@ -24952,19 +25561,27 @@ static spm_status spmi_train_pause(spmi_trainer *t)
 static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pruned)
 {
     spm_batch batch;
-    int64_t end = t->desc->drop_last ? t->n / t->desc->batch * t->desc->batch : t->n;
+    int64_t end;
     int more = 0;
-    spm_status status = SPM_OK;
+    spm_status status = spmi_train_order(t);
     t->epoch_start = spmi_seconds();
-    spmi_train_order(t);
-    if (t->pruned && t->position == 0 && t->desc->mask != SPM_MASK_NONE)
+    end = t->desc->drop_last ? t->n / t->desc->batch * t->desc->batch : t->n;
+    if (!status && t->desc->drop_last && end == 0) {
+        status = spmi_fail(t->ctx, t->err, SPM_E_DATA,
+                           "%s: an epoch has %ld examples, fewer than one batch of %ld, and --drop-last leaves out the "
+                           "rest; lower --batch",
+                           spm_dataset_path(t->dataset), (long)t->n, (long)t->desc->batch);
+    }
+    if (!status && t->masked && spmi_mask_due(t))
         status = spmi_mask_build(t);
-    else if (t->pruned && t->desc->mask != SPM_MASK_NONE)
+    else if (!status && t->masked)
         status = spmi_mask_apply(t);
     if (status) return status;
-    spm_optimizer_set_lr(t->optimizer, spm_schedule_lr(&t->schedule, t->epoch));
+    spm_optimizer_set_lr(t->optimizer, spm_schedule_lr(&t->schedule, spmi_train_stage_epoch(t)));
+    if (t->biased) spm_optimizer_set_lr(t->biased_optimizer, spm_optimizer_lr(t->optimizer));
     spm_run_step(t->dense, (uint64_t)t->epoch);
     if (t->pruned) spm_run_step(t->pruned, (uint64_t)t->epoch);
+    if (t->biased) spm_run_step(t->biased_run, (uint64_t)t->epoch);
     status = spm_loader_start(t->loader, t->epoch, t->order + t->position, end - t->position);
     if (status) return spmi_fail(t->ctx, t->err, status, "%s", spm_loader_error(t->loader)->text);
     while (!t->stopped && (more = spm_loader_next(t->loader, &batch)) > 0) {
@@ -24977,6 +25594,591 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
         return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
     if (t->stopped && t->position < end) return spmi_train_pause(t);
     return spmi_train_epoch_end(t);
+}
+
+/* ---- JTT: the error set ---- */
+
+/* Marks the training examples that `model` gets wrong; an epoch has them `upweight` times. */
+static spm_status spmi_jtt_mark(spmi_trainer *t, spm_model *model)
+{
+    spm_eval eval;
+    spm_eval_desc evaluation = SPM_ZERO;
+    int64_t i, errors = 0;
+    spm_status status;
+    evaluation.reading = t->desc->reading;
+    evaluation.split = SPM_TRAIN;
+    evaluation.batch = t->desc->batch;
+    evaluation.workers = t->desc->workers;
+    status = spm_evaluate(model, t->dataset, &evaluation, &eval, t->err);
+    if (status) return status;
+    for (i = 0; i < eval.count; i++) {
+        int wrong = eval.predicted[i] != eval.y[i] && !spmi_held_out(t, eval.example[i]);
+        errors += wrong;
+        t->table[SPMI_TABLE_COPIES][eval.example[i]] = wrong ? (float)t->desc->upweight : 1.0f;
+    }
+    spm_eval_free(t->ctx, &eval);
+    if (errors == 0) {
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA,
+                         "jtt: the identifying model is right about all %ld training examples, so its error set is "
+                         "empty and nothing can be upweighted; lower --identify-epochs, or give an earlier checkpoint "
+                         "with --identify",
+                         (long)t->n_pool);
+    }
+    spmi_log(t->ctx, SPM_LOG_INFO, "jtt: %ld of %ld training examples are in the error set", (long)errors,
+             (long)t->n_pool);
+    return SPM_OK;
+}
+
+/* From the identifying stage to the main one: the error set, then everything anew. */
+static spm_status spmi_jtt_begin(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    spm_status status;
+    if (d->identify) {
+        spm_model *model = spm_model_build(t->ctx, &d->arch, SPM_NO_SEED, t->err);
+        if (!model) return t->err->status;
+        status = spm_checkpoint_load(model, d->identify, 0, t->err);
+        if (!status) status = spmi_jtt_mark(t, model);
+        spm_model_destroy(model);
+    } else
+        status = spmi_jtt_mark(t, t->model);
+    if (status) return status;
+    if (!d->identify) {
+        spm_model_initialize(t->model, spm_random_key(d->seed, 0x696e6974u, 0));
+        if (d->checkpoint) status = spm_checkpoint_load(t->model, d->checkpoint, d->allow_partial, t->err);
+        if (status) return status;
+        spm_optimizer_destroy(t->optimizer);
+        t->optimizer = spm_optimizer_create(t->model, &d->optimizer, t->err);
+        if (!t->optimizer) return t->err->status;
+        t->schedule = spm_schedule_make(d->schedule, d->optimizer.lr, d->epochs, d->warmup, d->patience);
+        spmi_train_history_reset(t);
+    }
+    t->best_epoch = -1; /* what was best before is none of this stage's */
+    t->identified = 1;
+    return SPM_OK;
+}
+
+/* ---- DFR and AFR: the last layer anew ---- */
+
+/* Penultimate features of chosen examples, with the constant 1 as their last column. */
+typedef struct spmi_features {
+    double *x;             /* [n][dim] */
+    int32_t *column, *group;
+    int64_t n, dim;
+} spmi_features;
+
+static void spmi_features_free(spm_context *ctx, spmi_features *f)
+{
+    spmi_free(ctx, f->x);
+    spmi_free(ctx, f->column);
+    spmi_free(ctx, f->group);
+    memset(f, 0, sizeof *f);
+}
+
+static spm_status spmi_features_read(spmi_trainer *t, spm_split split, const int64_t *ids, int64_t n, spmi_features *f)
+{
+    const spm_program *program = spm_model_program(t->model);
+    spm_value value = spm_program_find(program, "features");
+    spm_run_desc running = SPM_ZERO;
+    spm_loader_desc loading = SPM_ZERO;
+    spm_loader *loader = NULL;
+    spm_run *run = NULL;
+    spm_batch batch;
+    int64_t i, j, cells;
+    int more = 0;
+    spm_status status = SPM_OK;
+    memset(f, 0, sizeof *f);
+    f->dim = spm_program_shape(program, value, 1).shape[1] + 1;
+    f->x = spmi_mul_dim(n, f->dim, &cells) ? (double *)spmi_alloc_array(t->ctx, cells, sizeof(double)) : NULL;
+    f->column = (int32_t *)spmi_alloc_array(t->ctx, n, sizeof(int32_t));
+    f->group = (int32_t *)spmi_alloc_array(t->ctx, n, sizeof(int32_t));
+    if (!f->x || !f->column || !f->group) status = spmi_fail_memory(t->ctx, t->err, "features");
+    running.max_batch = loading.batch = t->desc->batch;
+    loading.transform = t->desc->reading.transform;
+    loading.workers = t->desc->workers;
+    loading.split = split;
+    if (!status) {
+        loader = spm_loader_create(t->dataset, &loading, t->err);
+        run = loader ? spm_run_create(t->model, &running, t->err) : NULL;
+        if (!run) status = t->err->status;
+    }
+    if (!status && spm_loader_start(loader, 0, ids, n))
+        status = spmi_fail(t->ctx, t->err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    while (!status && (more = spm_loader_next(loader, &batch)) > 0) {
+        const float *rows;
+        if (spm_run_input(run, t->image, batch.pixels) || spm_run_forward(run, batch.count, 0)) {
+            status = spmi_run_failed(t, run);
+            break;
+        }
+        rows = spm_run_data(run, value);
+        for (i = 0; i < batch.count; i++, f->n++) {
+            double *x = f->x + f->n * f->dim;
+            for (j = 0; j < f->dim - 1; j++) x[j] = (double)rows[i * (f->dim - 1) + j];
+            x[f->dim - 1] = 1.0;
+            f->column[f->n] = spmi_column(t, batch.y[i]);
+            f->group[f->n] = batch.group[i];
+        }
+    }
+    if (!status && more < 0)
+        status = spmi_fail(t->ctx, t->err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
+    spm_run_destroy(run);
+    spm_loader_destroy(loader);
+    if (status) spmi_features_free(t->ctx, f);
+    return status;
+}
+
+/* Multinomial logistic regression: min over w [C][dim] of
+ *   sum_i s_i CE(w x_i, column_i) / sum_i s_i + l1 |w|_1 + l2 / 2 |w - from|^2,  the last column of x (1) not penalised.
+ * `scratch` holds (4 C dim + C) doubles. */
+typedef struct spmi_logistic {
+    const double *x, *s;       /* s NULL: all 1 */
+    const int32_t *column;
+    const int64_t *pick;       /* rows of x; NULL: 0.. */
+    const double *from;        /* NULL: 0 */
+    double *scratch;
+    double l1, l2;
+    int64_t n, dim;
+    int classes;
+} spmi_logistic;
+
+static double spmi_dot(const double *a, const double *b, int64_t n)
+{
+    double s0 = 0.0, s1 = 0.0, s2 = 0.0, s3 = 0.0;
+    int64_t i;
+    for (i = 0; i + 4 <= n; i += 4) {
+        s0 += a[i] * b[i];
+        s1 += a[i + 1] * b[i + 1];
+        s2 += a[i + 2] * b[i + 2];
+        s3 += a[i + 3] * b[i + 3];
+    }
+    for (; i < n; i++) s0 += a[i] * b[i];
+    return (s0 + s1) + (s2 + s3);
+}
+
+/* The smooth part at w and its gradient. */
+static double spmi_logistic_value(const spmi_logistic *p, const double *w, double *gradient, double *z)
+{
+    double value = 0.0, total = 0.0;
+    int64_t i, j;
+    int c;
+    memset(gradient, 0, (size_t)(p->classes * p->dim) * sizeof(double));
+    for (i = 0; i < p->n; i++) {
+        int64_t row = p->pick ? p->pick[i] : i;
+        const double *x = p->x + row * p->dim;
+        double top = -DBL_MAX, sum = 0.0, s = p->s ? p->s[row] : 1.0;
+        for (c = 0; c < p->classes; c++) {
+            z[c] = spmi_dot(w + c * p->dim, x, p->dim);
+            top = SPMI_MAX(top, z[c]);
+        }
+        for (c = 0; c < p->classes; c++) sum += exp(z[c] - top);
+        value += s * (top + log(sum) - z[p->column[row]]);
+        total += s;
+        for (c = 0; c < p->classes; c++) {
+            double d = s * (exp(z[c] - top) / sum - (c == p->column[row] ? 1.0 : 0.0));
+            double *g = gradient + c * p->dim;
+            for (j = 0; j < p->dim; j++) g[j] += d * x[j];
+        }
+    }
+    for (c = 0; c < p->classes; c++) {
+        for (j = 0; j < p->dim; j++) {
+            int64_t at = c * p->dim + j;
+            double off = w[at] - (p->from ? p->from[at] : 0.0);
+            gradient[at] /= total;
+            if (j == p->dim - 1) continue;
+            gradient[at] += p->l2 * off;
+            value += 0.5 * p->l2 * off * off * total;
+        }
+    }
+    return value / total;
+}
+
+/* FISTA (Beck and Teboulle 2009) with backtracking, restarted where the objective rises; w: the start, then the minimum.
+ * Stops when a step moves no coefficient by more than 1e-7 of the largest, or after `most` steps. */
+static void spmi_logistic_solve(const spmi_logistic *p, double *w, int most)
+{
+    int64_t cells = p->classes * p->dim, i;
+    double *y = p->scratch, *gradient = y + cells, *next = gradient + cells, *unused = next + cells, *z = unused + cells;
+    double rate = 1.0, momentum = 1.0, before = DBL_MAX;
+    int step, tries;
+    memcpy(y, w, (size_t)cells * sizeof(double));
+    for (step = 0; step < most; step++) {
+        double value = spmi_logistic_value(p, y, gradient, z), moved = 0.0, largest = 1e-12, penalty = 0.0, now = 0.0;
+        double after, share;
+        for (tries = 0; tries < 60; tries++) {
+            double bound = value;
+            penalty = 0.0;
+            for (i = 0; i < cells; i++) {
+                double v = y[i] - rate * gradient[i], cut = (i + 1) % p->dim ? rate * p->l1 : 0.0;
+                next[i] = v > cut ? v - cut : v < -cut ? v + cut : 0.0;
+                bound += gradient[i] * (next[i] - y[i]) + (next[i] - y[i]) * (next[i] - y[i]) / (2.0 * rate);
+                if ((i + 1) % p->dim) penalty += p->l1 * fabs(next[i]);
+            }
+            now = spmi_logistic_value(p, next, unused, z);
+            if (now <= bound + 1e-12 * fabs(bound)) break;
+            rate *= 0.5;
+        }
+        if (now + penalty > before && momentum > 1.0) { /* restart from the last good point */
+            momentum = 1.0;
+            memcpy(y, w, (size_t)cells * sizeof(double));
+            continue;
+        }
+        before = now + penalty;
+        after = 0.5 * (1.0 + sqrt(1.0 + 4.0 * momentum * momentum));
+        share = (momentum - 1.0) / after;
+        momentum = after;
+        for (i = 0; i < cells; i++) {
+            moved = SPMI_MAX(moved, fabs(next[i] - w[i]));
+            largest = SPMI_MAX(largest, fabs(next[i]));
+            y[i] = next[i] + share * (next[i] - w[i]);
+            w[i] = next[i];
+        }
+        if (moved <= 1e-7 * largest) break;
+        rate *= 1.1;
+    }
+}
+
+/* Group accuracies of head w [C][dim] on features; the lowest is returned. With `mix`, w + mix * other is looked at. */
+static double spmi_head_worst(const spmi_trainer *t, const spmi_features *f, const double *w, double *accuracy)
+{
+    int64_t i;
+    double worst = 2.0;
+    int g, c;
+    for (g = 0; g < t->n_groups; g++) {
+        int64_t right = 0, count = 0;
+        for (i = 0; i < f->n; i++) {
+            double own, top = -DBL_MAX;
+            if (f->group[i] != g) continue;
+            own = spmi_dot(w + f->column[i] * f->dim, f->x + i * f->dim, f->dim);
+            for (c = 0; c < t->classes; c++) {
+                if (c != f->column[i]) top = SPMI_MAX(top, spmi_dot(w + c * f->dim, f->x + i * f->dim, f->dim));
+            }
+            right += own > top;
+            count++;
+        }
+        if (accuracy) accuracy[g] = count ? (double)right / (double)count : (double)NAN;
+        if (count) worst = SPMI_MIN(worst, (double)right / (double)count);
+    }
+    return worst;
+}
+
+/* Copies the head between the model and w [C][dim], the bias last; to = 1: into the model. */
+static spm_status spmi_head_copy(spmi_trainer *t, double *w, int64_t dim, int to)
+{
+    spm_parameter *weight = NULL, *bias = NULL;
+    int64_t c, j;
+    int i, heads = 0;
+    for (i = 0; i < spm_model_parameter_count(t->model); i++) {
+        spm_parameter *p = spm_model_parameter(t->model, i);
+        if (!(p->flags & SPM_PARAMETER_HEAD)) continue;
+        if (p->value.rank == 2) weight = p;
+        if (p->value.rank == 1) bias = p;
+        heads += p->value.rank == 2;
+    }
+    if (heads != 1 || !bias || t->desc->reading.softmax_head) {
+        return spmi_fail(t->ctx, t->err, SPM_E_UNSUPPORTED,
+                         "%s: a new last layer needs a network with one linear head that gives logits",
+                         t->desc->arch.name);
+    }
+    for (c = 0; c < t->classes; c++) {
+        for (j = 0; j < dim; j++) {
+            float *at = j < dim - 1 ? &weight->value.data[c * (dim - 1) + j] : &bias->value.data[c];
+            if (to)
+                *at = (float)w[c * dim + j];
+            else
+                w[c * dim + j] = (double)*at;
+        }
+    }
+    if (to) spm_model_touch(t->model);
+    return SPM_OK;
+}
+
+/* Working memory of a new head. */
+typedef struct spmi_retrain {
+    spmi_features val, test, held;
+    double *erm, *head, *fit, *scratch, *x, *mean, *spread, *weight; /* [C][dim] heads; standardised rows; [dim]; [n] */
+    int64_t *pick, *order;
+} spmi_retrain;
+
+static void spmi_retrain_free(spm_context *ctx, spmi_retrain *r)
+{
+    spmi_features_free(ctx, &r->val);
+    spmi_features_free(ctx, &r->test);
+    spmi_features_free(ctx, &r->held);
+    spmi_free(ctx, r->erm);
+    spmi_free(ctx, r->head);
+    spmi_free(ctx, r->fit);
+    spmi_free(ctx, r->scratch);
+    spmi_free(ctx, r->x);
+    spmi_free(ctx, r->mean);
+    spmi_free(ctx, r->spread);
+    spmi_free(ctx, r->weight);
+    spmi_free(ctx, r->pick);
+    spmi_free(ctx, r->order);
+}
+
+static spm_status spmi_retrain_create(spmi_trainer *t, spmi_retrain *r)
+{
+    const int64_t *val = spm_dataset_split_ids(t->dataset, SPM_VAL), *test = spm_dataset_split_ids(t->dataset, SPM_TEST);
+    const int64_t *train = spm_dataset_split_ids(t->dataset, SPM_TRAIN);
+    int64_t n_val = spm_dataset_split_size(t->dataset, SPM_VAL), n = spm_dataset_split_size(t->dataset, SPM_TRAIN);
+    int64_t n_test = spm_dataset_split_size(t->dataset, SPM_TEST), i, held = 0, rows, dim, cells;
+    spm_status status;
+    if (n_val == 0) {
+        return spmi_fail(t->ctx, t->err, SPM_E_DATA, "%s: has no validation split, which %s needs for the last layer",
+                         spm_dataset_path(t->dataset), spm_method_name(t->desc->method));
+    }
+    status = spmi_features_read(t, SPM_VAL, val, n_val, &r->val);
+    if (!status && n_test) status = spmi_features_read(t, SPM_TEST, test, n_test, &r->test);
+    if (!status && t->desc->method == SPM_METHOD_AFR) {
+        for (i = 0; i < n; i++) {
+            if (spmi_held_out(t, train[i])) t->list[held++] = train[i];
+        }
+        if (held == 0) {
+            return spmi_fail(t->ctx, t->err, SPM_E_DATA, "afr: a held-out share of %g has no example; raise --hold-out",
+                             t->desc->hold_out);
+        }
+        status = spmi_features_read(t, SPM_TRAIN, t->list, held, &r->held);
+    }
+    if (status) return status;
+    dim = r->val.dim;
+    cells = dim * t->classes;
+    rows = SPMI_MAX(r->val.n, r->held.n);
+    r->erm = (double *)spmi_alloc_array(t->ctx, cells, sizeof(double));
+    r->head = (double *)spmi_alloc_array(t->ctx, cells, sizeof(double));
+    r->fit = (double *)spmi_alloc_array(t->ctx, cells, sizeof(double));
+    r->scratch = (double *)spmi_alloc_array(t->ctx, 4 * cells + t->classes, sizeof(double));
+    r->x = (double *)spmi_alloc_array(t->ctx, rows * dim, sizeof(double));
+    r->mean = (double *)spmi_alloc_array(t->ctx, dim, sizeof(double));
+    r->spread = (double *)spmi_alloc_array(t->ctx, dim, sizeof(double));
+    r->weight = (double *)spmi_alloc_array(t->ctx, rows, sizeof(double));
+    r->pick = (int64_t *)spmi_alloc_array(t->ctx, rows, sizeof(int64_t));
+    r->order = (int64_t *)spmi_alloc_array(t->ctx, rows, sizeof(int64_t));
+    if (!r->erm || !r->head || !r->fit || !r->scratch || !r->x || !r->mean || !r->spread || !r->weight || !r->pick
+        || !r->order)
+        return spmi_fail_memory(t->ctx, t->err, "the new head");
+    return spmi_head_copy(t, r->erm, dim, 0);
+}
+
+/* One DFR fit: a balanced subset of the rows i with i % 2 == half (2: all), standardised by itself; adds `share` of the
+ * head, in the features' own units, to r->head. */
+static void spmi_dfr_fit(spmi_trainer *t, spmi_retrain *r, uint64_t draw, int half, double l1, double share)
+{
+    const spmi_features *f = &r->val;
+    spmi_logistic p = SPM_ZERO;
+    int64_t i, j, n = 0, smallest = INT64_MAX, dim = f->dim;
+    int g, c;
+    for (g = 0; g < t->n_groups; g++) {
+        int64_t count = 0;
+        for (i = 0; i < f->n; i++) count += f->group[i] == g && (half == 2 || i % 2 == half);
+        if (count) smallest = SPMI_MIN(smallest, count);
+    }
+    for (g = 0; g < t->n_groups; g++) {
+        int64_t count = 0, taken = 0;
+        for (i = 0; i < f->n; i++) count += f->group[i] == g && (half == 2 || i % 2 == half);
+        spm_random_permutation(spm_random_key(t->desc->seed, 0x646672u, draw), (uint64_t)g, count, r->order);
+        for (i = 0, j = 0; i < f->n; i++) {
+            if (f->group[i] != g || !(half == 2 || i % 2 == half)) continue;
+            if (r->order[j++] < smallest && taken < smallest) {
+                r->pick[n++] = i;
+                taken++;
+            }
+        }
+    }
+    for (j = 0; j < dim; j++) {
+        double sum = 0.0, squares = 0.0;
+        for (i = 0; i < n; i++) sum += f->x[r->pick[i] * dim + j];
+        r->mean[j] = j == dim - 1 ? 0.0 : sum / (double)n;
+        for (i = 0; i < n; i++) {
+            double v = f->x[r->pick[i] * dim + j] - r->mean[j];
+            squares += v * v;
+        }
+        r->spread[j] = j < dim - 1 && squares > 0.0 ? sqrt(squares / (double)n) : 1.0;
+        for (i = 0; i < n; i++)
+            r->x[r->pick[i] * dim + j] = (f->x[r->pick[i] * dim + j] - r->mean[j]) / r->spread[j];
+    }
+    p.x = r->x;
+    p.column = f->column;
+    p.pick = r->pick;
+    p.n = n;
+    p.dim = dim;
+    p.classes = t->classes;
+    p.scratch = r->scratch;
+    p.l1 = l1 / (double)n;
+    p.l2 = t->desc->l2 / (double)n;
+    memset(r->fit, 0, (size_t)(t->classes * dim) * sizeof(double));
+    spmi_logistic_solve(&p, r->fit, 2000);
+    for (c = 0; c < t->classes; c++) {
+        for (j = 0; j < dim - 1; j++) {
+            double v = r->fit[c * dim + j] / r->spread[j];
+            r->head[c * dim + j] += share * v;
+            r->head[c * dim + dim - 1] -= share * v * r->mean[j];
+        }
+        r->head[c * dim + dim - 1] += share * r->fit[c * dim + dim - 1];
+    }
+}
+
+/* DFR.  A penalty that is not given is the one of 1 / {1, .7, .3, .1, .07, .03, .01} whose fit on one half of the
+ * validation split has the best worst group on the other. */
+static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
+{
+    static const double strength[7] = { 1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01 };
+    size_t bytes = (size_t)(t->classes * r->val.dim) * sizeof(double);
+    double l1 = t->desc->l1, best = -1.0;
+    int64_t k, subsets = SPMI_MAX(t->desc->subsets, 1);
+    for (k = 0; k < 7 && t->desc->l1 < 0.0; k++) {
+        double worst;
+        memset(r->head, 0, bytes);
+        spmi_dfr_fit(t, r, 0, 0, 1.0 / strength[k], 1.0);
+        worst = spmi_head_worst(t, &r->val, r->head, NULL);
+        if (worst > best) {
+            best = worst;
+            l1 = 1.0 / strength[k];
+        }
+    }
+    memset(r->head, 0, bytes);
+    for (k = 0; k < subsets; k++) spmi_dfr_fit(t, r, (uint64_t)k + 1, 2, l1, 1.0 / (double)subsets);
+}
+
+/* AFR.  gamma and l2 that are not given come from {4, 6, 10, 20} x {0, .1, .2, .4}, by validation worst group. */
+static void spmi_afr(spmi_trainer *t, spmi_retrain *r)
+{
+    static const double gammas[4] = { 4.0, 6.0, 10.0, 20.0 }, pulls[4] = { 0.0, 0.1, 0.2, 0.4 };
+    const spmi_features *f = &r->held;
+    size_t bytes = (size_t)(t->classes * f->dim) * sizeof(double);
+    spmi_logistic p = SPM_ZERO;
+    double best = -1.0;
+    int64_t i;
+    int a, b, c;
+    p.x = f->x;
+    p.s = r->weight;
+    p.column = f->column;
+    p.from = r->erm;
+    p.scratch = r->scratch;
+    p.n = f->n;
+    p.dim = f->dim;
+    p.classes = t->classes;
+    for (a = 0; a < (t->desc->gamma > 0.0 ? 1 : 4); a++) {
+        double gamma = t->desc->gamma > 0.0 ? t->desc->gamma : gammas[a];
+        for (b = 0; b < (t->desc->l2 >= 0.0 ? 1 : 4); b++) {
+            double worst;
+            for (i = 0; i < f->n; i++) {
+                const double *x = f->x + i * f->dim;
+                double own = spmi_dot(r->erm + f->column[i] * f->dim, x, f->dim), sum = 0.0;
+                int64_t same = 0, k;
+                for (c = 0; c < t->classes; c++) sum += exp(spmi_dot(r->erm + c * f->dim, x, f->dim) - own);
+                for (k = 0; k < f->n; k++) same += f->column[k] == f->column[i];
+                r->weight[i] = exp(-gamma / sum) / (double)same;
+            }
+            p.l2 = t->desc->l2 >= 0.0 ? t->desc->l2 : pulls[b];
+            memcpy(r->fit, r->erm, bytes);
+            spmi_logistic_solve(&p, r->fit, 500);
+            worst = spmi_head_worst(t, &r->val, r->fit, NULL);
+            if (worst > best) {
+                best = worst;
+                memcpy(r->head, r->fit, bytes);
+            }
+        }
+    }
+}
+
+/* Standard deviation of all logits of a head over features. */
+static double spmi_head_spread(const spmi_trainer *t, const spmi_features *f, const double *w)
+{
+    double sum = 0.0, squares = 0.0, n = (double)f->n * (double)t->classes;
+    int64_t i;
+    int c;
+    for (i = 0; i < f->n; i++) {
+        for (c = 0; c < t->classes; c++) {
+            double z = spmi_dot(w + c * f->dim, f->x + i * f->dim, f->dim);
+            sum += z;
+            squares += z * z;
+        }
+    }
+    return sqrt(SPMI_MAX(squares / n - sum / n * (sum / n), 1e-30));
+}
+
+/* interpolation.json: the Pareto line between both heads, each divided by its logits' spread on the validation split;
+ * share 0 is the ERM head. */
+static spm_status spmi_retrain_line(spmi_trainer *t, spmi_retrain *r, double spread_erm, double spread_new)
+{
+    int64_t cells = t->classes * r->val.dim, i;
+    double *accuracy = (double *)spmi_alloc_array(t->ctx, t->n_groups, sizeof(double));
+    spm_json *json = spm_json_create(t->ctx);
+    char *path = spmi_train_path(t, "interpolation.json");
+    const char *text;
+    spm_status status = accuracy && json && path ? SPM_OK : spmi_fail_memory(t->ctx, t->err, "interpolation.json");
+    int k, s, g;
+    if (!status) {
+        spm_json_object_begin(json, NULL);
+        spm_json_array_begin(json, "points");
+    }
+    for (k = 0; !status && k <= 20; k++) {
+        spm_json_object_begin(json, NULL);
+        spm_json_number(json, "share", k / 20.0);
+        for (i = 0; i < cells; i++)
+            r->fit[i] = (1.0 - k / 20.0) * r->erm[i] / spread_erm + k / 20.0 * r->head[i] / spread_new;
+        for (s = SPM_VAL; s <= SPM_TEST; s++) {
+            const spmi_features *f = s == SPM_VAL ? &r->val : &r->test;
+            double majority = 0.0, worst;
+            int majorities = 0;
+            if (f->n == 0) continue;
+            worst = spmi_head_worst(t, f, r->fit, accuracy);
+            for (g = 0; g < t->n_groups; g++) {
+                if (!(accuracy[g] >= 0.0) || spmi_is_minority(t->dataset, g)) continue;
+                majority += accuracy[g];
+                majorities++;
+            }
+            spm_json_object_begin(json, spm_split_name((spm_split)s));
+            spm_json_number(json, "worst_group_accuracy", worst);
+            spm_json_number(json, "majority_accuracy", majorities ? majority / majorities : (double)NAN);
+            spm_json_array_begin(json, "accuracies");
+            for (g = 0; g < t->n_groups; g++) spm_json_number(json, NULL, accuracy[g]);
+            spm_json_array_end(json);
+            spm_json_object_end(json);
+        }
+        spm_json_object_end(json);
+    }
+    if (!status) {
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+        text = spm_json_finish(json);
+        status = text ? spm_file_write(t->ctx, path, text, strlen(text), t->err)
+                      : spmi_fail_memory(t->ctx, t->err, "interpolation.json");
+    }
+    spm_json_destroy(json);
+    spmi_free(t->ctx, accuracy);
+    spmi_free(t->ctx, path);
+    return status;
+}
+
+/* The last layer anew, then a last evaluation. */
+static spm_status spmi_train_retrain(spmi_trainer *t)
+{
+    spmi_retrain r;
+    double share = t->desc->interpolate, spread_erm, spread_new;
+    spm_status status;
+    int64_t i;
+    memset(&r, 0, sizeof r);
+    t->epoch_start = spmi_seconds();
+    status = spmi_retrain_create(t, &r);
+    if (!status) {
+        if (t->desc->method == SPM_METHOD_DFR)
+            spmi_dfr(t, &r);
+        else
+            spmi_afr(t, &r);
+        spread_erm = spmi_head_spread(t, &r.val, r.erm);
+        spread_new = spmi_head_spread(t, &r.val, r.head);
+        status = spmi_retrain_line(t, &r, spread_erm, spread_new);
+        for (i = 0; i < t->classes * r.val.dim && share < 1.0; i++)
+            r.head[i] = (1.0 - share) * r.erm[i] / spread_erm + share * r.head[i] / spread_new;
+    }
+    if (!status) status = spmi_head_copy(t, r.head, r.val.dim, 1);
+    spmi_retrain_free(t->ctx, &r);
+    t->best_epoch = -1; /* the new head is the result, whatever the selection rule thought of the old one */
+    if (!status) status = spmi_train_evaluate(t);
+    if (!status) status = spmi_train_save(t, "last.safetensors");
+    t->retrained = 1;
+    return status ? status : spmi_state_save(t);
 }
 
 /* ---- setting up ---- */
@@ -25020,7 +26222,7 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     spm_run_desc running = SPM_ZERO;
     spm_loader_desc loading = SPM_ZERO;
     const spm_train_desc *d = t->desc;
-    int g, seen = 0;
+    int g;
     running.max_batch = d->batch;
     running.backward = 1;
     running.segments = d->segments;
@@ -25031,31 +26233,97 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     loading.workers = d->workers;
     loading.split = SPM_TRAIN;
     loading.augment = d->augment;
-    t->n = spm_dataset_split_size(t->dataset, SPM_TRAIN);
-    t->order = (int64_t *)spmi_alloc_array(t->ctx, t->n, sizeof *t->order);
+    t->room = spm_dataset_split_size(t->dataset, SPM_TRAIN);
+    t->cells = !d->group_labels ? 2 * spm_dataset_classes(t->dataset)
+               : d->by_class    ? spm_dataset_classes(t->dataset)
+                                : t->n_groups;
+    t->order = (int64_t *)spmi_alloc_array(t->ctx, t->room, sizeof *t->order);
+    t->list = (int64_t *)spmi_alloc_array(t->ctx, t->room, sizeof *t->list);
+    t->pool = (int64_t *)spmi_alloc_array(t->ctx, t->room, sizeof *t->pool);
+    t->cell_start = (int64_t *)spmi_alloc_array(t->ctx, t->cells + 1, sizeof *t->cell_start);
     t->target = (float *)spmi_alloc_array(t->ctx, d->batch * t->classes, sizeof(float));
     t->weight = (float *)spmi_alloc_array(t->ctx, d->batch, sizeof(float));
-    t->group_weight = (float *)spmi_alloc_array(t->ctx, t->n_groups, sizeof(float));
+    t->cell_weight = (float *)spmi_alloc_array(t->ctx, t->cells, sizeof(float));
+    t->q = (float *)spmi_alloc_array(t->ctx, t->cells, sizeof(float));
     t->keep = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->keep);
-    if (!t->order || !t->target || !t->weight || !t->group_weight || !t->keep)
-        return spmi_fail_memory(t->ctx, t->err, "training");
-    for (g = 0; g < t->n_groups; g++) seen += spm_dataset_group_count(t->dataset, SPM_TRAIN, g) > 0;
-    for (g = 0; g < t->n_groups; g++) {
-        int64_t count = spm_dataset_group_count(t->dataset, SPM_TRAIN, g);
-        int balance = d->method == SPM_METHOD_INTERVENE && d->group_weighting && d->group_labels;
-        t->group_weight[g] = balance && count ? (float)((double)t->n / ((double)count * (double)seen)) : 1.0f;
+    t->frozen = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->frozen);
+    for (g = 0; g < SPMI_TABLES; g++) {
+        if (g == SPMI_TABLE_COPIES && d->method != SPM_METHOD_JTT) continue;
+        if (g >= SPMI_TABLE_BIASED && d->method != SPM_METHOD_LFF) continue;
+        t->table[g] = (float *)spmi_alloc_array(t->ctx, spm_dataset_size(t->dataset), sizeof(float));
+        if (!t->table[g]) return spmi_fail_memory(t->ctx, t->err, "training");
     }
+    if (!t->order || !t->list || !t->pool || !t->cell_start || !t->target || !t->weight || !t->cell_weight || !t->q
+        || !t->keep || !t->frozen)
+        return spmi_fail_memory(t->ctx, t->err, "training");
+    for (g = 0; g < t->cells; g++) t->q[g] = 1.0f / (float)t->cells;
+    if (spmi_train_cells(t)) return t->err->status;
+    spmi_train_history_reset(t);
     t->dense = spm_run_create(t->model, &running, t->err);
     if (!t->dense) return t->err->status;
-    if (d->method == SPM_METHOD_INTERVENE && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned)) {
+    if (d->method == SPM_METHOD_INTERVENE && d->mask_mode != SPM_MASK_MODE_FREEZE
+        && (d->contrast != SPM_CONTRAST_NONE || d->cross_entropy_pruned)) {
         running.seed = spm_random_key(d->seed, 0x64726f70u, 1);
         t->pruned = spm_run_create(t->model, &running, t->err);
         if (!t->pruned) return t->err->status;
         if (!d->bn_shared && spm_run_own_buffers(t->pruned, 1)) return spmi_run_failed(t, t->pruned);
     }
+    t->masked = d->method == SPM_METHOD_INTERVENE && d->mask != SPM_MASK_NONE
+                && (t->pruned || d->mask_mode == SPM_MASK_MODE_FREEZE);
+    if (d->method == SPM_METHOD_LFF) {
+        running.seed = spm_random_key(d->seed, 0x64726f70u, 2);
+        t->biased = spm_model_build(t->ctx, &d->arch, spm_random_key(d->seed, 0x696e6974u, 1), t->err);
+        if (!t->biased) return t->err->status;
+        if (d->checkpoint && !d->resume && spm_checkpoint_load(t->biased, d->checkpoint, d->allow_partial, t->err))
+            return t->err->status;
+        t->biased_run = spm_run_create(t->biased, &running, t->err);
+        t->biased_optimizer = t->biased_run ? spm_optimizer_create(t->biased, &d->optimizer, t->err) : NULL;
+        if (!t->biased_optimizer) return t->err->status;
+    }
+    if (d->method == SPM_METHOD_INTERVENE && d->anchor > 0.0f) {
+        running.backward = 0;
+        t->teacher = spm_model_build(t->ctx, &d->arch, SPM_NO_SEED, t->err);
+        if (!t->teacher || spm_checkpoint_load(t->teacher, d->checkpoint, d->allow_partial, t->err))
+            return t->err->status;
+        t->teacher_run = spm_run_create(t->teacher, &running, t->err);
+        if (!t->teacher_run) return t->err->status;
+    }
     t->optimizer = spm_optimizer_create(t->model, &d->optimizer, t->err);
     t->loader = t->optimizer ? spm_loader_create(t->dataset, &loading, t->err) : NULL;
     return t->loader ? SPM_OK : t->err->status;
+}
+
+/* 1 for the methods that end with a new last layer. */
+static int spmi_retrains(const spm_train_desc *d)
+{
+    return d->method == SPM_METHOD_DFR || d->method == SPM_METHOD_AFR;
+}
+
+/* What the methods beside ERM need. */
+static spm_status spmi_train_check_method(spmi_trainer *t)
+{
+    const spm_train_desc *d = t->desc;
+    const char *wrong = NULL;
+    if (!(d->hold_out >= 0.0 && d->hold_out < 1.0)) wrong = "the held-out share must be in [0, 1)";
+    else if (d->epoch_examples < 0) wrong = "the examples of an epoch must not be negative";
+    else if (d->method == SPM_METHOD_GROUPDRO && !(d->dro_step > 0.0f)) wrong = "the step size must be above 0";
+    else if (d->method == SPM_METHOD_GROUPDRO && !(d->dro_adjust >= 0.0f)) wrong = "the size adjustment must be at least 0";
+    else if (d->method == SPM_METHOD_JTT && d->upweight < 2) wrong = "the error set must be upweighted 2 times or more";
+    else if (d->method == SPM_METHOD_LFF && !(d->gce > 0.0f && d->gce <= 1.0f)) wrong = "q must be in (0, 1]";
+    else if (d->method == SPM_METHOD_LFF && !(d->ema >= 0.0f && d->ema < 1.0f)) wrong = "the past's share must be in [0, 1)";
+    else if (d->method == SPM_METHOD_DFR && d->subsets < 1) wrong = "the number of subsets must be at least 1";
+    else if (spmi_retrains(d) && !(d->interpolate >= 0.0 && d->interpolate <= 1.0))
+        wrong = "the share of the new head must be in [0, 1]";
+    else if (d->method == SPM_METHOD_AFR && !(d->hold_out > 0.0)) wrong = "a held-out share above 0 is what it retrains on";
+    else if (d->method == SPM_METHOD_AFR && d->gamma < 0.0) wrong = "gamma must be at least 0";
+    else if (d->method == SPM_METHOD_FAIRDROPOUT && !(d->arch.off > 0.0f))
+        wrong = "the architecture needs a rate: NAME:always=SHARE,off=RATE";
+    else if (d->method == SPM_METHOD_INTERVENE && !(d->damp >= 0.0f)) wrong = "the damping factor must be at least 0";
+    else if (d->method == SPM_METHOD_INTERVENE && !(d->anchor >= 0.0f)) wrong = "the anchor's weight must be at least 0";
+    else if (d->method == SPM_METHOD_INTERVENE && d->anchor > 0.0f && !d->checkpoint)
+        wrong = "an anchored intervention needs the checkpoint that it starts from, also to resume";
+    if (!wrong) return SPM_OK;
+    return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "%s: %s", spm_method_name(d->method), wrong);
 }
 
 static spm_status spmi_train_check(spmi_trainer *t)
@@ -25064,7 +26332,7 @@ static spm_status spmi_train_check(spmi_trainer *t)
     const char *path = spm_dataset_path(t->dataset);
     if (!d->out || !*d->out)
         return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "training needs a folder for its results (--out)");
-    if (d->batch < 1 || d->epochs < 1) {
+    if (d->batch < 1 || d->epochs < (d->checkpoint && spmi_retrains(d) ? 0 : 1)) {
         return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "batch is %ld and epochs is %ld; both must be at least 1",
                          (long)d->batch, (long)d->epochs);
     }
@@ -25086,7 +26354,7 @@ static spm_status spmi_train_check(spmi_trainer *t)
         return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT,
                          "contrast none and ce off leave no loss to train on; switch one of them on");
     }
-    return SPM_OK;
+    return spmi_train_check_method(t);
 }
 
 static spm_status spmi_train_model(spmi_trainer *t)
@@ -25121,12 +26389,14 @@ static spm_status spmi_train_folder(spmi_trainer *t)
         }
         if (!status) status = spmi_train_same_config(t);
         if (!status) status = spmi_state_load(t);
+        if (!status) status = spmi_train_pool(t);
     } else if (!status) {
         if (spmi_path_kind(config) == 1) {
             status =
                 spmi_fail(t->ctx, t->err, SPM_E_STATE,
                           "%s: holds a run already; go on with it by --resume, or choose another --out", t->desc->out);
         }
+        if (!status) status = spmi_train_pool(t);
         if (!status) status = spm_directory_create(t->ctx, t->desc->out, t->err);
         /* config.json comes last: it is what says that the folder holds a run, so a run that has it can be resumed */
         if (!status) status = spmi_state_save(t);
@@ -25150,11 +26420,23 @@ static void spmi_train_free(spmi_trainer *t)
         (void)spmi_fail(t->ctx, t->err, SPM_E_IO, "%s: writing failed: %s", t->desc->log_steps, strerror(errno));
     }
     for (i = 0; t->keep && i < spm_model_parameter_count(t->model); i++) spmi_free(t->ctx, t->keep[i]);
+    for (i = 0; t->frozen && i < spm_model_parameter_count(t->model); i++) spmi_free(t->ctx, t->frozen[i]);
+    for (i = 0; i < SPMI_TABLES; i++) spmi_free(t->ctx, t->table[i]);
     spmi_free(t->ctx, t->keep);
+    spmi_free(t->ctx, t->frozen);
     spmi_free(t->ctx, t->order);
+    spmi_free(t->ctx, t->list);
+    spmi_free(t->ctx, t->pool);
+    spmi_free(t->ctx, t->cell_start);
     spmi_free(t->ctx, t->target);
     spmi_free(t->ctx, t->weight);
-    spmi_free(t->ctx, t->group_weight);
+    spmi_free(t->ctx, t->cell_weight);
+    spmi_free(t->ctx, t->q);
+    spm_optimizer_destroy(t->biased_optimizer);
+    spm_run_destroy(t->biased_run);
+    spm_run_destroy(t->teacher_run);
+    spm_model_destroy(t->biased);
+    spm_model_destroy(t->teacher);
     spm_loader_destroy(t->loader);
     spm_optimizer_destroy(t->optimizer);
     spm_run_destroy(t->ntx);
@@ -25185,6 +26467,9 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
     t.config = spmi_text_create(ctx);
     t.start = spmi_seconds();
     t.schedule = spm_schedule_make(desc->schedule, desc->optimizer.lr, desc->epochs, desc->warmup, desc->patience);
+    if (desc->method == SPM_METHOD_JTT && !desc->identify)
+        t.first_epoch = desc->identify_epochs > 0 ? desc->identify_epochs : SPMI_MAX(desc->epochs / 5, 1);
+    t.epochs = spmi_retrains(desc) && desc->checkpoint ? 0 : t.first_epoch + desc->epochs;
     status = spmi_train_check(&t);
     if (!status) status = spmi_train_model(&t);
     if (!status) status = spmi_train_memory(&t);
@@ -25200,13 +26485,16 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
                  spm_dataset_path(dataset));
     }
     t.stopped = desc->max_steps > 0 && t.step >= desc->max_steps;
-    while (!status && !t.stopped && t.epoch < desc->epochs)
-        status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
+    while (!status && !t.stopped && t.epoch < t.epochs) {
+        if (desc->method == SPM_METHOD_JTT && !t.identified && t.epoch == t.first_epoch) status = spmi_jtt_begin(&t);
+        if (!status) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
+    }
+    if (!status && !t.stopped && spmi_retrains(desc) && !t.retrained) status = spmi_train_retrain(&t);
     result->epochs = t.epoch;
     result->steps = t.step;
     result->best_epoch = t.best_epoch;
     result->best_score = t.best_score;
-    result->stopped = t.stopped && t.epoch < desc->epochs;
+    result->stopped = t.stopped && (t.epoch < t.epochs || (spmi_retrains(desc) && !t.retrained));
     spmi_free(ctx, gradients);
     spmi_train_free(&t);
     if (!status) status = error.status;

@@ -115,6 +115,29 @@ typedef enum option_id {
     O_BN,
     O_GROUP_LABELS,
     O_GROUP_WEIGHTING,
+    O_WEIGHT_POWER,
+    O_ANCHOR,
+    O_MASK_MODE,
+    O_DAMP,
+    O_MASK_EVERY,
+    O_MASK_RAMP,
+    O_HISTORY,
+    O_CELLS,
+    O_BALANCED,
+    O_EPOCH_EXAMPLES,
+    O_HOLD_OUT,
+    O_DRO_STEP,
+    O_DRO_ADJUST,
+    O_IDENTIFY,
+    O_IDENTIFY_EPOCHS,
+    O_UPWEIGHT,
+    O_GCE,
+    O_EMA,
+    O_SUBSETS,
+    O_L1,
+    O_L2,
+    O_GAMMA,
+    O_INTERPOLATE,
     O_SPLIT,
     O_CRITERION,
     O_GROUPS,
@@ -190,7 +213,8 @@ static const option options[] = {
     { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
     { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
     { O_OUT, LEARN | PACK, 's', "out", "RUN", NULL, "run folder; pack: the file" },
-    { O_METHOD, TRAIN, 'c', "method", "erm|intervene", "erm", "training method" },
+    { O_METHOD, TRAIN, 'c', "method",
+      "erm|reweight|resample|subsample|groupdro|jtt|lff|dfr|afr|fairdropout|intervene", "erm", "training method" },
     { O_EPOCHS, LEARN, 'i', "epochs", "N", "30", "passes over the training split" },
     { O_OPTIMIZER, LEARN, 'c', "optimizer", "adam|adamw|sgd", "adam", "optimizer" },
     { O_LR, LEARN, 'n', "lr", "F", "1e-3", "learning rate" },
@@ -225,7 +249,35 @@ static const option options[] = {
       "intervention: cross-entropy of the pruned branch as well" },
     { O_BN, LEARN, 'c', "bn", "separate|shared", "separate", "intervention: running statistics of the branches" },
     { O_GROUP_LABELS, LEARN, 'c', "group-labels", "on|off", "on",
-      "intervention: group labels of the training split are used" },
+      "off: (class, memorized) take the place of groups; see --history" },
+    { O_HISTORY, LEARN, 's', "history", "RUN", NULL,
+      "group-labels off: the run that tells which examples were memorized; default: the checkpoint's folder" },
+    { O_CELLS, LEARN, 'c', "cells", "group|class", "group", "what reweight, resample, subsample, groupdro balance" },
+    { O_BALANCED, LEARN, 'c', "balanced-sampler", "on|off", "off", "draw every group equally often (any method)" },
+    { O_EPOCH_EXAMPLES, LEARN, 'i', "epoch-examples", "N", "0", "end an epoch after N examples; 0: all" },
+    { O_HOLD_OUT, LEARN, 'n', "hold-out", "F", NULL, "share of the training split that is not trained on (0; afr .2)" },
+    { O_DRO_STEP, TRAIN, 'n', "step-size", "F", "0.01", "groupdro: step of the groups' weights" },
+    { O_DRO_ADJUST, TRAIN, 'n', "size-adjustment", "F", "0", "groupdro: C of the term C / sqrt(n)" },
+    { O_IDENTIFY, TRAIN, 's', "identify", "FILE", NULL, "jtt: the checkpoint that finds the error set" },
+    { O_IDENTIFY_EPOCHS, TRAIN, 'i', "identify-epochs", "N", "0",
+      "jtt: epochs of the model that finds the error set; 0: a fifth of --epochs" },
+    { O_UPWEIGHT, TRAIN, 'i', "upweight", "N", "50", "jtt: how often an epoch has an example of the error set" },
+    { O_GCE, TRAIN, 'n', "gce-q", "F", "0.7", "lff: q of the biased network's loss" },
+    { O_EMA, TRAIN, 'n', "ema", "F", "0.7", "lff: share of the past in the running losses" },
+    { O_SUBSETS, TRAIN, 'i', "subsets", "N", "20", "dfr: balanced subsets that are averaged over" },
+    { O_L1, TRAIN, 'n', "l1", "F", NULL, "dfr: L1 penalty (default: chosen on halves of the validation split)" },
+    { O_L2, TRAIN, 'n', "l2", "F", NULL,
+      "dfr: L2 penalty (0); afr: pull to the ERM head (default: chosen by validation)" },
+    { O_GAMMA, TRAIN, 'n', "gamma", "F", "0", "afr: weights are exp(-gamma p); 0: chosen by validation" },
+    { O_INTERPOLATE, TRAIN, 'n', "interpolate", "F", "1", "dfr, afr: share of the new head; the rest is the ERM head" },
+    { O_WEIGHT_POWER, LEARN, 'n', "weight-power", "F", "1", "power of the groups' weights; 0: all equal" },
+    { O_ANCHOR, LEARN, 'n', "anchor", "F", "0",
+      "intervention: weight of KL(start || now) on the majority, beside the cross-entropy" },
+    { O_MASK_MODE, LEARN, 'c', "mask-mode", "off|damp|freeze", "off",
+      "intervention: chosen units are off or damped in the pruned branch, or not trained" },
+    { O_DAMP, LEARN, 'n', "damp", "F", "0.5", "mask-mode damp: factor of the units' weights" },
+    { O_MASK_EVERY, LEARN, 'i', "mask-every", "N", "1", "intervention: epochs from one ranking to the next" },
+    { O_MASK_RAMP, LEARN, 'i', "mask-ramp", "N", "0", "intervention: epochs in which the masked share grows" },
     { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on",
       "intervention: every group weighs the same in the cross-entropy" },
     { O_SPLIT, EVAL, 'c', "split", "train|val|test", "test", "split to evaluate" },
@@ -833,9 +885,29 @@ static void fill_official(const cli *line, spm_train_desc *desc, int intervene)
     if (!line->given[O_GROUP_WEIGHTING]) desc->group_weighting = 0;
 }
 
+/* Options of `train` alone. */
+static void fill_methods(const cli *line, spm_train_desc *desc)
+{
+    desc->dro_step = (float)number(line, O_DRO_STEP);
+    desc->dro_adjust = (float)number(line, O_DRO_ADJUST);
+    desc->identify = line->value[O_IDENTIFY];
+    desc->identify_epochs = integer(line, O_IDENTIFY_EPOCHS);
+    desc->upweight = integer(line, O_UPWEIGHT);
+    desc->gce = (float)number(line, O_GCE);
+    desc->ema = (float)number(line, O_EMA);
+    desc->subsets = integer(line, O_SUBSETS);
+    if (line->value[O_L1]) desc->l1 = number(line, O_L1);
+    if (line->value[O_L2]) desc->l2 = number(line, O_L2);
+    if (desc->method == SPM_METHOD_DFR && line->value[O_L2] && !line->value[O_L1]) desc->l1 = 0.0;
+    desc->gamma = number(line, O_GAMMA);
+    desc->interpolate = number(line, O_INTERPOLATE);
+}
+
 static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
 {
-    *desc = spm_train_desc_init(intervene ? SPM_METHOD_INTERVENE : SPM_METHOD_ERM);
+    spm_method method = SPM_METHOD_INTERVENE;
+    if (!intervene) (void)spm_method_parse(line->value[O_METHOD], &method);
+    *desc = spm_train_desc_init(method);
     desc->out = line->value[O_OUT];
     desc->checkpoint = line->value[O_CHECKPOINT];
     desc->epochs = integer(line, O_EPOCHS);
@@ -876,6 +948,20 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->bn_shared = is(line, O_BN, "shared");
     desc->group_labels = is_on(line, O_GROUP_LABELS);
     desc->group_weighting = is_on(line, O_GROUP_WEIGHTING);
+    desc->weight_power = (float)number(line, O_WEIGHT_POWER);
+    desc->anchor = (float)number(line, O_ANCHOR);
+    desc->mask_mode = is(line, O_MASK_MODE, "damp")     ? SPM_MASK_MODE_DAMP
+                      : is(line, O_MASK_MODE, "freeze") ? SPM_MASK_MODE_FREEZE
+                                                        : SPM_MASK_MODE_OFF;
+    desc->damp = (float)number(line, O_DAMP);
+    desc->mask_every = integer(line, O_MASK_EVERY);
+    desc->mask_ramp = integer(line, O_MASK_RAMP);
+    desc->history = line->value[O_HISTORY];
+    desc->by_class = is(line, O_CELLS, "class");
+    desc->balanced = is_on(line, O_BALANCED);
+    desc->epoch_examples = integer(line, O_EPOCH_EXAMPLES);
+    if (line->value[O_HOLD_OUT]) desc->hold_out = number(line, O_HOLD_OUT);
+    if (!intervene || line->command->id == TRAIN) fill_methods(line, desc);
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
     if (desc->criterion == SPM_CRITERION_EXHAUSTIVE)
         return wrong("--criterion exhaustive belongs to localize; choose another one for the mask");
@@ -886,6 +972,18 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->progress = on_progress;
     desc->on_epoch = on_epoch;
     return 0;
+}
+
+/* fairdropout without rates in --arch: half of the features always pass, each of the others for a fifth of the examples. */
+static spm_status fair_dropout(cli *line, spm_train_desc *desc, spm_error *err)
+{
+    char text[200];
+    spm_arch arch = desc->arch;
+    if (desc->method != SPM_METHOD_FAIRDROPOUT || arch.off > 0.0f) return SPM_OK;
+    snprintf(text, sizeof text, "%s%calways=0.5,off=0.8", arch.name, strchr(arch.name, ':') ? ',' : ':');
+    if (spm_arch_parse(line->ctx, text, &arch, err)) return err->status;
+    desc->arch = arch;
+    return SPM_OK;
 }
 
 static int run_train(cli *line)
@@ -902,7 +1000,7 @@ static int run_train(cli *line)
     data = open_data(line, 0, &err);
     if (!data) return failed(&err);
     if (resolve_model(line, spm_dataset_classes(data), &desc.arch, &desc.reading, &err)
-        || spm_train(line->ctx, data, &desc, &result, &err))
+        || fair_dropout(line, &desc, &err) || spm_train(line->ctx, data, &desc, &result, &err))
         rc = 1;
     progress_clear();
     list_bad(data);
