@@ -674,8 +674,9 @@ typedef struct spm_arch {
 
 /* Parses NAME[:option=value,...].  Names: spm_arch_name_at, and "vit" for a free one (dim 192, depth 12, heads 3).
  * Options of ResNets: width, stem=imagenet|cifar, groups, width_per_group; of ViTs: patch, dim, depth, heads, mlp,
- * distilled=0|1, eps, drop, drop_path; of both: always=SHARE, off=RATE, off_free=0|1 (see spm_arch).  *arch is an input as well: height, width_px and classes that are not 0 stay
- * (else 224 px and 1000 classes; with a CIFAR stem 32 px and 10), softmax_head stays; the rest is overwritten.
+ * distilled=0|1, eps, drop, drop_path; of both: always=SHARE, off=RATE, off_free=0|1 (see spm_arch).  *arch is an
+ * input as well: height, width_px and classes that are not 0 stay (else 224 px and 1000 classes; with a CIFAR stem 32
+ * px and 10), softmax_head stays; the rest is overwritten.
  * Errors name the option and the nearest known name.  Covered by test_nets. */
 SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err);
 /* The canonical text: the name and the options that differ from its defaults, in a fixed order; cut at size, returns
