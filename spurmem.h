@@ -4351,6 +4351,328 @@ static void SPMI_K(resize_blend)(const uint8_t **rows, const int32_t *weight, in
     }
 }
 
+/* ---- pictures: the inner loops of JPEG decoding ----
+ * Integers throughout: every instruction set gives the same bits.  Rows have room for whole chunks of
+ * SPMI_JPEG_CHUNK samples, and those before the first and behind the last sample of a filtered row may be written. */
+#if SPMI_PASS == 1
+#define SPMI_JPEG_CHUNK 32
+
+/* The inverse transform is the "islow" method (Loeffler, Ligtenberg, Moschytz 1989; 13-bit constants, columns before
+ * rows) with the word sizes of libjpeg-turbo's vector code, which show only in damaged files: dequantised values and
+ * some sums wrap at 16 bits, the values between the passes saturate there (and wrap where no column has more than its
+ * first coefficient). */
+#define SPMI_JPEG_DEQUANT(i) ((int16_t)((int)coef[i] * (int)quant[i]))
+#define SPMI_JPEG_MUL(x, c) ((uint32_t)((int32_t)(x) * (c)))
+#define SPMI_JPEG_CLAMP(v) ((uint8_t)((v) < 0 ? 0 : (v) > 255 ? 255 : (v)))
+
+/* What the pass over the columns left, n values in 16 bits; `flat`: no column had more than its first coefficient. */
+static void spmi_jpeg_saturate(const int32_t *work, int n, int flat, int16_t *out)
+{
+    int i;
+    for (i = 0; i < n; i++)
+        out[i] = (int16_t)(flat ? work[i] : work[i] < -32768 ? -32768 : work[i] > 32767 ? 32767 : work[i]);
+}
+
+static inline uint8_t spmi_jpeg_sample(int32_t v)
+{
+    v += 128;
+    return SPMI_JPEG_CLAMP(v);
+}
+
+/* Eight 8-point inverse transforms side by side, down the columns of `x`; the results lose `shift` of 13 extra bits. */
+static inline void spmi_jpeg_idct_columns(const int16_t *SPMI_RESTRICT x, int32_t *SPMI_RESTRICT y, int shift)
+{
+    const uint32_t round = 1u << (shift - 1);
+    int c;
+    for (c = 0; c < 8; c++) {
+        const int16_t x1 = x[8 + c], x2 = x[16 + c], x3 = x[24 + c], x5 = x[40 + c], x6 = x[48 + c], x7 = x[56 + c];
+        const int16_t s3 = (int16_t)(x7 + x3), s4 = (int16_t)(x5 + x1);
+        uint32_t e0 = (uint32_t)(int16_t)(x[c] + x[32 + c]) << 13, e1 = (uint32_t)(int16_t)(x[c] - x[32 + c]) << 13;
+        uint32_t e2 = SPMI_JPEG_MUL(x2, 4433) + SPMI_JPEG_MUL(x6, 4433 - 15137);
+        uint32_t e3 = SPMI_JPEG_MUL(x2, 4433 + 6270) + SPMI_JPEG_MUL(x6, 4433);
+        uint32_t o3 = SPMI_JPEG_MUL(s3, 9633 - 16069) + SPMI_JPEG_MUL(s4, 9633);
+        uint32_t o4 = SPMI_JPEG_MUL(s3, 9633) + SPMI_JPEG_MUL(s4, 9633 - 3196);
+        uint32_t t0 = SPMI_JPEG_MUL(x7, 2446 - 7373) - SPMI_JPEG_MUL(x1, 7373) + o3;
+        uint32_t t1 = SPMI_JPEG_MUL(x5, 16819 - 20995) - SPMI_JPEG_MUL(x3, 20995) + o4;
+        uint32_t t2 = SPMI_JPEG_MUL(x3, 25172 - 20995) - SPMI_JPEG_MUL(x5, 20995) + o3;
+        uint32_t t3 = SPMI_JPEG_MUL(x1, 12299 - 7373) - SPMI_JPEG_MUL(x7, 7373) + o4;
+        uint32_t a0 = e0 + e3 + round, a3 = e0 - e3 + round, a1 = e1 + e2 + round, a2 = e1 - e2 + round;
+        y[c] = (int32_t)(a0 + t3) >> shift;
+        y[8 + c] = (int32_t)(a1 + t2) >> shift;
+        y[16 + c] = (int32_t)(a2 + t1) >> shift;
+        y[24 + c] = (int32_t)(a3 + t0) >> shift;
+        y[32 + c] = (int32_t)(a3 - t0) >> shift;
+        y[40 + c] = (int32_t)(a2 - t1) >> shift;
+        y[48 + c] = (int32_t)(a1 - t2) >> shift;
+        y[56 + c] = (int32_t)(a0 - t3) >> shift;
+    }
+}
+#endif
+
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+/* Pairs (a[i], b[i]), and their products with a pair of constants, summed: 8 integers. */
+static inline __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
+{
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(a, b)), _mm_unpackhi_epi16(a, b), 1);
+}
+#define J_DOT(pairs, a, b) \
+    _mm256_madd_epi16(pairs, _mm256_set1_epi32((int)((uint32_t)((a) & 0xffff) | (uint32_t)(b) << 16)))
+#define J_HIGH(x) _mm256_extracti128_si256(x, 1)
+#define J_LOW(x) _mm256_castsi256_si128(x)
+#define J_TWICE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+
+/* spmi_jpeg_idct_columns, then 16-bit saturation: in[0..3] hold x0 and x4, x1 and x5, x2 and x6, x3 and x7 in their
+ * halves; out[r] holds columns 0..3 of results r and r + 4, then columns 4..7. */
+static inline void SPMI_K(jpeg_idct_lines)(const __m256i *in, int shift, __m256i *out)
+{
+    const __m128i x0 = J_LOW(in[0]), x4 = J_HIGH(in[0]), x1 = J_LOW(in[1]), x5 = J_HIGH(in[1]);
+    const __m128i x2 = J_LOW(in[2]), x6 = J_HIGH(in[2]), x3 = J_LOW(in[3]), x7 = J_HIGH(in[3]);
+    const __m256i round = _mm256_set1_epi32(1 << (shift - 1));
+    const __m256i x26 = SPMI_K(jpeg_pairs)(x2, x6), x71 = SPMI_K(jpeg_pairs)(x7, x1), x53 = SPMI_K(jpeg_pairs)(x5, x3);
+    const __m256i s = SPMI_K(jpeg_pairs)(_mm_add_epi16(x7, x3), _mm_add_epi16(x5, x1));
+    const __m256i e0 = _mm256_slli_epi32(_mm256_cvtepi16_epi32(_mm_add_epi16(x0, x4)), 13);
+    const __m256i e1 = _mm256_slli_epi32(_mm256_cvtepi16_epi32(_mm_sub_epi16(x0, x4)), 13);
+    const __m256i e2 = J_DOT(x26, 4433, 4433 - 15137), e3 = J_DOT(x26, 4433 + 6270, 4433);
+    const __m256i o3 = J_DOT(s, 9633 - 16069, 9633), o4 = J_DOT(s, 9633, 9633 - 3196);
+    const __m256i t0 = _mm256_add_epi32(J_DOT(x71, 2446 - 7373, -7373), o3);
+    const __m256i t1 = _mm256_add_epi32(J_DOT(x53, 16819 - 20995, -20995), o4);
+    const __m256i t2 = _mm256_add_epi32(J_DOT(x53, -20995, 25172 - 20995), o3);
+    const __m256i t3 = _mm256_add_epi32(J_DOT(x71, -7373, 12299 - 7373), o4);
+    const __m256i a0 = _mm256_add_epi32(_mm256_add_epi32(e0, e3), round);
+    const __m256i a1 = _mm256_add_epi32(_mm256_add_epi32(e1, e2), round);
+    const __m256i a2 = _mm256_add_epi32(_mm256_sub_epi32(e1, e2), round);
+    const __m256i a3 = _mm256_add_epi32(_mm256_sub_epi32(e0, e3), round);
+    out[0] = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(a0, t3), shift),
+                                _mm256_srai_epi32(_mm256_sub_epi32(a3, t0), shift));
+    out[1] = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(a1, t2), shift),
+                                _mm256_srai_epi32(_mm256_sub_epi32(a2, t1), shift));
+    out[2] = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(a2, t1), shift),
+                                _mm256_srai_epi32(_mm256_sub_epi32(a1, t2), shift));
+    out[3] = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(a3, t0), shift),
+                                _mm256_srai_epi32(_mm256_sub_epi32(a0, t3), shift));
+}
+#endif
+
+/* Dequantises and transforms a block (row-major); 8 x 8 samples go to `out`. */
+static void SPMI_K(jpeg_idct8)(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
+{
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    __m256i x[4], y[4], a, b, c, d;
+    __m128i row[8], rest;
+    int i;
+    for (i = 0; i < 8; i++) row[i] = _mm_loadu_si128((const __m128i *)(const void *)(coef + 8 * i));
+    rest = _mm_or_si128(_mm_or_si128(_mm_or_si128(row[1], row[2]), _mm_or_si128(row[3], row[4])),
+                        _mm_or_si128(_mm_or_si128(row[5], row[6]), row[7]));
+    for (i = 0; i < 8; i++)
+        row[i] = _mm_mullo_epi16(row[i], _mm_loadu_si128((const __m128i *)(const void *)(quant + 8 * i)));
+    if (_mm_testz_si128(rest, rest)) {
+        a = _mm256_castsi128_si256(_mm_slli_epi16(row[0], 2));
+        y[0] = y[1] = y[2] = y[3] = _mm256_permute4x64_epi64(a, 0x50);
+    }
+    else {
+        for (i = 0; i < 4; i++) x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row[i]), row[i + 4], 1);
+        SPMI_K(jpeg_idct_lines)(x, 11, y);
+    }
+    /* transpose: 16-bit pairs, quadruples, then whole columns */
+    a = _mm256_unpacklo_epi16(y[0], y[1]);
+    b = _mm256_unpacklo_epi16(y[2], y[3]);
+    c = _mm256_unpackhi_epi16(y[0], y[1]);
+    d = _mm256_unpackhi_epi16(y[2], y[3]);
+    x[0] = _mm256_unpacklo_epi32(a, b);
+    x[2] = _mm256_unpackhi_epi32(a, b);
+    x[1] = _mm256_unpacklo_epi32(c, d);
+    x[3] = _mm256_unpackhi_epi32(c, d);
+    a = x[0];
+    b = x[2];
+    x[0] = _mm256_unpacklo_epi64(a, x[1]);
+    x[1] = _mm256_unpackhi_epi64(a, x[1]);
+    x[2] = _mm256_unpacklo_epi64(b, x[3]);
+    x[3] = _mm256_unpackhi_epi64(b, x[3]);
+    SPMI_K(jpeg_idct_lines)(x, 18, y);
+    /* to bytes, and back to rows: the halves hold rows 0..3 and 4..7 */
+    a = _mm256_add_epi8(_mm256_packs_epi16(y[0], y[1]), _mm256_set1_epi8(-128)); /* columns 0 4 1 5 */
+    b = _mm256_add_epi8(_mm256_packs_epi16(y[2], y[3]), _mm256_set1_epi8(-128)); /* columns 2 6 3 7 */
+    c = _mm256_unpacklo_epi8(a, b);
+    d = _mm256_unpackhi_epi8(a, b);
+    a = _mm256_unpacklo_epi8(c, d);
+    b = _mm256_unpackhi_epi8(c, d);
+    c = _mm256_unpacklo_epi32(a, b);
+    d = _mm256_unpackhi_epi32(a, b);
+    for (i = 0; i < 2; i++, out += 4 * stride) {
+        const __m128i top = i ? J_HIGH(c) : J_LOW(c), bottom = i ? J_HIGH(d) : J_LOW(d);
+        _mm_storel_epi64((__m128i *)(void *)out, top);
+        _mm_storel_epi64((__m128i *)(void *)(out + stride), _mm_srli_si128(top, 8));
+        _mm_storel_epi64((__m128i *)(void *)(out + 2 * stride), bottom);
+        _mm_storel_epi64((__m128i *)(void *)(out + 3 * stride), _mm_srli_si128(bottom, 8));
+    }
+#else
+    int16_t x[64], t[64];
+    int32_t y[64];
+    uint8_t samples[64];
+    uint32_t over = 0;
+    int i, r;
+    for (i = 0; i < 64; i++) x[i] = SPMI_JPEG_DEQUANT(i);
+    spmi_jpeg_idct_columns(x, y, 11);
+    for (i = 0; i < 64; i++) over |= (uint32_t)y[i] + 32768u;
+    if (over >> 16) {
+        int any = 0;
+        for (i = 8; i < 64; i++) any |= coef[i];
+        spmi_jpeg_saturate(y, 64, !any, t);
+    } else {
+        for (i = 0; i < 64; i++) t[i] = (int16_t)y[i];
+    }
+    for (i = 0; i < 8; i++) {
+        x[i] = t[8 * i];
+        x[8 + i] = t[8 * i + 1];
+        x[16 + i] = t[8 * i + 2];
+        x[24 + i] = t[8 * i + 3];
+        x[32 + i] = t[8 * i + 4];
+        x[40 + i] = t[8 * i + 5];
+        x[48 + i] = t[8 * i + 6];
+        x[56 + i] = t[8 * i + 7];
+    }
+    spmi_jpeg_idct_columns(x, y, 18);
+    for (i = 0; i < 64; i++) samples[i] = spmi_jpeg_sample(y[i]);
+    for (r = 0; r < 8; r++, out += stride) {
+        out[0] = samples[r];
+        out[1] = samples[8 + r];
+        out[2] = samples[16 + r];
+        out[3] = samples[24 + r];
+        out[4] = samples[32 + r];
+        out[5] = samples[40 + r];
+        out[6] = samples[48 + r];
+        out[7] = samples[56 + r];
+    }
+#endif
+}
+
+/* sum[0 .. n) = 3 near_row + far_row, the vertical half of the filters; without far_row a copy of near_row. */
+static void SPMI_K(jpeg_sum_rows)(const uint8_t *SPMI_RESTRICT near_row, const uint8_t *SPMI_RESTRICT far_row, int n,
+                                  uint16_t *SPMI_RESTRICT sum)
+{
+    int i, j;
+    for (i = 0; i < n; i += SPMI_JPEG_CHUNK) {
+        if (far_row) {
+            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = (uint16_t)(3 * near_row[i + j] + far_row[i + j]);
+        } else {
+            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = near_row[i + j];
+        }
+    }
+}
+
+/* in[0 .. n) to out[0 .. 2n): each output is 3/4 of its own sample and 1/4 of the neighbour on its side; at the ends
+ * the sample itself is its neighbour.  The rounding (even, odd, then >> shift) alternates.  Sets in[-1] and in[n]. */
+static void SPMI_K(jpeg_widen)(uint16_t *SPMI_RESTRICT in, int n, int even, int odd, int shift,
+                               uint8_t *SPMI_RESTRICT out)
+{
+    int i;
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    const __m256i a = _mm256_set1_epi16((short)even), b = _mm256_set1_epi16((short)odd);
+    const __m128i s = _mm_cvtsi32_si128(shift);
+#endif
+    in[-1] = in[0];
+    in[n] = in[n - 1];
+    for (i = 0; i < n; i += 16, in += 16, out += 32) {
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+        const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)in);
+        const __m256i three = _mm256_add_epi16(x, _mm256_add_epi16(x, x));
+        const __m256i before = _mm256_loadu_si256((const __m256i *)(const void *)(in - 1));
+        const __m256i behind = _mm256_loadu_si256((const __m256i *)(const void *)(in + 1));
+        const __m256i left = _mm256_srl_epi16(_mm256_add_epi16(_mm256_add_epi16(three, before), a), s);
+        const __m256i right = _mm256_srl_epi16(_mm256_add_epi16(_mm256_add_epi16(three, behind), b), s);
+        _mm256_storeu_si256((__m256i *)(void *)out, _mm256_or_si256(left, _mm256_slli_epi16(right, 8)));
+#else
+        int j;
+        for (j = 0; j < 16; j++) {
+            out[2 * j] = (uint8_t)((3 * in[j] + in[j - 1] + even) >> shift);
+            out[2 * j + 1] = (uint8_t)((3 * in[j] + in[j + 1] + odd) >> shift);
+        }
+#endif
+    }
+}
+
+/* YCbCr to RGB, n pixels: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb in 16-bit fixed point, the
+ * factors split so that products of 16-bit numbers do: in units of 1/65536 they are 65536 + 26345, 65536 - 18734 (and
+ * 22554) and 2 * 65536 - 14942. */
+static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int n,
+                                 uint8_t *SPMI_RESTRICT out)
+{
+    int i;
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    /* byte k of the vectors of 16 red, green and blue samples goes to place 3k, 3k + 1, 3k + 2 of three vectors */
+    static const int8_t place[3][3][16] = {
+        { { 0, -1, -1, 1, -1, -1, 2, -1, -1, 3, -1, -1, 4, -1, -1, 5 },
+          { -1, 0, -1, -1, 1, -1, -1, 2, -1, -1, 3, -1, -1, 4, -1, -1 },
+          { -1, -1, 0, -1, -1, 1, -1, -1, 2, -1, -1, 3, -1, -1, 4, -1 } },
+        { { -1, -1, 6, -1, -1, 7, -1, -1, 8, -1, -1, 9, -1, -1, 10, -1 },
+          { 5, -1, -1, 6, -1, -1, 7, -1, -1, 8, -1, -1, 9, -1, -1, 10 },
+          { -1, 5, -1, -1, 6, -1, -1, 7, -1, -1, 8, -1, -1, 9, -1, -1 } },
+        { { -1, 11, -1, -1, 12, -1, -1, 13, -1, -1, 14, -1, -1, 15, -1, -1 },
+          { -1, -1, 11, -1, -1, 12, -1, -1, 13, -1, -1, 14, -1, -1, 15, -1 },
+          { 10, -1, -1, 11, -1, -1, 12, -1, -1, 13, -1, -1, 14, -1, -1, 15 } }
+    };
+    const __m256i half = _mm256_set1_epi16(128), one = _mm256_set1_epi16(1), round = _mm256_set1_epi32(32768);
+    for (i = 0; i < n; i += 32, y += 32, cb += 32, cr += 32, out += 96) {
+        __m256i red[2], green[2], blue[2], color[3];
+        uint8_t tail[96], *to = n - i < 32 ? tail : out;
+        int k;
+        for (k = 0; k < 2; k++) {
+            const __m256i l = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(y + 16 * k)));
+            const __m256i b = _mm256_sub_epi16(
+                _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(cb + 16 * k))), half);
+            const __m256i r = _mm256_sub_epi16(
+                _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(cr + 16 * k))), half);
+            const __m256i b2 = _mm256_add_epi16(b, b), r2 = _mm256_add_epi16(r, r);
+            const __m256i low = J_DOT(_mm256_unpacklo_epi16(b, r), -22554, 18734);
+            const __m256i high = J_DOT(_mm256_unpackhi_epi16(b, r), -22554, 18734);
+            const __m256i g = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(low, round), 16),
+                                                 _mm256_srai_epi32(_mm256_add_epi32(high, round), 16));
+            const __m256i more_red = _mm256_mulhi_epi16(r2, _mm256_set1_epi16(26345));
+            const __m256i more_blue = _mm256_mulhi_epi16(b2, _mm256_set1_epi16(-14942));
+            red[k] = _mm256_add_epi16(_mm256_add_epi16(l, r), _mm256_srai_epi16(_mm256_add_epi16(more_red, one), 1));
+            green[k] = _mm256_add_epi16(_mm256_sub_epi16(l, r), g);
+            blue[k] = _mm256_add_epi16(_mm256_add_epi16(l, b2), _mm256_srai_epi16(_mm256_add_epi16(more_blue, one), 1));
+        }
+        color[0] = _mm256_permute4x64_epi64(_mm256_packus_epi16(red[0], red[1]), 0xd8);
+        color[1] = _mm256_permute4x64_epi64(_mm256_packus_epi16(green[0], green[1]), 0xd8);
+        color[2] = _mm256_permute4x64_epi64(_mm256_packus_epi16(blue[0], blue[1]), 0xd8);
+        for (k = 0; k < 3; k++) {
+            const __m256i v = _mm256_or_si256(_mm256_or_si256(
+                _mm256_shuffle_epi8(color[0], J_TWICE(place[k][0])), _mm256_shuffle_epi8(color[1], J_TWICE(place[k][1]))),
+                _mm256_shuffle_epi8(color[2], J_TWICE(place[k][2])));
+            _mm_storeu_si128((__m128i *)(void *)(to + 16 * k), J_LOW(v));
+            _mm_storeu_si128((__m128i *)(void *)(to + 48 + 16 * k), J_HIGH(v));
+        }
+        if (to == tail) memcpy(out, tail, (size_t)(n - i) * 3);
+    }
+#else
+    uint8_t rgb[3][SPMI_JPEG_CHUNK];
+    int j;
+    for (i = 0; i < n; i += SPMI_JPEG_CHUNK, y += SPMI_JPEG_CHUNK, cb += SPMI_JPEG_CHUNK, cr += SPMI_JPEG_CHUNK) {
+        int count = SPMI_MIN(n - i, SPMI_JPEG_CHUNK);
+        for (j = 0; j < SPMI_JPEG_CHUNK; j++) {
+            int16_t l = y[j], b = (int16_t)(cb[j] - 128), r = (int16_t)(cr[j] - 128);
+            int16_t red = (int16_t)(l + r + ((r * 26345 + 32768) >> 16));
+            int16_t green = (int16_t)(l - r + ((r * 18734 - b * 22554 + 32768) >> 16));
+            int16_t blue = (int16_t)(l + b + b + ((32768 - b * 14942) >> 16));
+            rgb[0][j] = SPMI_JPEG_CLAMP(red);
+            rgb[1][j] = SPMI_JPEG_CLAMP(green);
+            rgb[2][j] = SPMI_JPEG_CLAMP(blue);
+        }
+        for (j = 0; j < count; j++, out += 3) {
+            out[0] = rgb[0][j];
+            out[1] = rgb[1][j];
+            out[2] = rgb[2][j];
+        }
+    }
+#endif
+}
+
+#undef J_DOT
+#undef J_HIGH
+#undef J_LOW
+#undef J_TWICE
+
 #undef I_W
 #undef I_ALL
 #undef i_t
@@ -12041,7 +12363,6 @@ SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int
  * the encoder. */
 
 #define SPMI_JPEG_LOOK 10 /* bits that the fast Huffman tables look at */
-#define SPMI_JPEG_CLAMP(v) ((uint8_t)((v) < 0 ? 0 : (v) > 255 ? 255 : (v)))
 
 /* Zigzag order to row-major.  Damaged data can run up to 15 places too far: those land on the last coefficient. */
 static const uint8_t spmi_jpeg_zigzag[80] = {
@@ -12654,99 +12975,10 @@ static int spmi_jpeg_scan_is_over(const spmi_jpeg *d)
     return d->starved && (!d->restart_interval || (d->marker >= 0xc0 && (d->marker < 0xd0 || d->marker > 0xd7)));
 }
 
-/* ---- inverse transforms: coefficients and quantiser row-major, `out` gets size x size samples ----
- * The "islow" method (Loeffler, Ligtenberg, Moschytz 1989; 13-bit constants, columns before rows) with the word sizes
- * of libjpeg-turbo's vector code, which show only in damaged files: dequantised values and some sums wrap at 16 bits,
- * the values between the passes saturate there. */
+/* ---- inverse transforms of scaled pictures (the whole one is a kernel): coefficients and quantiser row-major, `out`
+ * gets size x size samples ---- */
 
-#define SPMI_JPEG_DEQUANT(i) ((int16_t)((int)coef[i] * (int)quant[i]))
-#define SPMI_JPEG_MUL(x, c) ((uint32_t)((int32_t)(x) * (c)))
 #define SPMI_JPEG_DESCALE(x, n) ((int32_t)((x) + (1u << ((n) - 1))) >> (n))
-
-/* What the pass over the columns left, n values in 16 bits; `flat`: no column had more than its first coefficient. */
-static void spmi_jpeg_saturate(const int32_t *work, int n, int flat, int16_t *out)
-{
-    int i;
-    for (i = 0; i < n; i++)
-        out[i] = (int16_t)(flat ? work[i] : work[i] < -32768 ? -32768 : work[i] > 32767 ? 32767 : work[i]);
-}
-
-static inline uint8_t spmi_jpeg_sample(int32_t v)
-{
-    v += 128;
-    return SPMI_JPEG_CLAMP(v);
-}
-
-/* Eight 8-point inverse transforms side by side, down the columns of `x`; the results lose `shift` of 13 extra bits.
- * One loop of fixed length without branches: compilers make vector code of it. */
-static inline void spmi_jpeg_idct_columns(const int16_t *SPMI_RESTRICT x, int32_t *SPMI_RESTRICT y, int shift)
-{
-    const uint32_t round = 1u << (shift - 1);
-    int c;
-    for (c = 0; c < 8; c++) {
-        const int16_t x1 = x[8 + c], x2 = x[16 + c], x3 = x[24 + c], x5 = x[40 + c], x6 = x[48 + c], x7 = x[56 + c];
-        const int16_t s3 = (int16_t)(x7 + x3), s4 = (int16_t)(x5 + x1);
-        uint32_t e0 = (uint32_t)(int16_t)(x[c] + x[32 + c]) << 13, e1 = (uint32_t)(int16_t)(x[c] - x[32 + c]) << 13;
-        uint32_t e2 = SPMI_JPEG_MUL(x2, 4433) + SPMI_JPEG_MUL(x6, 4433 - 15137);
-        uint32_t e3 = SPMI_JPEG_MUL(x2, 4433 + 6270) + SPMI_JPEG_MUL(x6, 4433);
-        uint32_t o3 = SPMI_JPEG_MUL(s3, 9633 - 16069) + SPMI_JPEG_MUL(s4, 9633);
-        uint32_t o4 = SPMI_JPEG_MUL(s3, 9633) + SPMI_JPEG_MUL(s4, 9633 - 3196);
-        uint32_t t0 = SPMI_JPEG_MUL(x7, 2446 - 7373) - SPMI_JPEG_MUL(x1, 7373) + o3;
-        uint32_t t1 = SPMI_JPEG_MUL(x5, 16819 - 20995) - SPMI_JPEG_MUL(x3, 20995) + o4;
-        uint32_t t2 = SPMI_JPEG_MUL(x3, 25172 - 20995) - SPMI_JPEG_MUL(x5, 20995) + o3;
-        uint32_t t3 = SPMI_JPEG_MUL(x1, 12299 - 7373) - SPMI_JPEG_MUL(x7, 7373) + o4;
-        uint32_t a0 = e0 + e3 + round, a3 = e0 - e3 + round, a1 = e1 + e2 + round, a2 = e1 - e2 + round;
-        y[c] = (int32_t)(a0 + t3) >> shift;
-        y[8 + c] = (int32_t)(a1 + t2) >> shift;
-        y[16 + c] = (int32_t)(a2 + t1) >> shift;
-        y[24 + c] = (int32_t)(a3 + t0) >> shift;
-        y[32 + c] = (int32_t)(a3 - t0) >> shift;
-        y[40 + c] = (int32_t)(a2 - t1) >> shift;
-        y[48 + c] = (int32_t)(a1 - t2) >> shift;
-        y[56 + c] = (int32_t)(a0 - t3) >> shift;
-    }
-}
-
-static void spmi_jpeg_idct8(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
-{
-    int16_t x[64], t[64];
-    int32_t y[64];
-    uint8_t samples[64];
-    uint32_t over = 0;
-    int i, r;
-    for (i = 0; i < 64; i++) x[i] = SPMI_JPEG_DEQUANT(i);
-    spmi_jpeg_idct_columns(x, y, 11);
-    for (i = 0; i < 64; i++) over |= (uint32_t)y[i] + 32768u;
-    if (over >> 16) {
-        int any = 0;
-        for (i = 8; i < 64; i++) any |= coef[i];
-        spmi_jpeg_saturate(y, 64, !any, t);
-    } else {
-        for (i = 0; i < 64; i++) t[i] = (int16_t)y[i];
-    }
-    for (i = 0; i < 8; i++) {
-        x[i] = t[8 * i];
-        x[8 + i] = t[8 * i + 1];
-        x[16 + i] = t[8 * i + 2];
-        x[24 + i] = t[8 * i + 3];
-        x[32 + i] = t[8 * i + 4];
-        x[40 + i] = t[8 * i + 5];
-        x[48 + i] = t[8 * i + 6];
-        x[56 + i] = t[8 * i + 7];
-    }
-    spmi_jpeg_idct_columns(x, y, 18);
-    for (i = 0; i < 64; i++) samples[i] = spmi_jpeg_sample(y[i]);
-    for (r = 0; r < 8; r++, out += stride) {
-        out[0] = samples[r];
-        out[1] = samples[8 + r];
-        out[2] = samples[16 + r];
-        out[3] = samples[24 + r];
-        out[4] = samples[32 + r];
-        out[5] = samples[40 + r];
-        out[6] = samples[48 + r];
-        out[7] = samples[56 + r];
-    }
-}
 
 /* Half size: the four lowest output frequencies of each axis; the eighth-rate coefficient 4 does not take part. */
 static inline void spmi_jpeg_idct4_line(const int16_t *x, uint32_t *y)
@@ -12816,13 +13048,13 @@ static void spmi_jpeg_idct2(const int16_t *coef, const uint16_t *quant, uint8_t 
 }
 
 /* `last`: no coefficient behind this place in zigzag order is set. */
-static void spmi_jpeg_idct(const spmi_jpeg_component *c, const int16_t *coef, int last, uint8_t *out)
+static void spmi_jpeg_idct(const spm_context *ctx, const spmi_jpeg_component *c, const int16_t *coef, int last, uint8_t *out)
 {
     const uint16_t *quant = c->quant;
     int r;
     if (c->size == 8) {
         if (last) {
-            spmi_jpeg_idct8(coef, quant, out, c->stride);
+            SPMI_KERNEL(ctx, jpeg_idct8, (coef, quant, out, c->stride));
         } else {
             int v = (int16_t)(SPMI_JPEG_DEQUANT(0) * 4);
             v = spmi_jpeg_sample((v + 16) >> 5);
@@ -12844,40 +13076,6 @@ static void spmi_jpeg_idct(const spmi_jpeg_component *c, const int16_t *coef, in
 
 /* ---- upsampling and colour: one row of the picture at a time ---- */
 
-/* The rows below are worked on in chunks of this many samples: loops of fixed length that compilers turn into vector
- * code.  Component rows, and the scratch rows, have room for whole chunks. */
-#define SPMI_JPEG_CHUNK 32
-
-/* in[0 .. n) to out[0 .. 2n): each output is 3/4 of its own sample and 1/4 of the neighbour on its side; at the ends
- * the sample itself is its neighbour.  The rounding (even, odd, then >> shift) alternates.  Sets in[-1] and in[n]. */
-static inline void spmi_jpeg_widen(uint16_t *SPMI_RESTRICT in, int n, int even, int odd, int shift,
-                                   uint8_t *SPMI_RESTRICT out)
-{
-    int i, j;
-    in[-1] = in[0];
-    in[n] = in[n - 1];
-    for (i = 0; i < n; i += SPMI_JPEG_CHUNK, in += SPMI_JPEG_CHUNK, out += 2 * SPMI_JPEG_CHUNK) {
-        for (j = 0; j < SPMI_JPEG_CHUNK; j++) {
-            out[2 * j] = (uint8_t)((3 * in[j] + in[j - 1] + even) >> shift);
-            out[2 * j + 1] = (uint8_t)((3 * in[j] + in[j + 1] + odd) >> shift);
-        }
-    }
-}
-
-/* sum[0 .. n) = 3 near_row + far_row, the vertical half of the filters; without far_row a copy of near_row. */
-static void spmi_jpeg_sum_rows(const uint8_t *SPMI_RESTRICT near_row, const uint8_t *SPMI_RESTRICT far_row, int n,
-                               uint16_t *SPMI_RESTRICT sum)
-{
-    int i, j;
-    for (i = 0; i < n; i += SPMI_JPEG_CHUNK) {
-        if (far_row) {
-            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = (uint16_t)(3 * near_row[i + j] + far_row[i + j]);
-        } else {
-            for (j = 0; j < SPMI_JPEG_CHUNK; j++) sum[i + j] = near_row[i + j];
-        }
-    }
-}
-
 /* Row y of the picture, of one component, at full width.  `first`: the component's row that rows[0] holds. */
 static const uint8_t *spmi_jpeg_component_row(spmi_jpeg *d, spmi_jpeg_component *c, int y, int first)
 {
@@ -12885,8 +13083,8 @@ static const uint8_t *spmi_jpeg_component_row(spmi_jpeg *d, spmi_jpeg_component 
     const uint8_t *in = c->rows + (size_t)(row - first) * c->stride;
     if (c->up == SPMI_JPEG_UP_NONE) return in;
     if (c->up == SPMI_JPEG_UP_H2V1) {
-        spmi_jpeg_sum_rows(in, NULL, c->width, d->filter + 1);
-        spmi_jpeg_widen(d->filter + 1, c->width, 1, 2, 2, c->wide);
+        SPMI_KERNEL(d->ctx, jpeg_sum_rows, (in, NULL, c->width, d->filter + 1));
+        SPMI_KERNEL(d->ctx, jpeg_widen, (d->filter + 1, c->width, 1, 2, 2, c->wide));
     } else if (c->up == SPMI_JPEG_UP_COPY) {
         if (c->expand_h == 1) return in;
         for (i = 0; i * c->expand_h < d->out_width; i++)
@@ -12895,37 +13093,11 @@ static const uint8_t *spmi_jpeg_component_row(spmi_jpeg *d, spmi_jpeg_component 
         const uint8_t *far_row = in;
         if (part == 0 && row > 0) far_row = in - c->stride;
         if (part == 1 && row < c->height - 1) far_row = in + c->stride;
-        spmi_jpeg_sum_rows(in, far_row, c->width, d->filter + 1);
-        if (c->up == SPMI_JPEG_UP_H2V2) spmi_jpeg_widen(d->filter + 1, c->width, 8, 7, 4, c->wide);
+        SPMI_KERNEL(d->ctx, jpeg_sum_rows, (in, far_row, c->width, d->filter + 1));
+        if (c->up == SPMI_JPEG_UP_H2V2) SPMI_KERNEL(d->ctx, jpeg_widen, (d->filter + 1, c->width, 8, 7, 4, c->wide));
         else for (i = 0; i < c->width; i++) c->wide[i] = (uint8_t)((d->filter[1 + i] + 1 + part) >> 2);
     }
     return c->wide;
-}
-
-/* YCbCr to RGB: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb in 16-bit fixed point, the factors
- * split so that products of 16-bit numbers do: in units of 1/65536 they are 65536 + 26345, 65536 - 18734 (and
- * 22554) and 2 * 65536 - 14942. */
-static void spmi_jpeg_ycc_row(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int n, uint8_t *SPMI_RESTRICT out)
-{
-    uint8_t rgb[3][SPMI_JPEG_CHUNK];
-    int i, j;
-    for (i = 0; i < n; i += SPMI_JPEG_CHUNK, y += SPMI_JPEG_CHUNK, cb += SPMI_JPEG_CHUNK, cr += SPMI_JPEG_CHUNK) {
-        int count = SPMI_MIN(n - i, SPMI_JPEG_CHUNK);
-        for (j = 0; j < SPMI_JPEG_CHUNK; j++) {
-            int16_t l = y[j], b = (int16_t)(cb[j] - 128), r = (int16_t)(cr[j] - 128);
-            int16_t red = (int16_t)(l + r + ((r * 26345 + 32768) >> 16));
-            int16_t green = (int16_t)(l - r + ((r * 18734 - b * 22554 + 32768) >> 16));
-            int16_t blue = (int16_t)(l + b + b + ((32768 - b * 14942) >> 16));
-            rgb[0][j] = SPMI_JPEG_CLAMP(red);
-            rgb[1][j] = SPMI_JPEG_CLAMP(green);
-            rgb[2][j] = SPMI_JPEG_CLAMP(blue);
-        }
-        for (j = 0; j < count; j++, out += 3) {
-            out[0] = rgb[0][j];
-            out[1] = rgb[1][j];
-            out[2] = rgb[2][j];
-        }
-    }
 }
 
 /* Pillow's CMYK to RGB, after its inversion of the file's values (Adobe stores them inverted): r, g, b in `out` become
@@ -12964,7 +13136,7 @@ static void spmi_jpeg_write_row(spmi_jpeg *d, int y, int mcu_row)
         plane[i] = spmi_jpeg_component_row(d, c, y, mcu_row * c->rows_per_mcu - 1);
     }
     if (d->color == SPMI_JPEG_YCC || d->color == SPMI_JPEG_YCCK) {
-        spmi_jpeg_ycc_row(plane[0], plane[1], plane[2], n, out);
+        SPMI_KERNEL(d->ctx, jpeg_ycc_row, (plane[0], plane[1], plane[2], n, out));
     } else if (d->color == SPMI_JPEG_GRAY) {
         for (i = 0; i < n; i++) out[3 * i] = out[3 * i + 1] = out[3 * i + 2] = plane[0][i];
     } else {
@@ -13369,7 +13541,7 @@ static void spmi_jpeg_decode_mcu_row(spmi_jpeg *d, int mcu_row)
                     memset(block, 0, sizeof block);
                     if (!d->starved) last = spmi_jpeg_block(d, c, block);
                     if ((int64_t)column * c->h + x < c->blocks_wide && (int64_t)mcu_row * c->v + y < c->blocks_high)
-                        spmi_jpeg_idct(c, block, last, out);
+                        spmi_jpeg_idct(d->ctx, c, block, last, out);
                 }
             }
         }
@@ -13401,7 +13573,7 @@ static void spmi_jpeg_transform_mcu_row(spmi_jpeg *d, int mcu_row, int smoothing
                 memcpy(block, in, sizeof block);
                 if (smoothing) spmi_jpeg_smooth(c, known, dc_only, rows, column, block);
                 for (k = 1; k < 64; k++) any |= block[k];
-                spmi_jpeg_idct(c, block, any ? 63 : 0, out);
+                spmi_jpeg_idct(d->ctx, c, block, any ? 63 : 0, out);
             }
         }
     }

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Speed of the picture section against Pillow: one thread each, interleaved in one process, medians of ratios.
+
+usage: decode.py [--isa avx2] [--rounds 15] PICTURE...        (needs Pillow and numpy; builds the header with `cc -O2`)
+
+Prints for each group of pictures (by ending of the name behind the last underscore, else "all"): images/s of both for
+decoding, and for decode + resize to 256 x 256 + centre crop to 224 x 224 + normalise to float."""
+import argparse, collections, ctypes as C, io, os, statistics, subprocess, tempfile, time
+import numpy as np
+import PIL
+from PIL import Image, features
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+class Error(C.Structure):
+    _fields_ = [("text", C.c_char * 496), ("status", C.c_int)]
+
+
+class Picture(C.Structure):
+    _fields_ = [("pixels", C.c_void_p), ("width", C.c_int), ("height", C.c_int)]
+
+
+class Transform(C.Structure):
+    _fields_ = [("height", C.c_int64), ("width", C.c_int64), ("mean", C.c_float * 3), ("std", C.c_float * 3),
+                ("resize", C.c_int)]
+
+
+def build():
+    folder = tempfile.mkdtemp()
+    library = os.path.join(folder, "spurmem.so")
+    subprocess.run([os.environ.get("CC", "cc"), "-O2", "-fPIC", "-shared", "-I", ROOT, "-o", library,
+                    os.path.join(ROOT, "tests", "spurmem.c"), "-lm"], check=True)
+    return C.CDLL(library)
+
+
+def seconds(work, items):
+    begin = time.perf_counter()
+    for item in items:
+        work(item)
+    return time.perf_counter() - begin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--isa", help="c, avx2, avx512 or neon; the best one by default")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("pictures", nargs="+")
+    line = parser.parse_args()
+    if line.isa:
+        os.environ["SPURMEM_ISA"] = line.isa
+    lib = build()
+    lib.spm_context_create.restype = C.c_void_p
+    lib.spm_isa_name.restype = C.c_char_p
+    lib.spm_transform_make.restype = Transform
+    ctx = C.c_void_p(lib.spm_context_create(None))
+    transform = lib.spm_transform_make(C.c_int64(224), C.c_int64(224))
+    floats = np.empty((224, 224, 3), np.float32)
+    mean, std = np.array([.485, .456, .406], np.float32), np.array([.229, .224, .225], np.float32)
+    error = Error()
+
+    def ours(data, image):
+        if lib.spm_image_decode(ctx, b"picture", data, C.c_size_t(len(data)), None, C.byref(image), C.byref(error)):
+            raise SystemExit(error.text.decode())
+
+    def decode_ours(data):
+        image = Picture()
+        ours(data, image)
+        lib.spm_image_free(ctx, C.byref(image))
+
+    def decode_pillow(data):
+        Image.open(io.BytesIO(data)).convert("RGB")
+
+    def ready_ours(data):
+        image, ready = Picture(), Picture()
+        ours(data, image)
+        lib.spm_transform_image(ctx, C.byref(transform), C.byref(image), C.byref(ready), C.byref(error))
+        lib.spm_transform_normalize(C.byref(transform), C.byref(ready), C.c_void_p(floats.ctypes.data))
+        lib.spm_image_free(ctx, C.byref(image))
+        lib.spm_image_free(ctx, C.byref(ready))
+
+    def ready_pillow(data):
+        image = Image.open(io.BytesIO(data)).convert("RGB").resize((256, 256), Image.BILINEAR).crop((16, 16, 240, 240))
+        return (np.asarray(image, np.float32) / np.float32(255) - mean) / std
+
+    groups = collections.OrderedDict()
+    for path in line.pictures:
+        name = os.path.splitext(os.path.basename(path))[0]
+        with open(path, "rb") as file:
+            groups.setdefault(name.rsplit("_", 1)[1] if "_" in name else "all", []).append(file.read())
+    print("Pillow %s, libjpeg-turbo %s; spurmem on %s" % (PIL.__version__, features.version("libjpeg_turbo"),
+          lib.spm_isa_name(lib.spm_context_isa(ctx)).decode()))
+    for name, files in groups.items():
+        for title, mine, theirs in (("decode", decode_ours, decode_pillow), ("pipeline", ready_ours, ready_pillow)):
+            pairs = []
+            for _ in range(line.rounds + 1):
+                pairs.append((seconds(mine, files), seconds(theirs, files)))
+            pairs = pairs[1:]  # the first one warms up
+            ratio = statistics.median(b / a for a, b in pairs)
+            print("%-10s %-9s %7.1f images/s, Pillow %7.1f, ratio %.2f" % (name, title, len(files) / min(
+                a for a, b in pairs), len(files) / min(b for a, b in pairs), ratio))
+
+
+main()
