@@ -4411,7 +4411,7 @@ static inline void spmi_jpeg_idct_columns(const int16_t *SPMI_RESTRICT x, int32_
 
 #if SPMI_PASS == 2 || SPMI_PASS == 3
 /* Pairs (a[i], b[i]), and their products with a pair of constants, summed: 8 integers. */
-static inline __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
+SPMI_INLINE __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
 {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(a, b)), _mm_unpackhi_epi16(a, b), 1);
 }
@@ -4423,7 +4423,7 @@ static inline __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
 
 /* spmi_jpeg_idct_columns, then 16-bit saturation: in[0..3] hold x0 and x4, x1 and x5, x2 and x6, x3 and x7 in their
  * halves; out[r] holds columns 0..3 of results r and r + 4, then columns 4..7. */
-static inline void SPMI_K(jpeg_idct_lines)(const __m256i *in, int shift, __m256i *out)
+SPMI_INLINE void SPMI_K(jpeg_idct_lines)(const __m256i *in, int shift, __m256i *out)
 {
     const __m128i x0 = J_LOW(in[0]), x4 = J_HIGH(in[0]), x1 = J_LOW(in[1]), x5 = J_HIGH(in[1]);
     const __m128i x2 = J_LOW(in[2]), x6 = J_HIGH(in[2]), x3 = J_LOW(in[3]), x7 = J_HIGH(in[3]);
@@ -4591,9 +4591,9 @@ static void SPMI_K(jpeg_widen)(uint16_t *SPMI_RESTRICT in, int n, int even, int 
     }
 }
 
-/* YCbCr to RGB, n pixels: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb in 16-bit fixed point, the
- * factors split so that products of 16-bit numbers do: in units of 1/65536 they are 65536 + 26345, 65536 - 18734 (and
- * 22554) and 2 * 65536 - 14942. */
+/* YCbCr to RGB, n pixels: R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb in 16-bit fixed point,
+ * the factors split so that products of 16-bit numbers do: in units of 1/65536 they are 65536 + 26345, 65536 - 18734
+ * (and 22554) and 2 * 65536 - 14942. */
 static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int n,
                                  uint8_t *SPMI_RESTRICT out)
 {
@@ -4637,9 +4637,10 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
         color[1] = _mm256_permute4x64_epi64(_mm256_packus_epi16(green[0], green[1]), 0xd8);
         color[2] = _mm256_permute4x64_epi64(_mm256_packus_epi16(blue[0], blue[1]), 0xd8);
         for (k = 0; k < 3; k++) {
-            const __m256i v = _mm256_or_si256(_mm256_or_si256(
-                _mm256_shuffle_epi8(color[0], J_TWICE(place[k][0])), _mm256_shuffle_epi8(color[1], J_TWICE(place[k][1]))),
-                _mm256_shuffle_epi8(color[2], J_TWICE(place[k][2])));
+            const __m256i a = _mm256_shuffle_epi8(color[0], J_TWICE(place[k][0]));
+            const __m256i b = _mm256_shuffle_epi8(color[1], J_TWICE(place[k][1]));
+            const __m256i v = _mm256_or_si256(_mm256_or_si256(a, b),
+                                              _mm256_shuffle_epi8(color[2], J_TWICE(place[k][2])));
             _mm_storeu_si128((__m128i *)(void *)(to + 16 * k), J_LOW(v));
             _mm_storeu_si128((__m128i *)(void *)(to + 48 + 16 * k), J_HIGH(v));
         }
@@ -11111,20 +11112,29 @@ static spm_status spmi_image_check_size(spm_context *ctx, const char *name, int6
     return SPM_OK;
 }
 
-SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err)
+/* spm_image_create under a cap of the caller's (0: SPURMEM_MAX_IMAGE_BYTES); the pixels are not set. */
+static spm_status spmi_image_create(spm_context *ctx, const char *name, int width, int height, size_t max_bytes,
+                                    spm_image *image, spm_error *err)
 {
     spm_status status;
     image->pixels = NULL;
     image->width = image->height = 0;
-    status = spmi_image_check_size(ctx, "picture", width, height, 0, err);
+    status = spmi_image_check_size(ctx, name, width, height, max_bytes, err);
     if (status) return status;
-    image->pixels = (uint8_t *)spmi_alloc_array(ctx, (int64_t)width * height, 3);
+    image->pixels = (uint8_t *)spmi_alloc(ctx, (size_t)width * (size_t)height * 3);
     if (!image->pixels) {
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a picture of %d x %d pixels", width, height);
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %d x %d pixels", name, width, height);
     }
     image->width = width;
     image->height = height;
     return SPM_OK;
+}
+
+SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err)
+{
+    spm_status status = spmi_image_create(ctx, "picture", width, height, 0, image, err);
+    if (!status) memset(image->pixels, 0, (size_t)width * (size_t)height * 3);
+    return status;
 }
 
 SPMDEF void spm_image_free(spm_context *ctx, spm_image *image)
@@ -11146,7 +11156,7 @@ SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x
                          "crop of %d x %d pixels at (%d, %d) does not lie in the picture of %d x %d",
                          width, height, x, y, image->width, image->height);
     }
-    status = spm_image_create(ctx, width, height, &cut, err);
+    status = spmi_image_create(ctx, "crop", width, height, 0, &cut, err);
     if (status) return status;
     for (row = 0; row < height; row++) {
         memcpy(cut.pixels + (size_t)row * (size_t)width * 3,
@@ -12335,7 +12345,7 @@ SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_image_resize: there is no filter %d", (int)filter);
     }
     status = spmi_image_check_size(ctx, "picture to be resized", image->width, image->height, SIZE_MAX, err);
-    if (!status) status = spm_image_create(ctx, width, height, &made, err);
+    if (!status) status = spmi_image_create(ctx, "resized picture", width, height, 0, &made, err);
     if (status) return status;
     if (!across && !down) memcpy(made.pixels, image->pixels, (size_t)width * (size_t)height * 3);
     else if (filter == SPM_FILTER_NEAREST) status = spmi_resize_nearest(ctx, image, &made, err);
@@ -12410,14 +12420,14 @@ typedef enum spmi_jpeg_up {
 } spmi_jpeg_up;
 
 /* A Huffman code as the file gives it, and the tables made from it when a scan first uses it.
- * An entry of `look` (0: code longer than SPMI_JPEG_LOOK bits) is bits to drop | run << 8 | size << 12 | value << 16:
- * either the value's own bits fitted too (value != 0, size 0) or `size` more bits are to be read. */
+ * An entry of `look` (0: code longer than SPMI_JPEG_LOOK bits) is n | run << 8 | size << 12 | (n + size) << 16: a code
+ * of n bits that `size` bits of value follow. */
 typedef struct spmi_jpeg_huffman {
     uint32_t look[1 << SPMI_JPEG_LOOK];
     uint32_t limit[17];  /* codes of at most n bits, left-aligned in 16, are below limit[n] */
     int32_t offset[17];  /* index of a code's symbol minus the code */
     int present;
-    int made;            /* 0 no tables yet, 1 with values, 2 without */
+    int made;            /* 0 no tables yet */
     uint8_t bits[17];
     uint8_t values[256];
 } spmi_jpeg_huffman;
@@ -12472,6 +12482,7 @@ typedef struct spmi_jpeg {
     int next_row;                    /* of the picture, to be written */
     uint16_t *filter;                /* one row of column sums for the 2x2 triangle filter */
     uint8_t *line;                   /* one RGB row, where the picture is turned */
+    uint8_t *middle;                 /* gray pictures: a row of chroma without colour */
     spm_image *image;
     spmi_jpeg_component component[4];
     uint16_t quant[4][64];
@@ -12573,6 +12584,19 @@ static int spmi_jpeg_read_huffman(spmi_jpeg *d, const uint8_t *p, int length, in
     if (length > have) d->ended = 1;
     else if (length != 0)
         return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has the wrong length; the file is damaged",
+                              d->name);
+    return 1;
+}
+
+/* Conditioning of arithmetic coding: of no use here, but judged as libjpeg does. */
+static int spmi_jpeg_read_conditioning(spmi_jpeg *d, const uint8_t *p, int length, int have)
+{
+    for (; have >= 2; p += 2, have -= 2, length -= 2) {
+        if (p[0] > 31 || (p[0] < 16 && (p[1] & 15) > p[1] >> 4)) break;
+    }
+    if (length > have) d->ended = 1;
+    else if (length != 0)
+        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a segment on arithmetic coding is not valid; the file is damaged",
                               d->name);
     return 1;
 }
@@ -12730,7 +12754,9 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
                 return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the restart interval has the wrong length; the file is "
                                       "damaged", d->name);
             if (have == 2) d->restart_interval = p[0] << 8 | p[1];
-        } else if (marker <= 0xcf && marker != 0xcc) {
+        } else if (marker == 0xcc) {
+            if (!spmi_jpeg_read_conditioning(d, p, length, have)) return 0;
+        } else if (marker <= 0xcf) {
             if (!spmi_jpeg_read_frame(d, marker, p, length, have)) return 0;
         } else if (marker == 0xe0) {
             if (have >= 14 && memcmp(p, "JFIF\0", 5) == 0) d->seen_jfif = 1;
@@ -12832,14 +12858,13 @@ static inline int spmi_jpeg_take(spmi_jpeg *d, int n)
     return v;
 }
 
-/* A value of `size` bits stands for -(2^size - 1) .. -2^(size-1), 2^(size-1) .. 2^size - 1. */
-static inline int spmi_jpeg_extend(int v, int size)
+static inline uint32_t spmi_jpeg_entry(uint32_t symbol, uint32_t n)
 {
-    return v < 1 << (size - 1) ? v - (1 << size) + 1 : v;
+    return n | symbol >> 4 << 8 | (symbol & 15) << 12 | (n + (symbol & 15)) << 16;
 }
 
-/* Makes the lookup tables of a code.  kind 1: entries hold values where they fit; 2: symbols only. */
-static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int index, int is_dc, int kind)
+/* Makes the lookup tables of a code. */
+static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int index, int is_dc)
 {
     spmi_jpeg_huffman *h = index < 4 ? &tables[index] : NULL;
     int n, i, next = 0;
@@ -12847,27 +12872,19 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
     if (!h || !h->present)
         return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan uses Huffman table %d, which is missing; the file is "
                               "damaged", d->name, index);
-    if (h->made == kind) return 1;
+    if (h->made) return 1;
     memset(h->look, 0, sizeof h->look);
     for (n = 1; n <= 16; n++) {
         h->offset[n] = next - (int)code;
         for (i = 0; i < h->bits[n]; i++, code++, next++) {
-            int symbol = h->values[next], size = symbol & 15;
-            uint32_t entry = (uint32_t)n | (uint32_t)(symbol >> 4) << 8 | (uint32_t)size << 12, at, last;
-            if (is_dc && symbol > 15)
+            uint32_t at, last;
+            if (is_dc && h->values[next] > 15)
                 return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has a wrong DC symbol; the file is "
                                       "damaged", d->name);
             if (n > SPMI_JPEG_LOOK || code >> n) continue;
             at = code << (SPMI_JPEG_LOOK - n);
             last = at + (1u << (SPMI_JPEG_LOOK - n));
-            for (; at < last; at++) {
-                h->look[at] = entry;
-                if (kind == 1 && size > 0 && n + size <= SPMI_JPEG_LOOK) {
-                    int bits = (int)(at >> (SPMI_JPEG_LOOK - n - size)) & ((1 << size) - 1);
-                    h->look[at] = (uint32_t)(n + size) | (uint32_t)(symbol >> 4) << 8
-                                | (uint32_t)spmi_jpeg_extend(bits, size) << 16;
-                }
-            }
+            for (; at < last; at++) h->look[at] = spmi_jpeg_entry(h->values[next], (uint32_t)n);
         }
         if (h->bits[n] && code >= 1u << n)
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has more codes than fit; the file is damaged",
@@ -12875,24 +12892,22 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
         h->limit[n] = code << (16 - n);
         code <<= 1;
     }
-    h->made = kind;
+    h->made = 1;
     return 1;
 }
 
 /* The entry for a code of more than SPMI_JPEG_LOOK bits.  What is no code at all drops 17 bits and gives symbol 0. */
 static uint32_t spmi_jpeg_long_code(const spmi_jpeg_huffman *h, uint64_t bits)
 {
-    uint32_t code = (uint32_t)(bits >> 48);
-    int n;
+    uint32_t code = (uint32_t)(bits >> 48), n;
     for (n = SPMI_JPEG_LOOK + 1; n <= 16; n++) {
-        if (code < h->limit[n]) {
-            uint32_t symbol = h->values[((int)(code >> (16 - n)) + h->offset[n]) & 255];
-            return (uint32_t)n | symbol >> 4 << 8 | (symbol & 15) << 12;
-        }
+        if (code < h->limit[n])
+            return spmi_jpeg_entry(h->values[((int)(code >> (16 - n)) + h->offset[n]) & 255], n);
     }
-    return 17;
+    return spmi_jpeg_entry(0, 17);
 }
 
+/* The entry of the next code, which is taken; its value is not. */
 static inline uint32_t spmi_jpeg_code(spmi_jpeg *d, const spmi_jpeg_huffman *h)
 {
     uint32_t entry;
@@ -12904,12 +12919,21 @@ static inline uint32_t spmi_jpeg_code(spmi_jpeg *d, const spmi_jpeg_huffman *h)
     return entry;
 }
 
-/* A whole coded value: from the entry, or the bits behind the code. */
+/* The value behind a code: `size` bits stand for -(2^size - 1) .. -2^(size-1), 2^(size-1) .. 2^size - 1.  No branch: the
+ * sign is a toss-up. */
+static inline int spmi_jpeg_extend(uint64_t bits, int size)
+{
+    return (int)(bits >> (64 - size)) + (int)(((uint32_t)(bits >> 63) - 1) & (1u - (1u << size)));
+}
+
 static inline int spmi_jpeg_value(spmi_jpeg *d, uint32_t entry)
 {
-    int size = (int)(entry >> 12) & 15;
-    if (size) return spmi_jpeg_extend(spmi_jpeg_take(d, size), size);
-    return (int16_t)(entry >> 16);
+    int size = (int)(entry >> 12) & 15, value;
+    if (!size) return 0;
+    value = spmi_jpeg_extend(d->bits, size);
+    d->bits <<= size;
+    d->count -= size;
+    return value;
 }
 
 /* DC: the difference is added with wrap-around, as damaged files make it grow without bound. */
@@ -12921,23 +12945,42 @@ static inline int spmi_jpeg_dc(spmi_jpeg *d, spmi_jpeg_component *c)
 }
 
 /* One block of a sequential scan, written over `block` (zeros, or what another scan left).  Returns the place in
- * zigzag order of the last coefficient met. */
+ * zigzag order of the last coefficient met.  The reader's state lives in registers meanwhile. */
 static int spmi_jpeg_block(spmi_jpeg *d, spmi_jpeg_component *c, int16_t *block)
 {
     const spmi_jpeg_huffman *h = &d->ac[c->ac_index];
-    int k = 1, last = 0;
+    int k = 1, last = 0, count;
+    uint64_t bits;
     block[0] = (int16_t)spmi_jpeg_dc(d, c);
+    bits = d->bits;
+    count = d->count;
     do {
-        uint32_t entry = spmi_jpeg_code(d, h);
-        if (entry >> 12) {
-            k += (int)(entry >> 8) & 15;
-            block[spmi_jpeg_zigzag[k]] = (int16_t)spmi_jpeg_value(d, entry);
-            last = k++;
-        } else {
-            if ((entry >> 8 & 15) != 15) break;
-            k += 16;
+        uint32_t entry;
+        int size;
+        if (count < 32) {
+            d->bits = bits;
+            d->count = count;
+            spmi_jpeg_refill(d);
+            bits = d->bits;
+            count = d->count;
         }
+        entry = h->look[bits >> (64 - SPMI_JPEG_LOOK)];
+        if (!entry) entry = spmi_jpeg_long_code(h, bits);
+        size = (int)(entry >> 12) & 15;
+        k += (int)(entry >> 8) & 15;
+        count -= (int)(entry >> 16);
+        if (size) {
+            block[spmi_jpeg_zigzag[k]] = (int16_t)spmi_jpeg_extend(bits << (entry & 31), size);
+            last = k;
+        } else if ((entry & 0xf00) != 0xf00) { /* the rest is zero */
+            bits <<= entry >> 16;
+            break;
+        }
+        bits <<= entry >> 16;
+        k++;
     } while (k < 64);
+    d->bits = bits;
+    d->count = count;
     return last;
 }
 
@@ -13048,7 +13091,8 @@ static void spmi_jpeg_idct2(const int16_t *coef, const uint16_t *quant, uint8_t 
 }
 
 /* `last`: no coefficient behind this place in zigzag order is set. */
-static void spmi_jpeg_idct(const spm_context *ctx, const spmi_jpeg_component *c, const int16_t *coef, int last, uint8_t *out)
+static void spmi_jpeg_idct(const spm_context *ctx, const spmi_jpeg_component *c, const int16_t *coef, int last,
+                           uint8_t *out)
 {
     const uint16_t *quant = c->quant;
     int r;
@@ -13138,7 +13182,7 @@ static void spmi_jpeg_write_row(spmi_jpeg *d, int y, int mcu_row)
     if (d->color == SPMI_JPEG_YCC || d->color == SPMI_JPEG_YCCK) {
         SPMI_KERNEL(d->ctx, jpeg_ycc_row, (plane[0], plane[1], plane[2], n, out));
     } else if (d->color == SPMI_JPEG_GRAY) {
-        for (i = 0; i < n; i++) out[3 * i] = out[3 * i + 1] = out[3 * i + 2] = plane[0][i];
+        SPMI_KERNEL(d->ctx, jpeg_ycc_row, (plane[0], d->middle, d->middle, n, out));
     } else {
         uint8_t flip = d->color == SPMI_JPEG_CMYK ? 255 : 0;
         for (i = 0; i < n; i++) {
@@ -13236,21 +13280,19 @@ static int spmi_jpeg_set_up(spmi_jpeg *d)
 /* Memory for the picture, one row of MCUs and, with `whole`, all coefficients; the sum is checked first. */
 static int spmi_jpeg_allocate(spmi_jpeg *d, int whole)
 {
-    int turned = d->orientation >= 5;
-    int width = turned ? d->out_height : d->out_width, height = turned ? d->out_width : d->out_height;
+    const int turned = d->orientation >= 5;
+    const int width = turned ? d->out_height : d->out_width, height = turned ? d->out_width : d->out_height;
+    const uint64_t limit = d->desc->max_bytes ? d->desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
+    const size_t wide = (size_t)d->mcus_wide * (size_t)(d->max_h * d->min_size) + 64;
     uint64_t total = (uint64_t)width * (uint64_t)height * 3;
-    uint64_t limit = d->desc->max_bytes ? d->desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
-    size_t wide = (size_t)d->mcus_wide * (size_t)(d->max_h * d->min_size) + 64;
     int i, ok = 1;
-    d->status = spmi_image_check_size(d->ctx, d->name, width, height, d->desc->max_bytes, d->err);
-    if (d->status) return 0;
     for (i = 0; i < d->components && whole; i++)
         total += (uint64_t)d->component[i].stride_blocks * (uint64_t)d->component[i].rows_blocks * 128;
-    if (total > limit)
-        return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: %d x %d pixels of a JPEG in several scans need %.0f bytes, the "
-                              "limit is %.0f; raise max_bytes", d->name, d->width, d->height, (double)total,
-                              (double)limit);
-    d->status = spm_image_create(d->ctx, width, height, d->image, d->err);
+    if (whole && total > limit)
+        return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: %d x %d pixels of a JPEG in several scans need %.0f bytes, "
+                              "the cap is %.0f; raise max_bytes (or SPURMEM_MAX_IMAGE_BYTES) if the picture is to "
+                              "be trusted", d->name, d->width, d->height, (double)total, (double)limit);
+    d->status = spmi_image_create(d->ctx, d->name, width, height, d->desc->max_bytes, d->image, d->err);
     if (d->status) return 0;
     for (i = 0; i < d->components; i++) {
         spmi_jpeg_component *c = &d->component[i];
@@ -13261,6 +13303,11 @@ static int spmi_jpeg_allocate(spmi_jpeg *d, int whole)
     }
     d->filter = (uint16_t *)spmi_alloc_array(d->ctx, (int64_t)wide + 64, sizeof(uint16_t));
     d->line = (uint8_t *)spmi_alloc_array(d->ctx, d->out_width, 3);
+    if (d->color == SPMI_JPEG_GRAY) {
+        d->middle = (uint8_t *)spmi_alloc(d->ctx, wide);
+        if (d->middle) memset(d->middle, 128, wide);
+        ok = ok && d->middle;
+    }
     if (!ok || !d->filter || !d->line)
         return SPMI_JPEG_FAIL(d, SPM_E_MEMORY, "%s: out of memory for decoding %d x %d pixels", d->name, d->width,
                               d->height);
@@ -13298,7 +13345,6 @@ static int spmi_jpeg_start_scan(spmi_jpeg *d)
     int i, blocks = 0;
     for (i = 0; i < d->scan_count; i++) {
         spmi_jpeg_component *c = &d->component[d->scan[i]];
-        int kind = d->progressive && d->spectral_start > 0 && d->bit_high > 0 ? 2 : 1;
         blocks += c->h * c->v;
         c->dc = 0;
         if (!c->quant_known) {
@@ -13309,9 +13355,9 @@ static int spmi_jpeg_start_scan(spmi_jpeg *d)
             c->quant_known = 1;
         }
         if ((!d->progressive || (d->spectral_start == 0 && d->bit_high == 0))
-            && !spmi_jpeg_make_huffman(d, d->dc, c->dc_index, 1, 1))
+            && !spmi_jpeg_make_huffman(d, d->dc, c->dc_index, 1))
             return 0;
-        if ((!d->progressive || d->spectral_start > 0) && !spmi_jpeg_make_huffman(d, d->ac, c->ac_index, 0, kind))
+        if ((!d->progressive || d->spectral_start > 0) && !spmi_jpeg_make_huffman(d, d->ac, c->ac_index, 0))
             return 0;
     }
     if (d->scan_count > 1 && blocks > 10)
@@ -13336,7 +13382,7 @@ static void spmi_jpeg_ac_first(spmi_jpeg *d, const spmi_jpeg_huffman *h, int16_t
     for (k = d->spectral_start; k <= end; k++) {
         uint32_t entry = spmi_jpeg_code(d, h);
         int run = (int)(entry >> 8) & 15;
-        if (entry >> 12) {
+        if (entry >> 12 & 15) {
             k += run;
             block[spmi_jpeg_zigzag[k]] = (int16_t)((uint32_t)spmi_jpeg_value(d, entry) << low);
         } else if (run == 15) {
@@ -13364,7 +13410,7 @@ static void spmi_jpeg_ac_refine(spmi_jpeg *d, const spmi_jpeg_huffman *h, int16_
         for (; k <= end; k++) {
             uint32_t entry = spmi_jpeg_code(d, h);
             int run = (int)(entry >> 8) & 15, value = 0;
-            if (entry >> 12) {
+            if (entry >> 12 & 15) {
                 value = spmi_jpeg_take(d, 1) ? bit : -bit;
             } else if (run != 15) {
                 d->eob_run = 1u << run;
@@ -13549,6 +13595,118 @@ static void spmi_jpeg_decode_mcu_row(spmi_jpeg *d, int mcu_row)
     }
 }
 
+/* ---- files without an end marker ----
+ * Pillow refuses a file of one scan that ends without a marker, although all pixels are there, if libjpeg-turbo has to
+ * fill its bit buffer once more than the data allows.  When it does depends on the lengths of all codes before; this
+ * replays them, without pixels.  Pillow hands the data over in pieces of 64 KiB; a unit that meets the end of a piece
+ * is begun anew with the next one. */
+typedef struct spmi_jpeg_pace {
+    const uint8_t *at, *end; /* of libjpeg-turbo's reading; end of the pieces it has */
+    int left, fast;          /* bits in its buffer; whether it fills that six bytes at a time */
+} spmi_jpeg_pace;
+
+/* Fills the buffer to `wanted` bits; 0 where the data ends before. */
+static int spmi_jpeg_pace_fill(spmi_jpeg_pace *pace, int wanted)
+{
+    for (; pace->left < wanted; pace->left += 8) {
+        if (pace->at >= pace->end) return 0;
+        if (*pace->at++ != 0xff) continue;
+        while (pace->at < pace->end && *pace->at == 0xff) pace->at++;
+        if (pace->at >= pace->end) return 0;
+        if (*pace->at++) { /* a marker: zeros are read from here on */
+            pace->at -= 2;
+            pace->left = INT_MAX / 2;
+            return 1;
+        }
+    }
+    return 1;
+}
+
+/* A code of n bits and its value of `size` bits. */
+static int spmi_jpeg_pace_step(spmi_jpeg_pace *pace, int n, int size)
+{
+    int i;
+    if (pace->fast) {
+        if (pace->left <= 16 && !spmi_jpeg_pace_fill(pace, pace->left + 48)) return 0;
+        pace->left -= n;
+        if (size && pace->left <= 16 && !spmi_jpeg_pace_fill(pace, pace->left + 48)) return 0;
+    } else {
+        if (pace->left < 8 && !spmi_jpeg_pace_fill(pace, 57)) return 0;
+        if (n > 8) { /* nine bits, then one by one */
+            if (pace->left < 9 && !spmi_jpeg_pace_fill(pace, 57)) return 0;
+            for (pace->left -= 9, i = 9; i < n; i++, pace->left--)
+                if (pace->left < 1 && !spmi_jpeg_pace_fill(pace, 57)) return 0;
+        } else {
+            pace->left -= n;
+        }
+        if (pace->left < size && !spmi_jpeg_pace_fill(pace, 57)) return 0;
+    }
+    pace->left -= size;
+    return 1;
+}
+
+/* One MCU of the only scan; 0 where libjpeg-turbo would wait for more data. */
+static int spmi_jpeg_pace_mcu(spmi_jpeg *d, spmi_jpeg_pace *pace)
+{
+    int i, block, k, size;
+    for (i = 0; i < d->scan_count; i++) {
+        const spmi_jpeg_component *c = &d->component[d->scan[i]];
+        for (block = c->h * c->v; block; block--) {
+            for (k = 0; k < 64; k++) {
+                uint32_t entry = spmi_jpeg_code(d, k ? &d->ac[c->ac_index] : &d->dc[c->dc_index]);
+                size = (int)(entry >> 12) & 15;
+                (void)spmi_jpeg_value(d, entry);
+                if (!spmi_jpeg_pace_step(pace, (int)(entry & 255), size)) return 0;
+                if (!k) continue;
+                if (!size && (entry >> 8 & 15) != 15) break;
+                k += (int)(entry >> 8) & 15;
+            }
+        }
+    }
+    return 1;
+}
+
+static int spmi_jpeg_waits_for_more(spmi_jpeg *d, const uint8_t *scan)
+{
+    const uint8_t *p;
+    const int64_t size = d->end - d->data, piece = 65536;
+    int64_t units = (int64_t)d->mcus_wide * d->mcus_high, have = SPMI_MIN(size, piece);
+    spmi_jpeg_pace pace = SPM_ZERO;
+    int blocks = 0, i;
+    if (d->marker && !d->ended) return 0;
+    if (d->end - d->at >= 16) return 0; /* more than its buffer holds, even if all bytes are stuffed */
+    for (p = d->at; p < d->end - 1; p++)
+        if (p[0] == 0xff && p[1] && p[1] != 0xff) return 0;
+    for (i = 0; i < d->scan_count; i++) blocks += d->component[d->scan[i]].h * d->component[d->scan[i]].v;
+    d->at = pace.at = scan;
+    if (!spmi_jpeg_start_scan(d)) return 1;
+    for (; units; units--) {
+        if (d->restart_interval && d->restart_left == 0) {
+            spmi_jpeg_restart(d);
+            pace.at = d->at;
+            pace.left = 0;
+        }
+        if (d->restart_interval) d->restart_left--;
+        for (;;) {
+            const spmi_jpeg_pace before = pace;
+            const uint8_t *at = d->at;
+            const uint64_t bits = d->bits;
+            const int count = d->count, marker = d->marker;
+            pace.end = d->data + have;
+            pace.fast = !d->restart_interval && pace.end - pace.at >= 512 * blocks;
+            if (spmi_jpeg_pace_mcu(d, &pace)) break;
+            if (have == size) return 1;
+            have = SPMI_MIN(size, have + piece);
+            pace = before;
+            d->at = at;
+            d->bits = bits;
+            d->count = count;
+            d->marker = marker;
+        }
+    }
+    return 0;
+}
+
 /* One row of MCUs from the coefficient store. */
 static void spmi_jpeg_transform_mcu_row(spmi_jpeg *d, int mcu_row, int smoothing)
 {
@@ -13596,12 +13754,15 @@ static int spmi_jpeg_decode_scans(spmi_jpeg *d)
         }
     }
     if (!several) {
+        const uint8_t *scan = d->at;
         if (!spmi_jpeg_start_scan(d)) return 0;
         for (row = 0; row < d->mcus_high; row++) {
             spmi_jpeg_decode_mcu_row(d, row);
-            if (d->ended && !allow) return spmi_jpeg_truncated(d);
+            if (d->ended && d->starved && !allow) return spmi_jpeg_truncated(d);
             spmi_jpeg_write_rows(d, row);
         }
+        if (!allow && spmi_jpeg_waits_for_more(d, scan)) return spmi_jpeg_truncated(d);
+        if (d->ended) return 1;
         more = spmi_jpeg_read_segments(d);
         if (more == 1)
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan follows after the picture is complete; the file is "
@@ -13658,6 +13819,7 @@ static spm_status spmi_jpeg_decode(spm_context *ctx, const char *name, const uin
     }
     spmi_free(ctx, d->filter);
     spmi_free(ctx, d->line);
+    spmi_free(ctx, d->middle);
     if (!ok) spm_image_free(ctx, image);
     spmi_free(ctx, d);
     return status;

@@ -77,6 +77,16 @@ if have valgrind; then
     done
 else skip valgrind; fi
 
+echo "fuzz corpora"
+if ${CC:-cc} $asan -x c -o "$work/probe" - 2>/dev/null <"$work/main.c" || printf 'int main(void){return 0;}' | ${CC:-cc} $asan -x c -o "$work/probe" - 2>/dev/null; then
+    for f in tests/fuzz/fuzz_*.c; do
+        t=$(basename "$f" .c)
+        [ -d "tests/fuzz/corpus/${t#fuzz_}" ] || { no "$t has a corpus"; continue; }
+        ${CC:-cc} $asan -DFUZZ_STANDALONE -I. -o "$work/$t" "$f" -lm >"$work/out" 2>&1 || { no "$t builds"; continue; }
+        run "ASan+UBSan: $t" sh -c "timeout 300 $work/$t tests/fuzz/corpus/${t#fuzz_}/*"
+    done
+else skip "fuzz corpora"; fi
+
 echo "house rules"
 run "lint" sh tests/lint.sh
 echo "$passed passed, $failed failed, $skipped skipped"

@@ -1,5 +1,5 @@
 /* fuzz_inflate.c - any bytes as bare, zlib and gzip data under a cap, into growing and into exact memory; and the same
- * bytes packed and unpacked again. */
+ * bytes packed (in one of the three, by their number) and unpacked again. */
 #include "fuzz.h"
 
 FUZZ_BODY(ctx, data, size)
@@ -22,6 +22,7 @@ FUZZ_BODY(ctx, data, size)
             spm_free(ctx, out);
         }
         else if (!err.text[0] || out) abort();
+        if ((size_t)wrapper != size % 3) continue;
         memset(&err, 0, sizeof err);
         if (spm_deflate(ctx, data, size, wrapper, &out, &out_size, &err) != SPM_OK) abort();
         if (spm_inflate(ctx, out, out_size, wrapper, size + 1, &again, &again_size, &err) != SPM_OK) abort();
