@@ -110,7 +110,7 @@ static int write_set(tool *t, const spm_dataset *data, tool_set *set)
     tool_text csv = { NULL, 0, 0, 0 }, classes = { NULL, 0, 0, 0 }, confounders = { NULL, 0, 0, 0 }, groups = { NULL, 0, 0, 0 };
     spm_error err = SPM_ZERO;
     int64_t i;
-    int status, k;
+    int status, k, most_y = 0, most_a = 0;
     if (!tool_may_write(set, "make_celeba.json") && !tool_on(t, FORCE))
         return tool_fail(t, "%s holds something else; name an empty or new folder, or give --force", set->out);
     if (!picture_folder(t, spm_dataset_example(data, 0)->file, folder, sizeof folder))
@@ -124,6 +124,8 @@ static int write_set(tool *t, const spm_dataset *data, tool_set *set)
         tool_add(&csv, "%lld,", (long long)i + 1);
         tool_add_field(&csv, path);
         tool_add(&csv, ",%d,%d,%d\n", (int)e->y, (int)e->split, (int)e->confounder);
+        if (e->y > most_y) most_y = (int)e->y;
+        if (e->confounder > most_a) most_a = (int)e->confounder;
     }
     for (k = 0; k < spm_dataset_classes(data); k++) tool_add(&classes, "%s\n", spm_dataset_class_name(data, k));
     for (k = 0; k < spm_dataset_confounders(data); k++)
@@ -135,7 +137,9 @@ static int write_set(tool *t, const spm_dataset *data, tool_set *set)
     if (!status) status = tool_write_text(set, "make_celeba.json", made);
     if (!status) status = tool_write_text(set, "class_names.txt", classes.data);
     if (!status) status = tool_write_text(set, "confounder_names.txt", confounders.data);
-    if (!status) status = tool_write_text(set, "group_names.txt", groups.data);
+    /* groups are numbered by the largest values that occur */
+    if (!status && most_y + 1 == spm_dataset_classes(data) && most_a + 1 == spm_dataset_confounders(data))
+        status = tool_write_text(set, "group_names.txt", groups.data);
     if (!status) status = tool_write_text(set, "metadata.csv", csv.data);
     free(csv.data);
     free(classes.data);

@@ -42,7 +42,7 @@ static inline void tool_interrupt(int number)
 /* ---- options ---- */
 
 /* type: s text, i whole number in [low, high], n number in [low, high], b switch.  `word` stands for the value in the
- * help; with '|' in it only these words are taken. */
+ * help; with '|' in it (and small letters) only these words are taken. */
 typedef struct tool_option {
     const char *name;
     char type;
@@ -124,7 +124,7 @@ static inline int tool_takes(const tool *t, const tool_option *o, const char *va
             tool_fail(t, "--%s: a value is wanted: %s", o->name, o->word);
             return 0;
         }
-        if (!strchr(o->word, '|')) return 1;
+        if (!strchr(o->word, '|') || (*o->word >= 'A' && *o->word <= 'Z')) return 1;
         for (; *at; at += m + (at[m] == '|')) {
             m = strcspn(at, "|");
             if (m == n && strncmp(at, value, n) == 0) return 1;
