@@ -10,6 +10,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef FUZZ_MEMORY
+  #define FUZZ_MEMORY (8u << 20) /* what an empty input may take */
+#endif
+
 typedef struct fuzz_memory {
     size_t most;
 } fuzz_memory;
@@ -39,7 +43,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     spm_context_desc desc = SPM_ZERO;
     fuzz_memory memory;
     spm_context *ctx;
-    memory.most = size * 96 + (8u << 20);
+    memory.most = size * 96 + FUZZ_MEMORY;
     desc.alloc = fuzz_alloc;
     desc.free = fuzz_free;
     desc.alloc_user = &memory;
