@@ -1,0 +1,46 @@
+/* fuzz_checkpoint.c - any bytes as a checkpoint: what it says about itself, and loading it into a small ViT and a small
+ * ResNet, which must be as before when that fails.  The bytes pass through a file in the working folder. */
+#include "fuzz.h"
+
+static double sum_of(spm_model *model)
+{
+    double sum = 0;
+    int i;
+    int64_t k;
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_tensor *t = &spm_model_parameter(model, i)->value;
+        for (k = 0; k < spm_tensor_count(t); k++) sum += (double)t->data[k] * (double)(k + i + 1);
+    }
+    return sum;
+}
+
+FUZZ_BODY(ctx, data, size)
+{
+    static const char archs[2][64] = { "vit:patch=4,dim=4,depth=1,heads=2,mlp=1", "resnet18:width=1,stem=cifar" };
+    static const char path[] = "fuzz_checkpoint.tmp";
+    spm_checkpoint_info info;
+    spm_error err = SPM_ZERO;
+    FILE *file = fopen(path, "wb");
+    int i;
+    if (!file) abort();
+    if (size && fwrite(data, 1, size, file) != size) abort();
+    fclose(file);
+    if (spm_checkpoint_inspect(ctx, path, &info, &err) && (!err.text[0] || info.has_arch)) abort();
+    for (i = 0; i < 2; i++) {
+        spm_arch arch = SPM_ZERO;
+        spm_model *model;
+        double before;
+        arch.height = arch.width_px = 8;
+        arch.classes = 2;
+        memset(&err, 0, sizeof err);
+        if (spm_arch_parse(ctx, archs[i], &arch, &err)) abort();
+        model = spm_model_build(ctx, &arch, 1, &err);
+        if (!model) abort();
+        before = sum_of(model);
+        if (spm_checkpoint_load(model, path, size & 1 ? 1 : 0, &err)) {
+            const double after = sum_of(model);
+            if (!err.text[0] || after < before || after > before) abort();
+        }
+        spm_model_destroy(model);
+    }
+}
