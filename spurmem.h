@@ -1305,6 +1305,28 @@ SPMDEF double spm_mcnemar(int64_t b, int64_t c);
 /* softmax / class-order helpers: logits of one example in column order -> class and probabilities in class order. */
 SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int classes, float *probabilities);
 
+/* A minority group: not empty in the training split, and less than half as large as its class's largest group there. */
+SPMDEF int spm_group_is_minority(const spm_dataset *dataset, int group);
+
+/* A paired change in n examples: `lost` were right before and are wrong after, `gained` the other way round. */
+typedef struct spm_paired {
+    int64_t n, lost, gained;
+} spm_paired;
+/* Spurious-memory index of a removal: (drop of the minority's accuracy on train - drop on test) - drop of the
+ * majority's accuracy on train; positive: what was removed carried memory that does not generalise.  The 95 % interval
+ * adds the variances of three adjusted paired differences (Bonett and Price 2012: one loss and one gain more, n + 2).
+ * NaN if one of the three is empty.  Test: test_eval.c. */
+SPMDEF double spm_memory_index(const spm_paired *minority_train, const spm_paired *minority_test,
+                               const spm_paired *majority_train, double *low, double *high);
+
+/* Quirks of the published code, Q1 to Q11, one bit each.  Q1 softmax before the cross-entropy; Q2 reversed label order;
+ * Q3 magnitude leaves the downsample convolutions out; Q4 a threshold from the convolutions is applied to every
+ * parameter; Q5 zeroing leaves the batch norm alone; Q6 uniform noise for single weights; Q7 units are chosen and
+ * reported on the same samples; Q8 the smallest weights are masked; Q9 the gradient mask sorts the wrong way; Q10 the
+ * contrast is on the class probabilities; Q11 all forwards commit to the same running statistics. */
+#define SPM_QUIRK(n) (1u << (n))
+#define SPM_QUIRKS_OFFICIAL 0xffeu
+
 /* ================================================================================================================
  * >>API-ATTR  17  attribution: scores of units
  * ============================================================================================================= */
@@ -1415,48 +1437,81 @@ SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const sp
  * >>API-LOCAL  18  localization: change units, measure every group
  * ============================================================================================================= */
 
+/* What is done to the chosen units or single weights (METHOD 2.5).  zero-unit: the unit's output behind its batch norm
+ * is 0; zero: its weights are 0 and the batch norm is left alone, so that it puts out a constant (quirk Q5); mean: its
+ * output is its mean over the training split; noise: w += std N(0,1); reinit: w = std N(0,1); rewind: w from an earlier
+ * checkpoint; layer-rewind: the whole parameter from there. */
 typedef enum spm_modify {
-    SPM_MODIFY_ZERO_UNIT, SPM_MODIFY_ZERO, SPM_MODIFY_NOISE, SPM_MODIFY_REINIT, SPM_MODIFY_REWIND, SPM_MODIFY_LAYER_REWIND
+    SPM_MODIFY_ZERO_UNIT, SPM_MODIFY_ZERO, SPM_MODIFY_MEAN, SPM_MODIFY_NOISE, SPM_MODIFY_REINIT, SPM_MODIFY_REWIND,
+    SPM_MODIFY_LAYER_REWIND
 } spm_modify;
 SPMDEF int spm_modify_parse(const char *name, spm_modify *modify);
 SPMDEF const char *spm_modify_name(spm_modify modify);
 
+typedef struct spm_change {
+    double std;
+    uint64_t seed;
+    spm_model *rewind;         /* rewind, layer-rewind: the earlier model, of the same architecture */
+    const double *means;       /* mean: from spm_unit_means */
+    int uniform;               /* quirk Q6: U[0,1) in place of N(0,1) */
+    spm_modify modify;
+} spm_change;
+
+/* Changes units of any kind and touches the model (the caller keeps a copy if it wants the old values back).  Draws are
+ * functions of (seed, parameter, index).  Errors: an earlier model that does not fit (SPM_E_SHAPE); zero-unit and mean
+ * of single weights, mean of a unit without a bias to hold it (SPM_E_UNSUPPORTED).  Test: test_local.c. */
+SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, const spm_change *change,
+                                   spm_error *err);
+/* The mean output of every unit over a split, behind the batch norm: what spm_change.means takes; freed with spm_free. */
+SPMDEF spm_status spm_unit_means(spm_model *model, spm_dataset *dataset, const spm_reading *reading, spm_split split,
+                                 int workers, double **means, spm_error *err);
+
 #define SPM_LOCALIZE_MAX 32
+#define SPM_LOCALIZE_REWINDS 4
 typedef struct spm_localize_desc {
     spm_reading reading;
     const int *groups;         /* to rank for; NULL: all */
     int n_groups;
     int64_t top[SPM_LOCALIZE_MAX];      /* how many units are changed at once; none: 1, 2, 3 */
     int n_top;
-    double fraction[SPM_LOCALIZE_MAX];  /* unit = weight: shares of single weights instead of top-k channels */
+    double fraction[SPM_LOCALIZE_MAX];  /* unit = weight: shares of the single weights; none: 1e-5, 2e-5, 3e-5 */
     int n_fraction, order_smallest, workers;
-    double dropout_p;          /* each selected position stays selected with probability 1 - p */
+    double dropout_p;          /* each selected weight stays selected with probability 1 - p */
     double std[SPM_LOCALIZE_MAX];       /* noise and reinit; none: .01 */
     int n_std;
-    const char *rewind_file;   /* checkpoint for rewind and layer-rewind */
-    spm_arch rewind_arch;      /* its architecture, where the file does not say */
+    const char *rewind_file[SPM_LOCALIZE_REWINDS]; /* checkpoints for rewind and layer-rewind, the first NULL ends them */
+    spm_arch rewind_arch;      /* their architecture, where the file does not say */
     int64_t repeats;           /* 0: 1 (noise, reinit: 10) */
-    int64_t controls;          /* matched random controls for the rows of the largest top; 0: none (the tool: 19) */
+    int64_t controls;          /* matched controls for the rows of the largest top; 0: none (the tool: 19) */
     int64_t samples, batch;
+    int64_t steps, permutations; /* of spm_attr_desc */
+    double truncation;
     size_t prefix_bytes;       /* memory for stored block inputs (prefix reuse); 0: 1 GiB */
     uint64_t seed;
-    int official;              /* METHOD.md profile: quirks Q3-Q7 on */
+    unsigned quirks;           /* of SPM_QUIRK: Q3 to Q7 matter here */
+    int official;              /* the profile's name; units are then rows of 4-D weights only */
     int allow_same_split;
+    /* 1: the grid of the paper's study (METHOD 2.5): gradient and magnitude at channels, smallest single weights; every
+     * modification, top 1 to 3 (zero 1 to 10), three std (five by magnitude), all rewinds.  criterion, unit, top,
+     * fraction, std and modify are not read */
+    int grid;
+    /* criterion exhaustive: 0 the fast way, 1 every unit by resuming at its block (bit-equal to the plain way), 2 every
+     * unit from the pictures */
+    int scan_plain;
+    double screen;             /* exhaustive: share of units that first-order screening leaves out; 0: none */
     spm_split select_split;
     int report[SPM_SPLITS];    /* which splits to report; none: train and test */
     spm_criterion criterion;
+    spm_unit_kind unit;
     spm_modify modify;
     spm_progress_fn progress;
     void *progress_user;
 } spm_localize_desc;
 
-/* The result is the "localize" object of CLI.md, written into `json` under `key` (NULL: top level). The model's
- * parameters are the same bits before and after. */
-SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json, const char *key, spm_error *err);
-/* Applies a modification to chosen units (the caller keeps a copy if it wants the old values back). `rewind` is needed
- * by rewind and layer-rewind. */
-SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify, double std,
-                                   uint64_t seed, spm_model *rewind, spm_error *err);
+/* The result is the "localize" object of CLI.md, written into `json` under `key` (NULL: top level); what it has beyond
+ * that stands in the tool's --help.  The model's parameters are the same bits before and after. */
+SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json,
+                               const char *key, spm_error *err);
 
 /* ================================================================================================================
  * >>API-TRAIN  19  training, the intervention, run folders
@@ -22087,6 +22142,40 @@ SPMDEF double spm_mcnemar(int64_t b, int64_t c)
     return SPMI_MIN(1.0, 2.0 * sum);
 }
 
+SPMDEF int spm_group_is_minority(const spm_dataset *dataset, int group)
+{
+    int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
+    int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
+    for (a = 0; a < confounders; a++)
+        largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
+    return count > 0 && 2 * count < largest;
+}
+
+SPMDEF double spm_memory_index(const spm_paired *minority_train, const spm_paired *minority_test,
+                               const spm_paired *majority_train, double *low, double *high)
+{
+    const spm_paired *term;
+    double index = 0.0, centre = 0.0, variance = 0.0;
+    int i;
+    for (i = 0; i < 3; i++) {
+        double sign = i ? -1.0 : 1.0, n, lost, gained;
+        term = i == 0 ? minority_train : i == 1 ? minority_test : majority_train;
+        if (term->n < 1) {
+            *low = *high = (double)NAN;
+            return (double)NAN;
+        }
+        index += sign * (double)(term->lost - term->gained) / (double)term->n;
+        n = (double)term->n + 2.0;
+        lost = ((double)term->lost + 1.0) / n;
+        gained = ((double)term->gained + 1.0) / n;
+        centre += sign * (lost - gained);
+        variance += (lost + gained - (lost - gained) * (lost - gained)) / n;
+    }
+    *low = centre - 1.959963984540054 * sqrt(variance);
+    *high = centre + 1.959963984540054 * sqrt(variance);
+    return index;
+}
+
 SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int classes, float *probabilities)
 {
     double sum = 0.0;
@@ -23532,6 +23621,7 @@ SPMDEF const char *spm_modify_name(spm_modify modify)
     switch (modify) {
     case SPM_MODIFY_ZERO_UNIT: return "zero-unit";
     case SPM_MODIFY_ZERO: return "zero";
+    case SPM_MODIFY_MEAN: return "mean";
     case SPM_MODIFY_NOISE: return "noise";
     case SPM_MODIFY_REINIT: return "reinit";
     case SPM_MODIFY_REWIND: return "rewind";
@@ -23551,42 +23641,149 @@ SPMDEF int spm_modify_parse(const char *name, spm_modify *modify)
     return 0;
 }
 
-SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify,
-                                   double std, uint64_t seed, spm_model *rewind, spm_error *err)
+static int spmi_modify_noisy(spm_modify modify)
 {
-    int64_t u, i;
-    for (u = 0; u < count; u++) {
-        spm_parameter *p = spm_model_parameter(model, units[u].parameter), *earlier;
-        int64_t row = spmi_row_size(p), start = units[u].channel * row;
-        uint64_t stream = spm_random_key(seed, (uint64_t)units[u].parameter, (uint64_t)units[u].channel);
-        float *w = p->value.data + start;
-        switch (modify) {
-        case SPM_MODIFY_ZERO_UNIT: (void)spmi_unit_constant(model, &units[u], NULL); break;
-        case SPM_MODIFY_ZERO: memset(w, 0, (size_t)row * sizeof *w); break;
-        case SPM_MODIFY_NOISE:
-            for (i = 0; i < row; i++) w[i] += (float)std * spm_random_normal(seed, stream, (uint64_t)i);
-            break;
-        case SPM_MODIFY_REINIT:
-            for (i = 0; i < row; i++) w[i] = (float)std * spm_random_normal(seed, stream, (uint64_t)i);
-            break;
-        case SPM_MODIFY_REWIND:
-        case SPM_MODIFY_LAYER_REWIND:
-            if (!rewind || units[u].parameter >= spm_model_parameter_count(rewind)
-                || !spm_tensor_same_shape(&spm_model_parameter(rewind, units[u].parameter)->value, &p->value)) {
-                return spmi_fail(spm_model_context(model), err, SPM_E_SHAPE,
-                                 "%s: %s needs an earlier checkpoint of the same architecture (--rewind)", p->name,
-                                 spm_modify_name(modify));
-            }
-            earlier = spm_model_parameter(rewind, units[u].parameter);
-            if (modify == SPM_MODIFY_REWIND)
-                memcpy(w, earlier->value.data + start, (size_t)row * sizeof *w);
-            else
-                memcpy(p->value.data, earlier->value.data, (size_t)spm_tensor_count(&p->value) * sizeof *w);
-            break;
-        }
+    return modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT;
+}
+
+/* Where the mean outputs of a parameter's channels begin; behind them, for a qkv layer, those of the attention. */
+static int64_t spmi_means_at(const spm_model *model, int parameter, int head)
+{
+    spm_value attention;
+    int64_t at = 0;
+    int i;
+    for (i = 0; i <= parameter; i++) {
+        const spm_parameter *p = &model->parameters[i];
+        if (!(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
+        if (i == parameter) return at + (head ? p->value.shape[0] : 0);
+        at += p->value.shape[0] + (spmi_heads_of(model, p, &attention) ? p->value.shape[0] / 3 : 0);
     }
-    spm_model_touch(model);
+    return at;
+}
+
+SPMDEF spm_status spm_unit_means(spm_model *model, spm_dataset *dataset, const spm_reading *reading, spm_split split,
+                                 int workers, double **means, spm_error *err)
+{
+    spm_attr_desc desc = SPM_ZERO;
+    spm_error *to = err ? err : &model->ctx->error;
+    spm_status status = SPM_OK;
+    int kind, i;
+    int64_t c, n = spm_dataset_split_size(dataset, split);
+    *means = (double *)spmi_alloc_array(model->ctx, spmi_means_at(model, model->n_parameters - 1, 0) + 1,
+                                        sizeof **means);
+    if (!*means) return spmi_fail_memory(model->ctx, err, "mean outputs");
+    desc.reading = *reading;
+    desc.split = split;
+    desc.workers = workers;
+    for (kind = SPM_UNIT_CHANNEL; !status && kind <= SPM_UNIT_HEAD; kind++) {
+        spmi_layout layout;
+        spm_error none = SPM_ZERO;
+        double *mean;
+        desc.kind = (spm_unit_kind)kind;
+        status = spmi_layout_make(model, &desc, &layout, &none);
+        if (status == SPM_E_UNSUPPORTED) { /* no such units */
+            status = SPM_OK;
+            continue;
+        }
+        mean = status ? NULL : (double *)spmi_alloc_array(model->ctx, 2 * layout.width, sizeof *mean);
+        if (!mean) status = spmi_fail_memory(model->ctx, to, "mean outputs");
+        if (!status)
+            status = spmi_attr_moments(model, dataset, &desc, NULL, n, &layout, mean, mean + layout.width, to);
+        for (i = 0; !status && i < layout.n; i++) {
+            const spmi_ranked *r = &layout.list[i];
+            double *out = *means + spmi_means_at(model, r->parameter, kind == SPM_UNIT_HEAD), scale = 1.0, shift = 0.0;
+            for (c = 0; c < r->width; c++) {
+                if (kind == SPM_UNIT_CHANNEL)
+                    spmi_unit_affine(model, &model->parameters[r->parameter], c, &scale, &shift);
+                out[c] = scale * mean[r->at + c] + shift;
+            }
+        }
+        spmi_free(model->ctx, mean);
+        spmi_free(model->ctx, layout.list);
+    }
+    if (status) {
+        spmi_free(model->ctx, *means);
+        *means = NULL;
+    }
+    return status;
+}
+
+/* One element of a parameter, index i, under a change that works on single elements. */
+static void spmi_modify_element(spm_parameter *p, const spm_change *change, uint64_t stream, uint64_t draw, int64_t i)
+{
+    float *w = p->value.data + i;
+    float random = change->uniform ? spm_random_uniform(change->seed, stream, draw)
+                                   : spm_random_normal(change->seed, stream, draw);
+    *w = change->modify == SPM_MODIFY_ZERO    ? 0.0f
+         : change->modify == SPM_MODIFY_NOISE ? *w + (float)change->std * random
+                                              : (float)change->std * random;
+}
+
+static spm_status spmi_modify_earlier(spm_model *model, int parameter, const spm_change *change, const float **values,
+                                      spm_error *err)
+{
+    const spm_parameter *p = &model->parameters[parameter];
+    if (!change->rewind || parameter >= change->rewind->n_parameters
+        || !spm_tensor_same_shape(&change->rewind->parameters[parameter].value, &p->value)) {
+        return spmi_fail(model->ctx, err, SPM_E_SHAPE,
+                         "%s: %s needs an earlier checkpoint of the same architecture (--rewind)", p->name,
+                         spm_modify_name(change->modify));
+    }
+    *values = change->rewind->parameters[parameter].value.data;
     return SPM_OK;
+}
+
+static spm_status spmi_modify_unit(spm_model *model, const spm_unit *unit, const spm_change *change, spm_error *err)
+{
+    spm_parameter *p = &model->parameters[unit->parameter];
+    uint64_t stream = spm_random_key(change->seed, (uint64_t)unit->parameter, (uint64_t)unit->channel), draw = 0;
+    const float *earlier = NULL;
+    int64_t start[3], length, i;
+    int n = spmi_unit_spans(model, unit, start, &length), s;
+    if (change->modify == SPM_MODIFY_REWIND || change->modify == SPM_MODIFY_LAYER_REWIND) {
+        if (spmi_modify_earlier(model, unit->parameter, change, &earlier, err)) return SPM_E_SHAPE;
+        if (change->modify == SPM_MODIFY_LAYER_REWIND)
+            memcpy(p->value.data, earlier, (size_t)spm_tensor_count(&p->value) * sizeof(float));
+        for (s = 0; s < n; s++) memcpy(p->value.data + start[s], earlier + start[s], (size_t)length * sizeof(float));
+        return SPM_OK;
+    }
+    if (change->modify == SPM_MODIFY_ZERO_UNIT || change->modify == SPM_MODIFY_MEAN) {
+        const double *means = NULL;
+        int64_t first, count;
+        if (unit->kind == SPM_UNIT_WEIGHT) {
+            return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED,
+                             "%s changes what a unit puts out; a single weight has no output: use zero, noise, reinit "
+                             "or rewind",
+                             spm_modify_name(change->modify));
+        }
+        if (change->modify == SPM_MODIFY_MEAN && !change->means) {
+            return spmi_fail(model->ctx, err, SPM_E_ARGUMENT,
+                             "%s: modify mean needs the units' mean outputs (spm_unit_means)", p->name);
+        }
+        spmi_unit_channels(model, unit, &first, &count);
+        if (change->modify == SPM_MODIFY_MEAN) {
+            means = change->means + spmi_means_at(model, unit->parameter, unit->kind == SPM_UNIT_HEAD);
+            means += unit->kind == SPM_UNIT_HEAD ? unit->channel * count : first;
+        }
+        if (spmi_unit_constant(model, unit, means)) return SPM_OK;
+        return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: there is no bias behind it that could hold the unit's mean output; use zero-unit",
+                         p->name);
+    }
+    for (s = 0; s < n; s++) {
+        for (i = start[s]; i < start[s] + length; i++) spmi_modify_element(p, change, stream, draw++, i);
+    }
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_modify_units(spm_model *model, const spm_unit *units, int64_t count, const spm_change *change,
+                                   spm_error *err)
+{
+    spm_status status = SPM_OK;
+    int64_t u;
+    for (u = 0; !status && u < count; u++) status = spmi_modify_unit(model, &units[u], change, err);
+    spm_model_touch(model);
+    return status;
 }
 
 /* ---- the probe: repeated evaluation of one split, resuming at stored block inputs ---- */
@@ -23780,108 +23977,192 @@ static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dat
 
 /* ---- the study ---- */
 
-/* A row of results that is being measured: what is changed, and how. */
-typedef struct spmi_change {
-    const spm_unit *units;
+#define SPMI_SHOWN_WEIGHTS 20 /* of a ranking of single weights the result lists no more */
+#define SPMI_ROWS 512         /* most rows of one ranking */
+
+/* A ranking that rows are made from.  Of single weights it holds every score, in the order of (parameter, index). */
+typedef struct spmi_ranking {
+    int64_t samples, n;   /* n: units or weights that were ranked */
+    spm_unit *units;      /* best first; of single weights the first few */
+    float *score, *sorted; /* single weights: scores; the same, ascending */
+    spmi_layout layout;   /* single weights */
+    spm_attr_report report;
+    int group;            /* -1: none */
+    spm_criterion criterion;
+    spm_unit_kind kind;
+} spmi_ranking;
+
+/* One change to be measured, repeatedly where it is random. */
+typedef struct spmi_row {
+    int64_t top, repeats; /* top -1: a share of the single weights */
+    double fraction, std, dropout_p;
+    int smallest, rewind, controls;
+    spm_modify modify;
+} spmi_row;
+
+/* What is being changed now: units, or the positions of s->mask. */
+typedef struct spmi_trial {
+    const spm_unit *units; /* NULL: the masks */
     int64_t count;
-    double std;
-    uint64_t seed;
-} spmi_change;
+    spm_change change;
+} spmi_trial;
 
 typedef struct spmi_study {
     spm_context *ctx;
-    spm_model *model, *rewind;
+    spm_model *model, *rewind[SPM_LOCALIZE_REWINDS];
     spm_dataset *dataset;
     const spm_localize_desc *desc;
     spm_json *json;
     spm_error *err; /* never NULL here */
     spmi_probe probes[SPM_SPLITS];
+    const spm_eval *selection; /* of the split that units are chosen on */
     int reported[SPM_SPLITS]; /* splits in report order */
-    int n_reported, n_groups;
+    int n_reported, n_groups, n_rewind;
     spmi_snapshot saved;
-    spm_unit *units; /* of the current ranking, all of them */
-    int64_t n_units;
-    int64_t top[SPM_LOCALIZE_MAX];
-    int n_top;
-    double std[SPM_LOCALIZE_MAX];
-    int n_std;
-    int64_t repeats, done, total;
+    uint8_t **mask;  /* of each parameter that can be selected; made when first needed */
+    double *means;   /* for modify mean */
+    spmi_ranking *rankings;
+    int n_rankings;
+    spmi_row *rows;  /* of the ranking at work */
+    int64_t done, total;
     double start;
 } spmi_study;
 
-static void spmi_study_restore(spmi_study *s, const spmi_change *change)
+static int spmi_quirk(const spmi_study *s, int n)
+{
+    return (s->desc->quirks & SPM_QUIRK(n)) != 0;
+}
+
+/* ---- changing and measuring ---- */
+
+/* The first block whose parameters a trial changes. */
+static int spmi_trial_from(const spmi_study *s, const spmi_trial *trial)
+{
+    int from = INT_MAX, i;
+    int64_t u;
+    for (u = 0; trial->units && u < trial->count; u++)
+        from = SPMI_MIN(from, s->model->parameters[trial->units[u].parameter].block);
+    for (i = 0; !trial->units && i < s->model->n_parameters; i++) {
+        if (s->mask[i] && memchr(s->mask[i], 1, (size_t)spm_tensor_count(&s->model->parameters[i].value)))
+            from = SPMI_MIN(from, s->model->parameters[i].block);
+    }
+    return from == INT_MAX ? 0 : from;
+}
+
+static spm_status spmi_trial_apply_masks(spmi_study *s, const spm_change *change)
+{
+    int i;
+    int64_t j;
+    for (i = 0; i < s->model->n_parameters; i++) {
+        spm_parameter *p = &s->model->parameters[i];
+        uint64_t stream = spm_random_key(change->seed, (uint64_t)i, 0x6d61736bu);
+        int64_t n = spm_tensor_count(&p->value);
+        const float *earlier = NULL;
+        if (!s->mask[i] || !memchr(s->mask[i], 1, (size_t)n)) continue;
+        if (change->modify == SPM_MODIFY_REWIND || change->modify == SPM_MODIFY_LAYER_REWIND) {
+            if (spmi_modify_earlier(s->model, i, change, &earlier, s->err)) return SPM_E_SHAPE;
+        }
+        for (j = 0; j < n; j++) {
+            if (!s->mask[i][j] && change->modify != SPM_MODIFY_LAYER_REWIND) continue;
+            if (earlier)
+                p->value.data[j] = earlier[j];
+            else
+                spmi_modify_element(p, change, stream, (uint64_t)j, j);
+        }
+    }
+    spm_model_touch(s->model);
+    return SPM_OK;
+}
+
+static void spmi_trial_undo(spmi_study *s, const spmi_trial *trial)
 {
     int64_t u;
-    for (u = 0; u < change->count; u++) {
-        spmi_snapshot_put_unit(s->model, &s->saved, change->units[u].parameter);
+    int i;
+    for (u = 0; trial->units && u < trial->count; u++)
+        spmi_snapshot_put_unit(s->model, &s->saved, trial->units[u].parameter);
+    for (i = 0; !trial->units && i < s->model->n_parameters; i++) {
+        if (s->mask[i]) spmi_snapshot_put(s->model, &s->saved, i);
     }
     spm_model_touch(s->model);
 }
 
-/* Applies a change, measures every reported split into evals[], and undoes it. */
-static spm_status spmi_study_measure(spmi_study *s, const spmi_change *change, spm_eval *evals)
+/* One more measurement is done: tells the caller, who may want to stop. */
+static spm_status spmi_study_progress(spmi_study *s, const char *what, const char *unit)
 {
     spm_progress progress = SPM_ZERO;
-    int from = INT_MAX, i;
-    int64_t u;
-    spm_status status = spm_modify_units(s->model, change->units, change->count, s->desc->modify, change->std,
-                                         change->seed, s->rewind, s->err);
-    for (u = 0; u < change->count; u++)
-        from = SPMI_MIN(from, spm_model_parameter(s->model, change->units[u].parameter)->block);
-    if (change->count == 0) from = 0;
-    memset(evals, 0, SPM_SPLITS * sizeof *evals);
-    for (i = 0; !status && i < s->n_reported; i++)
-        status = spmi_probe_measure(&s->probes[s->reported[i]], from, 0, &evals[s->reported[i]], s->err);
-    spmi_study_restore(s, change);
-    progress.what = "localize";
-    progress.unit = "changes";
+    progress.what = what;
+    progress.unit = unit;
     progress.done = ++s->done;
     progress.total = SPMI_MAX(s->total, s->done);
     progress.seconds = spmi_seconds() - s->start;
-    if (!status && s->desc->progress && s->desc->progress(s->desc->progress_user, &progress)) {
-        status =
-            spmi_fail(s->ctx, s->err, SPM_E_STOPPED, "localize: stopped after %ld of %ld changes; nothing was written",
-                      (long)s->done, (long)s->total);
-    }
+    if (!s->desc->progress || !s->desc->progress(s->desc->progress_user, &progress)) return SPM_OK;
+    return spmi_fail(s->ctx, s->err, SPM_E_STOPPED, "%s: stopped after %ld of %ld %s; nothing was written", what,
+                     (long)s->done, (long)s->total, unit);
+}
+
+/* Applies a trial, measures every reported split into evals[], and undoes it. */
+static spm_status spmi_study_measure(spmi_study *s, const spmi_trial *trial, spm_eval *evals)
+{
+    int from = spmi_trial_from(s, trial), i;
+    spm_status status = trial->units
+                            ? spm_modify_units(s->model, trial->units, trial->count, &trial->change, s->err)
+                            : spmi_trial_apply_masks(s, &trial->change);
+    memset(evals, 0, SPM_SPLITS * sizeof *evals);
+    for (i = 0; !status && i < s->n_reported; i++)
+        status = spmi_probe_measure(&s->probes[s->reported[i]], from, 0, &evals[s->reported[i]], s->err);
+    spmi_trial_undo(s, trial);
+    if (!status) status = spmi_study_progress(s, "localize", "changes");
     if (status) {
         for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
     }
     return status;
 }
 
-/* Norm of a unit's row of weights, from the saved values. */
-static double spmi_unit_norm(const spmi_study *s, int parameter, int64_t channel)
+/* ---- controls ---- */
+
+/* Norm of a unit's weights, from the saved values. */
+static double spmi_unit_norm(const spmi_study *s, const spm_unit *unit)
 {
-    const spm_parameter *p = spm_model_parameter(s->model, parameter);
-    int64_t row = spmi_row_size(p), i;
-    const float *w = s->saved.values + s->saved.offset[parameter] + channel * row;
+    const float *w = s->saved.values + s->saved.offset[unit->parameter];
+    int64_t start[3], length, i;
+    int n = spmi_unit_spans(s->model, unit, start, &length), k;
     double sum = 0.0;
-    for (i = 0; i < row; i++) sum += (double)w[i] * (double)w[i];
+    for (k = 0; k < n; k++) {
+        for (i = start[k]; i < start[k] + length; i++) sum += (double)w[i] * (double)w[i];
+    }
     return sqrt(sum);
 }
 
-static int spmi_is_selected(const spm_unit *units, int64_t count, int parameter, int64_t channel)
+static int spmi_is_selected(const spm_unit *units, int64_t count, const spm_unit *unit)
 {
     int64_t u;
     for (u = 0; u < count; u++) {
-        if (units[u].parameter == parameter && units[u].channel == channel) return 1;
+        if (units[u].parameter == unit->parameter && units[u].channel == unit->channel) return 1;
     }
     return 0;
 }
 
+/* Units of a kind in a parameter. */
+static int64_t spmi_units_in(const spmi_study *s, const spm_unit *unit)
+{
+    const spm_parameter *p = &s->model->parameters[unit->parameter];
+    spm_value attention;
+    return unit->kind == SPM_UNIT_HEAD ? spmi_heads_of(s->model, p, &attention) : p->value.shape[0];
+}
+
 /* The other units of the same parameter, nearest norm first (score = the gap). Returns how many there are. */
-static int64_t spmi_control_candidates(const spmi_study *s, const spmi_change *change, int64_t which,
+static int64_t spmi_control_candidates(const spmi_study *s, const spmi_trial *trial, int64_t which,
                                        spm_unit *candidates)
 {
-    const spm_unit *unit = &change->units[which];
-    const spm_parameter *p = spm_model_parameter(s->model, unit->parameter);
-    double norm = spmi_unit_norm(s, unit->parameter, unit->channel);
+    const spm_unit *unit = &trial->units[which];
+    double norm = spmi_unit_norm(s, unit);
     int64_t c, n = 0;
-    for (c = 0; c < p->value.shape[0]; c++) {
-        if (spmi_is_selected(change->units, change->count, unit->parameter, c)) continue;
-        candidates[n].parameter = unit->parameter;
+    for (c = 0; c < spmi_units_in(s, unit); c++) {
+        candidates[n] = *unit;
         candidates[n].channel = c;
-        candidates[n++].score = -fabs(spmi_unit_norm(s, unit->parameter, c) - norm);
+        if (spmi_is_selected(trial->units, trial->count, &candidates[n])) continue;
+        candidates[n].score = -fabs(spmi_unit_norm(s, &candidates[n]) - norm);
+        n++;
     }
     qsort(candidates, (size_t)n, sizeof *candidates, spmi_unit_order);
     for (c = 0; c < n; c++) candidates[c].score = -candidates[c].score;
@@ -23915,42 +24196,38 @@ static spm_status spmi_tally_room(const spmi_study *s, spmi_tally *tally)
 /* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
  * within the same parameter. Where a layer has fewer neighbours than controls are wanted, further laps pair them up
  * differently (unit i moves on by i places a lap); a single unit has as many controls as neighbours. */
-static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, const spm_eval *evals,
+static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, const spm_eval *evals,
                                       spmi_tally *tally)
 {
     int64_t widest = 1, u, j, wanted = s->desc->controls, *counts;
     spm_unit *candidates, *chosen;
     spm_status status = SPM_OK;
-    for (u = 0; u < change->count; u++)
-        widest = SPMI_MAX(widest, spm_model_parameter(s->model, change->units[u].parameter)->value.shape[0]);
-    candidates = (spm_unit *)spmi_alloc_array(s->ctx, widest * change->count, sizeof *candidates);
-    chosen = (spm_unit *)spmi_alloc_array(s->ctx, change->count, sizeof *chosen);
-    counts = (int64_t *)spmi_alloc_array(s->ctx, change->count, sizeof *counts);
+    for (u = 0; u < trial->count; u++) widest = SPMI_MAX(widest, spmi_units_in(s, &trial->units[u]));
+    candidates = (spm_unit *)spmi_alloc_array(s->ctx, (widest + 1) * trial->count, sizeof *candidates);
+    chosen = (spm_unit *)spmi_alloc_array(s->ctx, trial->count, sizeof *chosen);
+    counts = (int64_t *)spmi_alloc_array(s->ctx, trial->count, sizeof *counts);
     if (!candidates || !chosen || !counts) status = spmi_fail_memory(s->ctx, s->err, "the controls");
-    for (u = 0; !status && u < change->count; u++) {
-        counts[u] = spmi_control_candidates(s, change, u, candidates + u * widest);
+    for (u = 0; !status && u < trial->count; u++) {
+        counts[u] = spmi_control_candidates(s, trial, u, candidates + u * (widest + 1));
         if (counts[u] == 0) wanted = 0;
-        if (change->count == 1) wanted = SPMI_MIN(wanted, counts[u]);
+        if (trial->count == 1) wanted = SPMI_MIN(wanted, counts[u]);
     }
     for (j = 0; !status && j < wanted; j++) {
         spm_eval control[SPM_SPLITS];
-        spmi_change other = *change;
+        spmi_trial other = *trial;
         int i, g, complete = 1;
-        for (u = 0; u < change->count && complete; u++) {
+        for (u = 0; u < trial->count && complete; u++) {
+            const spm_unit *mine = candidates + u * (widest + 1);
             int64_t at = (j + u * (j / counts[u])) % counts[u], tried;
-            for (tried = 0; tried < counts[u]
-                            && spmi_is_selected(chosen, u, candidates[u * widest + at].parameter,
-                                                candidates[u * widest + at].channel);
-                 tried++) {
+            for (tried = 0; tried < counts[u] && spmi_is_selected(chosen, u, &mine[at]); tried++)
                 at = (at + 1) % counts[u];
-            }
             complete = tried < counts[u];
-            chosen[u] = candidates[u * widest + at];
-            tally->gap += chosen[u].score / (double)change->count;
+            chosen[u] = mine[at];
+            tally->gap += chosen[u].score / (double)trial->count;
         }
         if (!complete) break;
         other.units = chosen;
-        other.seed = spm_random_key(change->seed, 0x636f6e74u, (uint64_t)j);
+        other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)j);
         status = spmi_study_measure(s, &other, control);
         if (!status) status = spmi_tally_room(s, tally);
         if (status) break;
@@ -23973,25 +24250,216 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_change *change, 
     return status;
 }
 
-/* ---- output ---- */
+/* ---- single weights ---- */
 
-static void spmi_study_row_head(spmi_study *s, int group, int64_t top, double std)
+static int spmi_float_order(const void *a, const void *b)
 {
-    spm_modify modify = s->desc->modify;
-    spm_json_object_begin(s->json, NULL);
-    if (group >= 0)
-        spm_json_int(s->json, "group", group);
-    else
-        spm_json_null(s->json, "group");
-    spm_json_int(s->json, "top", top);
-    spm_json_string(s->json, "modify", spm_modify_name(modify));
-    if (modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT)
-        spm_json_number(s->json, "std", std);
-    else
-        spm_json_null(s->json, "std");
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
 }
 
-static void spmi_study_row_splits(spmi_study *s, const spm_eval *evals)
+/* Scores every weight that may be selected. */
+static spm_status spmi_rank_weights(spmi_study *s, const spm_attr_desc *attr, spmi_ranking *r)
+{
+    int64_t *ids = NULL, c, k;
+    int i;
+    spm_status status = spmi_attr_check(s->model, attr, s->err);
+    if (!status) status = spmi_layout_make(s->model, attr, &r->layout, s->err);
+    if (!status) status = spmi_attr_choose(s->model, s->dataset, attr, s->selection, &ids, &r->samples, s->err);
+    if (!status && ids) status = spmi_attr_gradient(s->model, s->dataset, attr, ids, r->samples, s->err);
+    r->n = r->layout.units;
+    if (!status) {
+        r->score = (float *)spmi_alloc_array(s->ctx, r->n, sizeof *r->score);
+        r->sorted = (float *)spmi_alloc_array(s->ctx, r->n, sizeof *r->sorted);
+        r->units = (spm_unit *)spmi_alloc_array(s->ctx, SPMI_SHOWN_WEIGHTS + 1, sizeof *r->units);
+        if (!r->score || !r->sorted || !r->units) status = spmi_fail_memory(s->ctx, s->err, "the ranking");
+    }
+    for (i = 0; !status && i < r->layout.n; i++) {
+        int64_t shown = SPMI_MIN(r->layout.list[i].first, SPMI_SHOWN_WEIGHTS);
+        for (c = 0; c < r->layout.list[i].units; c++) {
+            spm_unit unit = SPM_ZERO;
+            unit.kind = SPM_UNIT_WEIGHT;
+            unit.parameter = r->layout.list[i].parameter;
+            unit.channel = c;
+            unit.score = spmi_attr_score(s->model, &unit, attr);
+            r->score[r->layout.list[i].first + c] = (float)unit.score;
+            if (s->desc->order_smallest || s->desc->grid) unit.score = -unit.score;
+            for (k = shown; k > 0 && r->units[k - 1].score < unit.score; k--) r->units[k] = r->units[k - 1];
+            if (k < SPMI_SHOWN_WEIGHTS) r->units[k] = unit;
+            shown = SPMI_MIN(shown + 1, SPMI_SHOWN_WEIGHTS);
+        }
+    }
+    for (k = 0; !status && k < SPMI_MIN(r->n, SPMI_SHOWN_WEIGHTS); k++) r->units[k].score = fabs(r->units[k].score);
+    if (!status) {
+        memcpy(r->sorted, r->score, (size_t)r->n * sizeof *r->sorted);
+        qsort(r->sorted, (size_t)r->n, sizeof *r->sorted, spmi_float_order);
+    }
+    spmi_free(s->ctx, ids);
+    return status;
+}
+
+static spm_status spmi_masks_clear(spmi_study *s)
+{
+    int i;
+    if (!s->mask) s->mask = (uint8_t **)spmi_alloc_array(s->ctx, s->model->n_parameters, sizeof *s->mask);
+    for (i = 0; s->mask && i < s->model->n_parameters; i++) {
+        const spm_parameter *p = &s->model->parameters[i];
+        int64_t n = spm_tensor_count(&p->value);
+        if (p->flags & SPM_PARAMETER_BUFFER) continue;
+        if (!s->mask[i]) s->mask[i] = (uint8_t *)spmi_alloc_array(s->ctx, n, 1);
+        if (!s->mask[i]) break;
+        memset(s->mask[i], 0, (size_t)n);
+    }
+    return !s->mask || i < s->model->n_parameters ? spmi_fail_memory(s->ctx, s->err, "a selection") : SPM_OK;
+}
+
+/* Selects a row's weights into s->mask (METHOD 2.4).  sound: exactly ceil(fraction n) of the n ranked ones, ties by
+ * (parameter, index).  Q4: a threshold from the ranked ones, applied to every parameter.  Returns how many. */
+static int64_t spmi_select_weights(spmi_study *s, const spmi_ranking *r, const spmi_row *row, uint64_t seed)
+{
+    int64_t n = r->n, k = SPMI_MIN((int64_t)ceil(row->fraction * (double)n), n), left, j, selected = 0;
+    int i, q4 = spmi_quirk(s, 4) && r->criterion == SPM_CRITERION_MAGNITUDE;
+    float t = 0.0f;
+    if (q4) {
+        int64_t at = SPMI_MIN(k, n - 1);
+        t = row->smallest ? r->sorted[at] : at ? r->sorted[n - at] : -1.0f; /* -1: everything is at least that large */
+        for (i = 0; i < s->model->n_parameters; i++) {
+            const spm_tensor *value = &s->model->parameters[i].value;
+            for (j = 0; s->mask[i] && j < spm_tensor_count(value); j++)
+                s->mask[i][j] = row->smallest ? fabsf(value->data[j]) <= t : fabsf(value->data[j]) >= t;
+        }
+    } else if (k > 0) {
+        t = row->smallest ? r->sorted[k - 1] : r->sorted[n - k];
+        for (j = 0, left = k; j < n; j++) left -= row->smallest ? r->score[j] < t : r->score[j] > t;
+        for (i = 0; i < r->layout.n; i++) {
+            const spmi_ranked *in = &r->layout.list[i];
+            for (j = 0; j < in->units; j++) {
+                float score = r->score[in->first + j];
+                int tie = score >= t && score <= t;
+                s->mask[in->parameter][j] = tie ? left > 0 : row->smallest ? score < t : score > t;
+                left -= tie;
+            }
+        }
+    }
+    for (i = 0; i < s->model->n_parameters; i++) {
+        uint64_t stream = spm_random_key(seed, (uint64_t)i, 0x64726f70u);
+        for (j = 0; s->mask[i] && j < spm_tensor_count(&s->model->parameters[i].value); j++) {
+            if (s->mask[i][j] && row->dropout_p > 0.0
+                && (double)spm_random_uniform(seed, stream, (uint64_t)j) < row->dropout_p)
+                s->mask[i][j] = 0;
+            selected += s->mask[i][j];
+        }
+    }
+    return selected;
+}
+
+/* ---- output ---- */
+
+/* Lost and gained examples of every group, and of all minority (at n_groups) and majority groups (behind that). */
+static void spmi_pair(const spmi_study *s, const spm_eval *before, const spm_eval *after, spm_paired *pairs)
+{
+    int64_t i;
+    memset(pairs, 0, (size_t)(s->n_groups + 2) * sizeof *pairs);
+    for (i = 0; i < before->count; i++) {
+        int was = before->predicted[i] == before->y[i], is = after->predicted[i] == after->y[i], k;
+        spm_paired *cell[2];
+        cell[0] = &pairs[before->group[i]];
+        cell[1] = &pairs[s->n_groups + !spm_group_is_minority(s->dataset, before->group[i])];
+        for (k = 0; k < 2; k++) {
+            cell[k]->n++;
+            cell[k]->lost += was && !is;
+            cell[k]->gained += !was && is;
+        }
+    }
+}
+
+/* {"index","ci95","groups":[{"group","index","ci95"}]}: of all minority groups, and of each group against the majority
+ * groups other than itself. */
+static void spmi_index_json(spmi_study *s, const spm_paired *train, const spm_paired *test)
+{
+    int g, all = s->n_groups;
+    double low, high, index = spm_memory_index(&train[all], &test[all], &train[all + 1], &low, &high);
+    spm_json_object_begin(s->json, "memory_index");
+    for (g = -1; g < s->n_groups; g++) {
+        if (g == 0) spm_json_array_begin(s->json, "groups");
+        if (g >= 0) {
+            spm_paired majority = train[all + 1];
+            if (!spm_group_is_minority(s->dataset, g)) {
+                majority.n -= train[g].n;
+                majority.lost -= train[g].lost;
+                majority.gained -= train[g].gained;
+            }
+            index = spm_memory_index(&train[g], &test[g], &majority, &low, &high);
+            spm_json_object_begin(s->json, NULL);
+            spm_json_int(s->json, "group", g);
+        }
+        spm_json_number(s->json, "index", index);
+        spm_json_array_begin(s->json, "ci95");
+        spm_json_number(s->json, NULL, low);
+        spm_json_number(s->json, NULL, high);
+        spm_json_array_end(s->json);
+        if (g >= 0) spm_json_object_end(s->json);
+    }
+    spm_json_array_end(s->json);
+    spm_json_object_end(s->json);
+}
+
+/* Paired changes with McNemar's exact p, and the spurious-memory index where train and test are reported. */
+static void spmi_row_tests(spmi_study *s, const spm_eval *evals, spm_paired *pairs)
+{
+    int i, g, split, stride = s->n_groups + 2;
+    spm_json_array_begin(s->json, "paired");
+    for (i = 0; i < s->n_reported; i++) {
+        split = s->reported[i];
+        spmi_pair(s, &s->probes[split].baseline, &evals[split], pairs + split * stride);
+        for (g = 0; g < s->n_groups; g++) {
+            const spm_paired *p = &pairs[split * stride + g];
+            if (p->n == 0) continue;
+            spm_json_object_begin(s->json, NULL);
+            spm_json_string(s->json, "split", spm_split_name((spm_split)split));
+            spm_json_int(s->json, "group", g);
+            spm_json_int(s->json, "lost", p->lost);
+            spm_json_int(s->json, "gained", p->gained);
+            spm_json_number(s->json, "p_value", spm_mcnemar(p->lost, p->gained));
+            spm_json_object_end(s->json);
+        }
+    }
+    spm_json_array_end(s->json);
+    if (evals[SPM_TRAIN].count && evals[SPM_TEST].count)
+        spmi_index_json(s, pairs + SPM_TRAIN * stride, pairs + SPM_TEST * stride);
+}
+
+static void spmi_json_group(spm_json *json, int group)
+{
+    if (group >= 0)
+        spm_json_int(json, "group", group);
+    else
+        spm_json_null(json, "group");
+}
+
+static void spmi_row_head(spmi_study *s, const spmi_ranking *r, const spmi_row *row)
+{
+    spm_json_object_begin(s->json, NULL);
+    spmi_json_group(s->json, r->group);
+    spm_json_string(s->json, "criterion", spm_criterion_name(r->criterion));
+    spm_json_string(s->json, "unit", spm_unit_kind_name(r->kind));
+    if (row->top >= 0)
+        spm_json_int(s->json, "top", row->top);
+    else {
+        spm_json_number(s->json, "fraction", row->fraction);
+        spm_json_string(s->json, "order", row->smallest ? "smallest" : "largest");
+        spm_json_number(s->json, "dropout_p", row->dropout_p);
+    }
+    spm_json_string(s->json, "modify", spm_modify_name(row->modify));
+    if (spmi_modify_noisy(row->modify))
+        spm_json_number(s->json, "std", row->std);
+    else
+        spm_json_null(s->json, "std");
+    if (row->modify == SPM_MODIFY_REWIND || row->modify == SPM_MODIFY_LAYER_REWIND)
+        spm_json_string(s->json, "rewind", s->desc->rewind_file[row->rewind]);
+}
+
+static void spmi_row_splits(spmi_study *s, const spm_eval *evals)
 {
     int i;
     spm_json_object_begin(s->json, "splits");
@@ -24000,7 +24468,7 @@ static void spmi_study_row_splits(spmi_study *s, const spm_eval *evals)
     spm_json_object_end(s->json);
 }
 
-static void spmi_study_row_controls(spmi_study *s, const spmi_tally *tally)
+static void spmi_row_controls(spmi_study *s, const spmi_tally *tally)
 {
     int64_t j;
     int i, g;
@@ -24026,148 +24494,856 @@ static void spmi_study_row_controls(spmi_study *s, const spmi_tally *tally)
     spm_json_array_end(s->json);
 }
 
-/* Adds one repeat's group accuracies to the running mean (first: sets it). */
-static void spmi_study_mean_add(spm_eval *mean, const spm_eval *eval, int64_t repeat)
+/* Takes repeat r's group accuracies into mean and, per (split, group), the sum of squared deviations. */
+static void spmi_mean_add(spm_eval *mean, const spm_eval *eval, int64_t r, double *squares)
 {
     int g;
     for (g = 0; g < mean->n_groups; g++) {
         spm_group_metrics *m = &mean->groups[g];
         const spm_group_metrics *e = &eval->groups[g];
-        double weight = 1.0 / (double)(repeat + 1);
-        m->accuracy += (e->accuracy - m->accuracy) * weight;
+        double weight = 1.0 / (double)(r + 1), delta = e->accuracy - m->accuracy;
+        m->accuracy += delta * weight;
+        squares[g] += delta * (e->accuracy - m->accuracy);
         m->loss += (e->loss - m->loss) * weight;
         m->correct = (int64_t)floor(m->accuracy * (double)m->count + 0.5);
         if (m->count) spm_wilson(m->correct, m->count, &m->ci_low, &m->ci_high);
     }
 }
 
-/* All rows of one (ranking, top, std): the repeats, their mean, the controls of the first repeat. */
-static spm_status spmi_study_rows(spmi_study *s, int group, int64_t top, double std, int with_controls)
+/* The row "mean" of R repeats: mean accuracies and their standard deviations over the repeats. */
+static void spmi_row_mean(spmi_study *s, const spmi_ranking *r, const spmi_row *row, const spm_eval *mean,
+                          const double *squares)
+{
+    int i, g;
+    spmi_row_head(s, r, row);
+    spm_json_string(s->json, "repeat", "mean");
+    spmi_row_splits(s, mean);
+    spm_json_object_begin(s->json, "accuracy_sd");
+    for (i = 0; i < s->n_reported; i++) {
+        spm_json_array_begin(s->json, spm_split_name((spm_split)s->reported[i]));
+        for (g = 0; g < s->n_groups; g++) {
+            spm_json_number(s->json, NULL,
+                            sqrt(squares[s->reported[i] * s->n_groups + g] / (double)(row->repeats - 1)));
+        }
+        spm_json_array_end(s->json);
+    }
+    spm_json_object_end(s->json);
+    spm_json_array_begin(s->json, "controls");
+    spm_json_array_end(s->json);
+    spm_json_object_end(s->json);
+}
+
+/* All lines of one row: the repeats, their mean, the controls of the first repeat. */
+static spm_status spmi_study_row(spmi_study *s, const spmi_ranking *r, const spmi_row *row)
 {
     spm_eval mean[SPM_SPLITS];
-    spmi_change change = SPM_ZERO;
+    spmi_trial trial = SPM_ZERO;
     spmi_tally tally = SPM_ZERO;
     spm_status status = SPM_OK;
-    int64_t r;
+    int64_t k, key = row->top >= 0 ? row->top * 1000 : (int64_t)(row->fraction * 1e9);
     int i, cells = SPM_SPLITS * s->n_groups;
+    spm_paired *pairs = (spm_paired *)spmi_alloc_array(s->ctx, SPM_SPLITS * (s->n_groups + 2), sizeof *pairs);
+    double *squares = (double *)spmi_alloc_array(s->ctx, cells, sizeof *squares);
     memset(mean, 0, sizeof mean);
-    change.units = s->units;
-    change.count = top;
-    change.std = std;
     tally.drop_sum = (double *)spmi_alloc_array(s->ctx, cells, sizeof *tally.drop_sum);
     tally.at_least = (int64_t *)spmi_alloc_array(s->ctx, cells, sizeof *tally.at_least);
-    if (!tally.drop_sum || !tally.at_least) status = spmi_fail_memory(s->ctx, s->err, "the controls");
-    for (r = 0; !status && r < s->repeats; r++) {
+    if (!tally.drop_sum || !tally.at_least || !pairs || !squares)
+        status = spmi_fail_memory(s->ctx, s->err, "the controls");
+    trial.units = row->top >= 0 ? r->units : NULL;
+    trial.count = row->top;
+    trial.change.modify = row->modify;
+    trial.change.std = row->std;
+    trial.change.rewind = s->rewind[row->rewind];
+    trial.change.means = s->means;
+    trial.change.uniform = row->top < 0 && spmi_quirk(s, 6);
+    for (k = 0; !status && k < row->repeats; k++) {
         spm_eval evals[SPM_SPLITS];
-        change.seed = spm_random_key(s->desc->seed, (uint64_t)(group + 1), (uint64_t)(top * 1000 + r));
-        status = spmi_study_measure(s, &change, evals);
+        trial.change.seed = spm_random_key(s->desc->seed, (uint64_t)(r->group + 1), (uint64_t)(key + k));
+        if (row->top < 0) {
+            status = spmi_masks_clear(s);
+            if (status) break;
+            trial.count = spmi_select_weights(s, r, row, trial.change.seed);
+        }
+        status = spmi_study_measure(s, &trial, evals);
         if (status) break;
-        if (with_controls && r == 0) status = spmi_study_controls(s, &change, evals, &tally);
-        spmi_study_row_head(s, group, top, std);
-        spm_json_int(s->json, "repeat", r);
-        spmi_study_row_splits(s, evals);
-        spmi_study_row_controls(s, &tally);
+        if (row->controls && k == 0) status = spmi_study_controls(s, &trial, evals, &tally);
+        spmi_row_head(s, r, row);
+        spm_json_int(s->json, "repeat", k);
+        spm_json_int(s->json, "changed", trial.count);
+        spmi_row_splits(s, evals);
+        spmi_row_controls(s, &tally);
+        spmi_row_tests(s, evals, pairs);
         spm_json_object_end(s->json);
         tally.n = 0; /* later repeats have no controls of their own */
         for (i = 0; i < s->n_reported; i++) {
             int split = s->reported[i];
-            if (r == 0) {
+            if (k == 0) {
                 mean[split] = evals[split];
                 memset(&evals[split], 0, sizeof evals[split]);
             } else
-                spmi_study_mean_add(&mean[split], &evals[split], r);
+                spmi_mean_add(&mean[split], &evals[split], k, squares + split * s->n_groups);
         }
         for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
     }
-    if (!status && s->repeats > 1) {
-        spmi_study_row_head(s, group, top, std);
-        spm_json_string(s->json, "repeat", "mean");
-        spmi_study_row_splits(s, mean);
-        spm_json_array_begin(s->json, "controls");
-        spm_json_array_end(s->json);
-        spm_json_object_end(s->json);
-    }
+    if (!status && row->repeats > 1) spmi_row_mean(s, r, row, mean, squares);
     for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &mean[i]);
     spmi_free(s->ctx, tally.drop_sum);
     spmi_free(s->ctx, tally.drops);
     spmi_free(s->ctx, tally.at_least);
+    spmi_free(s->ctx, pairs);
+    spmi_free(s->ctx, squares);
     return status;
 }
 
-static void spmi_study_ranking_json(spmi_study *s, int group, int64_t samples)
+/* ---- the exhaustive scan: the removal (zero-unit) of every unit, measured ---- */
+
+/* One unit's removal in one (split, group): predictions lost and gained, and the sum of the losses' changes. */
+typedef struct spmi_effect {
+    int32_t lost, gained;
+    double loss;
+} spmi_effect;
+
+/* How a block ends: out = relu(norm(tail(a)) + r) in a ResNet, out = r + tail(a) in a transformer.  Units whose output
+ * enters only there are removed without computing the block again. */
+typedef struct spmi_ending {
+    spm_value out, y, r, a; /* the next block's input; the tail's output; the other addend; the tail's input */
+    const spmi_tape_step *tail; /* NULL: no such ending */
+    int weight, side, feeder; /* parameters: the tail's; of the shortcut's convolution; whose units are a; -1: none */
+    int norm;                 /* 1: a batch norm and a ReLU end it */
+} spmi_ending;
+
+typedef struct spmi_scan {
+    spmi_study *s;
+    spm_unit *units; /* in the order of (parameter, channel) */
+    spmi_effect *effect; /* [units][splits][groups] */
+    unsigned char *measured; /* 0: left out by screening */
+    int64_t n, skipped, checked, missed, forwards; /* forwards: examples that went through (part of) the network */
+    int64_t unchanged;   /* (unit, example) pairs whose block output stayed the same bits */
+    double seconds;
+    /* of the block at work */
+    spmi_probe *probe;
+    spmi_ending ending;
+    spm_run *inner; /* computes the block and keeps what the ending needs */
+    float *staged, *pending, *column, *scale, *shift, *r_scale, *r_shift; /* staged, pending: [batch][size] */
+    unsigned char *changed; /* [batch] of `staged` */
+    int64_t *owner, *place; /* [batch] of `pending`: unit and example */
+    int64_t size, filled, width, at, unit; /* floats of a block output; pending ones; channels; first example; unit */
+} spmi_scan;
+
+static spmi_effect *spmi_scan_cell(const spmi_scan *scan, int64_t unit, int split, int group)
 {
-    int64_t u, largest = 0;
+    return &scan->effect[(unit * SPM_SPLITS + split) * scan->s->n_groups + group];
+}
+
+/* Takes example i's logits after the removal of a unit in. */
+static spm_status spmi_scan_tally(spmi_scan *scan, int64_t unit, int64_t i, const float *logits)
+{
+    const spmi_probe *probe = scan->probe;
+    const spm_eval *base = &probe->baseline;
+    const spm_reading *reading = &scan->s->desc->reading;
+    spmi_effect *cell = spmi_scan_cell(scan, unit, (int)probe->split, probe->group[i]);
+    float probability[64], *p = base->n_classes <= 64 ? probability : NULL;
+    int was = base->predicted[i] == probe->y[i], is;
+    spm_status status = spmi_eval_finite(probe->ctx, probe->split, probe->id[i], logits, probe->classes, scan->s->err);
+    if (status) return status;
+    if (!p) p = (float *)spmi_alloc_array(probe->ctx, base->n_classes, sizeof *p);
+    if (!p) return spmi_fail_memory(probe->ctx, scan->s->err, "the scan");
+    is = spm_classify(reading, logits, probe->classes, p) == probe->y[i];
+    cell->lost += was && !is;
+    cell->gained += !was && is;
+    cell->loss += spmi_example_loss(reading, logits, p, probe->classes, probe->y[i]) - (double)base->example_loss[i];
+    if (p != probability) spmi_free(probe->ctx, p);
+    return SPM_OK;
+}
+
+/* The plain way: changes the model, runs the split from block `from` on. */
+static spm_status spmi_scan_slow(spmi_scan *scan, int64_t unit, int from)
+{
+    spmi_study *s = scan->s;
+    spm_eval eval;
+    spm_status status;
+    int64_t i;
+    if (!spmi_unit_constant(s->model, &scan->units[unit], NULL)) return SPM_OK;
+    spm_model_touch(s->model);
+    status = spmi_probe_measure(scan->probe, from, 0, &eval, s->err);
+    spmi_snapshot_put_unit(s->model, &s->saved, scan->units[unit].parameter);
+    spm_model_touch(s->model);
+    for (i = 0; !status && i < eval.count; i++) {
+        const spm_eval *base = &scan->probe->baseline;
+        spmi_effect *cell = spmi_scan_cell(scan, unit, (int)scan->probe->split, eval.group[i]);
+        int was = base->predicted[i] == base->y[i], is = eval.predicted[i] == eval.y[i];
+        cell->lost += was && !is;
+        cell->gained += !was && is;
+        cell->loss += (double)eval.example_loss[i] - (double)base->example_loss[i];
+    }
+    scan->forwards += scan->probe->n;
+    if (!status) spm_eval_free(s->ctx, &eval);
+    return status;
+}
+
+/* Runs the network behind the block on the pending outputs. */
+static spm_status spmi_scan_flush(spmi_scan *scan)
+{
+    spmi_probe *probe = scan->probe;
+    spm_value logits = spm_program_find(probe->model->program, "logits");
+    const float *out;
+    int64_t k;
+    spm_status status = SPM_OK;
+    if (scan->filled == 0) return SPM_OK;
+    if (spm_run_input(probe->run, scan->ending.out, scan->pending)
+        || spm_run_forward_from(probe->run, scan->ending.out, scan->filled, 0))
+        return spmi_probe_failed(probe, scan->s->err);
+    out = spm_run_data(probe->run, logits);
+    for (k = 0; !status && k < scan->filled; k++)
+        status = spmi_scan_tally(scan, scan->owner[k], scan->place[k], out + k * probe->classes);
+    scan->forwards += scan->filled;
+    scan->filled = 0;
+    return status;
+}
+
+/* Who adds to whom at the end of the block that hands on `out`. */
+static spmi_ending spmi_scan_ending(const spm_model *model, spm_value out)
+{
+    const spm_program *program = model->program;
+    const spmi_tape_step *last, *before;
+    spmi_ending e = SPM_ZERO;
     int i;
-    for (i = 0; i < s->n_top; i++) largest = SPMI_MAX(largest, s->top[i]);
+    e.weight = e.side = e.feeder = -1;
+    if (!out || program->values[out].kind != SPMI_VALUE_RESULT) return e;
+    last = &program->steps[program->values[out].index];
+    e.out = out;
+    e.norm = last->op == SPM_OP_BATCH_NORM;
+    if (!(e.norm && last->attr.relu && last->in[5]) && last->op != SPM_OP_ADD) return e;
+    e.y = e.norm ? last->in[0] : last->in[1];
+    e.r = e.norm ? last->in[5] : last->in[0];
+    if (program->values[e.y].kind != SPMI_VALUE_RESULT) return e;
+    before = &program->steps[program->values[e.y].index];
+    if (before->op != (e.norm ? SPM_OP_CONV2D : SPM_OP_LINEAR) || before->attr.groups > 1) return e;
+    e.tail = before;
+    e.a = before->in[0];
+    for (i = 0; i < model->n_parameters; i++) {
+        const spm_parameter *p = &model->parameters[i];
+        int gelu;
+        if (!(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
+        gelu = e.norm ? -1 : spmi_step_reading(program, SPM_OP_GELU, 0, p->output);
+        if (p->id == before->in[1]) e.weight = i;
+        if (e.norm && p->norm_output == e.r) e.side = i;
+        if (e.norm ? p->norm_output == e.a : gelu >= 0 && program->steps[gelu].out == e.a) e.feeder = i;
+    }
+    return e;
+}
+
+/* Adds what one active input channel contributes to a row of the tail's output: a linear layer, or one output pixel of
+ * a convolution. 1 if there was anything. */
+static int spmi_scan_contribution(const spmi_scan *scan, const spm_tensor *a, int64_t n, int64_t oh, int64_t ow,
+                                  int64_t channel, float *sum)
+{
+    const spmi_tape_step *tail = scan->ending.tail;
+    int64_t kh, kw, width = scan->width, any = 0;
+    if (tail->op == SPM_OP_LINEAR) {
+        float v = a->data[(n * a->shape[1] + oh) * a->shape[2] + channel];
+        SPMI_KERNEL(scan->s->ctx, scale, (width, v, scan->column, sum, 0));
+        return v > 0.0f || v < 0.0f;
+    }
+    {
+        const spm_tensor *w = &scan->s->model->parameters[scan->ending.weight].value;
+        int64_t sh = SPMI_MAX(tail->attr.stride[0], 1), sw = SPMI_MAX(tail->attr.stride[1], 1),
+                dh = SPMI_MAX(tail->attr.dilation[0], 1), dw = SPMI_MAX(tail->attr.dilation[1], 1);
+        for (kh = 0; kh < w->shape[1]; kh++) {
+            int64_t ih = oh * sh - tail->attr.padding[0] + kh * dh;
+            if (ih < 0 || ih >= a->shape[1]) continue;
+            for (kw = 0; kw < w->shape[2]; kw++) {
+                int64_t iw = ow * sw - tail->attr.padding[1] + kw * dw;
+                float v;
+                if (iw < 0 || iw >= a->shape[2]) continue;
+                v = a->data[((n * a->shape[1] + ih) * a->shape[2] + iw) * a->shape[3] + channel];
+                if (!(v > 0.0f) && !(v < 0.0f)) continue;
+                SPMI_KERNEL(scan->s->ctx, scale,
+                            (width, v, scan->column + (kh * w->shape[2] + kw) * width, sum, any != 0));
+                any = 1;
+            }
+        }
+    }
+    return any != 0;
+}
+
+/* One example of the inner batch: the block's output without the unit, into `staged`. */
+static void spmi_scan_example(void *argument, int64_t n, int slot)
+{
+    spmi_scan *scan = (spmi_scan *)argument;
+    const spmi_ending *e = &scan->ending;
+    const spm_unit *unit = &scan->units[scan->unit];
+    spm_tensor out = spm_run_tensor(scan->inner, e->out), y = spm_run_tensor(scan->inner, e->y),
+               r = spm_run_tensor(scan->inner, e->r), a;
+    int64_t rows = scan->size / scan->width, i, c, width = scan->width, wide, u = unit->channel;
+    const float *from = out.data + n * scan->size, *py = y.data + n * scan->size, *pr = r.data + n * scan->size;
+    float *to = scan->staged + n * scan->size, sum[4096];
+    int different = 0;
+    (void)slot;
+    memcpy(to, from, (size_t)scan->size * sizeof *to);
+    if (unit->parameter == e->feeder) {
+        a = spm_run_tensor(scan->inner, e->a);
+        wide = out.rank == 4 ? out.shape[2] : 1;
+        for (i = 0; i < rows; i++) {
+            if (!spmi_scan_contribution(scan, &a, n, i / wide, i % wide, u, sum)) continue;
+            different = 1;
+            for (c = 0; c < width; c++) {
+                float v = py[i * width + c] - sum[c];
+                if (!e->norm) {
+                    to[i * width + c] = pr[i * width + c] + v;
+                    continue;
+                }
+                v = scan->scale[c] * v + scan->shift[c] + pr[i * width + c];
+                to[i * width + c] = v > 0.0f ? v : 0.0f;
+            }
+        }
+    } else { /* one channel of the output: without the tail's part, or without the shortcut's */
+        for (i = u; i < scan->size; i += width) {
+            float v = unit->parameter == e->weight ? pr[i] : scan->scale[u] * py[i] + scan->shift[u];
+            if (e->norm) v = v > 0.0f ? v : 0.0f;
+            different |= v > to[i] || v < to[i];
+            to[i] = v;
+        }
+    }
+    scan->changed[n] = (unsigned char)different;
+}
+
+/* The tail's weights of one input channel as rows of outputs, tap by tap. */
+static void spmi_scan_column(spmi_scan *scan, int64_t channel)
+{
+    const spm_tensor *w = &scan->s->model->parameters[scan->ending.weight].value;
+    int64_t taps = w->rank == 4 ? w->shape[1] * w->shape[2] : 1, in = w->shape[w->rank - 1], o, t;
+    for (t = 0; t < taps; t++) {
+        for (o = 0; o < w->shape[0]; o++)
+            scan->column[t * scan->width + o] = w->data[(o * taps + t) * in + channel];
+    }
+}
+
+/* All fast units of block b on one batch. */
+static spm_status spmi_scan_batch(spmi_scan *scan, int64_t count, int64_t first, int64_t last)
+{
+    const spmi_ending *e = &scan->ending;
+    spm_status status = SPM_OK;
+    int64_t u, k;
+    for (u = first; !status && u < last; u++) {
+        const spm_unit *unit = &scan->units[u];
+        if (!scan->measured[u]
+            || (unit->parameter != e->weight && unit->parameter != e->side && unit->parameter != e->feeder))
+            continue;
+        scan->unit = u;
+        if (unit->parameter == e->feeder) spmi_scan_column(scan, unit->channel);
+        spm_parallel(scan->s->ctx, count, spmi_scan_example, scan);
+        for (k = 0; !status && k < count; k++) {
+            if (!scan->changed[k]) {
+                scan->unchanged++;
+                continue;
+            }
+            memcpy(scan->pending + scan->filled * scan->size, scan->staged + k * scan->size,
+                   (size_t)scan->size * sizeof(float));
+            scan->owner[scan->filled] = u;
+            scan->place[scan->filled++] = scan->at + k;
+            if (scan->filled == scan->probe->batch) status = spmi_scan_flush(scan);
+        }
+    }
+    return status;
+}
+
+static void spmi_scan_block_free(spmi_scan *scan)
+{
+    spm_context *ctx = scan->s->ctx;
+    spm_run_destroy(scan->inner);
+    spmi_free(ctx, scan->staged);
+    spmi_free(ctx, scan->pending);
+    spmi_free(ctx, scan->column);
+    spmi_free(ctx, scan->scale);
+    spmi_free(ctx, scan->changed);
+    spmi_free(ctx, scan->owner);
+    scan->inner = NULL;
+    scan->staged = scan->pending = scan->column = scan->scale = NULL;
+    scan->changed = NULL;
+    scan->owner = NULL;
+}
+
+/* Makes the block's run and buffers ready. */
+static spm_status spmi_scan_block_open(spmi_scan *scan)
+{
+    const spmi_ending *e = &scan->ending;
+    spmi_study *s = scan->s;
+    spm_run_desc running = SPM_ZERO;
+    spm_tensor shape = spm_program_shape(s->model->program, e->out, 1);
+    const spm_tensor *w = &s->model->parameters[e->weight].value;
+    int64_t batch = scan->probe->batch, taps = w->rank == 4 ? w->shape[1] * w->shape[2] : 1, c;
+    double scale, shift;
+    running.max_batch = batch;
+    scan->size = spm_tensor_count(&shape);
+    scan->width = shape.shape[shape.rank - 1];
+    scan->staged = (float *)spmi_alloc_array(s->ctx, batch * scan->size, sizeof(float));
+    scan->pending = (float *)spmi_alloc_array(s->ctx, batch * scan->size, sizeof(float));
+    scan->column = (float *)spmi_alloc_array(s->ctx, taps * scan->width, sizeof(float));
+    scan->scale = (float *)spmi_alloc_array(s->ctx, 2 * scan->width, sizeof(float));
+    scan->changed = (unsigned char *)spmi_alloc_array(s->ctx, batch, 1);
+    scan->owner = (int64_t *)spmi_alloc_array(s->ctx, 2 * batch, sizeof(int64_t));
+    scan->inner = spm_run_create(s->model, &running, s->err);
+    if (!scan->inner) return s->err->status;
+    if (!scan->staged || !scan->pending || !scan->column || !scan->scale || !scan->changed || !scan->owner)
+        return spmi_fail_memory(s->ctx, s->err, "the scan");
+    scan->shift = scan->scale + scan->width;
+    scan->place = scan->owner + batch;
+    for (c = 0; c < scan->width && e->norm; c++) {
+        spmi_unit_affine(s->model, &s->model->parameters[e->weight], c, &scale, &shift);
+        scan->scale[c] = (float)scale;
+        scan->shift[c] = (float)shift;
+    }
+    if (spm_run_keep(scan->inner, e->out) || spm_run_keep(scan->inner, e->y) || spm_run_keep(scan->inner, e->a)
+        || (e->r != scan->probe->levels[s->model->parameters[e->weight].block].value
+            && spm_run_keep(scan->inner, e->r)))
+        return spmi_fail(s->ctx, s->err, spm_run_error(scan->inner)->status, "%s", spm_run_error(scan->inner)->text);
+    return SPM_OK;
+}
+
+/* All units of block b, numbers first..last, on one split. */
+static spm_status spmi_scan_block(spmi_scan *scan, int b, int64_t first, int64_t last)
+{
+    spmi_study *s = scan->s;
+    spmi_probe *probe = scan->probe;
+    spmi_level *level = &probe->levels[b];
+    spm_value next = b + 1 < probe->n_levels ? probe->levels[b + 1].value : spm_program_find(s->model->program, "last");
+    int fast = b > 0 && !s->desc->scan_plain && level->values != NULL;
+    int64_t u, count;
+    spm_status status = SPM_OK;
+    memset(&scan->ending, 0, sizeof scan->ending);
+    scan->ending = spmi_scan_ending(s->model, fast ? next : 0);
+    fast = fast && scan->ending.tail && scan->ending.weight >= 0
+           && s->model->parameters[scan->ending.weight].value.shape[0] <= 4096;
+    if (fast) status = spmi_scan_block_open(scan);
+    for (scan->at = 0; !status && fast && scan->at < probe->n; scan->at += count) {
+        count = SPMI_MIN(probe->batch, probe->n - scan->at);
+        if (spm_run_input(scan->inner, level->value, level->values + scan->at * level->size)
+            || spm_run_forward_from(scan->inner, level->value, count, 0)) {
+            status = spmi_fail(s->ctx, s->err, spm_run_error(scan->inner)->status, "%s",
+                               spm_run_error(scan->inner)->text);
+        }
+        if (!status) status = spmi_scan_batch(scan, count, first, last);
+    }
+    if (!status && fast) status = spmi_scan_flush(scan);
+    for (u = first; !status && u < last; u++) {
+        const spm_unit *unit = &scan->units[u];
+        const spmi_ending *e = &scan->ending;
+        if (scan->measured[u]
+            && !(fast && (unit->parameter == e->weight || unit->parameter == e->side || unit->parameter == e->feeder)))
+            status = spmi_scan_slow(scan, u, s->desc->scan_plain == 2 ? 0 : b);
+        if (!status && scan->measured[u]) status = spmi_study_progress(s, "scan", "removals");
+    }
+    spmi_scan_block_free(scan);
+    return status;
+}
+
+/* First-order screening: the share of units with the smallest |sum of z dL/dz| over the selection split is left out; one
+ * in ten of these is measured all the same, to count what screening misses. */
+static spm_status spmi_scan_screen(spmi_scan *scan)
+{
+    spmi_study *s = scan->s;
+    spm_attr_desc attr = SPM_ZERO;
+    spm_unit *ranked = NULL;
+    int64_t n = 0, used = 0, i, u, left_out = (int64_t)(s->desc->screen * (double)scan->n), low, high;
+    spm_status status;
+    memset(scan->measured, 1, (size_t)scan->n);
+    if (left_out <= 0) return SPM_OK;
+    attr.reading = s->desc->reading;
+    attr.criterion = SPM_CRITERION_ACTIVATION_GRADIENT;
+    attr.kind = scan->units[0].kind;
+    attr.convolutions_only = s->desc->official;
+    attr.group = -1;
+    attr.samples = s->selection->count;
+    attr.split = s->desc->select_split;
+    attr.workers = s->desc->workers;
+    status = spm_rank_units(s->model, s->dataset, &attr, s->selection, &ranked, &n, &used, s->err);
+    for (i = n - left_out; !status && i < n; i++) {
+        for (low = 0, high = scan->n - 1; low < high;) { /* units stand in the order of (parameter, channel) */
+            u = (low + high) / 2;
+            if (scan->units[u].parameter < ranked[i].parameter
+                || (scan->units[u].parameter == ranked[i].parameter && scan->units[u].channel < ranked[i].channel))
+                low = u + 1;
+            else
+                high = u;
+        }
+        u = low;
+        scan->measured[u] = spm_random_below(s->desc->seed, 0x73637265u, (uint64_t)u, 10) == 0 ? 2 : 0;
+        scan->skipped++;
+        scan->checked += scan->measured[u] == 2;
+    }
+    spmi_free(s->ctx, ranked);
+    return status;
+}
+
+static void spmi_scan_free(spmi_scan *scan)
+{
+    spm_context *ctx = scan->s->ctx;
+    spmi_free(ctx, scan->units);
+    spmi_free(ctx, scan->effect);
+    spmi_free(ctx, scan->measured);
+}
+
+/* Measures every unit's removal on all probes. */
+static spm_status spmi_scan_run(spmi_scan *scan, spmi_study *s)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    spmi_layout layout;
+    int64_t u, first, c, cells = 0;
+    int i, split;
+    spm_status status;
+    double start = spmi_seconds();
+    memset(scan, 0, sizeof *scan);
+    scan->s = s;
+    attr.kind = s->desc->unit;
+    attr.convolutions_only = s->desc->official;
+    status = spmi_layout_make(s->model, &attr, &layout, s->err);
+    if (status) return status;
+    scan->n = layout.units;
+    scan->units = (spm_unit *)spmi_alloc_array(s->ctx, scan->n, sizeof *scan->units);
+    scan->measured = (unsigned char *)spmi_alloc_array(s->ctx, scan->n, 1);
+    if (spmi_mul_dim(scan->n, SPM_SPLITS * s->n_groups, &cells))
+        scan->effect = (spmi_effect *)spmi_alloc_array(s->ctx, cells, sizeof *scan->effect);
+    if (!scan->units || !scan->measured || !scan->effect) status = spmi_fail_memory(s->ctx, s->err, "the scan");
+    for (i = 0; !status && i < layout.n; i++) {
+        for (c = 0; c < layout.list[i].units; c++) {
+            spm_unit *unit = &scan->units[layout.list[i].first + c];
+            unit->parameter = layout.list[i].parameter;
+            unit->channel = c;
+            unit->kind = attr.kind;
+        }
+    }
+    spmi_free(s->ctx, layout.list);
+    if (!status) status = spmi_scan_screen(scan);
+    for (split = 0; split < SPM_SPLITS; split++) {
+        for (u = 0; !status && s->probes[split].ctx && u < scan->n; u++) s->total += scan->measured[u] != 0;
+    }
+    for (split = 0; !status && split < SPM_SPLITS; split++) {
+        scan->probe = &s->probes[split];
+        if (!scan->probe->ctx) continue;
+        for (first = 0; !status && first < scan->n; first = u) {
+            int b = s->model->parameters[scan->units[first].parameter].block;
+            for (u = first; u < scan->n && s->model->parameters[scan->units[u].parameter].block == b; u++) {
+            }
+            status = spmi_scan_block(scan, b, first, u);
+        }
+    }
+    for (u = 0; !status && u < scan->n; u++) { /* a miss: a screened unit that costs some group a point or more */
+        int g, miss = 0;
+        for (g = 0; g < s->n_groups && scan->measured[u] == 2; g++) {
+            const spmi_effect *cell = spmi_scan_cell(scan, u, (int)s->desc->select_split, g);
+            miss |= 100 * (int64_t)(cell->lost - cell->gained)
+                        >= s->probes[s->desc->select_split].baseline.groups[g].count
+                    && cell->lost > cell->gained;
+        }
+        scan->missed += miss;
+    }
+    scan->seconds = spmi_seconds() - start;
+    return status;
+}
+
+/* Drop of a group's accuracy by a unit's removal, on a split. */
+static double spmi_scan_drop(const spmi_scan *scan, int64_t unit, int split, int group)
+{
+    const spmi_effect *cell = spmi_scan_cell(scan, unit, split, group);
+    int64_t count = scan->s->probes[split].baseline.groups[group].count;
+    return count ? (double)(cell->lost - cell->gained) / (double)count : (double)NAN;
+}
+
+/* The ranking for a group: by drop on the selection split, ties by the rise of the loss, then (parameter, channel). */
+static spm_status spmi_scan_rank(const spmi_scan *scan, spmi_ranking *r)
+{
+    spmi_study *s = scan->s;
+    int split = (int)s->desc->select_split;
+    int64_t u;
+    r->n = scan->n;
+    r->samples = s->selection->groups[r->group].count;
+    r->units = (spm_unit *)spmi_alloc_array(s->ctx, r->n, sizeof *r->units);
+    if (!r->units) return spmi_fail_memory(s->ctx, s->err, "the ranking");
+    for (u = 0; u < r->n; u++) {
+        double rise = spmi_scan_cell(scan, u, split, r->group)->loss;
+        r->units[u] = scan->units[u];
+        r->units[u].score = floor(spmi_scan_drop(scan, u, split, r->group) * 1e6 + 0.5) + 0.5 * rise / (1.0 + fabs(rise));
+        if (!scan->measured[u]) r->units[u].score = -2e6;
+    }
+    qsort(r->units, (size_t)r->n, sizeof *r->units, spmi_unit_order);
+    for (u = 0; u < r->n; u++)
+        r->units[u].score = r->units[u].score < -1.5e6 ? (double)NAN : floor(r->units[u].score + 0.5) * 1e-6;
+    return SPM_OK;
+}
+
+#define SPMI_SCAN_GROUPS 64 /* with more groups the scan has no memory index */
+
+/* Adds a unit's effect on a group to the pairs of that group, and of all minority or majority groups. */
+static void spmi_scan_pair(const spmi_scan *scan, int64_t unit, int split, int g, spm_paired *pairs)
+{
+    const spmi_study *s = scan->s;
+    const spmi_effect *cell = spmi_scan_cell(scan, unit, split, g);
+    int k;
+    if (split == SPM_VAL || s->n_groups > SPMI_SCAN_GROUPS) return;
+    for (k = 0; k < 2; k++) {
+        spm_paired *pair = &pairs[k ? s->n_groups + !spm_group_is_minority(s->dataset, g) : g];
+        pair->n += s->probes[split].baseline.groups[g].count;
+        pair->lost += cell->lost;
+        pair->gained += cell->gained;
+    }
+}
+
+/* "scan": every unit's effects; see the tool's help. */
+static void spmi_scan_json(const spmi_scan *scan)
+{
+    spmi_study *s = scan->s;
+    spm_json *json = s->json;
+    int i, g, what;
+    spm_paired pairs[2][SPMI_SCAN_GROUPS + 2];
+    int64_t u;
+    spm_json_object_begin(json, "scan");
+    spm_json_string(json, "way", s->desc->scan_plain == 0 ? "fast" : s->desc->scan_plain == 1 ? "resumed" : "plain");
+    spm_json_int(json, "forwards", scan->forwards);
+    spm_json_int(json, "unchanged", scan->unchanged);
+    spm_json_number(json, "seconds", scan->seconds);
+    spm_json_object_begin(json, "screening");
+    spm_json_int(json, "left_out", scan->skipped);
+    spm_json_int(json, "checked", scan->checked);
+    spm_json_int(json, "missed", scan->missed);
+    spm_json_object_end(json);
+    spm_json_array_begin(json, "units");
+    for (u = 0; u < scan->n; u++) {
+        const spm_parameter *p = &s->model->parameters[scan->units[u].parameter];
+        if (!scan->measured[u]) continue;
+        memset(pairs, 0, sizeof pairs);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "parameter", p->name);
+        spm_json_int(json, "channel", scan->units[u].channel);
+        spm_json_int(json, "block", p->block);
+        spm_json_number(json, "norm", spmi_unit_norm(s, &scan->units[u]));
+        for (what = 0; what < 2; what++) {
+            spm_json_object_begin(json, what ? "loss_rise" : "drop");
+            for (i = 0; i < s->n_reported; i++) {
+                spm_json_array_begin(json, spm_split_name((spm_split)s->reported[i]));
+                for (g = 0; g < s->n_groups; g++) {
+                    int64_t count = s->probes[s->reported[i]].baseline.groups[g].count;
+                    double loss = spmi_scan_cell(scan, u, s->reported[i], g)->loss;
+                    spm_json_number(json, NULL, !what   ? spmi_scan_drop(scan, u, s->reported[i], g)
+                                                : count ? loss / (double)count
+                                                        : (double)NAN);
+                    if (!what) spmi_scan_pair(scan, u, s->reported[i], g, pairs[s->reported[i] == SPM_TEST]);
+                }
+                spm_json_array_end(json);
+            }
+            spm_json_object_end(json);
+        }
+        if (s->n_groups <= SPMI_SCAN_GROUPS && pairs[0][s->n_groups].n && pairs[1][s->n_groups].n)
+            spmi_index_json(s, pairs[0], pairs[1]);
+        spm_json_object_end(json);
+    }
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+}
+
+/* ---- which rankings, which rows ---- */
+
+static int spmi_study_add_row(const spmi_study *s, spmi_row *rows, int n, spm_modify modify, int64_t top,
+                              double fraction, double std)
+{
+    spmi_row *row = &rows[n];
+    if (n >= SPMI_ROWS) return n;
+    memset(row, 0, sizeof *row);
+    row->modify = modify;
+    row->top = top;
+    row->fraction = fraction;
+    row->std = std;
+    row->smallest = s->desc->order_smallest || s->desc->grid;
+    row->dropout_p = top < 0 && !s->desc->grid ? s->desc->dropout_p : 0.0;
+    row->repeats = s->desc->repeats > 0           ? s->desc->repeats
+                   : spmi_modify_noisy(modify)    ? 10
+                   : row->dropout_p > 0.0         ? 3
+                                                  : 1;
+    return n + 1;
+}
+
+/* METHOD 2.5's grid for one ranking. */
+static int spmi_study_grid(const spmi_study *s, const spmi_ranking *r, spmi_row *rows)
+{
+    static const double fractions[3] = { 1e-5, 2e-5, 3e-5 }, stds[6] = { .005, .01, .02, .02, .15, .1 };
+    static const double shares[8] = { .05, .075, .1, .15, .2, .4, .5, .6 };
+    int n = 0, k, v, w, weights = r->kind == SPM_UNIT_WEIGHT;
+    spm_modify zero = weights || spmi_quirk(s, 5) ? SPM_MODIFY_ZERO : SPM_MODIFY_ZERO_UNIT;
+    for (k = 1; k <= (weights ? 3 : 10); k++) {
+        int64_t top = weights ? -1 : k;
+        double fraction = weights ? fractions[k - 1] : 0.0;
+        n = spmi_study_add_row(s, rows, n, zero, top, fraction, 0.0);
+        rows[n - 1].controls = !weights && s->desc->controls > 0 && k <= 3;
+        if (k > 3) continue;
+        for (v = 0; v < 3; v++) n = spmi_study_add_row(s, rows, n, SPM_MODIFY_NOISE, top, fraction, stds[v]);
+        for (v = 0; v < (r->criterion == SPM_CRITERION_MAGNITUDE && !weights ? 6 : 3); v++) {
+            if (v != 3) n = spmi_study_add_row(s, rows, n, SPM_MODIFY_REINIT, top, fraction, stds[v]);
+        }
+        for (w = 0; w < s->n_rewind; w++) {
+            n = spmi_study_add_row(s, rows, n, SPM_MODIFY_REWIND, top, fraction, 0.0);
+            rows[n - 1].rewind = w;
+        }
+    }
+    for (k = 0; weights && k < 8; k++) {
+        n = spmi_study_add_row(s, rows, n, zero, -1, shares[k], 0.0);
+        rows[n - 1].dropout_p = 0.8;
+        rows[n - 1].repeats = s->desc->repeats > 0 ? s->desc->repeats : 3;
+    }
+    return n;
+}
+
+/* The rows of one ranking, in the order they are reported. */
+static int spmi_study_rows(const spmi_study *s, const spmi_ranking *r, spmi_row *rows)
+{
+    static const double fractions[3] = { 1e-5, 2e-5, 3e-5 };
+    const spm_localize_desc *d = s->desc;
+    int weights = r->kind == SPM_UNIT_WEIGHT, noisy = spmi_modify_noisy(d->modify), n = 0, k, v, w;
+    int n_sizes = weights ? (d->n_fraction ? d->n_fraction : 3) : d->n_top ? d->n_top : 3;
+    int rewinds = d->modify == SPM_MODIFY_REWIND || d->modify == SPM_MODIFY_LAYER_REWIND ? s->n_rewind : 1;
+    int64_t largest = 0;
+    if (d->grid) return spmi_study_grid(s, r, rows);
+    for (k = 0; k < n_sizes && !weights; k++) largest = SPMI_MAX(largest, d->n_top ? d->top[k] : k + 1);
+    for (k = 0; k < n_sizes; k++) {
+        int64_t top = weights ? -1 : d->n_top ? d->top[k] : k + 1;
+        double fraction = !weights ? 0.0 : d->n_fraction ? d->fraction[k] : fractions[k];
+        for (v = 0; v < (noisy && d->n_std ? d->n_std : 1); v++) {
+            for (w = 0; w < rewinds; w++) {
+                n = spmi_study_add_row(s, rows, n, d->modify, top, fraction, noisy && d->n_std ? d->std[v] : 0.01);
+                rows[n - 1].rewind = w;
+                rows[n - 1].controls = !weights && d->controls > 0 && top == largest;
+            }
+        }
+    }
+    return n;
+}
+
+/* How many units the largest row of a ranking changes. */
+static int64_t spmi_study_largest(const spmi_study *s, const spmi_ranking *r)
+{
+    int n = spmi_study_rows(s, r, s->rows), k;
+    int64_t largest = 0;
+    for (k = 0; k < n; k++) largest = SPMI_MAX(largest, s->rows[k].top);
+    return r->kind == SPM_UNIT_WEIGHT ? SPMI_SHOWN_WEIGHTS : largest;
+}
+
+static spm_status spmi_study_rank(spmi_study *s, spmi_ranking *r, const spmi_scan *scan)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    spm_status status;
+    int64_t largest;
+    attr.reading = s->desc->reading;
+    attr.samples = s->desc->samples;
+    attr.steps = s->desc->steps;
+    attr.permutations = s->desc->permutations;
+    attr.truncation = s->desc->truncation;
+    attr.seed = s->desc->seed;
+    attr.workers = s->desc->workers;
+    attr.report = &r->report;
+    attr.group = r->group;
+    attr.skip_downsample = spmi_quirk(s, 3) && r->kind == SPM_UNIT_CHANNEL;
+    attr.convolutions_only = s->desc->official;
+    attr.split = s->desc->select_split;
+    attr.criterion = r->criterion;
+    attr.kind = r->kind;
+    if (r->kind == SPM_UNIT_WEIGHT) return spmi_rank_weights(s, &attr, r);
+    status = r->criterion == SPM_CRITERION_EXHAUSTIVE
+                 ? spmi_scan_rank(scan, r)
+                 : spm_rank_units(s->model, s->dataset, &attr, s->selection, &r->units, &r->n, &r->samples, s->err);
+    largest = status ? 0 : spmi_study_largest(s, r);
+    if (!status && largest > r->n) {
+        status = spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT,
+                           "top %ld is asked for but the model has only %ld units of this kind", (long)largest,
+                           (long)r->n);
+    }
+    return status;
+}
+
+/* Lists the rankings of the study: a criterion whose scores depend on samples has one for every asked group. */
+static spm_status spmi_study_plan(spmi_study *s)
+{
+    static const spm_criterion grid_criterion[3] = { SPM_CRITERION_GRADIENT, SPM_CRITERION_MAGNITUDE,
+                                                     SPM_CRITERION_MAGNITUDE };
+    const spm_localize_desc *d = s->desc;
+    int part, i, k, n;
+    s->rankings =
+        (spmi_ranking *)spmi_alloc_array(s->ctx, SPMI_MAX(d->n_groups, s->n_groups) + 3, sizeof *s->rankings);
+    s->rows = (spmi_row *)spmi_alloc_array(s->ctx, SPMI_ROWS + 1, sizeof *s->rows);
+    if (!s->rankings || !s->rows) return spmi_fail_memory(s->ctx, s->err, "localization");
+    for (part = 0; part < (d->grid ? 3 : 1); part++) {
+        spm_criterion criterion = d->grid ? grid_criterion[part] : d->criterion;
+        int by_group = spm_criterion_by_group(criterion);
+        n = !by_group ? 1 : d->groups ? d->n_groups : s->n_groups;
+        for (i = 0; i < n; i++) {
+            spmi_ranking *r = &s->rankings[s->n_rankings];
+            r->group = !by_group ? -1 : d->groups ? d->groups[i] : i;
+            if (by_group && !d->groups && spm_dataset_group_count(s->dataset, d->select_split, r->group) == 0)
+                continue; /* an empty group */
+            r->criterion = criterion;
+            r->kind = !d->grid ? d->unit : part == 2 ? SPM_UNIT_WEIGHT : SPM_UNIT_CHANNEL;
+            s->n_rankings++;
+            n = SPMI_MAX(n, i + 1);
+            for (k = spmi_study_rows(s, r, s->rows) - 1; k >= 0; k--)
+                s->total += s->rows[k].repeats + (s->rows[k].controls ? d->controls : 0);
+        }
+    }
+    return SPM_OK;
+}
+
+static void spmi_study_ranking_json(spmi_study *s, const spmi_ranking *r)
+{
+    int64_t u, shown = SPMI_MIN(spmi_study_largest(s, r), r->n);
+    const spm_attr_report *report = &r->report;
     spm_json_object_begin(s->json, NULL);
-    if (group >= 0)
-        spm_json_int(s->json, "group", group);
-    else
-        spm_json_null(s->json, "group");
-    spm_json_int(s->json, "samples", samples);
+    spmi_json_group(s->json, r->group);
+    spm_json_string(s->json, "criterion", spm_criterion_name(r->criterion));
+    spm_json_string(s->json, "unit", spm_unit_kind_name(r->kind));
+    spm_json_int(s->json, "samples", r->samples);
+    spm_json_int(s->json, "ranked", r->n);
+    if (r->criterion == SPM_CRITERION_CONDUCTANCE || r->criterion == SPM_CRITERION_INTEGRATED) {
+        spm_json_object_begin(s->json, "completeness");
+        spm_json_number(s->json, "loss", report->loss);
+        spm_json_number(s->json, "baseline_loss", report->baseline_loss);
+        spm_json_number(s->json, "error_first_block", report->completeness_first);
+        spm_json_number(s->json, "error_last", report->completeness_last);
+        spm_json_object_end(s->json);
+    }
+    if (r->criterion == SPM_CRITERION_SHAPLEY) {
+        spm_json_object_begin(s->json, "sampling");
+        spm_json_number(s->json, "full_value", report->full_value);
+        spm_json_number(s->json, "chance", report->chance);
+        spm_json_int(s->json, "permutations", report->permutations);
+        spm_json_int(s->json, "evaluations", report->evaluations);
+        spm_json_int(s->json, "met_twice", report->met);
+        spm_json_number(s->json, "mean_error", report->mean_error);
+        spm_json_number(s->json, "max_error", report->max_error);
+        spm_json_object_end(s->json);
+    }
     spm_json_array_begin(s->json, "units");
-    for (u = 0; u < SPMI_MIN(largest, s->n_units); u++) {
-        const spm_parameter *p = spm_model_parameter(s->model, s->units[u].parameter);
+    for (u = 0; u < shown; u++) {
         spm_json_object_begin(s->json, NULL);
-        spm_json_string(s->json, "parameter", p->name);
-        spm_json_int(s->json, "channel", s->units[u].channel);
-        spm_json_number(s->json, "score", s->units[u].score);
+        spm_json_string(s->json, "parameter", s->model->parameters[r->units[u].parameter].name);
+        spm_json_int(s->json, "channel", r->units[u].channel);
+        spm_json_number(s->json, "score", r->units[u].score);
+        if (r->criterion == SPM_CRITERION_SHAPLEY) spm_json_number(s->json, "error", r->units[u].error);
         spm_json_object_end(s->json);
     }
     spm_json_array_end(s->json);
     spm_json_object_end(s->json);
 }
 
-/* Ranks for every asked group (once, for a criterion without groups); what = 0 writes the rankings, 1 measures them. */
-static spm_status spmi_study_rankings(spmi_study *s, const spm_eval *selection, int what)
-{
-    int by_group = spm_criterion_by_group(s->desc->criterion);
-    int n = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups, i, k, v;
-    spm_status status = SPM_OK;
-    for (i = 0; !status && i < n; i++) {
-        spm_attr_desc attr = SPM_ZERO;
-        int64_t samples = 0, largest = 0;
-        attr.reading = s->desc->reading;
-        attr.samples = s->desc->samples;
-        attr.seed = s->desc->seed;
-        attr.workers = s->desc->workers;
-        attr.group = !by_group ? -1 : s->desc->groups ? s->desc->groups[i] : i;
-        attr.skip_downsample = attr.convolutions_only = s->desc->official;
-        attr.split = s->desc->select_split;
-        attr.criterion = s->desc->criterion;
-        if (by_group && !s->desc->groups && spm_dataset_group_count(s->dataset, attr.split, attr.group) == 0)
-            continue; /* an empty group */
-        status = spm_rank_units(s->model, s->dataset, &attr, selection, &s->units, &s->n_units, &samples, s->err);
-        for (k = 0; k < s->n_top; k++) largest = SPMI_MAX(largest, s->top[k]);
-        if (!status && largest > s->n_units) {
-            status = spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT,
-                               "top %ld is asked for but the model has only %ld units of this kind", (long)largest,
-                               (long)s->n_units);
-        }
-        if (!status && what == 0) spmi_study_ranking_json(s, attr.group, samples);
-        for (k = 0; !status && what == 1 && k < s->n_top; k++) {
-            for (v = 0; !status && v < s->n_std; v++) {
-                status =
-                    spmi_study_rows(s, attr.group, s->top[k], s->std[v], s->desc->controls > 0 && s->top[k] == largest);
-            }
-        }
-        spmi_free(s->ctx, s->units);
-        s->units = NULL;
-    }
-    return status;
-}
+/* ---- setting up ---- */
 
 static spm_status spmi_study_check(spmi_study *s)
 {
     const spm_localize_desc *d = s->desc;
-    int i, noisy = d->modify == SPM_MODIFY_NOISE || d->modify == SPM_MODIFY_REINIT;
+    int i;
     const char *select = spm_split_name(d->select_split);
     s->n_groups = spm_dataset_groups(s->dataset);
     for (i = 0; i < SPM_SPLITS; i++) {
         int any = d->report[0] || d->report[1] || d->report[2];
         int wanted = any ? d->report[i] : i != SPM_VAL;
         if (wanted && spm_dataset_split_size(s->dataset, (spm_split)i) > 0) s->reported[s->n_reported++] = i;
-        if (wanted && i == (int)d->select_split && i != SPM_TRAIN && !d->allow_same_split && !d->official) {
+        if (wanted && i == (int)d->select_split && i != SPM_TRAIN && !d->allow_same_split && !spmi_quirk(s, 7)) {
             return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT,
                              "units chosen on split %s and reported on the same split would flatter the result; report "
                              "another split or pass --allow-same-split",
@@ -24186,73 +25362,143 @@ static spm_status spmi_study_check(spmi_study *s)
             return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "group %d does not exist; the data set has groups 0 to %d",
                              d->groups[i], s->n_groups - 1);
         }
+        if (spm_criterion_by_group(d->criterion) && spm_dataset_group_count(s->dataset, d->select_split, d->groups[i]) == 0) {
+            return spmi_fail(s->ctx, s->err, SPM_E_DATA,
+                             "%s: group %d (%s) has no example in split %s to rank units by; choose other --groups or "
+                             "another split",
+                             spm_dataset_path(s->dataset), d->groups[i],
+                             spm_dataset_group_name(s->dataset, d->groups[i]), select);
+        }
     }
-    s->n_top = d->n_top;
-    for (i = 0; i < d->n_top; i++) s->top[i] = d->top[i];
-    for (i = 0; d->n_top == 0 && i < 3; i++) s->top[s->n_top++] = i + 1;
-    for (i = 0; i < s->n_top; i++) {
-        if (s->top[i] < 0)
-            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld: it must not be negative", (long)s->top[i]);
+    for (i = 0; i < d->n_top; i++) {
+        if (d->top[i] < 0)
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "top %ld: it must not be negative", (long)d->top[i]);
     }
-    s->n_std = noisy ? d->n_std : 0;
-    for (i = 0; i < s->n_std; i++) s->std[i] = d->std[i];
-    if (s->n_std == 0) s->std[s->n_std++] = 0.01;
-    s->repeats = d->repeats > 0 ? d->repeats : noisy ? 10 : 1;
+    for (i = 0; i < d->n_fraction; i++) {
+        if (!(d->fraction[i] >= 0.0 && d->fraction[i] <= 1.0))
+            return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "fraction %g: it must be from 0 to 1", d->fraction[i]);
+    }
+    if (!(d->dropout_p >= 0.0 && d->dropout_p <= 1.0))
+        return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "dropout p %g: it must be from 0 to 1", d->dropout_p);
+    if (!(d->screen >= 0.0 && d->screen < 1.0))
+        return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "screening share %g: it must be from 0 to below 1", d->screen);
+    if (!d->grid && d->unit == SPM_UNIT_WEIGHT && (d->modify == SPM_MODIFY_ZERO_UNIT || d->modify == SPM_MODIFY_MEAN)) {
+        return spmi_fail(s->ctx, s->err, SPM_E_UNSUPPORTED,
+                         "%s changes what a unit puts out; a single weight has no output: use zero, noise, reinit or "
+                         "rewind",
+                         spm_modify_name(d->modify));
+    }
     return SPM_OK;
 }
 
 static spm_status spmi_study_rewind(spmi_study *s)
 {
     const spm_localize_desc *d = s->desc;
-    spm_checkpoint_info info = SPM_ZERO;
-    spm_status status;
-    if (d->modify != SPM_MODIFY_REWIND && d->modify != SPM_MODIFY_LAYER_REWIND) return SPM_OK;
-    if (!d->rewind_file)
+    int needed = d->modify == SPM_MODIFY_REWIND || d->modify == SPM_MODIFY_LAYER_REWIND;
+    spm_status status = SPM_OK;
+    int i;
+    if (!needed && !d->grid) return SPM_OK;
+    if (needed && !d->grid && !d->rewind_file[0])
         return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "%s needs an earlier checkpoint; give it with --rewind FILE",
                          spm_modify_name(d->modify));
-    status = spm_checkpoint_inspect(s->ctx, d->rewind_file, &info, s->err);
-    if (status) return status;
-    if (!info.has_arch) info.arch = d->rewind_arch;
-    s->rewind = spm_model_build(s->ctx, &info.arch, 0, s->err);
-    if (!s->rewind) return s->err->status;
-    return spm_checkpoint_load(s->rewind, d->rewind_file, 0, s->err);
-}
-
-/* How many measurements the study will take, for the progress report. */
-static int64_t spmi_study_total(const spmi_study *s)
-{
-    int by_group = spm_criterion_by_group(s->desc->criterion);
-    int64_t rankings = !by_group ? 1 : s->desc->groups ? s->desc->n_groups : s->n_groups;
-    return rankings * s->n_std * (s->n_top * s->repeats + s->desc->controls);
+    for (i = 0; !status && i < SPM_LOCALIZE_REWINDS && d->rewind_file[i]; i++) {
+        spm_checkpoint_info info = SPM_ZERO;
+        status = spm_checkpoint_inspect(s->ctx, d->rewind_file[i], &info, s->err);
+        if (status) return status;
+        if (!info.has_arch) info.arch = d->rewind_arch;
+        s->rewind[i] = spm_model_build(s->ctx, &info.arch, 0, s->err);
+        if (!s->rewind[i]) return s->err->status;
+        status = spm_checkpoint_load(s->rewind[i], d->rewind_file[i], 0, s->err);
+        s->n_rewind++;
+    }
+    return status;
 }
 
 static void spmi_study_head(spmi_study *s, const char *key)
 {
-    int i;
+    const spm_localize_desc *d = s->desc;
+    char name[8];
+    int i, same = 0;
     spm_json_object_begin(s->json, key);
     spm_json_string(s->json, "command", "localize");
-    spm_json_string(s->json, "criterion", spm_criterion_name(s->desc->criterion));
-    spm_json_string(s->json, "unit", "channel");
-    spm_json_string(s->json, "profile", s->desc->official ? "official" : "sound");
-    spm_json_string(s->json, "select_split", spm_split_name(s->desc->select_split));
-    spm_json_string(s->json, "selected_on", spm_split_name(s->desc->select_split));
+    spm_json_string(s->json, "criterion", d->grid ? "grid" : spm_criterion_name(d->criterion));
+    spm_json_string(s->json, "unit", d->grid ? "grid" : spm_unit_kind_name(d->unit));
+    spm_json_string(s->json, "profile", d->official ? "official" : "sound");
+    spm_json_array_begin(s->json, "quirks");
+    for (i = 1; i <= 11; i++) {
+        (void)spmi_format(name, sizeof name, "Q%d", i);
+        if (spmi_quirk(s, i)) spm_json_string(s->json, NULL, name);
+    }
+    spm_json_array_end(s->json);
+    spm_json_string(s->json, "select_split", spm_split_name(d->select_split));
+    spm_json_string(s->json, "selected_on", spm_split_name(d->select_split));
+    for (i = 0; i < s->n_reported; i++) same |= s->reported[i] == (int)d->select_split;
+    spm_json_bool(s->json, "reports_selection_split", same);
     spm_json_object_begin(s->json, "baseline");
     for (i = 0; i < s->n_reported; i++)
         spm_groups_json(s->json, spm_split_name((spm_split)s->reported[i]), &s->probes[s->reported[i]].baseline);
     spm_json_object_end(s->json);
 }
 
+/* Probes of the reported splits (and, for a scan, of the selection split), and the evaluation that samples come from. */
+static spm_status spmi_study_open(spmi_study *s, spm_eval *own, size_t *budget)
+{
+    const spm_localize_desc *d = s->desc;
+    int split, i;
+    spm_status status = SPM_OK;
+    for (split = 0; !status && split < SPM_SPLITS; split++) {
+        int wanted = d->criterion == SPM_CRITERION_EXHAUSTIVE && !d->grid && split == (int)d->select_split;
+        for (i = 0; i < s->n_reported; i++) wanted |= s->reported[i] == split;
+        if (!wanted) continue;
+        status = spmi_probe_create(&s->probes[split], s->model, s->dataset, d, (spm_split)split, budget, s->err);
+        if (split == (int)d->select_split) s->selection = &s->probes[split].baseline;
+    }
+    if (!status && !s->selection) {
+        spm_eval_desc evaluation = SPM_ZERO;
+        evaluation.reading = d->reading;
+        evaluation.split = d->select_split;
+        evaluation.workers = d->workers;
+        status = spm_evaluate(s->model, s->dataset, &evaluation, own, s->err);
+        s->selection = own;
+    }
+    if (!status && d->modify == SPM_MODIFY_MEAN && !d->grid)
+        status = spm_unit_means(s->model, s->dataset, &d->reading, SPM_TRAIN, d->workers, &s->means, s->err);
+    return status;
+}
+
+static void spmi_study_free(spmi_study *s)
+{
+    int i;
+    for (i = 0; i < SPM_SPLITS; i++) {
+        if (s->probes[i].ctx) spmi_probe_free(&s->probes[i]);
+    }
+    for (i = 0; i < SPM_LOCALIZE_REWINDS; i++) spm_model_destroy(s->rewind[i]);
+    for (i = 0; s->mask && i < s->model->n_parameters; i++) spmi_free(s->ctx, s->mask[i]);
+    for (i = 0; s->rankings && i < s->n_rankings; i++) {
+        spmi_free(s->ctx, s->rankings[i].units);
+        spmi_free(s->ctx, s->rankings[i].score);
+        spmi_free(s->ctx, s->rankings[i].sorted);
+        spmi_free(s->ctx, s->rankings[i].layout.list);
+    }
+    spmi_snapshot_free(s->ctx, &s->saved);
+    spmi_free(s->ctx, s->mask);
+    spmi_free(s->ctx, s->means);
+    spmi_free(s->ctx, s->rankings);
+    spmi_free(s->ctx, s->rows);
+}
+
 SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json,
                                const char *key, spm_error *err)
 {
     spmi_study s;
+    spmi_scan scan;
     spm_error error = SPM_ZERO;
     spm_eval own = SPM_ZERO;
-    const spm_eval *selection = NULL;
     size_t budget = desc->prefix_bytes ? desc->prefix_bytes : (size_t)1 << 30;
     spm_status status;
-    int i;
+    int i, k, n;
     memset(&s, 0, sizeof s);
+    memset(&scan, 0, sizeof scan);
     s.ctx = spm_model_context(model);
     s.model = model;
     s.dataset = dataset;
@@ -24260,42 +25506,36 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     s.json = json;
     s.err = &error;
     s.start = spmi_seconds();
+    scan.s = &s;
     status = spmi_study_check(&s);
     if (!status) status = spmi_study_rewind(&s);
     if (!status) status = spmi_snapshot_take(model, &s.saved, s.err);
-    for (i = 0; !status && i < s.n_reported; i++) {
-        spm_split split = (spm_split)s.reported[i];
-        status = spmi_probe_create(&s.probes[split], model, dataset, desc, split, &budget, s.err);
-        if (split == desc->select_split) selection = &s.probes[split].baseline;
+    if (!status) status = spmi_study_open(&s, &own, &budget);
+    if (!status) status = spmi_study_plan(&s);
+    if (!status && desc->criterion == SPM_CRITERION_EXHAUSTIVE && !desc->grid) {
+        status = desc->unit == SPM_UNIT_WEIGHT
+                     ? spmi_fail(s.ctx, s.err, SPM_E_UNSUPPORTED,
+                                 "criterion exhaustive removes whole units; use --unit channel or head")
+                     : spmi_scan_run(&scan, &s);
     }
-    if (!status && !selection) {
-        spm_eval_desc evaluation = SPM_ZERO;
-        evaluation.reading = desc->reading;
-        evaluation.split = desc->select_split;
-        evaluation.workers = desc->workers;
-        status = spm_evaluate(model, dataset, &evaluation, &own, s.err);
-        selection = &own;
-    }
-    s.total = spmi_study_total(&s);
+    for (i = 0; !status && i < s.n_rankings; i++) status = spmi_study_rank(&s, &s.rankings[i], &scan);
     if (!status) spmi_study_head(&s, key);
+    if (!status && scan.n) spmi_scan_json(&scan);
     if (!status) {
         spm_json_array_begin(json, "rankings");
-        status = spmi_study_rankings(&s, selection, 0);
+        for (i = 0; i < s.n_rankings; i++) spmi_study_ranking_json(&s, &s.rankings[i]);
         spm_json_array_end(json);
-    }
-    if (!status) {
         spm_json_array_begin(json, "results");
-        status = spmi_study_rankings(&s, selection, 1);
+        for (i = 0; !status && i < s.n_rankings; i++) {
+            n = spmi_study_rows(&s, &s.rankings[i], s.rows);
+            for (k = 0; !status && k < n; k++) status = spmi_study_row(&s, &s.rankings[i], &s.rows[k]);
+        }
         spm_json_array_end(json);
         spm_json_object_end(json);
     }
     spm_eval_free(s.ctx, &own);
-    for (i = 0; i < SPM_SPLITS; i++) {
-        if (s.probes[i].ctx) spmi_probe_free(&s.probes[i]);
-    }
-    spm_model_destroy(s.rewind);
-    spmi_snapshot_free(s.ctx, &s.saved);
-    spmi_free(s.ctx, s.units);
+    spmi_scan_free(&scan);
+    spmi_study_free(&s);
     return status ? spmi_fail(s.ctx, err, status, "%s", error.text) : SPM_OK;
 }
 
@@ -25223,12 +26463,6 @@ static spm_status spmi_mask_unit(spmi_trainer *t, const spm_unit *unit)
     if (!keep) return SPM_E_MEMORY;
     memset(keep + unit->channel * row, 0, (size_t)row * sizeof(float));
     return SPM_OK;
-}
-
-static int spmi_float_order(const void *a, const void *b)
-{
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
 }
 
 /* 1 for what official masks and counts over: convolutions; in a ViT the linear layers of the blocks. */

@@ -81,6 +81,7 @@ typedef enum option_id {
     O_HEAD,
     O_LABEL_ORDER,
     O_PROFILE,
+    O_QUIRK,
     O_BATCH,
     O_WORKERS,
     O_OUT,
@@ -143,9 +144,19 @@ typedef enum option_id {
     O_GROUPS,
     O_UNIT,
     O_TOP,
+    O_FRACTION,
+    O_ORDER,
+    O_DROPOUT_P,
     O_MODIFY,
     O_STD,
     O_REWIND,
+    O_GRID,
+    O_STEPS,
+    O_PERMUTATIONS,
+    O_TRUNCATION,
+    O_SCAN,
+    O_SCREEN,
+    O_QUIRKS,
     O_REPEATS,
     O_CONTROLS,
     O_SAMPLES,
@@ -210,6 +221,8 @@ static const option options[] = {
       "reversed: quirk Q2, output column 0 is the last class" },
     { O_PROFILE, WITH_MODEL, 'c', "profile", "sound|official", "sound",
       "official: the published code's behaviour, quirks included" },
+    { O_QUIRK, WITH_MODEL, 's', "quirk", "Qn=on|off,...", NULL,
+      "one quirk (Q1 to Q11) against the profile; may be given several times" },
     { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
     { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
     { O_OUT, LEARN | PACK, 's', "out", "RUN", NULL, "run folder; pack: the file" },
@@ -286,12 +299,27 @@ static const option options[] = {
       "exhaustive|random",
       "gradient", "how units are ranked (exhaustive: localize only)" },
     { O_GROUPS, LOCALIZE, 'l', "groups", "all|0,1,...", "all", "groups to rank units for" },
-    { O_UNIT, LOCALIZE, 'c', "unit", "channel", "channel", "what is ranked and changed" },
+    { O_UNIT, LOCALIZE, 'c', "unit", "channel|head|weight", "channel",
+      "what is ranked and changed: output channels and units, attention heads, single weights" },
     { O_TOP, LOCALIZE, 'l', "top", "K,...", "1,2,3", "how many units are changed at once" },
-    { O_MODIFY, LOCALIZE, 'c', "modify", "zero|zero-unit|noise|reinit|rewind|layer-rewind", "zero-unit",
-      "what happens to them" },
+    { O_FRACTION, LOCALIZE, 'l', "fraction", "F,...", "1e-5,2e-5,3e-5", "unit weight: shares of the single weights" },
+    { O_ORDER, LOCALIZE, 'c', "order", "smallest|largest", "largest",
+      "unit weight: which end of the scores (official: smallest)" },
+    { O_DROPOUT_P, LOCALIZE, 'n', "dropout-p", "P", "0", "unit weight: share of the selected ones that stay as they are" },
+    { O_MODIFY, LOCALIZE, 'c', "modify", "zero|zero-unit|mean|noise|reinit|rewind|layer-rewind", "zero-unit",
+      "what happens to them (official and unit weight: zero)" },
     { O_STD, LOCALIZE, 'l', "std", "F,...", "0.01", "of noise and reinit" },
-    { O_REWIND, LOCALIZE, 's', "rewind", "FILE", NULL, "the earlier checkpoint for rewind and layer-rewind" },
+    { O_REWIND, LOCALIZE, 's', "rewind", "FILE,...", NULL,
+      "earlier checkpoints for rewind and layer-rewind (grid: epochs 5 and 10 before, if the run folder has them)" },
+    { O_GRID, LOCALIZE, 'c', "grid", "paper", NULL,
+      "the paper's whole study in one call: gradient and magnitude, smallest weights, every change" },
+    { O_STEPS, LOCALIZE, 'i', "steps", "N", "16", "conductance, integrated-gradients: intervals of the line" },
+    { O_PERMUTATIONS, LOCALIZE, 'i', "permutations", "N", "20", "shapley: orders of removal" },
+    { O_TRUNCATION, LOCALIZE, 'n', "truncation", "F", "0.1", "shapley: an order ends this near to chance" },
+    { O_SCAN, LOCALIZE, 'c', "scan", "fast|resumed|plain", "fast",
+      "exhaustive: rank-1 updates, resuming at the unit's block (bit-equal), or from the pictures" },
+    { O_SCREEN, LOCALIZE, 'n', "screen", "F", "0", "exhaustive: share of units left out by first-order screening" },
+    { O_QUIRKS, LOCALIZE, 'b', "quirks", NULL, NULL, "repeat the study with each quirk switched and say what it changes" },
     { O_REPEATS, LOCALIZE, 'i', "repeats", "N", NULL, "repetitions (1; noise and reinit 10)" },
     { O_CONTROLS, LOCALIZE, 'i', "controls", "N", "19", "matched controls for the rows of the largest top" },
     { O_SAMPLES, LOCALIZE, 'i', "samples", "N", "200", "examples of a group that its gradient is taken on" },
@@ -319,6 +347,7 @@ typedef struct cli {
     const command *command;
     const char *value[O_COUNT]; /* NULL: not given and no default */
     int given[O_COUNT];
+    unsigned quirk_on, quirk_off; /* --quirk, of SPM_QUIRK */
     const char **operand;
     int operands;
     spm_context *ctx;
@@ -506,6 +535,26 @@ static int unknown_option(const command *c, const char *name)
 }
 
 /* Fills `line`; 0 done, 2 wrong, -1 help was printed. */
+/* "Q3=on,Q5=off" into the line; 2 and a sentence if it is none. */
+static int read_quirks(cli *line, const char *text)
+{
+    char complaint[200];
+    const char *at = text;
+    for (;;) {
+        char *end;
+        long n = *at == 'Q' || *at == 'q' ? strtol(at + 1, &end, 10) : 0;
+        int on = n >= 1 && n <= 11 && strncmp(end, "=on", 3) == 0, off = n >= 1 && n <= 11 && strncmp(end, "=off", 4) == 0;
+        if (!on && !off) break;
+        line->quirk_on = on ? line->quirk_on | SPM_QUIRK(n) : line->quirk_on & ~SPM_QUIRK(n);
+        line->quirk_off = off ? line->quirk_off | SPM_QUIRK(n) : line->quirk_off & ~SPM_QUIRK(n);
+        at = end + (on ? 3 : 4);
+        if (*at == 0) return 0;
+        if (*at++ != ',') break;
+    }
+    snprintf(complaint, sizeof complaint, "--quirk %.80s: it must be Q1 to Q11 with =on or =off, like Q5=off", text);
+    return wrong(complaint);
+}
+
 static int parse(cli *line, int argc, char **argv)
 {
     int i, plain = 0;
@@ -554,6 +603,7 @@ static int parse(cli *line, int argc, char **argv)
         }
         line->value[o->id] = equals ? equals + 1 : argv[++i];
         if (!check_value(o, line->value[o->id])) return 2;
+        if (o->id == O_QUIRK && read_quirks(line, line->value[O_QUIRK])) return 2;
     }
     return 0;
 }
@@ -589,6 +639,13 @@ static int required(const cli *line, option_id id)
     }
     wrong(text);
     return 0;
+}
+
+/* The quirks in force: the profile's, less and more what --quirk says. */
+static unsigned quirks(const cli *line)
+{
+    unsigned all = is(line, O_PROFILE, "official") ? SPM_QUIRKS_OFFICIAL : 0;
+    return (all | line->quirk_on) & ~line->quirk_off;
 }
 
 /* A comma list of finite numbers. Returns how many, or -1. */
@@ -807,6 +864,8 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
     if (line->given[O_RESIZE]) (void)spm_resize_mode_parse(line->value[O_RESIZE], &reading->transform.resize);
     reading->label_reversed = info.has_arch ? info.label_reversed : 0;
     if (!info.has_arch && official) reading->label_reversed = arch->softmax_head = 1;
+    if ((line->quirk_on | line->quirk_off) & SPM_QUIRK(1)) arch->softmax_head = (quirks(line) & SPM_QUIRK(1)) != 0;
+    if ((line->quirk_on | line->quirk_off) & SPM_QUIRK(2)) reading->label_reversed = (quirks(line) & SPM_QUIRK(2)) != 0;
     if (line->given[O_LABEL_ORDER]) reading->label_reversed = is(line, O_LABEL_ORDER, "reversed");
     if (line->given[O_HEAD]) arch->softmax_head = is(line, O_HEAD, "softmax");
     reading->softmax_head = arch->softmax_head;
@@ -1092,6 +1151,21 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
         return wrong(text);
     }
     desc->n_top = n;
+    n = number_list(line->value[O_FRACTION], list, SPM_LOCALIZE_MAX);
+    for (i = 0; i < n; i++) {
+        desc->fraction[i] = list[i];
+        if (list[i] < 0.0 || list[i] > 1.0) n = -1;
+    }
+    if (n < 1) {
+        snprintf(text, sizeof text, "--fraction %s: it must be a list of shares from 0 to 1, like 1e-5,0.05",
+                 line->value[O_FRACTION]);
+        return wrong(text);
+    }
+    desc->n_fraction = n;
+    desc->dropout_p = number(line, O_DROPOUT_P);
+    if (desc->dropout_p > 1.0) return wrong("--dropout-p: it must be from 0 to 1");
+    desc->screen = number(line, O_SCREEN);
+    if (desc->screen >= 1.0) return wrong("--screen: it must be from 0 to below 1");
     n = number_list(line->value[O_STD], list, SPM_LOCALIZE_MAX);
     for (i = 0; i < n; i++) {
         desc->std[i] = list[i];
@@ -1122,15 +1196,59 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
         return wrong("--report-splits needs at least one of train, val and test");
     (void)spm_split_parse(line->value[O_SELECT_SPLIT], &desc->select_split);
     desc->official = is(line, O_PROFILE, "official");
+    desc->quirks = quirks(line);
+    desc->grid = is(line, O_GRID, "paper");
+    (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
+    (void)spm_unit_kind_parse(line->value[O_UNIT], &desc->unit);
+    (void)spm_modify_parse(line->value[O_MODIFY], &desc->modify);
+    if (!line->given[O_MODIFY] && ((desc->quirks & SPM_QUIRK(5)) || desc->unit == SPM_UNIT_WEIGHT))
+        desc->modify = SPM_MODIFY_ZERO;
+    desc->order_smallest = line->given[O_ORDER] ? is(line, O_ORDER, "smallest") : desc->official;
+    desc->steps = integer(line, O_STEPS);
+    desc->permutations = integer(line, O_PERMUTATIONS);
+    desc->truncation = number(line, O_TRUNCATION);
+    desc->scan_plain = is(line, O_SCAN, "resumed") ? 1 : is(line, O_SCAN, "plain") ? 2 : 0;
     desc->allow_same_split = is_on(line, O_ALLOW_SAME_SPLIT);
     if (desc->select_split != SPM_TRAIN && desc->report[desc->select_split] && !desc->allow_same_split
-        && !desc->official) {
+        && !(desc->quirks & SPM_QUIRK(7))) {
         snprintf(text, sizeof text,
                  "--select-split %s: units chosen on the split that is reported would flatter the result; report "
                  "another with --report-splits, or pass --allow-same-split",
                  line->value[O_SELECT_SPLIT]);
         return wrong(text);
     }
+    return 0;
+}
+
+/* The earlier checkpoints: those given, or for the grid those that lie 5 and 10 epochs before in the same run folder. */
+static int find_rewinds(const cli *line, spm_localize_desc *desc, char names[][1024])
+{
+    const char *at = line->value[O_REWIND], *file = line->value[O_CHECKPOINT], *slash = strrchr(file, '/');
+    int folder = slash ? (int)(slash - file) + 1 : 0, n = 0, back;
+    for (; at && *at; n++) {
+        size_t length = strcspn(at, ",");
+        if (n == SPM_LOCALIZE_REWINDS || length >= 1024) return wrong("--rewind takes up to 4 files");
+        snprintf(names[n], 1024, "%.*s", (int)length, at);
+        at += length + (at[length] == ',');
+    }
+    if (!at && desc->grid) {
+        spm_checkpoint_info info;
+        spm_error ignored = SPM_ZERO;
+        if (spm_checkpoint_inspect(line->ctx, file, &info, &ignored)) info.epoch = -1;
+        for (back = 5; back <= 10; back += 5) {
+            snprintf(names[n], 1024, "%.*sepoch-%03lld.safetensors", folder < 900 ? folder : 900, file,
+                     (long long)info.epoch - back);
+            if (info.epoch >= back && !spm_checkpoint_inspect(line->ctx, names[n], &info, &ignored)) {
+                n++;
+                info.epoch += back;
+            } else
+                fprintf(stderr, "grid: no checkpoint %d epochs earlier beside %s (train with --keep-every 5): rewind by %d "
+                                "is left out\n", back, file, back);
+        }
+    }
+    for (back = 0; back < n; back++) desc->rewind_file[back] = names[back];
+    if ((desc->modify == SPM_MODIFY_REWIND || desc->modify == SPM_MODIFY_LAYER_REWIND) && !desc->grid && n == 0)
+        return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
     return 0;
 }
 
@@ -1141,10 +1259,12 @@ static void print_units(const spm_json_value *root)
     for (i = 0; i < spm_json_length(rankings); i++) {
         const spm_json_value *r = spm_json_at(rankings, i), *units = spm_json_get(r, "units");
         if (spm_json_type_of(spm_json_get(r, "group")) == SPM_JSON_NUMBER)
-            printf("group %lld, gradient of %lld examples:", (long long)spm_json_as_int(spm_json_get(r, "group"), 0),
+            printf("group %lld, %s of %lld examples:", (long long)spm_json_as_int(spm_json_get(r, "group"), 0),
+                   spm_json_as_string(spm_json_get(r, "criterion"), ""),
                    (long long)spm_json_as_int(spm_json_get(r, "samples"), 0));
         else
-            printf("all groups:");
+            printf("all groups, %s of %ss:", spm_json_as_string(spm_json_get(r, "criterion"), ""),
+                   spm_json_as_string(spm_json_get(r, "unit"), ""));
         for (u = 0; u < spm_json_length(units) && u < 5; u++) {
             const spm_json_value *unit = spm_json_at(units, u);
             printf("%s %s[%lld] %.3g", u ? "," : "", spm_json_as_string(spm_json_get(unit, "parameter"), ""),
@@ -1152,6 +1272,53 @@ static void print_units(const spm_json_value *root)
                    spm_json_as_number(spm_json_get(unit, "score"), 0.0));
         }
         printf("\n");
+        if (spm_json_get(r, "completeness"))
+            printf("    completeness error %.2g at the first block, %.2g before the head\n",
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_first_block"), NAN),
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_last"), NAN));
+        if (spm_json_get(r, "sampling"))
+            printf("    %lld orders, %lld units met twice, standard error %.2g on average, %.2g at most\n",
+                   (long long)spm_json_as_int(spm_json_get(spm_json_get(r, "sampling"), "permutations"), 0),
+                   (long long)spm_json_as_int(spm_json_get(spm_json_get(r, "sampling"), "met_twice"), 0),
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "mean_error"), NAN),
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "max_error"), NAN));
+    }
+}
+
+/* What the exhaustive scan found: units by their spurious-memory index. */
+static void print_scan(const spm_json_value *scan)
+{
+    const spm_json_value *units = spm_json_get(scan, "units"), *screening = spm_json_get(scan, "screening");
+    int64_t i, shown[8], n = 0, k;
+    double held[8];
+    if (!scan) return;
+    printf("scan (%s): %lld removals, %lld passes of an example, %.1f s; screening left out %lld units, of %lld of these "
+           "measured all the same %lld cost a group a point or more\n",
+           spm_json_as_string(spm_json_get(scan, "way"), ""), (long long)spm_json_length(units),
+           (long long)spm_json_as_int(spm_json_get(scan, "forwards"), 0),
+           spm_json_as_number(spm_json_get(scan, "seconds"), 0.0),
+           (long long)spm_json_as_int(spm_json_get(screening, "left_out"), 0),
+           (long long)spm_json_as_int(spm_json_get(screening, "checked"), 0),
+           (long long)spm_json_as_int(spm_json_get(screening, "missed"), 0));
+    for (i = 0; i < spm_json_length(units); i++) {
+        double index = spm_json_as_number(
+            spm_json_get(spm_json_get(spm_json_at(units, i), "memory_index"), "index"), -9.0);
+        if (index <= -9.0) continue;
+        for (k = n < 8 ? n : 7; k > 0 && held[k - 1] < index; k--) {
+            held[k] = held[k - 1];
+            shown[k] = shown[k - 1];
+        }
+        if (n < 8) n++;
+        else if (k == 7 && held[7] >= index) continue;
+        held[k] = index;
+        shown[k] = i;
+    }
+    for (k = 0; k < n; k++) {
+        const spm_json_value *u = spm_json_at(units, shown[k]), *ci = spm_json_get(spm_json_get(u, "memory_index"), "ci95");
+        printf("    %s[%lld]  spurious-memory index %+.1f (%+.1f to %+.1f) points\n",
+               spm_json_as_string(spm_json_get(u, "parameter"), ""),
+               (long long)spm_json_as_int(spm_json_get(u, "channel"), 0), 100.0 * held[k],
+               100.0 * spm_json_as_number(spm_json_at(ci, 0), 0.0), 100.0 * spm_json_as_number(spm_json_at(ci, 1), 0.0));
     }
 }
 
@@ -1190,12 +1357,13 @@ static void print_localize(const spm_json_value *root)
     const spm_json_value *baseline = spm_json_get(root, "baseline"), *results = spm_json_get(root, "results");
     int64_t i, s, g;
     print_units(root);
-    printf("\naccuracy by group (p: share of matched controls with at least that drop)\n%-7s %4s %-10s %-7s %-6s",
+    print_scan(spm_json_get(root, "scan"));
+    printf("\naccuracy by group (p: share of matched controls with at least that drop)\n%-7s %5s %-12s %-7s %-6s",
            "ranked", "top", "modify", "std", "split");
     for (g = 0; g < spm_json_length(spm_json_at(baseline, 0)); g++) printf("  group %-6lld", (long long)g);
     printf("\n");
     for (s = 0; s < spm_json_length(baseline); s++) {
-        printf("%-7s %4s %-10s %-7s %-6s", "-", "0", "baseline", "", spm_json_key_at(baseline, s));
+        printf("%-7s %5s %-12s %-7s %-6s", "-", "0", "baseline", "", spm_json_key_at(baseline, s));
         print_row_cells(spm_json_at(baseline, s), NULL, NULL);
         printf("\n");
     }
@@ -1205,7 +1373,8 @@ static void print_localize(const spm_json_value *root)
         int64_t next = i + 1 < spm_json_length(results)
                            ? spm_json_as_int(spm_json_get(spm_json_at(results, i + 1), "repeat"), -1)
                            : 0;
-        char ranked[24], std[24];
+        const spm_json_value *index = spm_json_get(row, "memory_index");
+        char ranked[24], std[24], size[24];
         if (spm_json_type_of(repeat) == SPM_JSON_NUMBER && next != 0)
             continue; /* of repeated rows the mean is printed */
         if (spm_json_type_of(spm_json_get(row, "group")) == SPM_JSON_NUMBER)
@@ -1216,11 +1385,21 @@ static void print_localize(const spm_json_value *root)
             snprintf(std, sizeof std, "%.3g", spm_json_as_number(spm_json_get(row, "std"), 0.0));
         else
             std[0] = 0;
+        if (spm_json_get(row, "top"))
+            snprintf(size, sizeof size, "%lld", (long long)spm_json_as_int(spm_json_get(row, "top"), 0));
+        else
+            snprintf(size, sizeof size, "%.3g", spm_json_as_number(spm_json_get(row, "fraction"), 0.0));
         for (s = 0; s < spm_json_length(splits); s++) {
-            printf("%-7s %4lld %-10s %-7s %-6s", ranked, (long long)spm_json_as_int(spm_json_get(row, "top"), 0),
-                   spm_json_as_string(spm_json_get(row, "modify"), ""), std, spm_json_key_at(splits, s));
+            printf("%-7s %5s %-12s %-7s %-6s", ranked, size, spm_json_as_string(spm_json_get(row, "modify"), ""), std,
+                   spm_json_key_at(splits, s));
             print_row_cells(spm_json_at(splits, s), row, spm_json_key_at(splits, s));
             printf("\n");
+        }
+        if (spm_json_type_of(spm_json_get(index, "index")) == SPM_JSON_NUMBER) {
+            const spm_json_value *ci = spm_json_get(index, "ci95");
+            printf("%-40s spurious-memory index %+.1f (%+.1f to %+.1f) points\n", "",
+                   100.0 * spm_json_as_number(spm_json_get(index, "index"), 0.0),
+                   100.0 * spm_json_as_number(spm_json_at(ci, 0), 0.0), 100.0 * spm_json_as_number(spm_json_at(ci, 1), 0.0));
         }
     }
     printf("units were selected on split %s\n", spm_json_as_string(spm_json_get(root, "selected_on"), "?"));
@@ -1235,13 +1414,10 @@ static int run_localize(cli *line)
     spm_model *model;
     spm_json *json = NULL;
     int rc = 1, groups[SPM_LOCALIZE_MAX];
+    char names[SPM_LOCALIZE_REWINDS][1024];
     if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
     if (fill_localize(line, &desc, groups)) return 2;
-    (void)spm_criterion_parse(line->value[O_CRITERION], &desc.criterion);
-    (void)spm_modify_parse(desc.official && !line->given[O_MODIFY] ? "zero" : line->value[O_MODIFY], &desc.modify);
-    desc.rewind_file = line->value[O_REWIND];
-    if ((desc.modify == SPM_MODIFY_REWIND || desc.modify == SPM_MODIFY_LAYER_REWIND) && !desc.rewind_file)
-        return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
+    if (find_rewinds(line, &desc, names)) return 2;
     desc.repeats = integer(line, O_REPEATS);
     desc.controls = integer(line, O_CONTROLS);
     desc.samples = integer(line, O_SAMPLES);

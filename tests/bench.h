@@ -73,4 +73,16 @@ static inline int ranked(const spm_parameter *p)
 {
     return (p->flags & SPM_PARAMETER_PRUNABLE) && !(p->flags & SPM_PARAMETER_HEAD);
 }
+
+/* spm_modify_units with the change in the arguments. */
+static inline spm_status modify_units(spm_model *model, const spm_unit *units, int64_t count, spm_modify modify, double std,
+                                      uint64_t seed, spm_model *rewind, spm_error *err)
+{
+    spm_change change = SPM_ZERO;
+    change.modify = modify;
+    change.std = std;
+    change.seed = seed;
+    change.rewind = rewind;
+    return spm_modify_units(model, units, count, &change, err);
+}
 #endif

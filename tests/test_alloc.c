@@ -471,7 +471,8 @@ static spm_status localize(spm_context *ctx, spm_modify modify, int weights, spm
     desc.workers = 1;
     desc.modify = modify;
     desc.repeats = 1;
-    desc.rewind_file = in_scratch("vit.safetensors");
+    desc.rewind_file[0] = in_scratch("vit.safetensors");
+    desc.unit = weights ? SPM_UNIT_WEIGHT : SPM_UNIT_CHANNEL;
     desc.n_fraction = weights;
     desc.fraction[0] = 0.01;
     (void)tiny_arch(calm, TINY_VIT, &desc.rewind_arch, NULL);

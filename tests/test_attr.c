@@ -208,7 +208,7 @@ static void remove_head(bench *b, int64_t head)
     unit.parameter = spm_model_find_parameter(b->model, "blocks.0.attn.qkv.weight");
     unit.channel = head;
     unit.kind = SPM_UNIT_HEAD;
-    CHECK_INT(spm_modify_units(b->model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
+    CHECK_INT(modify_units(b->model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
 }
 
 /* Two heads: each order is one of two, so the estimate must be f a + (1 - f) b with f a multiple of 1/P, the same f for

@@ -285,14 +285,14 @@ static void modifications(void)
     unit.channel = 5;
     /* zero: the row alone */
     whole = model_hash(b.model);
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, &last), SPM_OK);
     CHECK_INT(rows_changed(p, before, &first), 1);
     CHECK_INT(first, 5);
     for (i = 0; i < row; i++) CHECK(p->value.data[5 * row + i] == 0.0f);
     memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
     CHECK(model_hash(b.model) == whole); /* nothing else was touched */
     /* noise: w += std N(0, 1), by seed */
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
     CHECK_INT(rows_changed(p, before, &first), 1);
     for (i = 0; i < row; i++) {
         double d = ((double)p->value.data[5 * row + i] - (double)before[5 * row + i]) / 0.02;
@@ -303,30 +303,30 @@ static void modifications(void)
     CHECK_NEAR(squares / (double)row, 1.0, 5.0 * sqrt(2.0 / (double)row));
     noisy = copy_of(b.model, w);
     memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 7, NULL, &last), SPM_OK);
     CHECK_INT(rows_changed(p, noisy, &first), 0);
     memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 8, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_NOISE, 0.02, 8, NULL, &last), SPM_OK);
     CHECK_INT(rows_changed(p, noisy, &first), 1);
     /* reinit: w = std N(0, 1), whatever it was */
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
     free(noisy);
     noisy = copy_of(b.model, w);
     for (i = 0; i < row; i++) p->value.data[5 * row + i] = 100.0f;
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_REINIT, 0.5, 7, NULL, &last), SPM_OK);
     CHECK_INT(rows_changed(p, noisy, &first), 0);
     CHECK_NEAR(row_norm(p, p->value.data, 5) / sqrt((double)row), 0.5, 0.25);
     memcpy(p->value.data, before, (size_t)spm_tensor_count(&p->value) * sizeof(float));
     /* rewind: the row, or the whole parameter, of an earlier model */
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, earlier, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, earlier, &last), SPM_OK);
     CHECK_INT(rows_changed(p, before, &first), 1);
     CHECK_INT(memcmp(p->value.data + 5 * row, spm_model_parameter(earlier, w)->value.data + 5 * row, (size_t)row * sizeof(float)), 0);
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_LAYER_REWIND, 0, 0, earlier, &last), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_LAYER_REWIND, 0, 0, earlier, &last), SPM_OK);
     CHECK_INT(memcmp(p->value.data, spm_model_parameter(earlier, w)->value.data, (size_t)spm_tensor_count(&p->value) * sizeof(float)), 0);
     CHECK_STR(last.text, "");
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, other, &last), SPM_E_SHAPE);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, other, &last), SPM_E_SHAPE);
     CHECK(strstr(last.text, "layer2.0.conv1.weight") != NULL);
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, NULL, NULL), SPM_E_SHAPE);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_REWIND, 0, 0, NULL, NULL), SPM_E_SHAPE);
     free(before);
     free(noisy);
     spm_model_destroy(earlier);
@@ -361,11 +361,11 @@ static void unit_outputs(void)
     out = spm_run_data(run, p->norm_output);
     for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) seen += out[i * 8 + 3] > 0.0f;
     CHECK(seen > 0);
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL), SPM_OK);
     CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
     out = spm_run_data(run, p->norm_output);
     for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) CHECK_NEAR(out[i * 8 + 3], constant > 0.0f ? constant : 0.0f, 1e-5);
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
     CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
     out = spm_run_data(run, p->norm_output);
     for (i = 0; i < TINY_SIZE * TINY_SIZE; i++) CHECK(out[i * 8 + 3] == 0.0f);
@@ -377,7 +377,7 @@ static void unit_outputs(void)
     p = spm_model_parameter(b.model, w);
     unit.parameter = w;
     unit.channel = 7;
-    CHECK_INT(spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
+    CHECK_INT(modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL), SPM_OK);
     CHECK_NEAR(row_norm(p, p->value.data, 7), 0.0, 0.0);
     CHECK(p->bias >= 0 && spm_model_parameter(b.model, p->bias)->value.data[7] == 0.0f);
     CHECK(p->bias >= 0 && spm_model_parameter(b.model, p->bias)->value.data[6] != 0.0f);
@@ -540,7 +540,7 @@ static void rows_are_what_they_say(void)
         CHECK_INT(spm_json_length(spm_json_get(row, "controls")), 0);
         CHECK_INT(spm_json_length(splits), 2);
         for (u = 0; u < top && u < 3; u++) units[u] = unit_at(&b, root, k / 3, u);
-        (void)spm_modify_units(b.model, units, top, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL);
+        (void)modify_units(b.model, units, top, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL);
         for (i = 0; i < 3; i += 2) {
             eval = evaluated(&b, (spm_split)i);
             check_groups(spm_json_get(splits, spm_split_name((spm_split)i)), &eval);
@@ -611,7 +611,7 @@ static void every_modification(void)
         desc.std[1] = 2.0;
         desc.n_std = 2;
         desc.repeats = noisy ? 3 : 0;
-        desc.rewind_file = file;
+        desc.rewind_file[0] = file;
         desc.seed = 4;
         root = study(&b, &desc);
         results = spm_json_get(root, "results");
@@ -639,7 +639,7 @@ static void every_modification(void)
         spm_localize_desc desc = usual_study(&b);
         desc.modify = SPM_MODIFY_REWIND;
         check_refused(&b, &desc, "--rewind", "rewind");
-        desc.rewind_file = "/nonexistent/earlier.safetensors";
+        desc.rewind_file[0] = "/nonexistent/earlier.safetensors";
         check_refused(&b, &desc, "/nonexistent/earlier.safetensors", "");
         desc = usual_study(&b);
         desc.modify = SPM_MODIFY_NOISE;
@@ -700,14 +700,14 @@ static void controls_of_one_unit(void)
     }
     qsort(near, (size_t)n, sizeof near[0], neighbour_order);
     for (s = 0; s < 3; s++) base[s] = evaluated(&b, (spm_split)s);
-    (void)spm_modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+    (void)modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
     for (s = 0; s < 3; s++) real[s] = evaluated(&b, (spm_split)s);
     restore_all(b.model, all, 0);
     for (j = 0; j < wanted; j++) {
         spm_unit control = unit;
         control.channel = near[j].channel;
         gap += near[j].gap;
-        (void)spm_modify_units(b.model, &control, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+        (void)modify_units(b.model, &control, 1, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
         for (s = 0; s < 3; s++) {
             other[s] = evaluated(&b, (spm_split)s);
             for (g = 0; g < 4; g++) {
@@ -813,7 +813,8 @@ static void rules_and_sentences(void)
     spm_json_free(b.ctx, root);
     desc.select_split = SPM_VAL;
     check_refused(&b, &desc, "val", "--allow-same-split");
-    desc.official = 1; /* quirk Q7 */
+    desc.official = 1;
+    desc.quirks = SPM_QUIRK(7);
     root = study(&b, &desc);
     CHECK_STR(spm_json_as_string(spm_json_get(root, "profile"), ""), "official");
     spm_json_free(b.ctx, root);
@@ -894,6 +895,382 @@ static void rules_and_sentences(void)
     bench_close(&b);
 }
 
+/* ---- single weights ---- */
+
+static spm_localize_desc weight_study(const bench *b, double fraction, int smallest, unsigned quirks)
+{
+    spm_localize_desc desc = usual_study(b);
+    desc.unit = SPM_UNIT_WEIGHT;
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    desc.modify = SPM_MODIFY_ZERO;
+    desc.fraction[0] = fraction;
+    desc.n_fraction = 1;
+    desc.order_smallest = smallest;
+    desc.quirks = quirks;
+    return desc;
+}
+
+static int float_order(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* The rule of METHOD 2.4, sound and with quirk Q4, against a model changed here. */
+static void single_weights(void)
+{
+    static const double fractions[4] = { 0.0, 0.003, 0.25, 1.0 };
+    bench b = bench_open("resnet18:width=2,stem=cifar", 2);
+    int variant, i, count = spm_model_parameter_count(b.model);
+    float **all = save_all(b.model), *sorted;
+    int64_t n = 0, j, at = 0;
+    spm_parameter *tie = spm_model_parameter(b.model, spm_model_find_parameter(b.model, "layer1.1.conv2.weight"));
+    for (j = 0; j < 20; j++) tie->value.data[j] = 1e-3f; /* ties at the threshold */
+    restore_all(b.model, all, 1);
+    all = save_all(b.model);
+    for (i = 0; i < count; i++) n += ranked(spm_model_parameter(b.model, i)) ? spm_tensor_count(&spm_model_parameter(b.model, i)->value) : 0;
+    sorted = (float *)malloc((size_t)n * sizeof *sorted);
+    for (i = 0; i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(b.model, i);
+        for (j = 0; ranked(p) && j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
+    }
+    qsort(sorted, (size_t)n, sizeof *sorted, float_order);
+    for (variant = 0; variant < 16; variant++) {
+        double fraction = fractions[variant / 4];
+        int smallest = variant & 1, q4 = (variant >> 1) & 1;
+        int64_t k = (int64_t)ceil(fraction * (double)n), changed = 0;
+        float t = smallest ? sorted[q4 ? (k < n - 1 ? k : n - 1) : k ? k - 1 : 0] : k ? sorted[n - (q4 && k > n - 1 ? n - 1 : k)] : 0.0f;
+        spm_localize_desc desc = weight_study(&b, fraction, smallest, q4 ? SPM_QUIRK(4) : 0);
+        spm_json_value *root = study(&b, &desc);
+        const spm_json_value *row = spm_json_at(spm_json_get(root, "results"), 0);
+        spm_eval eval;
+        for (i = 0; i < count; i++) {
+            spm_parameter *p = spm_model_parameter(b.model, i);
+            int in = q4 ? !(p->flags & SPM_PARAMETER_BUFFER) : ranked(p);
+            for (j = 0; in && j < spm_tensor_count(&p->value); j++) {
+                float w = fabsf(p->value.data[j]);
+                int chosen = q4 && !smallest && k == 0 ? 1 : !q4 && k == 0 ? 0 : smallest ? w <= t : w >= t;
+                if (!chosen) continue;
+                if (!q4 && changed == k) continue; /* ties: the first in the order of the parameters */
+                changed++;
+                p->value.data[j] = 0.0f;
+            }
+        }
+        spm_model_touch(b.model);
+        CHECK_INT(spm_json_as_int(spm_json_get(row, "changed"), -1), changed);
+        if (!q4) CHECK_INT(changed, k);
+        CHECK_STR(spm_json_as_string(spm_json_get(row, "order"), ""), smallest ? "smallest" : "largest");
+        eval = evaluated(&b, SPM_TEST);
+        check_groups(spm_json_get(spm_json_get(row, "splits"), "test"), &eval);
+        spm_eval_free(b.ctx, &eval);
+        spm_json_free(b.ctx, root);
+        restore_all(b.model, all, 0);
+    }
+    {
+        spm_localize_desc desc = weight_study(&b, 0.5, 1, 0);
+        spm_json_value *root;
+        double share;
+        desc.dropout_p = 0.8;
+        root = study(&b, &desc);
+        CHECK_INT(spm_json_length(spm_json_get(root, "results")), 4); /* random: 3 repeats and their mean */
+        share = (double)spm_json_as_int(spm_json_get(spm_json_at(spm_json_get(root, "results"), 1), "changed"), 0) / (0.5 * (double)n);
+        CHECK_NEAR(share, 0.2, 5.0 * sqrt(0.16 / (0.5 * (double)n)));
+        CHECK_INT(spm_json_length(spm_json_get(spm_json_get(spm_json_at(spm_json_get(root, "results"), 3), "accuracy_sd"), "test")), 4);
+        spm_json_free(b.ctx, root);
+        desc.modify = SPM_MODIFY_ZERO_UNIT;
+        check_refused(&b, &desc, "zero-unit", "single weight");
+        desc.modify = SPM_MODIFY_ZERO;
+        desc.fraction[0] = 1.5;
+        check_refused(&b, &desc, "fraction 1.5", "0 to 1");
+        desc = usual_study(&b);
+        desc.unit = SPM_UNIT_HEAD;
+        check_refused(&b, &desc, "attention heads", "--unit");
+    }
+    free(sorted);
+    restore_all(b.model, all, 1);
+    bench_close(&b);
+}
+
+/* Quirk Q6: noise on single weights is uniform, so a tiny network's weights never fall by it. */
+static void uniform_noise(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_unit unit = SPM_ZERO;
+    spm_change change = SPM_ZERO;
+    spm_parameter *p;
+    int64_t i;
+    float *before;
+    double sum = 0.0;
+    unit.parameter = spm_model_find_parameter(b.model, "layer3.0.conv1.weight");
+    p = spm_model_parameter(b.model, unit.parameter);
+    before = copy_of(b.model, unit.parameter);
+    change.modify = SPM_MODIFY_NOISE;
+    change.std = 0.5;
+    change.uniform = 1;
+    CHECK_INT(spm_modify_units(b.model, &unit, 1, &change, NULL), SPM_OK);
+    for (i = 0; i < row_size(p); i++) {
+        CHECK(p->value.data[i] >= before[i] && p->value.data[i] <= before[i] + 0.5f);
+        sum += (double)(p->value.data[i] - before[i]);
+    }
+    CHECK_NEAR(sum / (double)row_size(p), 0.25, 0.05);
+    free(before);
+    bench_close(&b);
+}
+
+/* ---- mean ---- */
+
+/* After the change the unit puts out one constant: the mean of what it put out over the training split. */
+static void mean_output(void)
+{
+    static const char names[3][32] = { "layer1.0.conv1.weight", "blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight" };
+    int k;
+    for (k = 0; k < 3; k++) {
+        bench b = bench_open(k ? "vit:patch=4,dim=16,depth=1,heads=2" : TINY_ARCH, 1);
+        const spm_program *program = spm_model_program(b.model);
+        spm_unit unit = SPM_ZERO;
+        spm_change change = SPM_ZERO;
+        double *means = NULL, sum = 0.0;
+        const spm_parameter *p;
+        spm_run *run = spm_run_create(b.model, NULL, NULL);
+        static float pixels[TINY_SIZE * TINY_SIZE * 3];
+        int64_t i, j, cells = 0, channels, n = spm_dataset_split_size(b.set, SPM_TRAIN);
+        spm_value value;
+        int pass, op_index;
+        unit.parameter = spm_model_find_parameter(b.model, names[k]);
+        unit.channel = 1;
+        unit.kind = k == 2 ? SPM_UNIT_HEAD : SPM_UNIT_CHANNEL;
+        p = spm_model_parameter(b.model, unit.parameter);
+        value = k == 0 ? p->norm_output : p->output;
+        for (op_index = 0; k == 2 && op_index < spm_program_op_count(program); op_index++) {
+            spm_op op;
+            spm_value out = spm_program_op_at(program, op_index, &op, NULL, NULL);
+            if (op == SPM_OP_ATTENTION) value = out;
+        }
+        if (k == 0) spm_model_parameter(b.model, p->norm_bias)->value.data[1] = 9.0f; /* so that the ReLU does nothing */
+        spm_model_touch(b.model);
+        CHECK_INT(spm_unit_means(b.model, b.set, &b.reading, SPM_TRAIN, 1, &means, NULL), SPM_OK);
+        CHECK(spm_run_keep(run, value) == SPM_OK);
+        for (pass = 0; pass < 2; pass++) {
+            for (i = 0; i < n; i++) {
+                spm_tensor out;
+                tiny_pixels(b.set, &b.reading, spm_dataset_split_ids(b.set, SPM_TRAIN)[i], pixels);
+                (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
+                CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+                out = spm_run_tensor(run, value);
+                channels = out.shape[out.rank - 1];
+                for (j = 0; j < spm_tensor_count(&out) / channels; j++) {
+                    double v = (double)out.data[j * channels + (k == 2 ? 8 + 3 : 1)]; /* of head 1: its dimension 3 */
+                    if (pass) CHECK_NEAR(v, sum, 1e-4);
+                    else sum += v;
+                    cells += !pass;
+                }
+            }
+            if (pass) break;
+            sum /= (double)cells;
+            change.modify = SPM_MODIFY_MEAN;
+            CHECK_INT(spm_modify_units(b.model, &unit, 1, &change, &last), SPM_E_ARGUMENT); /* no means given */
+            change.means = means;
+            CHECK_INT(spm_modify_units(b.model, &unit, 1, &change, NULL), SPM_OK);
+        }
+        spm_run_destroy(run);
+        spm_free(b.ctx, means);
+        bench_close(&b);
+    }
+}
+
+/* ---- the exhaustive scan ---- */
+
+static double scan_part(const spm_json_value *root, int64_t u, const char *what, const char *split, int g)
+{
+    const spm_json_value *unit = spm_json_at(spm_json_get(spm_json_get(root, "scan"), "units"), u);
+    return spm_json_as_number(spm_json_at(spm_json_get(spm_json_get(unit, what), split), g), -9.0);
+}
+
+static double scan_drop(const spm_json_value *root, int64_t u, const char *split, int g)
+{
+    return scan_part(root, u, "drop", split, g);
+}
+
+/* Every unit's removal: resumed gives the bits of plain, fast the same predictions; and some of them are worked out by
+ * changing the model here. */
+static void exhaustive_scan(void)
+{
+    static const char archs[4][48] = { "resnet18:width=2,stem=cifar", "vit:patch=8,dim=8,depth=1,heads=2,mlp=2", "resnet20:width=2", "resnet50:width=2,stem=cifar" };
+    int net, way;
+    for (net = 0; net < 4; net++) {
+        bench b = bench_open(archs[net], net == 1 ? 1 : 2);
+        spm_localize_desc desc = usual_study(&b);
+        spm_json_value *root[3];
+        float **all = save_all(b.model);
+        int64_t units, u, k, lost = 0, unchanged;
+        int g;
+        desc.criterion = SPM_CRITERION_EXHAUSTIVE;
+        desc.top[0] = 1;
+        desc.n_top = 1;
+        desc.batch = 7;
+        for (way = 0; way < (net == 3 ? 2 : 3); way++) {
+            desc.scan_plain = way;
+            root[way] = study(&b, &desc);
+        }
+        if (net == 3) root[2] = NULL;
+        units = spm_json_length(spm_json_get(spm_json_get(root[0], "scan"), "units"));
+        unchanged = spm_json_as_int(spm_json_get(spm_json_get(root[0], "scan"), "unchanged"), -1);
+        CHECK(net == 1 || unchanged > 0);
+        CHECK(spm_json_as_int(spm_json_get(spm_json_get(root[0], "scan"), "forwards"), 1 << 30) < spm_json_as_int(spm_json_get(spm_json_get(root[1], "scan"), "forwards"), 0) || net == 1);
+        for (u = 0; u < units; u++) {
+            for (g = 0; g < 4; g++) {
+                for (way = 1; way < (root[2] ? 3 : 2); way++) {
+                    CHECK_NEAR(scan_drop(root[0], u, "train", g), scan_drop(root[way], u, "train", g), 0.0);
+                    CHECK_NEAR(scan_drop(root[0], u, "test", g), scan_drop(root[way], u, "test", g), 0.0);
+                    CHECK_NEAR(scan_part(root[0], u, "loss_rise", "test", g), scan_part(root[way], u, "loss_rise", "test", g), 2e-5);
+                }
+                if (root[2]) CHECK_NEAR(scan_part(root[1], u, "loss_rise", "train", g), scan_part(root[2], u, "loss_rise", "train", g), 0.0);
+                lost += fabs(scan_part(root[0], u, "loss_rise", "test", g)) > 1e-3;
+            }
+        }
+        CHECK(lost > units / 4);
+        for (k = 0; k < 6; k++) {
+            const spm_json_value *entry;
+            spm_unit unit = SPM_ZERO;
+            spm_eval before = evaluated(&b, SPM_TEST), after;
+            u = (units * (2 * k + 1)) / 12;
+            entry = spm_json_at(spm_json_get(spm_json_get(root[0], "scan"), "units"), u);
+            unit.parameter = spm_model_find_parameter(b.model, spm_json_as_string(spm_json_get(entry, "parameter"), ""));
+            unit.channel = spm_json_as_int(spm_json_get(entry, "channel"), -1);
+            (void)modify_units(b.model, &unit, 1, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL);
+            after = evaluated(&b, SPM_TEST);
+            for (g = 0; g < 4; g++) CHECK_NEAR(scan_drop(root[0], u, "test", g), before.groups[g].accuracy - after.groups[g].accuracy, 1e-8);
+            spm_eval_free(b.ctx, &before);
+            spm_eval_free(b.ctx, &after);
+            restore_all(b.model, all, 0);
+        }
+        for (g = 0; g < 4; g++) { /* the ranking of a group is by its drop on the selection split */
+            spm_unit first = unit_at(&b, root[0], g, 0);
+            double best = -9.0;
+            for (u = 0; u < units; u++) best = scan_drop(root[0], u, "train", g) > best ? scan_drop(root[0], u, "train", g) : best;
+            CHECK_NEAR(first.score, best, 1e-6);
+        }
+        for (way = 0; way < 3; way++) spm_json_free(b.ctx, root[way]);
+        if (net == 0) {
+            const spm_json_value *screening;
+            desc.scan_plain = 0;
+            desc.screen = 0.5;
+            root[0] = study(&b, &desc);
+            screening = spm_json_get(spm_json_get(root[0], "scan"), "screening");
+            CHECK_INT(spm_json_as_int(spm_json_get(screening, "left_out"), -1), units / 2);
+            CHECK(spm_json_as_int(spm_json_get(screening, "checked"), 0) > units / 40);
+            CHECK_INT(spm_json_length(spm_json_get(spm_json_get(root[0], "scan"), "units")), units - units / 2 + spm_json_as_int(spm_json_get(screening, "checked"), 0));
+            CHECK(spm_json_as_int(spm_json_get(screening, "missed"), -1) >= 0);
+            spm_json_free(b.ctx, root[0]);
+            desc.screen = 0.0;
+            desc.unit = SPM_UNIT_WEIGHT;
+            desc.modify = SPM_MODIFY_ZERO;
+            check_refused(&b, &desc, "exhaustive", "--unit");
+        }
+        restore_all(b.model, all, 1);
+        bench_close(&b);
+    }
+}
+
+/* ---- paired tests and the memory index ---- */
+
+static void paired_rows(void)
+{
+    bench b = bench_open(TINY_ARCH, 1);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root = study(&b, &desc);
+    const spm_json_value *row = spm_json_at(spm_json_get(root, "results"), 2), *paired = spm_json_get(row, "paired"), *index = spm_json_get(row, "memory_index");
+    float **all = save_all(b.model);
+    spm_eval before[3], after[3];
+    spm_unit units[3];
+    double low, high;
+    spm_paired total[3][6];
+    int64_t i;
+    int s, u;
+    for (u = 0; u < 3; u++) units[u] = unit_at(&b, root, 0, u);
+    for (s = 0; s < 3; s++) before[s] = evaluated(&b, (spm_split)s);
+    (void)modify_units(b.model, units, 3, SPM_MODIFY_ZERO_UNIT, 0, 0, NULL, NULL);
+    memset(total, 0, sizeof total);
+    for (s = 0; s < 3; s++) {
+        after[s] = evaluated(&b, (spm_split)s);
+        for (i = 0; i < before[s].count; i++) {
+            int g = before[s].group[i], k, was = before[s].predicted[i] == before[s].y[i], is = after[s].predicted[i] == after[s].y[i];
+            for (k = 0; k < 2; k++) {
+                spm_paired *cell = &total[s][k ? (g == 1 || g == 2 ? 4 : 5) : g]; /* groups 1 and 2 are the minority */
+                cell->n++;
+                cell->lost += was && !is;
+                cell->gained += !was && is;
+            }
+        }
+    }
+    CHECK_INT(spm_json_length(paired), 8);
+    for (i = 0; i < 8; i++) {
+        const spm_json_value *entry = spm_json_at(paired, i);
+        const spm_paired *cell = &total[i < 4 ? 0 : 2][i % 4];
+        CHECK_INT(spm_json_as_int(spm_json_get(entry, "lost"), -1), cell->lost);
+        CHECK_INT(spm_json_as_int(spm_json_get(entry, "gained"), -1), cell->gained);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "p_value"), -1), spm_mcnemar(cell->lost, cell->gained), 1e-8);
+    }
+    CHECK_NEAR(spm_json_as_number(spm_json_get(index, "index"), -9), spm_memory_index(&total[0][4], &total[2][4], &total[0][5], &low, &high), 1e-8);
+    CHECK_NEAR(spm_json_as_number(spm_json_at(spm_json_get(index, "ci95"), 0), -9), low, 1e-8);
+    CHECK_NEAR(spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(index, "groups"), 2), "index"), -9), spm_memory_index(&total[0][2], &total[2][2], &total[0][5], &low, &high), 1e-8);
+    CHECK_NEAR(spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(index, "groups"), 3), "index"), -9), spm_memory_index(&total[0][3], &total[2][3], &total[0][0], &low, &high), 1e-8);
+    for (s = 0; s < 3; s++) {
+        spm_eval_free(b.ctx, &before[s]);
+        spm_eval_free(b.ctx, &after[s]);
+    }
+    restore_all(b.model, all, 1);
+    spm_json_free(b.ctx, root);
+    bench_close(&b);
+}
+
+/* ---- the grid ---- */
+
+static void paper_grid(void)
+{
+    bench b = bench_open("resnet18:width=2,stem=cifar", 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_model *earlier = tiny_model(b.ctx, "resnet18:width=2,stem=cifar", 99);
+    spm_checkpoint_info info = SPM_ZERO;
+    char file[900];
+    spm_json_value *root;
+    const spm_json_value *results;
+    int64_t i, zero = 0, noise = 0, reinit = 0, rewind = 0, weights = 0, shares = 0;
+    snprintf(file, sizeof file, "%s", tiny_path("earlier2.safetensors", ""));
+    info.arch = tiny_arch(b.ctx, "resnet18:width=2,stem=cifar");
+    info.transform = b.reading.transform;
+    CHECK(spm_checkpoint_save(earlier, file, &info, NULL) == SPM_OK);
+    desc.grid = 1;
+    desc.repeats = 1;
+    desc.rewind_file[0] = file;
+    desc.rewind_file[1] = file;
+    root = study(&b, &desc);
+    results = spm_json_get(root, "results");
+    for (i = 0; i < spm_json_length(results); i++) {
+        const spm_json_value *row = spm_json_at(results, i);
+        const char *modify = spm_json_as_string(spm_json_get(row, "modify"), "");
+        int weight = spm_json_get(row, "fraction") != NULL, magnitude = strcmp(spm_json_as_string(spm_json_get(row, "criterion"), ""), "magnitude") == 0;
+        weights += weight;
+        shares += weight && spm_json_as_number(spm_json_get(row, "fraction"), 0.0) > 0.01;
+        if (weight || !magnitude) continue;
+        zero += strcmp(modify, "zero-unit") == 0;
+        noise += strcmp(modify, "noise") == 0;
+        reinit += strcmp(modify, "reinit") == 0;
+        rewind += strcmp(modify, "rewind") == 0;
+    }
+    CHECK_INT(spm_json_length(spm_json_get(root, "rankings")), 4 + 1 + 1);
+    CHECK_INT(zero, 10);
+    CHECK_INT(noise, 3 * 3);
+    CHECK_INT(reinit, 3 * 5); /* .005 .01 .02 and .15 .1 */
+    CHECK_INT(rewind, 3 * 2);
+    CHECK_INT(weights, 3 * (1 + 3 + 3 + 2) + 8);
+    CHECK_INT(shares, 8);
+    CHECK_INT(spm_json_length(results), 4 * (10 + 9 + 9 + 6) + 10 + 9 + 15 + 6 + weights);
+    spm_json_free(b.ctx, root);
+    spm_model_destroy(earlier);
+    bench_close(&b);
+}
+
 int main(void)
 {
     tiny_begin("test_local");
@@ -910,5 +1287,11 @@ int main(void)
     TEST(controls_of_one_unit);
     TEST(number_of_controls);
     TEST(rules_and_sentences);
+    TEST(single_weights);
+    TEST(uniform_noise);
+    TEST(mean_output);
+    TEST(exhaustive_scan);
+    TEST(paired_rows);
+    TEST(paper_grid);
     return TEST_END;
 }
