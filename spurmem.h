@@ -1634,9 +1634,19 @@ typedef struct spm_report_desc {
     const char *results;           /* a study's results.json for the Pareto plot, or NULL */
 } spm_report_desc;
 
-/* One self-contained page (inline CSS and SVG, no script from elsewhere): curves per group over epochs, tables before and
- * after with counts and 95 % intervals, localization tables with controls, the protocol.  Reads what each run folder
- * holds: config.json, metrics.jsonl, eval.json, localize.json where they exist. Written atomically. */
+/* Grad-CAM pictures (attention rollout for a ViT) of the same examples under every run's best.safetensors, into
+ * RUN/gradcam as JPEG files with an index.json, where spm_report_write finds them: of every minority group (not the
+ * largest of its class in training) the first `each` training pictures that the first run has right and the first `each`
+ * test pictures that it has wrong, in the data set's order, 24 in all.  Errors: a run without best.safetensors or of other
+ * classes, an unreadable picture, a folder that cannot be written.  Test: test_report.c. */
+SPMDEF spm_status spm_report_draw(spm_context *ctx, spm_dataset *dataset, const char *const *runs, int n_runs, int each,
+                                  spm_error *err);
+/* One self-contained page (inline CSS, SVG and pictures; no script, no network): the finding in a sentence, bars and a
+ * table before and after with counts and Wilson 95 % intervals, curves per group over epochs, worst group against
+ * majority, localization beside its controls, Grad-CAM pictures, the protocol.  Reads what each run folder holds:
+ * config.json and metrics.jsonl; localize.json and gradcam/index.json where they exist.  results.json: every object in it
+ * that has "worst_group_accuracy" and "majority_accuracy" is a point, named by "method".  A missing or broken file is an
+ * error that names it; the page is written atomically.  Test: test_report.c. */
 SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc, const char *path, spm_error *err);
 
 #endif /* SPURMEM_H */
@@ -29182,8 +29192,8 @@ static void spmi_report_study(spmi_report *report, const spm_json_value *study)
     if (any)
         spmi_text_add(out, "<div class=\"bar axis\" aria-hidden=true><span class=who></span><svg height=16><text x=0 y=12>"
                            "&minus;100</text><text x=\"41.67%\" y=12 text-anchor=middle>&minus;50</text><text "
-                           "x=\"83.33%\" y=12 text-anchor=middle>0</text><text x=\"100%\" y=12 text-anchor=end>+20 "
-                           "points</text></svg><span class=val></span></div>\n");
+                           "x=\"83.33%\" y=12 text-anchor=middle>0</text><text x=\"100%\" y=12 text-anchor=end>+20"
+                           "</text></svg><span class=val></span></div>\n");
     spmi_html_in(out, "<details open><summary>All changes, criterion ", spmi_field(study, "criterion"), "</summary>\n");
     spmi_html_in(out, "<div class=scroll><table><caption>Units were selected on split ", spmi_field(study, "selected_on"),
                  ". Percent after the change; in brackets the change in points. Controls: the same change of other "
@@ -29216,7 +29226,7 @@ static void spmi_report_localize(spmi_report *report)
             spmi_text_add(out, "<section id=memory><h2>Where the memory sits</h2>\n<p>Solid diamond: accuracy lost (in "
                                "points) without the units that the criterion ranks first. Hollow circles: without as "
                                "many other units of the same layers, nearest in norm; the tick is their mean. Memory "
-                               "shows as a diamond left of all circles in training, and at home in test.</p>\n");
+                               "shows as a diamond left of all circles in training and among them in test.</p>\n");
         any = 1;
         spmi_html_in(out, "<h3>", report->runs[r].label, "</h3>\n");
         if (spm_json_get(root, "results"))
@@ -29232,28 +29242,30 @@ static void spmi_report_localize(spmi_report *report)
 
 #define SPMI_REPORT_PICTURES 24
 
-/* The picture as a data: URI. The name must be a plain one of a PNG inside the run's gradcam folder. */
+/* The picture as a data: URI. The name must be a plain one of a PNG or JPEG inside the run's gradcam folder. */
 static spm_status spmi_report_picture(spmi_report *report, const spmi_report_run *run, const char *file,
                                       const char *label)
 {
-    static const uint8_t signature[8] = { 0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n' };
+    static const uint8_t png[8] = { 0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n' };
     spmi_text *out = &report->out;
     char *folder = spmi_path_join(report->ctx, run->path, "gradcam");
     char *path = folder ? spmi_path_join(report->ctx, folder, file) : NULL;
     uint8_t *data = NULL;
     size_t size = 0;
+    int jpeg;
     spm_status status = path ? SPM_OK : spmi_fail_memory(report->ctx, report->err, "the report");
     if (!status && (!*file || strchr(file, '/') || strchr(file, '\\') || strchr(file, ':'))) {
         status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
                            "%s/index.json: \"file\" is \"%.60s\"; it must name a picture in that folder", folder, file);
     }
     if (!status) status = spm_file_read(report->ctx, path, &data, &size, report->err);
-    if (!status && (size < 8 || memcmp(data, signature, 8) != 0)) {
+    jpeg = size >= 3 && data[0] == 0xFF && data[1] == 0xD8 && data[2] == 0xFF;
+    if (!status && !jpeg && (size < 8 || memcmp(data, png, 8) != 0)) {
         status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
-                           "%s: is no PNG picture; write the folder again with predict --gradcam", path);
+                           "%s: is neither a PNG nor a JPEG picture; draw the folder again with --pictures", path);
     }
     if (!status) {
-        spmi_html_in(out, "<img alt=\"", label, "\" src=\"data:image/png;base64,");
+        spmi_html_in(out, "<img alt=\"", label, jpeg ? "\" src=\"data:image/jpeg;base64," : "\" src=\"data:image/png;base64,");
         spmi_html_base64(out, data, size);
         spmi_text_add(out, "\">");
     }
@@ -29288,14 +29300,22 @@ static spm_status spmi_report_pictures(spmi_report *report)
     }
     if (!pictures) return SPM_OK;
     n = SPMI_MIN(spm_json_length(pictures), SPMI_REPORT_PICTURES);
-    spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>Grad-CAM: the warmer and brighter a "
-                       "place, the more it speaks for the class that the network names.</p>\n<div class=cams>\n");
+    spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>Grad-CAM: the warmer a place, the more "
+                       "it speaks for the class that the network names; gray places say nothing. Minority pictures in "
+                       "the data set&rsquo;s order, none picked by hand: training pictures that the first run has right, "
+                       "test pictures that it has wrong.</p>\n<div class=cams>\n");
     for (i = 0; !status && i < n; i++) {
         const spm_json_value *first = spm_json_at(pictures, i);
         const char *source = spmi_field(first, "source");
-        spmi_html_in(out, "<figure><figcaption><b>", spmi_report_group_name(report, spmi_field_int(first, "group", -1)),
-                     "</b> <small>");
+        int64_t group = spmi_field_int(first, "group", -1);
+        spmi_html_in(out, "<figure><figcaption><b>", group >= 0 ? spmi_report_group_name(report, group) : "", "</b> ");
+        spmi_html_in(out, "", spmi_field(first, "split"), " <small>");
         spmi_html_in(out, "", source, "</small></figcaption><div class=pair>");
+        if (*spmi_field(first, "picture")) {
+            spmi_text_add(out, "<div>");
+            status = spmi_report_picture(report, &report->runs[lead], spmi_field(first, "picture"), source);
+            spmi_text_add(out, "<p><small>picture</small></p></div>");
+        }
         for (r = lead; !status && r < report->n_runs; r++) {
             const spm_json_value *p = r == lead ? first : spmi_report_same_picture(&report->runs[r], source);
             double probability = spmi_field_number(p, "probability");
@@ -29306,7 +29326,8 @@ static spm_status spmi_report_pictures(spmi_report *report)
             spmi_html_in(out, "<p><small>", report->runs[r].label, "</small><br>");
             spmi_html(out, spmi_field(p, "class_name"));
             if (probability == probability) spmi_text_addf(out, " %.0f&nbsp;%%", 100.0 * probability);
-            if (right >= 0) spmi_text_add(out, right ? " &#10003;" : " &#10007;");
+            if (right >= 0)
+                spmi_text_add(out, right ? "&nbsp;<b title=right>&#10003;</b>" : "&nbsp;<b class=wrong title=wrong>&#10007;</b>");
             spmi_text_add(out, "</p></div>");
         }
         spmi_text_add(out, "</div></figure>\n");
@@ -29316,6 +29337,207 @@ static spm_status spmi_report_pictures(spmi_report *report)
         spmi_text_addf(out, "<p>The first %ld of %ld pictures.</p>\n", (long)n, (long)spm_json_length(pictures));
     spmi_text_add(out, "</section>\n");
     return status;
+}
+
+/* ---- Grad-CAM pictures into run folders ---- */
+
+/* One run's best network, ready for single pictures. */
+typedef struct spmi_drawer {
+    spm_context *ctx;
+    spm_dataset *dataset;
+    spm_model *model;
+    spm_run *run;
+    spm_reading reading;
+    float *pixels, *probabilities;
+    int classes, predicted; /* of the last picture */
+    spm_image seen;         /* the last picture, as the network saw it */
+    spm_error *err;
+} spmi_drawer;
+
+static void spmi_drawer_close(spmi_drawer *d)
+{
+    spm_image_free(d->ctx, &d->seen);
+    spm_run_destroy(d->run);
+    spm_model_destroy(d->model);
+    spmi_free(d->ctx, d->pixels);
+    spmi_free(d->ctx, d->probabilities);
+}
+
+static spm_status spmi_drawer_open(spmi_drawer *d, spm_context *ctx, spm_dataset *dataset, const char *folder,
+                                   spm_error *err)
+{
+    char *path = spmi_path_join(ctx, folder, "best.safetensors");
+    spm_checkpoint_info info = SPM_ZERO;
+    spm_run_desc one = SPM_ZERO;
+    spm_status status = path ? spm_checkpoint_inspect(ctx, path, &info, err) : spmi_fail_memory(ctx, err, folder);
+    memset(d, 0, sizeof *d);
+    d->ctx = ctx;
+    d->dataset = dataset;
+    d->err = err;
+    if (!status && (!info.has_arch || info.arch.classes != spm_dataset_classes(dataset))) {
+        status = spmi_fail(ctx, err, SPM_E_SHAPE, "%s: has %ld classes, the data set %s has %d; give the run's own data set",
+                           path, info.has_arch ? (long)info.arch.classes : 0L, spm_dataset_path(dataset),
+                           spm_dataset_classes(dataset));
+    }
+    if (!status) {
+        d->reading.transform = info.transform;
+        d->reading.label_reversed = info.label_reversed;
+        d->reading.softmax_head = info.arch.softmax_head;
+        d->classes = (int)info.arch.classes;
+        d->pixels = (float *)spmi_alloc_array(ctx, info.arch.height * info.arch.width_px * 3, sizeof(float));
+        d->probabilities = (float *)spmi_alloc_array(ctx, d->classes, sizeof(float));
+        if (!d->pixels || !d->probabilities) status = spmi_fail_memory(ctx, err, "the pictures");
+    }
+    if (!status) {
+        d->model = spm_model_build(ctx, &info.arch, 0, err);
+        status = d->model ? spm_checkpoint_load(d->model, path, 0, err) : err->status;
+    }
+    if (!status && !(d->run = spm_run_create(d->model, &one, err))) status = err->status;
+    spmi_free(ctx, path);
+    return status;
+}
+
+/* Reads an example and classifies it: seen, pixels, probabilities, predicted. */
+static spm_status spmi_drawer_look(spmi_drawer *d, int64_t id)
+{
+    const spm_program *program = spm_model_program(d->model);
+    spm_image picture = SPM_ZERO;
+    spm_status status = spm_dataset_image(d->dataset, id, &picture, d->err);
+    spm_image_free(d->ctx, &d->seen);
+    if (!status) status = spm_transform_image(d->ctx, &d->reading.transform, &picture, &d->seen, d->err);
+    spm_image_free(d->ctx, &picture);
+    if (status) return status;
+    spm_transform_normalize(&d->reading.transform, &d->seen, d->pixels);
+    if (spm_run_input(d->run, spm_program_find(program, "image"), d->pixels) || spm_run_forward(d->run, 1, 0))
+        return spmi_fail(d->ctx, d->err, spm_run_error(d->run)->status, "%s", spm_run_error(d->run)->text);
+    d->predicted = spm_classify(&d->reading, spm_run_data(d->run, spm_program_find(program, "logits")), d->classes,
+                                d->probabilities);
+    return SPM_OK;
+}
+
+/* The picture last looked at (overlaid: with its map), enlarged to 224 pixels or more, as RUN/gradcam/NAME. */
+static spm_status spmi_drawer_write(spmi_drawer *d, const char *folder, const char *name, int overlaid)
+{
+    int side = SPMI_MIN(d->seen.width, d->seen.height), by = side < 224 ? 223 / side + 1 : 1;
+    char *path = spmi_path_join(d->ctx, folder, name);
+    spm_image large = SPM_ZERO, overlay = SPM_ZERO;
+    spm_map map = SPM_ZERO;
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    spm_status status = path ? SPM_OK : spmi_fail_memory(d->ctx, d->err, name);
+    if (!status) {
+        status = spm_image_resize(d->ctx, &d->seen, d->seen.width * by, d->seen.height * by, SPM_FILTER_BILINEAR, &large,
+                                  d->err);
+    }
+    if (!status && overlaid) {
+        status = spm_explain(d->model, &d->reading, d->pixels, -1, SPM_MAP_AUTO, &map, d->err);
+        if (!status) status = spm_map_overlay(d->ctx, &map, &large, &overlay, d->err);
+    }
+    if (!status) status = spm_image_encode_jpeg(d->ctx, overlaid ? &overlay : &large, 90, 1, &bytes, &size, d->err);
+    if (!status) status = spm_file_write(d->ctx, path, bytes, size, d->err);
+    spm_free(d->ctx, bytes);
+    spm_free(d->ctx, map.values);
+    spm_image_free(d->ctx, &large);
+    spm_image_free(d->ctx, &overlay);
+    spmi_free(d->ctx, path);
+    return status;
+}
+
+/* The examples to draw: of every minority group the first `each` training pictures that the network has right, then the
+ * first `each` test pictures that it has wrong. */
+static spm_status spmi_draw_choose(spmi_drawer *d, int each, int64_t *ids, int64_t *count)
+{
+    spm_dataset *dataset = d->dataset;
+    int g, s, other, groups = spm_dataset_groups(dataset);
+    int64_t i;
+    spm_status status = SPM_OK;
+    *count = 0;
+    for (g = 0; g < groups; g++) {
+        int minority = 0, spurious = spm_dataset_confounders(dataset);
+        for (other = g - g % spurious; other < g - g % spurious + spurious; other++)
+            minority |= spm_dataset_group_count(dataset, SPM_TRAIN, other)
+                        > spm_dataset_group_count(dataset, SPM_TRAIN, g);
+        for (s = 0; minority && s < 2; s++) {
+            spm_split split = s ? SPM_TEST : SPM_TRAIN;
+            const int64_t *in_split = spm_dataset_split_ids(dataset, split);
+            int found = 0;
+            for (i = 0; !status && found < each && *count < SPMI_REPORT_PICTURES
+                        && i < spm_dataset_split_size(dataset, split);
+                 i++) {
+                const spm_example *example = spm_dataset_example(dataset, in_split[i]);
+                if (example->group != g) continue;
+                status = spmi_drawer_look(d, in_split[i]);
+                if (status || (d->predicted == example->y) == (split == SPM_TEST)) continue;
+                ids[(*count)++] = in_split[i];
+                found++;
+            }
+        }
+    }
+    return status;
+}
+
+/* RUN/gradcam of one run: an overlay for every chosen example, and index.json, which comes last. */
+static spm_status spmi_draw_run(spmi_drawer *d, const char *run, const int64_t *ids, int64_t count, int with_pictures)
+{
+    char *folder = spmi_path_join(d->ctx, run, "gradcam");
+    char *path = folder ? spmi_path_join(d->ctx, folder, "index.json") : NULL;
+    spm_json *json = spm_json_create(d->ctx);
+    const char *text;
+    spm_status status = path && json ? spm_directory_create(d->ctx, folder, d->err)
+                                     : spmi_fail_memory(d->ctx, d->err, "the pictures");
+    int64_t i;
+    if (!status) {
+        spm_json_object_begin(json, NULL);
+        spm_json_array_begin(json, "pictures");
+    }
+    for (i = 0; !status && i < count; i++) {
+        const spm_example *example = spm_dataset_example(d->dataset, ids[i]);
+        char name[40], plain[40];
+        (void)spmi_format(name, sizeof name, "%02ld.jpg", (long)i);
+        (void)spmi_format(plain, sizeof plain, "%02ld-picture.jpg", (long)i);
+        status = spmi_drawer_look(d, ids[i]);
+        if (!status) status = spmi_drawer_write(d, folder, name, 1);
+        if (!status && with_pictures) status = spmi_drawer_write(d, folder, plain, 0);
+        if (status) break;
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "file", name);
+        if (with_pictures) spm_json_string(json, "picture", plain);
+        spm_json_string(json, "source", example->file);
+        spm_json_string(json, "split", spm_split_name(example->split));
+        spm_json_int(json, "group", example->group);
+        spm_json_string(json, "class_name", spm_dataset_class_name(d->dataset, d->predicted));
+        spm_json_number(json, "probability", (double)d->probabilities[d->predicted]);
+        spm_json_bool(json, "correct", d->predicted == example->y);
+        spm_json_object_end(json);
+    }
+    if (!status) {
+        spm_json_array_end(json);
+        spm_json_object_end(json);
+        text = spm_json_finish(json);
+        status = text ? spm_file_write(d->ctx, path, text, strlen(text), d->err)
+                      : spmi_fail_memory(d->ctx, d->err, "the pictures");
+    }
+    spm_json_destroy(json);
+    spmi_free(d->ctx, path);
+    spmi_free(d->ctx, folder);
+    return status;
+}
+
+SPMDEF spm_status spm_report_draw(spm_context *ctx, spm_dataset *dataset, const char *const *runs, int n_runs, int each,
+                                  spm_error *err)
+{
+    int64_t ids[SPMI_REPORT_PICTURES], count = 0;
+    spm_error error = SPM_ZERO;
+    spm_status status = SPM_OK;
+    int r;
+    for (r = 0; !status && r < n_runs; r++) {
+        spmi_drawer d;
+        status = spmi_drawer_open(&d, ctx, dataset, runs[r], &error);
+        if (!status && r == 0) status = spmi_draw_choose(&d, each, ids, &count);
+        if (!status) status = spmi_draw_run(&d, runs[r], ids, count, r == 0);
+        spmi_drawer_close(&d);
+    }
+    return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
 }
 
 /* ---- protocol and page ---- */
@@ -29398,94 +29620,72 @@ static void spmi_report_protocol(spmi_report *report, const char *command)
 static void spmi_report_style(spmi_text *out)
 {
     int i;
+    spmi_text_add(out, "<style>\n");
     spmi_text_add(
         out,
-        "<style>\n"
-        ":root{color-scheme:light dark;--ink:#15202b;--soft:#566270;--rule:#d8dee4;--paper:#fff;--wash:#f3f5f7;"
-        "--mark:#fff1cc;--gap:#d55e00;--c0:#e69f00;--c1:#0b5394;--c2:#66c2a5;--c3:#8a3b70;--c4:#56b4e9;--c5:#b34700;"
-        "--c6:#b5a642;--c7:#3f4a55}\n"
-        "@media screen and (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#a3b0bd;--rule:#35414d;"
-        "--paper:#12181f;"
-        "--wash:#1b232c;--mark:#4a3b10;--gap:#ff9a4d;--c0:#e69f00;--c1:#7cc0ff;--c2:#2f9e7f;--c3:#e29ac4;--c4:#3d8fc4;"
+        ":root{color-scheme:light dark;--ink:#15202b;--soft:#566270;--rule:#d8dee4;--paper:#fff;--wash:#f3f5f7;--mark:#fff1cc;\n"
+        "--gap:#d55e00;--c0:#e69f00;--c1:#0b5394;--c2:#66c2a5;--c3:#8a3b70;--c4:#56b4e9;--c5:#b34700;--c6:#b5a642;--c7:#3f4a55}\n"
+        "@media screen and (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#a3b0bd;--rule:#35414d;--paper:#12181f;\n"
+        "--wash:#1b232c;--mark:#4a3b10;--gap:#ff9a4d;--c0:#e69f00;--c1:#8cc8ff;--c2:#2f9e7f;--c3:#e29ac4;--c4:#3d8fc4;\n"
         "--c5:#ff8a3d;--c6:#8f8228;--c7:#c3ccd5}}\n"
         "*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}\n"
-        "body{font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Liberation Sans\",sans-serif;"
-        "color:var(--ink);"
+        "body{font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Liberation Sans\",sans-serif;color:var(--ink);\n"
         "background:var(--paper);max-width:74rem;margin:0 auto;padding:1.5rem clamp(.8rem,3vw,2.5rem) 4rem}\n"
         "h1{font-size:clamp(1.5rem,4vw,2.3rem);line-height:1.15;margin:.4rem 0 .8rem;letter-spacing:-.01em}\n"
-        "h2{font-size:1.35rem;line-height:1.25;margin:0 0 .3rem}h3{font-size:1.02rem;margin:1.2rem 0 .3rem}"
+        "h2{font-size:1.35rem;line-height:1.25;margin:0 0 .3rem}h3{font-size:1.02rem;margin:1.2rem 0 .3rem}\n"
         "h4{font-size:.95rem;margin:1.2rem 0 .2rem;font-weight:600}\n"
-        "section{margin-top:2.6rem;padding-top:1.1rem;border-top:2px solid var(--ink)}section>p,.lede{max-width:46rem}"
-        "section>p{color:var(--soft);margin:.1rem 0 .8rem}\n"
-        ".lede{font-size:1.15rem}q{quotes:\"\\201C\" \"\\201D\"}th,td,q,figcaption{unicode-bidi:isolate;overflow-wrap:"
-        "anywhere}\n"
-        "nav{font-size:.9rem}nav a{color:var(--soft);margin-right:1rem;white-space:nowrap}\n"
+        "h1,h2,h3,h4,p,figcaption,summary{overflow-wrap:anywhere}q{quotes:\"\\201C\" \"\\201D\"}\n"
+        "section{margin-top:2.6rem;padding-top:1.1rem;border-top:2px solid var(--ink)}section>p,.lede{max-width:46rem}\n"
+        "section>p{color:var(--soft);margin:.1rem 0 .8rem}.lede{font-size:1.15rem}\n"
+        "th,td,q,figcaption{unicode-bidi:isolate}nav{font-size:.9rem;margin-top:1rem}nav a{color:var(--soft);margin-right:1rem}\n"
         ".cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem;margin:1.2rem 0 0}\n"
-        ".card{background:var(--wash);border-radius:6px;padding:.8rem 1rem}.card dt{font-weight:600}.card dd{margin:0;"
-        "font-size:2rem;font-weight:700;line-height:1.3;font-variant-numeric:tabular-nums}.card p{margin:.1rem 0 0;"
-        "color:var(--soft);font-size:.86rem}\n"
-        ".old{font-weight:400;color:var(--soft)}.arrow{padding:0 .35rem;color:var(--soft);font-weight:400}.unit{"
-        "font-size:"
-        "1.1rem;font-weight:400;padding-left:.2rem}.card dd small{font-size:.9rem;white-space:nowrap}\n"
-        "small{color:var(--soft);font-weight:400;font-size:.84em}code,pre{"
-        "font-family:ui-monospace,Consolas,\"Liberation "
-        "Mono\",monospace;font-size:.88em;overflow-wrap:anywhere}pre{background:var(--wash);padding:.6rem .8rem;"
-        "border-radius:6px;white-space:pre-wrap;margin:.4rem 0}\n"
-        ".group{margin:.9rem 0 0}.group h3{margin:0}.bar{display:grid;grid-template-columns:minmax(5.5rem,11rem) "
-        "1fr 8rem;"
-        "gap:.7rem;align-items:center}.who{font-size:.9rem;text-align:right;line-height:1.15;overflow-wrap:anywhere}"
-        ".val{font-variant-numeric:tabular-nums;white-space:nowrap}\n"
-        "");
+        ".card{background:var(--wash);border-radius:6px;padding:.8rem 1rem}.card dt{font-weight:600}\n"
+        ".card dd{margin:0;font-size:2rem;font-weight:700;line-height:1.3;font-variant-numeric:tabular-nums}\n"
+        ".card dd small{font-size:.9rem;white-space:nowrap}.card p{margin:.1rem 0 0;color:var(--soft);font-size:.86rem}\n"
+        ".old{font-weight:400;color:var(--soft)}.arrow{padding:0 .35rem;color:var(--soft);font-weight:400}\n"
+        ".unit{font-size:1.1rem;font-weight:400;padding-left:.2rem}small{color:var(--soft);font-weight:400;font-size:.84em}\n"
+        "code,pre{font-family:ui-monospace,Consolas,\"Liberation Mono\",monospace;font-size:.88em;overflow-wrap:anywhere}\n"
+        "pre{background:var(--wash);padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;margin:.4rem 0}\n"
+        ".group{margin:.9rem 0 0}.group h3{margin:0}.who{font-size:.9rem;text-align:right;line-height:1.15}\n"
+        ".bar{display:grid;grid-template-columns:minmax(5.5rem,11rem) 1fr 8rem;gap:.7rem;align-items:center}\n"
+        ".who{overflow-wrap:anywhere}.val{font-variant-numeric:tabular-nums;white-space:nowrap}\n"
+        "svg{display:block;width:100%;overflow:visible;font-size:12px;fill:currentColor}\n"
+        "svg text{font-variant-numeric:tabular-nums}.track{fill:var(--wash)}.grid{stroke:var(--rule)}\n"
+        ".rule{stroke:var(--rule);stroke-width:2}.zero{stroke:var(--soft)}.whisker{stroke:var(--ink);stroke-width:2}\n"
+        ".halo{stroke:var(--paper);stroke-width:5;opacity:.75}\n"
+        ".gapline{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:1 4;stroke-linecap:round}\n"
+        ".gap{fill:var(--gap);opacity:.16}.ltrain{fill:none;stroke:var(--soft);stroke-width:1.6;stroke-dasharray:5 3}\n"
+        ".ltest{fill:none;stroke-width:2.6}.soft{fill:var(--soft)}.strong{font-weight:600}\n"
+        ".before{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:1 3;stroke-linecap:round}\n"
+        ".mark{stroke:var(--paper);stroke-width:1.5}.hollow{fill:none;stroke-width:1.8}.trail{stroke-width:1.2;opacity:.6}\n"
+        ".front{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:7 4}.mean{stroke:var(--soft);stroke-width:2}\n"
+        ".control{fill:var(--paper);fill-opacity:.4;stroke:var(--soft);stroke-width:1.3}\n"
+        ".units{fill:none;stroke:var(--soft);stroke-width:4;stroke-linecap:round;opacity:.35}\n"
+        "figure{margin:0}.panels figcaption{font-size:.9rem;font-weight:600}.panels figure{max-width:22rem}\n"
+        ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem 1.2rem}\n"
+        ".plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n");
     spmi_text_add(
         out,
-        "svg{display:block;width:100%;overflow:visible;font-size:12px;fill:currentColor}svg text{font-variant-numeric:"
-        "tabular-nums}\n"
-        ".track{fill:var(--wash)}.grid{stroke:var(--rule)}.rule{stroke:var(--rule);stroke-width:2}.zero{"
-        "stroke:var(--soft)}"
-        ".whisker{stroke:var(--ink);stroke-width:2}.halo{stroke:var(--paper);stroke-width:5;opacity:.75}.gapline{"
-        "stroke:"
-        "var(--ink);stroke-width:1.5;stroke-dasharray:1 4;stroke-linecap:round}\n"
-        ".gap{fill:var(--gap);opacity:.16}.ltrain{fill:none;stroke:var(--soft);stroke-width:1.6;stroke-dasharray:5 3}"
-        ".ltest{fill:none;stroke-width:2.6}.before{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:1 3;"
-        "stroke-linecap:"
-        "round}.soft{fill:var(--soft)}.strong{font-weight:600}\n"
-        ".mark{stroke:var(--paper);stroke-width:1.5}.hollow{fill:none;stroke-width:1.8}.trail{stroke-width:1.2;"
-        "opacity:.6}"
-        ".front{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:7 4}.control{fill:var(--paper);fill-opacity:.4;"
-        "stroke:"
-        "var(--soft);stroke-width:1.3}.mean{stroke:var(--soft);stroke-width:2}\n"
-        "figure{margin:0}.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem "
-        "1.2rem}"
-        ".panels figcaption{font-size:.9rem;font-weight:600}.plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n"
-        ".cams{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1.4rem}.pair{display:flex;"
-        "gap:"
-        ".7rem}.pair>div{flex:1}.pair img{width:100%;border-radius:4px;display:block}.pair p{margin:.25rem 0 0;"
-        "font-size:"
-        ".88rem;line-height:1.3}.cams figcaption{font-size:.9rem;margin-bottom:.3rem;overflow-wrap:anywhere}\n"
-        ".scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;"
-        "font-size:"
-        ".9rem}caption{text-align:left;color:var(--soft);font-size:.86rem;padding-bottom:.4rem}th,td{padding:.28rem "
-        ".7rem;"
-        "border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}thead th{vertical-align:bottom;border-"
-        "bottom:2px solid var(--rule)}\n"
-        "th:first-child{text-align:left;padding-left:0}.left,.protocol td,.protocol th{text-align:left}tr.sum{"
-        "background:"
-        "var(--wash)}tr.sum th:first-child{padding-left:.4rem}td.mark{background:var(--mark)}tr.differ td{"
-        "font-weight:600}"
-        "td small{white-space:nowrap}.protocol td{max-width:22rem}summary{cursor:pointer;margin-top:1.2rem;"
-        "font-weight:600}"
-        "\n"
-        "@media(max-width:34rem){body{font-size:15px}.bar{grid-template-columns:4.6rem 1fr 5.2rem;gap:.5rem}.val small{"
-        "display:block;line-height:1.1}.scroll table{font-size:.84rem}}\n"
-        "@page{margin:14mm}@media print{body{font-size:10.5pt;max-width:none;padding:0}nav{display:none}section{"
-        "margin-top:"
-        "1.4rem}h2,h3,h4{break-after:avoid}figure,tr,.group,.card,.bar{break-inside:avoid}.scroll{"
-        "overflow:visible}table{"
-        "font-size:8.5pt}th,td{padding:.18rem .4rem}.panels{grid-template-columns:repeat(4,1fr)}.cams{"
-        "grid-template-columns:"
-        "repeat(3,1fr)}.cards{grid-template-columns:repeat(3,1fr)}*{-webkit-print-color-adjust:exact;"
-        "print-color-adjust:"
-        "exact}}\n");
+        ".cams{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1.4rem}\n"
+        ".cams figcaption{font-size:.9rem;margin-bottom:.3rem}.pair{display:flex;gap:.7rem}.pair>div{flex:1;min-width:0}\n"
+        ".pair img{width:100%;border-radius:4px;display:block}.pair p{margin:.25rem 0 0;font-size:.86rem;line-height:1.3}\n"
+        ".wrong{color:var(--c5)}.scroll{overflow-x:auto;margin:1rem 0}\n"
+        "table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}\n"
+        "caption{text-align:left;color:var(--soft);font-size:.86rem;padding-bottom:.4rem}\n"
+        "th,td{padding:.28rem .7rem;border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}\n"
+        "thead th{vertical-align:bottom;border-bottom:2px solid var(--rule)}th{overflow-wrap:break-word;max-width:16rem}\n"
+        "th:first-child{text-align:left;padding-left:0}.left,.protocol td,.protocol th{text-align:left}\n"
+        "tr.sum{background:var(--wash)}tr.sum th:first-child{padding-left:.4rem}td.mark{background:var(--mark)}\n"
+        "tr.differ td{font-weight:600}td small{white-space:nowrap}.protocol td{max-width:22rem;overflow-wrap:anywhere}\n"
+        "summary{cursor:pointer;margin-top:1.2rem;font-weight:600}\n"
+        "@media(max-width:34rem){body{font-size:15px}.bar{grid-template-columns:4.6rem 1fr 5.2rem;gap:.5rem}\n"
+        ".val small{display:block;line-height:1.1}.scroll table{font-size:.82rem}th,td{padding:.28rem .45rem}\n"
+        "caption{max-width:calc(100vw - 2rem)}}\n"
+        "@page{margin:14mm}@media print{body{font-size:10.5pt;max-width:none;padding:0}nav{display:none}\n"
+        "section{margin-top:1.4rem}h2,h3,h4{break-after:avoid}figure,tr,.group,.card,.bar{break-inside:avoid}\n"
+        ".scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:.18rem .4rem}\n"
+        ".panels{grid-template-columns:repeat(4,1fr)}.cams{grid-template-columns:repeat(3,1fr)}\n"
+        ".cards{grid-template-columns:repeat(3,1fr)}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}\n");
     for (i = 0; i < 8; i++)
         spmi_text_addf(out, ".f%d{fill:var(--c%d)}.s%d{stroke:var(--c%d)}.s%d .strong{stroke:none}", i, i, i, i, i);
     spmi_text_add(out, "\n</style>\n");
@@ -29524,10 +29724,10 @@ static void spmi_report_head(spmi_report *report, const char *title)
     spmi_report_marks(out);
     spmi_html_in(out, "<header><h1>", title, "</h1>\n");
     spmi_report_story(report);
-    spmi_text_add(out, "<nav><a href=\"#groups\">groups</a><a href=\"#curves\">curves</a><a href=\"#pareto\">cost</a>");
-    if (studies) spmi_text_add(out, "<a href=\"#memory\">where it sits</a>");
-    if (pictures) spmi_text_add(out, "<a href=\"#gradcam\">Grad-CAM</a>");
-    spmi_text_add(out, "<a href=\"#protocol\">protocol</a></nav></header>\n<main>\n");
+    spmi_text_add(out, "<nav><a href=\"#groups\">groups</a> <a href=\"#curves\">curves</a> <a href=\"#pareto\">cost</a>");
+    if (studies) spmi_text_add(out, " <a href=\"#memory\">where it sits</a>");
+    if (pictures) spmi_text_add(out, " <a href=\"#gradcam\">Grad-CAM</a>");
+    spmi_text_add(out, " <a href=\"#protocol\">protocol</a></nav></header>\n<main>\n");
 }
 
 SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc, const char *path, spm_error *err)

@@ -233,6 +233,7 @@ static int write_report(demo *d, const char *erm, const char *intervene)
     report.title = "Synthetic birds: memory found and removed";
     report.command = "make demo";
     path_in(d, path, sizeof path, "report.html");
+    if (spm_report_draw(d->ctx, d->data, runs, 2, 3, &d->err)) return 0;
     return spm_report_write(d->ctx, &report, path, &d->err) == SPM_OK;
 }
 

@@ -31,7 +31,7 @@ enum {
     BENCH = 512,
     PACK = 1024,
     LEARN = TRAIN | INTERVENE,
-    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT | PACK,
+    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT | PACK | REPORT,
     WITH_MODEL = LEARN | EVAL | LOCALIZE | PREDICT | INSPECT,
     EVERY = 2047
 };
@@ -170,6 +170,7 @@ typedef enum option_id {
     O_OUTPUT,
     O_RESULTS,
     O_TITLE,
+    O_PICTURES,
     O_ONLY,
     O_COUNT
 } option_id;
@@ -336,6 +337,8 @@ static const option options[] = {
     { O_RESULTS, REPORT, 's', "results", "FILE", NULL,
       "results.json of a study: its methods as further points of the Pareto plot" },
     { O_TITLE, REPORT, 's', "title", "TEXT", NULL, "the page's headline" },
+    { O_PICTURES, REPORT, 'i', "pictures", "N", "3",
+      "with --data: draw Grad-CAM for N training and N test pictures of each minority group" },
     { O_ONLY, BENCH, 's', "only", "NAME", NULL, "one part: train:ARCH, infer:ARCH, intervene:ARCH,\n"
       "                                           scan:ARCH, start:ARCH, gemm, conv, attention, memory, decode" },
 };
@@ -1704,6 +1707,20 @@ static int run_decode(cli *line)
 
 /* ---- report ---- */
 
+/* --data: Grad-CAM pictures of the same examples into every run folder. 1 done, 0 failed. */
+static int draw_pictures(cli *line, spm_error *err)
+{
+    spm_dataset *data;
+    int ok;
+    if (!line->value[O_DATA] || integer(line, O_PICTURES) == 0) return 1;
+    data = open_data(line, 1, err);
+    ok = data
+         && spm_report_draw(line->ctx, data, line->operand, line->operands,
+                            (int)integer(line, O_PICTURES), err) == SPM_OK;
+    spm_dataset_close(data);
+    return ok;
+}
+
 static int run_report(cli *line)
 {
     spm_report_desc desc = SPM_ZERO;
@@ -1715,6 +1732,8 @@ static int run_report(cli *line)
     desc.n_runs = line->operands;
     desc.results = line->value[O_RESULTS];
     desc.title = line->value[O_TITLE];
+    if (integer(line, O_PICTURES) < 0 || integer(line, O_PICTURES) > 24) return wrong("--pictures: 0 to 24");
+    if (!draw_pictures(line, &err)) return failed(&err);
     if (spm_report_write(line->ctx, &desc, line->value[O_OUTPUT], &err)) return failed(&err);
     if (prints(line)) printf("%s\n", line->value[O_OUTPUT]);
     json = spm_json_create(line->ctx);
