@@ -5,6 +5,7 @@
 #   make test     the test suite; closes with `N passed, N failed`
 #   make check    the matrix: compilers, standards, sanitizers, cross targets, lint (uses what is installed)
 #   make bench    speed of this machine
+#   make study    the study behind the README's tables, overnight on 2 cores; STUDY=quick: a quarter of an hour
 #   make bench-peers   the same beside PyTorch and ONNX Runtime, where a Python has them; ROWS="train-vit-b ..." for some
 #   make clean
 
@@ -45,6 +46,12 @@ demo: $(BUILD)/synth_birds $(BUILD)/repair
 	$(BUILD)/synth_birds --out $(BUILD)/demo/birds
 	$(BUILD)/repair $(BUILD)/demo/birds $(BUILD)/demo
 
+# Stopped, it goes on where it was: finished runs are kept in build/study-quick or build/study-full.
+STUDY = full
+study: $(BUILD)/synth_birds $(BUILD)/study $(BUILD)/data.stamp
+	@[ -f $(BUILD)/study-birds/metadata.csv ] || $(BUILD)/synth_birds --out $(BUILD)/study-birds --quiet
+	$(BUILD)/study $(BUILD)/study-$(STUDY) $(BUILD)/study-birds $(BUILD)/data $(STUDY)
+
 test: $(TOOLS) $(TESTS) $(BUILD)/data.stamp
 	@SPURMEM_BUILD=$(BUILD) SPURMEM_TEST_DATA=$$(cat $(BUILD)/data.stamp) sh tests/run.sh $(sort $(TESTS))
 
@@ -68,4 +75,4 @@ lint:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all demo test check bench bench-peers lint clean
+.PHONY: all demo test check bench study bench-peers lint clean
