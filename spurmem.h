@@ -84,11 +84,18 @@
  *    Units are chosen on one split and reported on others; results say which.
  *
  * 7. TRAINING AND THE INTERVENTION
- *    spm_train writes a run folder: config.json, metrics.jsonl (a line per epoch and split), best.safetensors,
- *    last.safetensors, and state.safetensors, from which a stopped run goes on to the same bits.  SPM_METHOD_INTERVENE
- *    starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the pruned one lacks the
- *    critical units; their features are pulled together (NT-Xent), and the dense branch keeps its cross-entropy.
+ *    spm_train writes a run folder: config.json, metrics.jsonl (a line per epoch and split), history.csv (what was
+ *    learned and forgotten when), best.safetensors, last.safetensors, and state.safetensors, from which a stopped run
+ *    goes on to the same bits.  The methods of the field stand beside ERM (spm_method): reweighting, resampling,
+ *    subsampling, Group DRO, JTT, LfF, DFR, AFR and example-tied dropout.
+ *    SPM_METHOD_INTERVENE starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the
+ *    pruned one lacks the critical units (or has them damped); their features are pulled together (NT-Xent), and the
+ *    dense branch keeps its cross-entropy, in which groups weigh (n / (groups n_g))^weight_power.  The power moves the
+ *    result along its Pareto line: 1 treats all groups alike, 0 is plain training.
  *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
+ *    Without group labels, (class, memorized) takes the place of groups: the run that trained the checkpoint has
+ *    counted in how many epochs it was wrong about each training example, and within a class Otsu's threshold parts
+ *    what was learned by rule from what was learned late, by heart.
  *
  * 8. THE SAME BITS
  *    On the same machine and instruction set, results are the same bits for any number of threads: work is cut by

@@ -1,0 +1,90 @@
+/* The study as `make study` runs it, on a handful of drawn birds: every method of the table comes out, for every seed, and a
+ * second call repeats the numbers from the run folders that the first one has left. */
+#define _XOPEN_SOURCE 700
+#include "../spurmem.h"
+#include "test.h"
+#include <stdlib.h>
+
+static char build[3000];
+
+static int run(const char *format)
+{
+    char command[9000];
+    snprintf(command, sizeof command, format, build, build, build, build);
+    return system(command);
+}
+
+static spm_json_value *read_results(spm_context *ctx)
+{
+    char path[3100];
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_json_value *root = NULL;
+    snprintf(path, sizeof path, "%s/test_study/out/results.json", build);
+    if (spm_file_read(ctx, path, &data, &size, NULL) == SPM_OK)
+        root = spm_json_parse(ctx, path, (const char *)data, size, NULL);
+    spm_free(ctx, data);
+    return root;
+}
+
+static double number(const spm_json_value *object, const char *key)
+{
+    return spm_json_as_number(spm_json_get(object, key), -9.0);
+}
+
+static void study(void)
+{
+    spm_context *ctx = spm_context_create(NULL);
+    spm_json_value *first, *again;
+    const spm_json_value *runs, *summary;
+    int64_t i, k;
+    CHECK_INT(run("rm -rf %s/test_study && %s/synth_birds --out %s/test_study/birds --train 60 --val 16 --test 16 --quiet"), 0);
+    CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere quick > %s/test_study/table 2> /dev/null"), 0);
+    first = read_results(ctx);
+    runs = spm_json_get(first, "runs");
+    summary = spm_json_get(first, "summary");
+    CHECK_INT(spm_json_length(runs), 24);    /* 12 methods, 2 seeds */
+    CHECK_INT(spm_json_length(summary), 12);
+    for (i = 0; i < spm_json_length(runs); i++) {
+        const spm_json_value *r = spm_json_at(runs, i), *line = spm_json_get(r, "line"), *end = spm_json_at(line, 20);
+        double worst = 2.0;
+        CHECK_INT(spm_json_length(line), 21);
+        CHECK_STR(spm_json_as_string(spm_json_get(r, "set"), ""), "birds");
+        for (k = 0; k < 4; k++) {
+            const spm_json_value *g = spm_json_at(spm_json_get(r, "test_groups"), k);
+            double accuracy = number(g, "correct") / number(g, "count");
+            worst = accuracy < worst ? accuracy : worst;
+        }
+        CHECK_NEAR(number(end, "worst_group_accuracy"), worst, 1e-8);
+        CHECK(number(end, "majority_accuracy") >= worst && number(end, "majority_accuracy") <= 1.0);
+    }
+    for (i = 0; i < spm_json_length(summary); i++) { /* means over the seeds, against the start of each */
+        const spm_json_value *s = spm_json_at(summary, i);
+        double gain = 0.0;
+        CHECK_INT(spm_json_as_int(spm_json_get(s, "seeds"), 0), 2);
+        for (k = 0; k < 2; k++) {
+            const spm_json_value *line = spm_json_get(spm_json_at(runs, 12 * k + i), "line");
+            gain += 0.5 * (number(spm_json_at(line, 20), "worst_group_accuracy") - number(spm_json_at(line, 0), "worst_group_accuracy"));
+        }
+        CHECK_NEAR(number(s, "gain"), gain, 1e-8);
+    }
+    CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere quick > %s/test_study/again 2> /dev/null"), 0);
+    CHECK_INT(run("cmp -s %s/test_study/table %s/test_study/again"), 0);
+    again = read_results(ctx);
+    CHECK_INT(spm_json_length(spm_json_get(again, "runs")), 24);
+    CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere slow > /dev/null 2> %s/test_study/again"), 512);
+    spm_json_free(ctx, first);
+    spm_json_free(ctx, again);
+    spm_context_destroy(ctx);
+}
+
+int main(void)
+{
+    const char *folder = getenv("SPURMEM_BUILD");
+    if (folder) snprintf(build, sizeof build, "%s", folder);
+    if (folder)
+        TEST(study);
+    else
+        printf("    SPURMEM_BUILD is not set: there is nothing to run\n");
+    return TEST_END;
+}
