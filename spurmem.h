@@ -24245,8 +24245,8 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, co
         if (!complete) break;
         other.units = chosen;
         other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)j);
-        status = spmi_study_measure(s, &other, control);
-        if (!status) status = spmi_tally_room(s, tally);
+        status = spmi_tally_room(s, tally);
+        if (!status) status = spmi_study_measure(s, &other, control);
         if (status) break;
         for (i = 0; i < s->n_reported; i++) {
             spmi_probe *probe = &s->probes[s->reported[i]];
