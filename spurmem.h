@@ -869,6 +869,28 @@ SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x
                                  spm_image *result, spm_error *err);
 SPMDEF void spm_image_flip(spm_image *image); /* left-right, in place.  Test: test_resize.c */
 
+/* Rotates by `degrees` counter-clockwise about center[0..1] = x, y (NULL: the middle), with the bits of Pillow's
+ * Image.rotate and torchvision's rotate of 8-bit pictures: each output pixel is looked up at its turned place, NEAREST
+ * (in 16-bit fixed point), BILINEAR or BICUBIC; places outside get fill[0..2] (NULL: black).  expand: 1 gives the result
+ * the size that holds the whole turned picture, else it keeps the picture's.  Multiples of 90 degrees are exact.
+ * `result` as for spm_image_resize.  Cost: one lookup a pixel.  Errors: SPM_E_ARGUMENT (another filter, an angle that is
+ * no number), SPM_E_UNSUPPORTED (over the cap), SPM_E_MEMORY.  Test: test_resize.c. */
+SPMDEF spm_status spm_image_rotate(spm_context *ctx, const spm_image *image, double degrees, spm_filter filter,
+                                   int expand, const double *center, const uint8_t *fill, spm_image *result,
+                                   spm_error *err);
+
+/* Changes colours in place, with the bits of torchvision's adjust_* of Pillow pictures:
+ *   BRIGHTNESS  factor * x                       CONTRAST  mean + factor * (x - mean), of the gray picture's mean
+ *   SATURATION  gray + factor * (x - gray)       HUE       the hue turned by factor (-1/2 .. 1/2) of the circle
+ * cut off below the decimal point and at 0 and 255; gray = (19595 R + 38470 G + 7471 B) / 65536, rounded.
+ * Errors: SPM_E_ARGUMENT for a factor below 0 (HUE: beyond 1/2), too large (above 1e6) or no number.
+ * Test: test_resize.c. */
+typedef enum spm_adjust {
+    SPM_ADJUST_BRIGHTNESS, SPM_ADJUST_CONTRAST, SPM_ADJUST_SATURATION, SPM_ADJUST_HUE
+} spm_adjust;
+SPMDEF spm_status spm_image_adjust(spm_context *ctx, spm_image *image, spm_adjust what, double factor,
+                                   spm_error *err);
+
 /* Unpacks deflate data (RFC 1951): wrapper 0 bare, 1 zlib (RFC 1950, Adler-32 checked), 2 gzip (RFC 1952, all members,
  * CRC-32 and sizes checked).  Bytes behind the end of the data are ignored.  *out (free it with spm_free; never NULL on
  * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.
@@ -12493,6 +12515,259 @@ SPMDEF spm_status spm_image_resize(spm_context *ctx, const spm_image *image, int
     *result = made;
     return SPM_OK;
 }
+
+/* ---- rotation ---- */
+
+/* Quarter turns counter-clockwise: 1, 2 or 3. */
+static void spmi_rotate_quarters(const spm_image *image, int quarters, spm_image *result)
+{
+    const int64_t w = image->width, h = image->height;
+    const uint8_t *in = image->pixels;
+    int64_t x, y;
+    for (y = 0; y < h; y++) {
+        for (x = 0; x < w; x++, in += 3) {
+            int64_t at = quarters == 1 ? (w - 1 - x) * h + y : quarters == 2 ? (h - 1 - y) * w + w - 1 - x
+                                                                             : x * h + h - 1 - y;
+            memcpy(result->pixels + 3 * at, in, 3);
+        }
+    }
+}
+
+/* The cubic through four neighbours, t behind the second (Keys 1981 with a = -1). */
+static double spmi_rotate_cubic(double a, double b, double c, double d, double t)
+{
+    const double p2 = -a + c, p3 = spmi_product(2.0, a - b) + c - d, p4 = -a + b - c + d;
+    return b + spmi_product(t, p2 + spmi_product(t, p3 + spmi_product(t, p4)));
+}
+
+/* The picture's colour at (x, y), both inside; beyond the edge pixels repeat. */
+static void spmi_rotate_sample(const spm_image *image, spm_filter filter, double x, double y, uint8_t *out)
+{
+    const int cubic = filter == SPM_FILTER_BICUBIC, taps = cubic ? 4 : 2;
+    double line[4];
+    int64_t left, top, column[4], k;
+    int c;
+    x -= 0.5;
+    y -= 0.5;
+    left = (int64_t)floor(x);
+    top = (int64_t)floor(y);
+    x -= (double)left;
+    y -= (double)top;
+    for (k = 0; k < taps; k++) column[k] = SPMI_MIN(SPMI_MAX(left + k - cubic, 0), image->width - 1) * 3;
+    for (c = 0; c < 3; c++) {
+        double v;
+        for (k = 0; k < taps; k++) {
+            const int64_t row = SPMI_MIN(SPMI_MAX(top + k - cubic, 0), image->height - 1);
+            const uint8_t *p = image->pixels + row * image->width * 3 + c;
+            if (cubic) line[k] = spmi_rotate_cubic(p[column[0]], p[column[1]], p[column[2]], p[column[3]], x);
+            else line[k] = p[column[0]] + spmi_product(p[column[1]] - p[column[0]], x);
+        }
+        if (cubic) v = spmi_rotate_cubic(line[0], line[1], line[2], line[3], y);
+        else v = line[0] + spmi_product(line[1] - line[0], y);
+        out[c] = (uint8_t)(v <= 0.0 ? 0.0 : v >= 255.0 ? 255.0 : v);
+    }
+}
+
+/* Rounded to 15 decimal places, as Pillow does with sine and cosine: the nearest multiple of 1e-15, exactly. */
+static double spmi_rotate_round(double x)
+{
+    const double unit = 1e15, high = spmi_product(x, unit), low = fma(x, unit, -high);
+    double whole = floor(high + 0.5);
+    const double rest = (high - whole) + low;
+    if (rest > 0.5) whole += 1.0;
+    if (rest < -0.5) whole -= 1.0;
+    return whole / unit;
+}
+
+/* m[0] x + m[1] y + m[2]. */
+static double spmi_rotate_line(const double *m, double x, double y)
+{
+    return spmi_product(m[0], x) + spmi_product(m[1], y) + m[2];
+}
+
+/* The matrix from places of the result to places of the picture, and the result's size. */
+static void spmi_rotate_matrix(const spm_image *image, double degrees, int expand, const double *center, double m[6],
+                               double *width, double *height)
+{
+    const double angle = -spmi_product(degrees, 3.14159265358979323846 / 180.0);
+    const double w = image->width, h = image->height;
+    const double cx = center ? center[0] : w / 2.0, cy = center ? center[1] : h / 2.0;
+    double x, y;
+    int i;
+    m[0] = m[4] = spmi_rotate_round(cos(angle));
+    m[1] = spmi_rotate_round(sin(angle));
+    m[3] = -m[1];
+    m[2] = m[5] = 0.0;
+    x = spmi_rotate_line(m, -cx, -cy);
+    y = spmi_rotate_line(m + 3, -cx, -cy);
+    m[2] = x + cx;
+    m[5] = y + cy;
+    *width = w;
+    *height = h;
+    if (expand) {
+        double low[2] = { 0.0, 0.0 }, high[2] = { 0.0, 0.0 };
+        for (i = 0; i < 4; i++) {
+            const double corner_x = i & 1 ? w : 0.0, corner_y = i & 2 ? h : 0.0;
+            x = spmi_rotate_line(m, corner_x, corner_y);
+            y = spmi_rotate_line(m + 3, corner_x, corner_y);
+            low[0] = i && low[0] < x ? low[0] : x;
+            high[0] = i && high[0] > x ? high[0] : x;
+            low[1] = i && low[1] < y ? low[1] : y;
+            high[1] = i && high[1] > y ? high[1] : y;
+        }
+        *width = ceil(high[0]) - floor(low[0]);
+        *height = ceil(high[1]) - floor(low[1]);
+        x = spmi_rotate_line(m, -(*width - w) / 2.0, -(*height - h) / 2.0);
+        y = spmi_rotate_line(m + 3, -(*width - w) / 2.0, -(*height - h) / 2.0);
+        m[2] = x;
+        m[5] = y;
+    }
+}
+
+static void spmi_rotate_pixels(const spm_image *image, const double *m, spm_filter filter, const uint8_t *fill,
+                               spm_image *result)
+{
+    const int64_t w = image->width, h = image->height;
+    int64_t fixed[6], x, y;
+    uint8_t *out = result->pixels;
+    int i;
+    for (i = 0; i < 6; i++) { /* from pixel centres, in units of 2^-16 */
+        double v = i % 3 == 2 ? m[i] + spmi_product(m[i - 2], 0.5) + spmi_product(m[i - 1], 0.5) : m[i];
+        fixed[i] = (int64_t)floor(spmi_product(v, 65536.0) + 0.5);
+    }
+    for (y = 0; y < result->height; y++) {
+        for (x = 0; x < result->width; x++, out += 3) {
+            memcpy(out, fill, 3);
+            if (filter == SPM_FILTER_NEAREST) {
+                const int64_t from_x = fixed[0] * x + fixed[1] * y + fixed[2];
+                const int64_t from_y = fixed[3] * x + fixed[4] * y + fixed[5];
+                if (from_x < 0 || from_y < 0 || from_x >= w << 16 || from_y >= h << 16) continue;
+                memcpy(out, image->pixels + ((from_y >> 16) * w + (from_x >> 16)) * 3, 3);
+            } else {
+                const double from_x = spmi_rotate_line(m, (double)x + 0.5, (double)y + 0.5);
+                const double from_y = spmi_rotate_line(m + 3, (double)x + 0.5, (double)y + 0.5);
+                if (from_x >= 0.0 && from_y >= 0.0 && from_x < (double)w && from_y < (double)h)
+                    spmi_rotate_sample(image, filter, from_x, from_y, out);
+            }
+        }
+    }
+}
+
+SPMDEF spm_status spm_image_rotate(spm_context *ctx, const spm_image *image, double degrees, spm_filter filter,
+                                   int expand, const double *center, const uint8_t *fill, spm_image *result,
+                                   spm_error *err)
+{
+    static const uint8_t black[3] = { 0, 0, 0 };
+    double turned = fmod(degrees, 360.0), m[6], width, height;
+    spm_image made = SPM_ZERO;
+    spm_status status;
+    int quarters = 0;
+    if (filter != SPM_FILTER_NEAREST && filter != SPM_FILTER_BILINEAR && filter != SPM_FILTER_BICUBIC)
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_image_rotate: filter %d cannot rotate; nearest, bilinear and "
+                         "bicubic can", (int)filter);
+    if (!(turned > -360.0 && turned < 360.0)
+        || (center && !(fabs(center[0]) <= 1e9 && fabs(center[1]) <= 1e9)))
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_image_rotate: angle and center must be finite numbers, the "
+                         "center at most 1e9");
+    if (turned < 0.0) turned += 360.0;
+    if (!center && (turned == 0.0 || turned == 180.0)) quarters = turned == 0.0 ? 4 : 2;
+    if (!center && (turned == 90.0 || turned == 270.0) && (expand || image->width == image->height))
+        quarters = turned == 90.0 ? 1 : 3;
+    spmi_rotate_matrix(image, turned, expand, center, m, &width, &height);
+    if (quarters) {
+        width = quarters & 1 ? image->height : image->width;
+        height = quarters & 1 ? image->width : image->height;
+    }
+    status = spmi_image_check_size(ctx, "rotated picture", (int64_t)width, (int64_t)height, 0, err);
+    if (!status)
+        status = spmi_image_create(ctx, "rotated picture", (int)width, (int)height, 0, &made, err);
+    if (status) return status;
+    if (quarters == 4) memcpy(made.pixels, image->pixels, (size_t)made.width * (size_t)made.height * 3);
+    else if (quarters) spmi_rotate_quarters(image, quarters, &made);
+    else spmi_rotate_pixels(image, m, filter, fill ? fill : black, &made);
+    *result = made;
+    return SPM_OK;
+}
+
+/* ---- colours ---- */
+
+static int spmi_gray(const uint8_t *p)
+{
+    return (19595 * p[0] + 38470 * p[1] + 7471 * p[2] + 32768) >> 16;
+}
+
+/* from + factor * (to - from), in the arithmetic of Pillow's blend. */
+static uint8_t spmi_adjust_blend(int from, int to, float factor)
+{
+    volatile float step = factor * (float)(to - from); /* rounded: not fused with the sum */
+    float v = (float)from + step;
+    return (uint8_t)(v <= 0.0f ? 0.0f : v >= 255.0f ? 255.0f : v);
+}
+
+/* Hue, saturation, value in 0..255 as Pillow has them, from RGB; the hue is turned and the colour made anew. */
+static void spmi_adjust_hue(uint8_t *p, int turn)
+{
+    const int most = SPMI_MAX(SPMI_MAX(p[0], p[1]), p[2]), least = SPMI_MIN(SPMI_MIN(p[0], p[1]), p[2]);
+    uint8_t sector[4];
+    double angle;
+    float s, f;
+    int hue = 0, saturation = 0, i, c;
+    if (most != least) {
+        const float span = (float)(most - least);
+        const float r = (float)(most - p[0]) / span, g = (float)(most - p[1]) / span, b = (float)(most - p[2]) / span;
+        float h;
+        if (p[0] == most) h = b - g;
+        else if (p[1] == most) h = (float)(2.0 + (double)r - (double)b);
+        else h = (float)(4.0 + (double)g - (double)r);
+        h = (float)fmod((double)h / 6.0 + 1.0, 1.0);
+        hue = (int)spmi_product((double)h, 255.0);
+        saturation = (int)spmi_product((double)(span / (float)most), 255.0);
+    }
+    hue = (hue + turn) & 255;
+    if (!saturation) {
+        memset(p, most, 3);
+        return;
+    }
+    angle = spmi_product((double)hue, 6.0) / 255.0;
+    i = (int)floor(angle);
+    f = (float)(angle - (double)(float)i);
+    s = (float)((double)saturation / 255.0);
+    sector[0] = (uint8_t)most;
+    sector[1] = (uint8_t)floor(spmi_product(most, 1.0 - (double)s) + 0.5);                          /* p */
+    sector[2] = (uint8_t)floor(spmi_product(most, 1.0 - spmi_product(s, f)) + 0.5);                 /* q */
+    sector[3] = (uint8_t)floor(spmi_product(most, 1.0 - spmi_product(s, 1.0 - (double)f)) + 0.5);   /* t */
+    for (c = 0; c < 3; c++) {
+        static const uint8_t which[6][3] = {
+            { 0, 3, 1 }, { 2, 0, 1 }, { 1, 0, 3 }, { 1, 2, 0 }, { 3, 1, 0 }, { 0, 1, 2 }
+        };
+        p[c] = sector[which[i % 6][c]];
+    }
+}
+
+SPMDEF spm_status spm_image_adjust(spm_context *ctx, spm_image *image, spm_adjust what, double factor,
+                                   spm_error *err)
+{
+    const int64_t n = (int64_t)image->width * image->height;
+    const int hue = what == SPM_ADJUST_HUE;
+    uint8_t *p = image->pixels;
+    int64_t i, sum = 0;
+    int c, mean = 0;
+    if ((int)what < SPM_ADJUST_BRIGHTNESS || what > SPM_ADJUST_HUE || !(factor >= (hue ? -0.5 : 0.0))
+        || !(factor <= (hue ? 0.5 : 1e6)))
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "spm_image_adjust: the factor %g is out of range; hue takes -0.5 to "
+                         "0.5, brightness, contrast and saturation 0 to 1e6", factor);
+    if (what == SPM_ADJUST_CONTRAST && n) {
+        for (i = 0; i < n; i++) sum += spmi_gray(p + 3 * i);
+        mean = (int)((double)sum / (double)n + 0.5);
+    }
+    if (factor == 1.0 && !hue) return SPM_OK;
+    for (i = 0; i < n; i++, p += 3) {
+        const int from = what == SPM_ADJUST_SATURATION ? spmi_gray(p) : mean;
+        if (hue) spmi_adjust_hue(p, (int)(factor * 255.0));
+        else for (c = 0; c < 3; c++) p[c] = spmi_adjust_blend(from, p[c], (float)factor);
+    }
+    return SPM_OK;
+}
 /* ---- JPEG (ITU-T T.81, JFIF) ----------------------------------------------------------------------------------
  * Pixel for pixel what Pillow makes through libjpeg-turbo, also for damaged files: where the standard leaves room, the
  * comments name the choice.  The order below: tables, bit reader, Huffman codes, file segments, block decoding, inverse
@@ -14435,7 +14710,7 @@ static int64_t spmi_png_pass_size(int64_t size, int first, int step)
 }
 
 /* All rows as they are in the deflate data: each with a filter byte before it. */
-static int64_t spmi_png_raw_bytes(const spmi_png *png)
+static int64_t spmi_png_raw_bytes(const spmi_png *png, int64_t *last_row)
 {
     int64_t bytes = 0;
     int pass;
@@ -14443,6 +14718,7 @@ static int64_t spmi_png_raw_bytes(const spmi_png *png)
         int64_t w = spmi_png_pass_size(png->width, spmi_png_passes[pass][0], spmi_png_passes[pass][2]);
         int64_t h = spmi_png_pass_size(png->height, spmi_png_passes[pass][1], spmi_png_passes[pass][3]);
         if (w) bytes += h * (1 + spmi_png_row_bytes(png, w));
+        if (w && h) *last_row = 1 + spmi_png_row_bytes(png, w);
     }
     return bytes;
 }
@@ -14539,8 +14815,9 @@ static spm_status spmi_png_pixels(spmi_png *png, uint8_t *raw, uint8_t *line, ui
     return SPM_OK;
 }
 
-/* Unpacks the IDAT chunks into `raw`, which has exactly the room that the header asks for. */
-static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes, int allow_truncated)
+/* Unpacks the IDAT chunks into `raw`, which has exactly the room that the header asks for; `last_row`: bytes of the row
+ * that comes last. */
+static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes, size_t last_row, int allow_truncated)
 {
     spmi_inflater *s = (spmi_inflater *)spmi_alloc_zero(png->ctx, sizeof *s);
     uint8_t *joined = NULL;
@@ -14570,6 +14847,15 @@ static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes,
     s->capacity = s->limit = raw_bytes;
     result = spmi_inflate_stream(s, 1);
     filled = s->used;
+    if (result == SPMI_INFLATE_CUT && filled == raw_bytes && last_row < raw_bytes && !allow_truncated) {
+        /* as in Pillow, some byte must be unread when the last row is begun */
+        s->at = s->used = 0;
+        s->bits = 0;
+        s->count = 0;
+        s->capacity = s->limit = raw_bytes - last_row;
+        if (spmi_inflate_stream(s, 1) == SPMI_INFLATE_FULL && s->at - (size_t)(s->count >> 3) == s->size)
+            filled = raw_bytes - last_row;
+    }
     spmi_free(png->ctx, joined);
     spmi_free(png->ctx, s);
     if (filled == raw_bytes && (!result || result == SPMI_INFLATE_FULL || result == SPMI_INFLATE_CUT)) {
@@ -14598,7 +14884,7 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
     spmi_png png = SPM_ZERO;
     uint8_t *raw, *line, *pixels;
     size_t cap = desc->max_bytes ? desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
-    int64_t raw_bytes, line_bytes;
+    int64_t raw_bytes, line_bytes, last_row = 0;
     spm_status status;
     int i;
     png.ctx = ctx;
@@ -14610,7 +14896,7 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
     status = spmi_png_chunks(&png);
     if (!status) status = spmi_image_check_size(ctx, name, png.width, png.height, cap, err);
     if (status) return status;
-    raw_bytes = spmi_png_raw_bytes(&png);
+    raw_bytes = spmi_png_raw_bytes(&png, &last_row);
     line_bytes = png.width * 3 + spmi_png_row_bytes(&png, png.width);
     if ((uint64_t)raw_bytes + (uint64_t)line_bytes > cap - (size_t)(png.width * png.height) * 3) {
         return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
@@ -14633,7 +14919,7 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
         status = spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name,
                            (double)png.width, (double)png.height);
     }
-    if (!status) status = spmi_png_unpack(&png, raw, (size_t)raw_bytes, desc->allow_truncated);
+    if (!status) status = spmi_png_unpack(&png, raw, (size_t)raw_bytes, (size_t)last_row, desc->allow_truncated);
     if (!status) {
         pixels = (uint8_t *)spmi_alloc(ctx, (size_t)(png.width * png.height) * 3);
         if (!pixels) {

@@ -166,6 +166,53 @@ static void crop_and_flip(void)
     spm_image_free(ctx, &image);
 }
 
+/* Rotations and colour changes as torchvision makes them of Pillow pictures. */
+static void rotated_and_adjusted(void)
+{
+    static const struct {
+        int w, h, what;
+        double factor;
+        int filter, expand;
+        double x, y;
+        int fill;
+        uint64_t hash;
+    } cases[] = {
+#include "golden/adjust.inc"
+    };
+    const int n = (int)(sizeof cases / sizeof cases[0]);
+    spm_image image, out;
+    spm_error err = SPM_ZERO;
+    double far_away[2] = { 1e300, 0 }, none = 0;
+    int i, number = -1;
+    for (i = 0; i < n; i++) {
+        const int f = cases[i].fill;
+        const double center[2] = { cases[i].x, cases[i].y };
+        const uint8_t fill[3] = { (uint8_t)f, (uint8_t)(f / 2), (uint8_t)(f / 3) };
+        /* patterns are numbered within each kind; a rotation's three filters share one */
+        number = i && cases[i].what == cases[i - 1].what ? number + 1 : 0;
+        image = pattern(cases[i].what == 9 ? number / 3 : number, cases[i].w, cases[i].h);
+        if (cases[i].what == 9) {
+            CHECK_INT(spm_image_rotate(ctx, &image, cases[i].factor, (spm_filter)cases[i].filter, cases[i].expand,
+                                       cases[i].x < 0 ? NULL : center, f ? fill : NULL, &out, NULL), SPM_OK);
+            spm_image_free(ctx, &image);
+            image = out;
+        } else CHECK_INT(spm_image_adjust(ctx, &image, (spm_adjust)cases[i].what, cases[i].factor, NULL), SPM_OK);
+        if (fnv(image.pixels, bytes_of(&image)) != cases[i].hash) CHECK_INT(i, -1);
+        spm_image_free(ctx, &image);
+    }
+    image = pattern(0, 5, 4);
+    CHECK_INT(spm_image_adjust(ctx, &image, SPM_ADJUST_HUE, .6, NULL), SPM_E_ARGUMENT);
+    CHECK_INT(spm_image_adjust(ctx, &image, SPM_ADJUST_CONTRAST, -.1, NULL), SPM_E_ARGUMENT);
+    CHECK_INT(spm_image_adjust(ctx, &image, SPM_ADJUST_BRIGHTNESS, none / none, &err), SPM_E_ARGUMENT);
+    CHECK_INT(spm_image_adjust(ctx, &image, (spm_adjust)4, 1, NULL), SPM_E_ARGUMENT);
+    CHECK(err.text[0]);
+    CHECK_INT(spm_image_rotate(ctx, &image, 3, SPM_FILTER_BOX, 0, NULL, NULL, &out, NULL), SPM_E_ARGUMENT);
+    CHECK_INT(spm_image_rotate(ctx, &image, none / none, SPM_FILTER_NEAREST, 0, NULL, NULL, &out, NULL),
+              SPM_E_ARGUMENT);
+    CHECK_INT(spm_image_rotate(ctx, &image, 3, SPM_FILTER_NEAREST, 0, far_away, NULL, &out, NULL), SPM_E_ARGUMENT);
+    spm_image_free(ctx, &image);
+}
+
 static void errors(void)
 {
     spm_image image = pattern(1, 5, 5), out;
@@ -228,6 +275,7 @@ int main(void)
     TEST(instruction_sets_agree);
     TEST(plain_properties);
     TEST(crop_and_flip);
+    TEST(rotated_and_adjusted);
     TEST(errors);
     TEST(resize_conformance);
     spm_context_destroy(ctx);
