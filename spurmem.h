@@ -1640,6 +1640,7 @@ typedef struct spm_train_desc {
 typedef struct spm_train_result {
     int64_t epochs, steps, best_epoch; /* epochs finished; steps done; epoch of best.safetensors */
     double best_score;                 /* of the selection rule */
+    double seconds, waited;            /* in the loops over training batches; and of them waiting for pictures */
     int stopped;                       /* 1: the progress callback asked to stop; --resume goes on from here */
 } spm_train_result;
 
@@ -25951,6 +25952,7 @@ typedef struct spmi_trainer {
     spmi_text config;                                 /* config.json */
     FILE *steps;
     double start, epoch_start; /* seconds */
+    double loop_seconds, waited; /* in training loops; of them waiting for the loader */
     int64_t images_done;       /* by this call, for the progress report */
     int stopped, masked;       /* masked: this run makes masks */
 } spmi_trainer;
@@ -27490,6 +27492,7 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     spm_batch batch;
     int64_t end;
     int more = 0;
+    double since;
     spm_status status = spmi_train_order(t);
     t->epoch_start = spmi_seconds();
     end = t->desc->drop_last ? t->n / t->desc->batch * t->desc->batch : t->n;
@@ -27511,12 +27514,15 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     if (t->biased) spm_run_step(t->biased_run, (uint64_t)t->epoch);
     status = spm_loader_start(t->loader, t->epoch, t->order + t->position, end - t->position);
     if (status) return spmi_fail(t->ctx, t->err, status, "%s", spm_loader_error(t->loader)->text);
+    since = spmi_seconds();
     while (!t->stopped && (more = spm_loader_next(t->loader, &batch)) > 0) {
         status = spmi_train_step(t, &batch, d_dense, d_pruned);
         if (status) return status;
         t->position = spmi_train_next_position(t, &batch, end);
         t->stopped = spmi_train_report(t, batch.count);
     }
+    t->loop_seconds += spmi_seconds() - since;
+    t->waited += spm_loader_waited(t->loader);
     if (more < 0)
         return spmi_fail(t->ctx, t->err, spm_loader_error(t->loader)->status, "%s", spm_loader_error(t->loader)->text);
     if (t->stopped && t->position < end) return spmi_train_pause(t);
@@ -28421,6 +28427,8 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
     result->steps = t.step;
     result->best_epoch = t.best_epoch;
     result->best_score = t.best_score;
+    result->seconds = t.loop_seconds;
+    result->waited = t.waited;
     result->stopped = t.stopped && (t.epoch < t.epochs || (spmi_retrains(desc) && !t.retrained));
     spmi_free(ctx, gradients);
     spmi_train_free(&t);

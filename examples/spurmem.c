@@ -1075,6 +1075,8 @@ static int run_train(cli *line)
         spm_json_int(json, "steps", result.steps);
         spm_json_int(json, "best_epoch", result.best_epoch);
         spm_json_number(json, "best_score", result.best_score);
+        spm_json_number(json, "seconds_training", result.seconds);
+        spm_json_number(json, "seconds_waited", result.waited); /* of them, for pictures */
         spm_json_bool(json, "stopped", result.stopped);
         spm_json_object_end(json);
         rc = finish_json(line, json);
@@ -1084,6 +1086,9 @@ static int run_train(cli *line)
         else if (prints(line))
             printf("%s: %lld epochs, %lld steps; best.safetensors is epoch %lld\n", desc.out, (long long)result.epochs,
                    (long long)result.steps, (long long)result.best_epoch + 1);
+        if (prints(line) && result.seconds > 0.0)
+            printf("%.1f s of training steps, %.2f %% of them waiting for pictures\n", result.seconds,
+                   100.0 * result.waited / result.seconds);
     } else
         rc = failed(&err);
     spm_dataset_close(data);
