@@ -1017,6 +1017,8 @@ SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_t
                                        spm_error *err);
 SPMDEF spm_status spm_archive_read_i64(spm_archive *archive, const spm_archive_tensor *tensor, int64_t *out,
                                        spm_error *err);
+/* The same without conversion: tensor->dtype, host order. */
+SPMDEF spm_status spm_archive_read(spm_archive *archive, const spm_archive_tensor *tensor, void *out, spm_error *err);
 
 /* ---- named tensors, written ----
  * Tensors and metadata are declared first (safetensors has its sizes up front), then the values are put in that order.
@@ -1268,8 +1270,10 @@ SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm
  * Shapes: PyTorch's layouts ([O,I,KH,KW]); a pos_embed of another square grid is resized (bicubic, as timm; logged).
  * Strict: missing, surplus and misshaped parameters are counted and the first of each named in the error.
  *   allow_partial = 1 accepts a head that is missing or of another size: it keeps its values; logged in one line.
- * A failed load leaves every value as it was.  The parameters' gradients are lost (their memory holds what is read
- * until all of it is there); runs of the model must be at rest.  Covered by test_ckpt. */
+ * Every name, shape and checksum is looked at before the first value changes, so a load that the file fails leaves the
+ * model as it was (only a disk that fails in the midst, SPM_E_IO, leaves a mixture).  The file is read straight into the
+ * parameters, on the context's threads: no copy of the model is made.  Runs of the model must be at rest.  Covered by
+ * test_ckpt. */
 SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err);
 /* Writes .safetensors, or by the name's ending (.pth, .pt, .th) a torch file that torch.load(weights_only=True) reads:
  * F32 in PyTorch's layout, names and order, with num_batches_tracked = 0 behind each batch norm, so that
@@ -16343,7 +16347,8 @@ struct spm_archive {
     spmi_names names;
     spm_json_value *header;   /* safetensors: names and metadata live in it */
     char *text;               /* torch: the names */
-    uint8_t *buffer;          /* SPMI_ARCHIVE_BUFFER bytes */
+    uint8_t *buffer, *wide;   /* SPMI_ARCHIVE_BUFFER bytes; the span of a strided tensor */
+    size_t wide_room;
     spmi_archive_format format;
 };
 
@@ -16424,15 +16429,30 @@ static int spmi_archive_row_major(spm_archive_tensor *tensor)
     return 1;
 }
 
-static spm_status spmi_archive_check_crc(spm_archive *archive, const spm_archive_tensor *tensor, spmi_storage *storage,
-                                         uint32_t crc, spm_error *err)
+static spm_status spmi_archive_check_crc(spm_archive *archive, const char *name, spmi_storage *storage, uint32_t crc,
+                                         spm_error *err)
 {
     if (crc != storage->crc)
         return spmi_fail(archive->ctx, err, SPM_E_FORMAT,
                          "%s: %.100s: the CRC of its bytes at offset %llu does not match; the file is damaged",
-                         archive->source.name, tensor->name, (unsigned long long)storage->offset);
+                         archive->source.name, name, (unsigned long long)storage->offset);
     storage->check = 0;
     return SPM_OK;
+}
+
+/* Reads a storage through once for its CRC.  `buffer` holds SPMI_ARCHIVE_BUFFER bytes. */
+static spm_status spmi_archive_verify(spm_archive *archive, const char *name, spmi_storage *storage, uint8_t *buffer,
+                                      spm_error *err)
+{
+    uint64_t at;
+    uint32_t crc = 0;
+    for (at = 0; at < storage->size && storage->check; at += SPMI_ARCHIVE_BUFFER) {
+        size_t piece = (size_t)SPMI_MIN(storage->size - at, (uint64_t)SPMI_ARCHIVE_BUFFER);
+        spm_status status = spmi_source_read(&archive->source, storage->offset + at, buffer, piece, err);
+        if (status) return status;
+        crc = spmi_crc32(crc, buffer, piece);
+    }
+    return storage->check ? spmi_archive_check_crc(archive, name, storage, crc, err) : SPM_OK;
 }
 
 /* One member of a safetensors header: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}. */
@@ -17367,24 +17387,14 @@ static uint8_t *spmi_zip_record(uint8_t *at, const uint8_t *end, spmi_torch_key 
     return at + 46 + name + extra + comment;
 }
 
-/* data.pkl and byteorder must be intact before the pickle is run. */
+/* data.pkl must be intact before the pickle is run. */
 static spm_status spmi_torch_zip_entry(spmi_torch *t, int64_t index)
 {
     spm_archive *archive = t->pickle.archive;
-    spm_archive_tensor whole = SPM_ZERO;
     spmi_storage *storage = &archive->storages[index];
     spm_status status = spmi_torch_zip_locate(t, index, storage);
-    uint64_t at;
-    uint32_t crc = 0;
     if (status) return status;
-    whole.name = t->keys[index].name;
-    for (at = 0; at < storage->size && storage->check; at += SPMI_ARCHIVE_BUFFER) {
-        size_t piece = (size_t)SPMI_MIN(storage->size - at, (uint64_t)SPMI_ARCHIVE_BUFFER);
-        status = spmi_source_read(&archive->source, storage->offset + at, archive->buffer, piece, t->pickle.err);
-        if (status) return status;
-        crc = spmi_crc32(crc, archive->buffer, piece);
-    }
-    return storage->check ? spmi_archive_check_crc(archive, &whole, storage, crc, t->pickle.err) : SPM_OK;
+    return spmi_archive_verify(archive, t->keys[index].name, storage, archive->buffer, t->pickle.err);
 }
 
 static spm_status spmi_torch_zip_read(spmi_torch *t)
@@ -17571,6 +17581,7 @@ SPMDEF void spm_archive_close(spm_archive *archive)
     spm_json_free(ctx, archive->header);
     spmi_free(ctx, archive->text);
     spmi_free(ctx, archive->buffer);
+    spmi_free(ctx, archive->wide);
     spmi_free(ctx, archive);
 }
 
@@ -17782,61 +17793,102 @@ static int spmi_archive_contiguous(const spm_archive_tensor *tensor)
     return 1;
 }
 
-/* Reads a storage through once for its CRC: for tensors that are only a part of it. */
-static spm_status spmi_archive_verify(spm_archive *archive, const spm_archive_tensor *tensor, spmi_storage *storage,
-                                      spm_error *err)
+static spmi_storage *spmi_archive_storage(spm_archive *archive, const spm_archive_tensor *tensor)
 {
-    uint64_t at = storage->offset, end = storage->offset + storage->size;
-    uint32_t crc = 0;
-    while (at < end) {
-        size_t bytes = (size_t)SPMI_MIN(end - at, (uint64_t)SPMI_ARCHIVE_BUFFER);
-        spm_status status = spmi_source_read(&archive->source, at, archive->buffer, bytes, err);
-        if (status) return status;
-        crc = spmi_crc32(crc, archive->buffer, bytes);
-        at += bytes;
-    }
-    return spmi_archive_check_crc(archive, tensor, storage, crc, err);
+    return archive->storage_of ? &archive->storages[archive->storage_of[tensor - archive->tensors]] : NULL;
 }
 
-/* Where converted elements go: exactly one of the two is set. */
+/* Where elements go: exactly one is set.  `raw`: in the file's type, host order. */
 typedef struct spmi_archive_target {
     float *floats;
     int64_t *integers;
+    uint8_t *raw;
 } spmi_archive_target;
 
-static spm_status spmi_archive_convert(spm_archive *archive, const spm_archive_tensor *tensor, const uint8_t *in,
-                                       ptrdiff_t step,
-                                       int64_t first, int64_t n, spmi_archive_target out, spm_error *err)
+/* Turns up to 4096 bytes of elements of `size` bytes from little-endian order into the other, or back. */
+static size_t spmi_archive_swap(uint8_t *out, const uint8_t *in, size_t left, size_t size)
 {
-    int64_t bad = -1;
+    size_t bytes = SPMI_MIN(left, (size_t)4096), i;
+    for (i = 0; i < bytes; i++) out[i] = in[i / size * size + (size - 1 - i % size)];
+    return bytes;
+}
+
+static spm_status spmi_archive_convert(spm_archive *archive, const spm_archive_tensor *tensor, const uint8_t *in,
+                                       ptrdiff_t step, int64_t first, int64_t n, spmi_archive_target out,
+                                       spm_error *err)
+{
+    const size_t size = (size_t)spmi_dtype_size(tensor->dtype);
+    int64_t bad = -1, i;
     if (out.floats) spmi_archive_to_float(tensor->dtype, in, step, n, out.floats + first);
-    else bad = spmi_archive_to_integer(tensor->dtype, in, step, n, out.integers + first);
+    else if (out.integers) bad = spmi_archive_to_integer(tensor->dtype, in, step, n, out.integers + first);
+    else for (i = 0; i < n; i++) {
+        uint8_t *to = out.raw + (size_t)(first + i) * size;
+        if (spmi_host_little()) memcpy(to, in + i * step, size);
+        else (void)spmi_archive_swap(to, in + i * step, size, size);
+    }
     if (bad < 0) return SPM_OK;
     return spmi_fail(archive->ctx, err, SPM_E_FORMAT, "%s: %.100s: element %lld is %.9g, which is not a 64-bit integer",
                      archive->source.name, tensor->name, (long long)(first + bad),
                      spmi_archive_double(tensor->dtype, in + (ptrdiff_t)bad * step));
 }
 
+/* Elements [first, first + n) of a contiguous tensor to the front of `out`; the CRC goes on in *crc, if given. */
+static spm_status spmi_archive_range(spm_archive *archive, const spm_archive_tensor *tensor, int64_t first, int64_t n,
+                                     spmi_archive_target out, uint8_t *buffer, uint32_t *crc, spm_error *err)
+{
+    const size_t size = (size_t)spmi_dtype_size(tensor->dtype);
+    const uint64_t from = tensor->offset + (uint64_t)first * size;
+    const int straight = spmi_host_little() && (out.floats ? tensor->dtype == SPM_F32
+                                                           : out.integers ? tensor->dtype == SPM_I64 : 1);
+    const int64_t most = (int64_t)((straight ? 4u : 1u) * SPMI_ARCHIVE_BUFFER / size); /* still in the cache for the CRC */
+    uint8_t *to = out.floats ? (uint8_t *)out.floats : out.integers ? (uint8_t *)out.integers : out.raw;
+    int64_t done, chunk;
+    for (done = 0; done < n; done += chunk) {
+        uint8_t *piece = straight ? to + (size_t)done * size : buffer;
+        spm_status status;
+        chunk = straight && !crc ? n : SPMI_MIN(n - done, most);
+        status = spmi_source_read(&archive->source, from + (uint64_t)done * size, piece, (size_t)chunk * size, err);
+        if (status) return status;
+        if (crc) *crc = spmi_crc32(*crc, piece, (size_t)chunk * size);
+        if (!straight) status = spmi_archive_convert(archive, tensor, piece, (ptrdiff_t)size, done, chunk, out, err);
+        if (status) return status;
+    }
+    return SPM_OK;
+}
+
+/* Memory for the span of a tensor that is not contiguous: with it, reading cannot fail for want of memory. */
+static spm_status spmi_archive_reserve(spm_archive *archive, const spm_archive_tensor *tensor, spm_error *err)
+{
+    int64_t span = 1;
+    void *memory = archive->wide;
+    int axis;
+    if (!tensor->count || spmi_archive_contiguous(tensor)) return SPM_OK;
+    for (axis = 0; axis < tensor->rank; axis++) /* cannot overflow: checked against the storage at opening */
+        span += (tensor->shape[axis] - 1) * tensor->stride[axis];
+    if ((uint64_t)span > SIZE_MAX / 8 || !spmi_grow(archive->ctx, &memory, 0, &archive->wide_room,
+                                                    (size_t)span * (size_t)spmi_dtype_size(tensor->dtype)))
+        return spmi_fail_memory(archive->ctx, err, tensor->name);
+    archive->wide = (uint8_t *)memory;
+    return SPM_OK;
+}
+
 /* Any strides: the span of the tensor is read as a whole, then walked row by row. */
 static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_archive_tensor *tensor,
-                                            spmi_archive_target out,
-                                            spm_error *err)
+                                            spmi_archive_target out, spm_error *err)
 {
     int64_t index[SPM_ARCHIVE_MAX_RANK], span = 1, done = 0, row = tensor->shape[tensor->rank - 1], from = 0;
     int size = spmi_dtype_size(tensor->dtype), axis;
     ptrdiff_t step = (ptrdiff_t)tensor->stride[tensor->rank - 1] * size;
-    spm_status status;
-    uint8_t *bytes;
-    for (axis = 0; axis < tensor->rank; axis++) { /* cannot overflow: checked against the storage at opening */
+    spm_status status = spmi_archive_reserve(archive, tensor, err);
+    if (status) return status;
+    for (axis = 0; axis < tensor->rank; axis++) {
         span += (tensor->shape[axis] - 1) * tensor->stride[axis];
         index[axis] = 0;
     }
-    if ((uint64_t)span > SIZE_MAX / 8 || (bytes = (uint8_t *)spmi_alloc(archive->ctx,
-                                                                        (size_t)span * (size_t)size)) == NULL)
-        return spmi_fail_memory(archive->ctx, err, tensor->name);
-    status = spmi_source_read(&archive->source, tensor->offset, bytes, (size_t)span * (size_t)size, err);
+    status = spmi_source_read(&archive->source, tensor->offset, archive->wide, (size_t)span * (size_t)size, err);
     while (!status && done < tensor->count) {
-        status = spmi_archive_convert(archive, tensor, bytes + (ptrdiff_t)from * size, step, done, row, out, err);
+        status = spmi_archive_convert(archive, tensor, archive->wide + (ptrdiff_t)from * size, step, done, row, out,
+                                      err);
         done += row;
         for (axis = tensor->rank - 2; axis >= 0; axis--) {
             from += tensor->stride[axis];
@@ -17845,49 +17897,34 @@ static spm_status spmi_archive_read_strided(spm_archive *archive, const spm_arch
             index[axis] = 0;
         }
     }
-    spmi_free(archive->ctx, bytes);
     return status;
 }
 
 static spm_status spmi_archive_read(spm_archive *archive, const spm_archive_tensor *tensor, spmi_archive_target out,
                                     spm_error *err)
 {
-    size_t size = (size_t)spmi_dtype_size(tensor->dtype);
-    spmi_storage *storage = archive->storage_of ? &archive->storages[archive->storage_of[tensor - archive->tensors]]
-        : NULL;
-    int whole;
+    const size_t size = (size_t)spmi_dtype_size(tensor->dtype);
+    const int contiguous = spmi_archive_contiguous(tensor);
+    spmi_storage *storage = spmi_archive_storage(archive, tensor);
+    int whole; /* the tensor is all of a storage: its CRC is taken while it is read */
     uint32_t crc = 0;
-    int64_t done = 0, chunk;
     spm_status status = SPM_OK;
     if (tensor->count == 0) return SPM_OK;
     if ((uint64_t)tensor->count > SIZE_MAX / 8) return spmi_fail_memory(archive->ctx, err, tensor->name);
-    whole = spmi_archive_contiguous(tensor) && storage && storage->check && storage->offset == tensor->offset
+    whole = contiguous && storage && storage->check && storage->offset == tensor->offset
             && storage->size == (uint64_t)tensor->count * size;
-    if (storage && storage->check && !whole && (status = spmi_archive_verify(archive, tensor, storage, err)) != SPM_OK)
-        return status;
-    if (!spmi_archive_contiguous(tensor)) return spmi_archive_read_strided(archive, tensor, out, err);
-    /* straight into `out` */
-    if (spmi_host_little() && (out.floats ? tensor->dtype == SPM_F32 : tensor->dtype == SPM_I64)) {
-        uint8_t *bytes = out.floats ? (uint8_t *)out.floats : (uint8_t *)out.integers;
-        size_t total = (size_t)tensor->count * size, at;
-        /* pieces that the CRC still finds in the cache */
-        size_t most = whole ? (size_t)4 * SPMI_ARCHIVE_BUFFER : total;
-        for (at = 0; at < total && !status; at += most) {
-            size_t piece = SPMI_MIN(total - at, most);
-            status = spmi_source_read(&archive->source, tensor->offset + at, bytes + at, piece, err);
-            if (whole && !status) crc = spmi_crc32(crc, bytes + at, piece);
-        }
-    } else {
-        for (; done < tensor->count && !status; done += chunk) {
-            chunk = SPMI_MIN(tensor->count - done, (int64_t)(SPMI_ARCHIVE_BUFFER / size));
-            status = spmi_source_read(&archive->source, tensor->offset + (uint64_t)done * size, archive->buffer,
-                                      (size_t)chunk * size, err);
-            if (status) break;
-            if (whole) crc = spmi_crc32(crc, archive->buffer, (size_t)chunk * size);
-            status = spmi_archive_convert(archive, tensor, archive->buffer, (ptrdiff_t)size, done, chunk, out, err);
-        }
-    }
-    return whole && !status ? spmi_archive_check_crc(archive, tensor, storage, crc, err) : status;
+    if (storage && !whole) status = spmi_archive_verify(archive, tensor->name, storage, archive->buffer, err);
+    if (status) return status;
+    if (!contiguous) return spmi_archive_read_strided(archive, tensor, out, err);
+    status = spmi_archive_range(archive, tensor, 0, tensor->count, out, archive->buffer, whole ? &crc : NULL, err);
+    return whole && !status ? spmi_archive_check_crc(archive, tensor->name, storage, crc, err) : status;
+}
+
+SPMDEF spm_status spm_archive_read(spm_archive *archive, const spm_archive_tensor *tensor, void *out, spm_error *err)
+{
+    spmi_archive_target target = SPM_ZERO;
+    target.raw = (uint8_t *)out;
+    return spmi_archive_read(archive, tensor, target, err);
 }
 
 SPMDEF spm_status spm_archive_read_f32(spm_archive *archive, const spm_archive_tensor *tensor, float *out,
@@ -18269,14 +18306,6 @@ static void spmi_archive_start(spm_archive_writer *writer)
                         writer->declared[repeated].name);
     else if (writer->kind == SPM_ARCHIVE_TORCH) spmi_torch_start(writer);
     else spmi_safetensors_start(writer);
-}
-
-/* Turns up to 4096 bytes of elements of `size` bytes into little-endian order. */
-static size_t spmi_archive_swap(uint8_t *out, const uint8_t *in, size_t left, size_t size)
-{
-    size_t bytes = SPMI_MIN(left, (size_t)4096), i;
-    for (i = 0; i < bytes; i++) out[i] = in[i / size * size + (size - 1 - i % size)];
-    return bytes;
 }
 
 SPMDEF void spm_archive_put(spm_archive_writer *writer, const void *values)
@@ -18858,7 +18887,6 @@ SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const flo
     spmi_writer_put(&writer, values, (size_t)bytes);
     return spmi_writer_commit(&writer, err);
 }
-#undef SPMI_ARCHIVE_BUFFER
 #undef SPMI_SAFETENSORS_HEADER_MAX
 
 #if !defined(_WIN32)
@@ -21838,6 +21866,8 @@ typedef struct spmi_ckpt_view {
     int convolution;                  /* 1: axes are moved */
     int kept;                         /* 1: the model's value stays (a new head) */
     int resized;                      /* 1: a position embedding for another picture size */
+    int claimed;                      /* 1: its storage's CRC is to be checked on this view's behalf */
+    int64_t grid[2];                  /* rows and columns of patches, if resized */
 } spmi_ckpt_view;
 
 /* The views of all parameters, in their order; NULL when memory runs out. */
@@ -22055,20 +22085,37 @@ static int spmi_ckpt_grid(spm_model *model, int64_t *rows, int64_t *columns)
     return 1;
 }
 
-/* Whether a file's embedding of a square grid can be resized to the model's; *side is the square's. */
-static int spmi_ckpt_can_resize(spm_model *model, const spmi_ckpt_view *view, const spm_archive_tensor *from,
-                                int64_t *side)
+/* The grid of a file's position embedding of n patches: what our own files say about their pictures, else a square. */
+static int spmi_ckpt_file_grid(spm_model *model, const spm_archive *archive, int64_t n, int64_t *rows, int64_t *columns)
 {
-    int64_t rows, columns, width = view->shape[2], tokens, n;
+    const char *size = spm_archive_metadata(archive, "writer") ? spm_archive_metadata(archive, "image_size") : NULL;
+    const char *x = size ? strchr(size, 'x') : NULL;
+    const int patch = spm_model_find_parameter(model, "patch_embed.proj.weight");
+    if (x && patch >= 0) {
+        const int64_t side = spm_model_parameter(model, patch)->value.shape[1];
+        *rows = strtol(size, NULL, 10) / side;
+        *columns = strtol(x + 1, NULL, 10) / side;
+        if (*rows > 0 && *columns > 0 && *rows <= n && *columns == n / *rows && n % *rows == 0) return 1;
+    }
+    for (*rows = 1; *rows * *rows < n; ++*rows) continue;
+    *columns = *rows;
+    return n > 0 && *rows * *rows == n;
+}
+
+/* Sets view->grid to the file's grid if it is a position embedding for pictures of another size that can be resized to
+ * the model's. */
+static int spmi_ckpt_can_resize(spm_model *model, const spm_archive *archive, spmi_ckpt_view *view)
+{
+    const spm_archive_tensor *from = view->from;
+    int64_t rows, columns, width = view->shape[2], tokens;
     if (!spmi_string_equal(view->name, "pos_embed") || from->rank < 2 || from->shape[from->rank - 1] != width
-        || width < 1) {
+        || width < 1 || !spmi_ckpt_grid(model, &rows, &columns)) {
         return 0;
     }
-    if (!spmi_ckpt_grid(model, &rows, &columns)) return 0;
     tokens = view->shape[1] - rows * columns; /* class token, distillation token */
-    n = from->count / width - tokens;
-    for (*side = 1; *side * *side < n; ++*side) continue;
-    return tokens >= 0 && n > 0 && *side * *side == n;
+    return tokens >= 0
+           && spmi_ckpt_file_grid(model, archive, from->count / width - tokens, &view->grid[0], &view->grid[1])
+           && (view->grid[0] != rows || view->grid[1] != columns);
 }
 
 /* The cubic convolution kernel with a = -3/4, at distance t. */
@@ -22081,24 +22128,25 @@ static double spmi_cubic(double t)
     return 0;
 }
 
-/* out[rows][columns][width] from in[side][side][width]: bicubic, pixel centres at half, edges repeated, no antialias:
+/* out[rows][columns][width] from in[h][w][width]: bicubic, pixel centres at half, edges repeated, no antialias:
  * torch.nn.functional.interpolate(mode="bicubic", align_corners=False), as timm and DeiT resize their embeddings. */
-static void spmi_ckpt_resize(const float *in, int64_t side, float *out, int64_t rows, int64_t columns, int64_t width)
+static void spmi_ckpt_resize(const float *in, int64_t h, int64_t w, float *out, int64_t rows, int64_t columns,
+                             int64_t width)
 {
     int64_t y, x, d, i, j;
     for (y = 0; y < rows; y++) {
-        double at_y = ((double)y + 0.5) * (double)side / (double)rows - 0.5, base_y = floor(at_y);
+        double at_y = ((double)y + 0.5) * (double)h / (double)rows - 0.5, base_y = floor(at_y);
         for (x = 0; x < columns; x++) {
-            double at_x = ((double)x + 0.5) * (double)side / (double)columns - 0.5, base_x = floor(at_x);
+            double at_x = ((double)x + 0.5) * (double)w / (double)columns - 0.5, base_x = floor(at_x);
             float *to = out + (y * columns + x) * width;
             for (d = 0; d < width; d++) {
                 double sum = 0;
                 for (i = -1; i <= 2; i++) {
-                    int64_t from_y = SPMI_MIN(SPMI_MAX((int64_t)base_y + i, 0), side - 1);
+                    int64_t from_y = SPMI_MIN(SPMI_MAX((int64_t)base_y + i, 0), h - 1);
                     double row = 0;
                     for (j = -1; j <= 2; j++) {
-                        int64_t from_x = SPMI_MIN(SPMI_MAX((int64_t)base_x + j, 0), side - 1);
-                        row += spmi_cubic(at_x - base_x - (double)j) * (double)in[(from_y * side + from_x) * width + d];
+                        int64_t from_x = SPMI_MIN(SPMI_MAX((int64_t)base_x + j, 0), w - 1);
+                        row += spmi_cubic(at_x - base_x - (double)j) * (double)in[(from_y * w + from_x) * width + d];
                     }
                     sum += spmi_cubic(at_y - base_y - (double)i) * row;
                 }
@@ -22118,7 +22166,7 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
     const char *nest = spmi_ckpt_nest(archive);
     spmi_ckpt_list missing = SPM_ZERO, surplus = SPM_ZERO, misshaped = SPM_ZERO;
     char text[320], have[96], want[96];
-    int64_t k, side;
+    int64_t k;
     int i;
     for (k = 0; k < spm_archive_count(archive); k++) {
         const spm_archive_tensor *tensor = spm_archive_tensor_at(archive, k);
@@ -22140,12 +22188,12 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
         if (!view->from) {
             if (head) view->kept = 1;
             else spmi_ckpt_list_add(&missing, view->name);
+        } else if (spmi_ckpt_can_resize(model, archive, view)) {
+            view->resized = 1;
         } else if (spmi_ckpt_same_shape(view->from->shape, view->from->rank, view->shape, view->rank)) {
             continue;
         } else if (head) {
             view->kept = 1;
-        } else if (spmi_ckpt_can_resize(model, view, view->from, &side)) {
-            view->resized = 1;
         } else {
             (void)spmi_format(text, sizeof text, "%s: checkpoint has %s, model wants %s", view->name,
                               spmi_ckpt_shape_text(view->from->shape, view->from->rank, have, sizeof have),
@@ -22174,32 +22222,6 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
     return SPM_OK;
 }
 
-/* Reads one view into `to` (the file's order of axes). */
-static spm_status spmi_ckpt_read(spm_model *model, spm_archive *archive, const spmi_ckpt_view *view, float *to,
-                                 spm_error *err)
-{
-    spm_context *ctx = spm_model_context(model);
-    int64_t rows = 0, columns = 0, side = 0, tokens;
-    float *whole;
-    spm_status status;
-    if (!view->resized) return spm_archive_read_f32(archive, view->from, to, err);
-    (void)spmi_ckpt_can_resize(model, view, view->from, &side);
-    (void)spmi_ckpt_grid(model, &rows, &columns);
-    tokens = view->shape[1] - rows * columns;
-    whole = (float *)spmi_alloc_array(ctx, view->from->count, sizeof(float));
-    if (!whole) return spmi_fail_memory(ctx, err, view->name);
-    status = spm_archive_read_f32(archive, view->from, whole, err);
-    if (!status) {
-        memcpy(to, whole, (size_t)(tokens * view->shape[2]) * sizeof(float));
-        spmi_ckpt_resize(whole + tokens * view->shape[2], side, to + tokens * view->shape[2], rows, columns,
-                         view->shape[2]);
-        spmi_log(ctx, SPM_LOG_INFO, "pos_embed: resized from %ld x %ld to %ld x %ld patches", (long)side, (long)side,
-                 (long)rows, (long)columns);
-    }
-    spmi_free(ctx, whole);
-    return status;
-}
-
 /* [O,I,K] <-> [O,K,I], K = KH * KW. */
 static void spmi_ckpt_move_axes(const float *in, float *out, int64_t o, int64_t a, int64_t b)
 {
@@ -22211,39 +22233,157 @@ static void spmi_ckpt_move_axes(const float *in, float *out, int64_t o, int64_t 
     }
 }
 
-/* Everything is read before anything is placed, so that a failure midway changes no value.  The gradients' memory,
- * which holds nothing worth keeping then, takes what is read: no second copy of a large model.  Buffers have no
- * gradient; theirs is a small block of its own. */
-static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, const spmi_ckpt_view *views, int count,
+/* Loading: the checksums of all that is needed first, then every tensor straight to its place, so that what a file can
+ * be blamed for is found before a value changes, and no second copy of the model is made.  Up to SPMI_CKPT_WORKERS tasks
+ * take about as many bytes each. */
+#define SPMI_CKPT_WORKERS 16
+typedef struct spmi_ckpt_job {
+    spm_model *model;
+    spm_archive *archive;
+    spmi_ckpt_view *views;
+    int count, placing, first[SPMI_CKPT_WORKERS + 1]; /* views of task t: first[t] .. first[t + 1] */
+    uint8_t *memory;           /* per task: SPMI_ARCHIVE_BUFFER bytes, then `band` floats */
+    int64_t band;
+    float *aside;              /* a strided or resized tensor in the file's order; for the caller's thread */
+    unsigned char *failed;     /* [count] */
+} spmi_ckpt_job;
+
+/* 1 if the tensor passes through `aside`. */
+static int spmi_ckpt_detour(const spmi_ckpt_view *view)
+{
+    return view->resized || !spmi_archive_contiguous(view->from);
+}
+
+/* The whole tensor through `aside`. */
+static spm_status spmi_ckpt_place_aside(const spmi_ckpt_job *job, int i, spm_error *err)
+{
+    const spmi_ckpt_view *view = &job->views[i];
+    float *to = spm_model_parameter(job->model, i)->value.data;
+    const int64_t width = view->shape[2];
+    int64_t rows = 0, columns = 0, tokens;
+    spm_status status = spm_archive_read_f32(job->archive, view->from, job->aside, err);
+    if (status) return status;
+    if (view->convolution) {
+        spmi_ckpt_move_axes(job->aside, to, view->shape[0], view->shape[1], view->shape[2] * view->shape[3]);
+    } else if (view->resized) {
+        (void)spmi_ckpt_grid(job->model, &rows, &columns);
+        tokens = view->shape[1] - rows * columns;
+        memcpy(to, job->aside, (size_t)(tokens * width) * sizeof(float));
+        spmi_ckpt_resize(job->aside + tokens * width, view->grid[0], view->grid[1], to + tokens * width, rows, columns,
+                         width);
+        spmi_log(spm_model_context(job->model), SPM_LOG_INFO, "pos_embed: resized from %ld x %ld to %ld x %ld patches",
+                 (long)view->grid[0], (long)view->grid[1], (long)rows, (long)columns);
+    } else {
+        memcpy(to, job->aside, (size_t)view->count * sizeof(float));
+    }
+    return SPM_OK;
+}
+
+/* Checks or places view i with the memory of one task. */
+static spm_status spmi_ckpt_view_step(const spmi_ckpt_job *job, int i, uint8_t *memory, spm_error *err)
+{
+    const spmi_ckpt_view *view = &job->views[i];
+    float *to = spm_model_parameter(job->model, i)->value.data, *band = (float *)(void *)(memory + SPMI_ARCHIVE_BUFFER);
+    spmi_archive_target out = SPM_ZERO;
+    int64_t o, n, row;
+    spm_status status = SPM_OK;
+    if (!job->placing) {
+        return view->claimed ? spmi_archive_verify(job->archive, view->from->name,
+                                                   spmi_archive_storage(job->archive, view->from), memory, err)
+            : SPM_OK;
+    }
+    if (!view->convolution) {
+        out.floats = to;
+        return spmi_archive_range(job->archive, view->from, 0, view->count, out, memory, NULL, err);
+    }
+    row = view->count / view->shape[0];
+    out.floats = band;
+    for (o = 0; o < view->shape[0] && !status; o += n) {
+        n = SPMI_MIN(SPMI_MAX(job->band / row, (int64_t)1), view->shape[0] - o);
+        status = spmi_archive_range(job->archive, view->from, o * row, n * row, out, memory, NULL, err);
+        if (!status) spmi_ckpt_move_axes(band, to + o * row, n, view->shape[1], view->shape[2] * view->shape[3]);
+    }
+    return status;
+}
+
+static uint8_t *spmi_ckpt_task_memory(const spmi_ckpt_job *job, int64_t task)
+{
+    return job->memory + (size_t)task * (SPMI_ARCHIVE_BUFFER + (size_t)job->band * sizeof(float));
+}
+
+static void spmi_ckpt_task(void *arg, int64_t task, int slot)
+{
+    const spmi_ckpt_job *job = (const spmi_ckpt_job *)arg;
+    int i;
+    (void)slot;
+    for (i = job->first[task]; i < job->first[task + 1]; i++) {
+        spm_error unread = SPM_ZERO;
+        if (job->views[i].kept || (job->placing && spmi_ckpt_detour(&job->views[i]))) continue;
+        job->failed[i] = spmi_ckpt_view_step(job, i, spmi_ckpt_task_memory(job, task), &unread) != SPM_OK;
+    }
+}
+
+/* Both passes.  What failed in a task is done again here, for its sentence. */
+static spm_status spmi_ckpt_run(spmi_ckpt_job *job, int tasks, spm_error *err)
+{
+    spm_status status = SPM_OK;
+    int i;
+    for (job->placing = 0; job->placing < 2 && !status; job->placing++) {
+        memset(job->failed, 0, (size_t)job->count);
+        spm_parallel(spm_model_context(job->model), tasks, spmi_ckpt_task, job);
+        for (i = 0; i < job->count && !status; i++) {
+            if (job->failed[i]) status = spmi_ckpt_view_step(job, i, job->memory, err);
+            else if (job->placing && !job->views[i].kept && spmi_ckpt_detour(&job->views[i]))
+                status = spmi_ckpt_place_aside(job, i, err);
+        }
+    }
+    return status;
+}
+
+static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, spmi_ckpt_view *views, int count,
                                  spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
-    int64_t extra = 0, used = 0;
-    float *block;
-    int i, placing;
+    spmi_ckpt_job job = SPM_ZERO;
+    int64_t total = 0, done = 0, aside = 1;
+    const int tasks = SPMI_MIN(spm_context_threads(ctx), SPMI_CKPT_WORKERS);
+    int i, task = 0;
     spm_status status = SPM_OK;
-    for (i = 0; i < count; i++) {
-        if (!spm_model_parameter(model, i)->gradient) extra += views[i].count;
-    }
-    block = (float *)spmi_alloc_array(ctx, extra + 1, sizeof(float));
-    if (!block) return spmi_fail_memory(ctx, err, "a checkpoint");
-    for (placing = 0; placing < 2; placing++) {
-        for (i = 0, used = 0; !status && i < count; i++) {
-            const spmi_ckpt_view *view = &views[i];
-            spm_parameter *p = spm_model_parameter(model, i);
-            float *stage = p->gradient ? p->gradient : block + used;
-            if (!p->gradient) used += view->count;
-            if (view->kept) continue;
-            if (!placing) status = spmi_ckpt_read(model, archive, view, stage, err);
-            else if (view->convolution) {
-                spmi_ckpt_move_axes(stage, p->value.data, view->shape[0], view->shape[1],
-                                    view->shape[2] * view->shape[3]);
-            }
-            else memcpy(p->value.data, stage, (size_t)view->count * sizeof(float));
+    job.model = model;
+    job.archive = archive;
+    job.views = views;
+    job.count = count;
+    job.band = SPMI_ARCHIVE_BUFFER / sizeof(float);
+    for (i = 0; i < count && !status; i++) {
+        spmi_ckpt_view *view = &views[i];
+        spmi_storage *storage;
+        if (view->kept) continue;
+        total += view->count;
+        if (view->convolution) job.band = SPMI_MAX(job.band, spmi_round_up(view->count / view->shape[0], 16));
+        if (spmi_ckpt_detour(view)) {
+            aside = SPMI_MAX(aside, view->from->count);
+            status = spmi_archive_reserve(archive, view->from, err);
+        }
+        storage = spmi_archive_storage(archive, view->from);
+        if (storage && storage->check == 1) {
+            storage->check = 2;
+            view->claimed = 1;
         }
     }
-    spmi_free(ctx, block);
-    spm_model_zero_gradients(model);
+    if (status) return status;
+    for (i = 0; i < count; i++) {
+        while (task < tasks && done * tasks >= total * task) job.first[task++] = i;
+        done += views[i].kept ? 0 : views[i].count;
+    }
+    while (task <= tasks) job.first[task++] = count;
+    job.memory = (uint8_t *)spmi_alloc_array(ctx, tasks, SPMI_ARCHIVE_BUFFER + (size_t)job.band * sizeof(float));
+    job.failed = (unsigned char *)spmi_alloc_array(ctx, count, 1);
+    job.aside = (float *)spmi_alloc_array(ctx, aside, sizeof(float));
+    if (job.memory && job.failed && job.aside) status = spmi_ckpt_run(&job, tasks, err);
+    else status = spmi_fail_memory(ctx, err, "a checkpoint");
+    spmi_free(ctx, job.memory);
+    spmi_free(ctx, job.failed);
+    spmi_free(ctx, job.aside);
     if (!status) spm_model_touch(model);
     return status;
 }
@@ -22414,6 +22554,8 @@ SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const 
     spmi_free(ctx, views);
     return spm_archive_commit(writer, err);
 }
+#undef SPMI_ARCHIVE_BUFFER
+#undef SPMI_CKPT_WORKERS
 /* ================================================================================================================
  * >>EVAL  16  evaluation: groups, intervals, tests
  * ============================================================================================================= */
