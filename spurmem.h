@@ -17225,7 +17225,7 @@ static spm_status spmi_torch_tensor(spmi_torch *t, uint32_t args, spm_archive_te
 }
 
 /* Walks the tree; the names of nested tensors are their keys joined by dots.  Recursion is bounded by `depth`; a tree
- * that repeats parts of itself is bounded by the number of visits. */
+ * that repeats parts of itself is bounded by the number of cells it looks at. */
 static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t length, int depth)
 {
     spmi_pickle *p = &t->pickle;
@@ -17233,8 +17233,6 @@ static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t
     spm_status status = SPM_OK;
     uint32_t cell;
     int64_t index = 0;
-    if (++t->visits > p->cells_used + 256)
-        return spmi_torch_fail(t, SPM_E_FORMAT, "the tree contains itself; the file is damaged");
     if (value.type == SPMI_P_TENSOR) {
         const char *name = length ? t->path : "tensor";
         size_t bytes = strlen(name) + 1;
@@ -17256,6 +17254,9 @@ static spm_status spmi_torch_walk(spmi_torch *t, spmi_pickle_value value, size_t
         char number[24];
         const char *key = number;
         int wrote, named = item.type == SPMI_P_STRING;
+        if (++t->visits > 2 * p->cells_used + 4096) /* every cell looked at counts, not only what is entered */
+            return spmi_torch_fail(t, SPM_E_FORMAT,
+                                   "the tree contains itself or repeats its parts; the file is damaged");
         (void)spmi_format(number, sizeof number, "%lld", (long long)index);
         if (value.type == SPMI_P_DICT) {
             if (item.type == SPMI_P_INT) (void)spmi_format(number, sizeof number, "%lld", (long long)item.bits);
@@ -17435,8 +17436,11 @@ static spm_status spmi_torch_zip_read(spmi_torch *t)
         return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: is a zip file without data.pkl: not a checkpoint of torch.save",
                          archive->source.name);
     (void)spmi_format(t->prefix, sizeof t->prefix, "%.*s", (int)strlen(t->keys[pickle].name) - 8, t->keys[pickle].name);
-    if (!spmi_names_build(ctx, &t->names, t->keys, sizeof(spmi_torch_key), t->keys_count, NULL))
+    if (!spmi_names_build(ctx, &t->names, t->keys, sizeof(spmi_torch_key), t->keys_count, &order))
         return spmi_fail_memory(ctx, err, archive->source.name);
+    if (order >= 0)
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: entry %.150s stands twice in its central directory",
+                         archive->source.name, t->keys[order].name);
     (void)spmi_format(name, sizeof name, "%sbyteorder", t->prefix);
     order = spmi_names_find(&t->names, name);
     if (order >= 0 && archive->storages[order].size == 3)
