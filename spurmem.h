@@ -104,6 +104,9 @@
  * 9. INSTRUCTION SETS
  *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
  *    The environment variable SPURMEM_ISA=c|avx2|avx512|neon or spm_context_desc.isa forces one.
+ *    3x3 convolutions of stride 1 with at least 32 channels on both sides go by Winograd's F(4x4, 3x3): a quarter of
+ *    the multiplications, about 1.5 times the rounding error; spm_context_desc.direct_convolution (--conv direct)
+ *    forbids it.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -213,6 +216,9 @@ typedef struct spm_context_desc {
     void *execute_user;
     int threads; /* 0: as many as cores; results do not depend on it */
     spm_isa isa; /* 0: the environment's SPURMEM_ISA, else the best */
+    /* 1: convolutions multiply tap by tap.  0: 3x3 ones of stride 1 with many channels go by Winograd's F(4x4, 3x3), a
+     * quarter of the multiplications at about 1.5 times the rounding error; the choice hangs on the shape alone. */
+    int direct_convolution;
 } spm_context_desc;
 
 /* Creates a context: allocator, log, thread pool, instruction set, first error.  NULL only if memory runs out, or if
@@ -3170,7 +3176,7 @@ typedef struct spmi_rows {
 
 typedef struct spmi_outer {
     const float *a;        /* panels [rows / R][blocks * k][R], zero-padded; R = spmi_outer_rows() */
-    int64_t a_panel;       /* floats from panel to panel */
+    int64_t a_panel, a_row; /* floats from panel to panel, and from pixel to pixel in one (R, if dealt) */
     int64_t rows;          /* of C */
     int64_t blocks, k;     /* image rows, and pixels in each */
     const float *b;
@@ -3244,6 +3250,11 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     int i, j, cut = 0;
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
+    }
+    if (g->accumulate) {
+        for (i = 0; i < mr && i < used; i++) {
+            for (j = 0; j < nv; j++) SPMI_PREFETCH(g->c + c_at[i] + j * V_W);
+        }
     }
     for (t = 0; t < g->taps; t++) {
         const float *x = g->a + g->tap_at[t], *row[T_MR];
@@ -3458,7 +3469,7 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
                 }
                 SPMI_PREFETCH_L2(ahead);
                 ahead += line;
-                a += T_OR;
+                a += g->a_row;
                 b += g->b_row;
             }
             if (left) continue;
@@ -4057,6 +4068,199 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
         }
     }
 }
+
+/* ---- Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2016) at the points 0, +-5/8, +-3/2 and infinity -----------
+ * A 4x4 tile of the output is y = A^T [(G g G^T) * (B^T d B)] A of a 6x6 tile d of the input and a 3x3 filter g: 36
+ * products, which are sums over channels and so 36 matrix products, where taps take 144.  Gradients are the same
+ * trilinear form read the other way: of the data, a convolution with the turned filter; of the filter,
+ * G^T [sum over tiles of (A dy A^T) * (B^T d B)] G.  All numbers of A and B are exact in binary.  With these points the
+ * rounding error is about 1.5 times that of a plain sum; with the textbook's 0, +-1, +-2 it is 3 times. */
+#define W_A 0.625f
+#define W_B 1.5f
+#define W_A2 0.390625f   /* a^2 */
+#define W_B2 2.25f
+#define W_A3 0.244140625f
+#define W_B3 3.375f
+#define W_AB 0.87890625f /* a^2 b^2 */
+#define W_S 2.640625f    /* a^2 + b^2 */
+#define W_NA (1.0f / -1.45263671875f) /* 1 / (2 a^2 (a^2 - b^2)) */
+#define W_NB (1.0f / 8.3671875f)      /* 1 / (2 b^2 (b^2 - a^2)) */
+
+/* r = B^T d; the numbers of d are `step` apart. */
+SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
+{
+    const v_t a2 = v_set(-W_A2), b2 = v_set(-W_B2), ab = v_set(W_AB), s = v_set(-W_S);
+    const v_t ea = v_fma(b2, d[2 * step], d[4 * step]), oa = v_fma(b2, d[step], d[3 * step]);
+    const v_t eb = v_fma(a2, d[2 * step], d[4 * step]), ob = v_fma(a2, d[step], d[3 * step]);
+    r[0] = v_fma(ab, d[0], v_fma(s, d[2 * step], d[4 * step]));
+    r[1] = v_fma(v_set(W_A), oa, ea);
+    r[2] = v_fma(v_set(-W_A), oa, ea);
+    r[3] = v_fma(v_set(W_B), ob, eb);
+    r[4] = v_fma(v_set(-W_B), ob, eb);
+    r[5] = v_fma(ab, d[step], v_fma(s, d[3 * step], d[5 * step]));
+}
+
+/* r = A^T m: six numbers to four */
+SPMI_INLINE void SPMI_K(wino_at)(const v_t *m, int step, v_t *r)
+{
+    const v_t ea = v_add(m[step], m[2 * step]), oa = v_sub(m[step], m[2 * step]);
+    const v_t eb = v_add(m[3 * step], m[4 * step]), ob = v_sub(m[3 * step], m[4 * step]);
+    r[0] = v_add(m[0], v_add(ea, eb));
+    r[1] = v_fma(v_set(W_A), oa, v_mul(v_set(W_B), ob));
+    r[2] = v_fma(v_set(W_A2), ea, v_mul(v_set(W_B2), eb));
+    r[3] = v_fma(v_set(W_A3), oa, v_fma(v_set(W_B3), ob, m[5 * step]));
+}
+
+/* r = A y: four numbers to six */
+SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
+{
+    const v_t ea = v_fma(v_set(W_A2), y[2 * step], y[0]), oa = v_fma(v_set(W_A2), y[3 * step], y[step]);
+    const v_t eb = v_fma(v_set(W_B2), y[2 * step], y[0]), ob = v_fma(v_set(W_B2), y[3 * step], y[step]);
+    r[0] = y[0];
+    r[1] = v_fma(v_set(W_A), oa, ea);
+    r[2] = v_fma(v_set(-W_A), oa, ea);
+    r[3] = v_fma(v_set(W_B), ob, eb);
+    r[4] = v_fma(v_set(-W_B), ob, eb);
+    r[5] = y[3 * step];
+}
+
+/* r = G g: three numbers to six */
+SPMI_INLINE void SPMI_K(wino_g)(const v_t *g, int step, v_t *r)
+{
+    const v_t na = v_set(W_NA), nb = v_set(W_NB), oa = v_mul(v_set(W_A), g[step]), ob = v_mul(v_set(W_B), g[step]);
+    const v_t ea = v_fma(v_set(W_A2), g[2 * step], g[0]), eb = v_fma(v_set(W_B2), g[2 * step], g[0]);
+    r[0] = v_mul(v_set(1.0f / W_AB), g[0]);
+    r[1] = v_mul(na, v_add(ea, oa));
+    r[2] = v_mul(na, v_sub(ea, oa));
+    r[3] = v_mul(nb, v_add(eb, ob));
+    r[4] = v_mul(nb, v_sub(eb, ob));
+    r[5] = g[2 * step];
+}
+
+/* r = G^T u: six numbers to three */
+SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
+{
+    const v_t na = v_set(W_NA), nb = v_set(W_NB);
+    const v_t ea = v_mul(na, v_add(u[step], u[2 * step])), oa = v_mul(na, v_sub(u[step], u[2 * step]));
+    const v_t eb = v_mul(nb, v_add(u[3 * step], u[4 * step])), ob = v_mul(nb, v_sub(u[3 * step], u[4 * step]));
+    r[0] = v_fma(v_set(1.0f / W_AB), u[0], v_add(ea, eb));
+    r[1] = v_fma(v_set(W_A), oa, v_mul(v_set(W_B), ob));
+    r[2] = v_fma(v_set(W_A2), ea, v_fma(v_set(W_B2), eb, u[5 * step]));
+}
+
+/* `n` channels of one tile: x + i row + j pixel -> to + (6 i + j) component, B^T d B. */
+static void SPMI_K(wino_input)(int64_t n, const float *x, int64_t row, int64_t pixel, float *to, int64_t component)
+{
+    int64_t c;
+    int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[6], t[36], q[6];
+        SPMI_UNROLL for (i = 0; i < 6; i++) {
+            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x + i * row + j * pixel + c, r);
+            SPMI_K(wino_bt)(d, 1, t + 6 * i);
+        }
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
+            SPMI_K(wino_bt)(t + j, 6, q);
+            SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
+        }
+    }
+}
+
+/* The same for a 4x4 tile of an output's gradient: A dy A^T. */
+static void SPMI_K(wino_gradient)(int64_t n, const float *dy, int64_t row, int64_t pixel, float *to, int64_t component)
+{
+    int64_t c;
+    int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[4], t[24], q[6];
+        SPMI_UNROLL for (i = 0; i < 4; i++) {
+            SPMI_UNROLL for (j = 0; j < 4; j++) d[j] = v_get(dy + i * row + j * pixel + c, r);
+            SPMI_K(wino_a)(d, 1, t + 6 * i);
+        }
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
+            SPMI_K(wino_a)(t + j, 6, q);
+            SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
+        }
+    }
+}
+
+/* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels are stored (or added); bias may be NULL. */
+static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias, float *to, int64_t row,
+                                int64_t pixel, int rows, int columns, int add)
+{
+    int64_t c;
+    int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[6], q[4], t[24];
+        const v_t b = bias ? v_get(bias + c, r) : v_zero();
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
+            SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
+            SPMI_K(wino_at)(d, 1, q);
+            SPMI_UNROLL for (i = 0; i < 4; i++) t[6 * i + j] = q[i];
+        }
+        SPMI_UNROLL for (i = 0; i < 4; i++) {
+            SPMI_K(wino_at)(t + 6 * i, 1, q);
+            SPMI_UNROLL for (j = 0; j < 4; j++) {
+                float *at = to + i * row + j * pixel + c;
+                if (i >= rows || j >= columns) continue;
+                q[j] = v_add(q[j], b);
+                if (add) q[j] = v_add(v_get(at, r), q[j]);
+                v_put(at, q[j], r);
+            }
+        }
+    }
+}
+
+/* G g G^T of k * n filters: from + tap * tap_at + [k][n] -> to + component * [36] + [k][n]; n is whole vectors. */
+static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, float *to, int64_t component)
+{
+    int64_t c;
+    int i, j;
+    for (c = 0; c + V_W <= k * n; c += V_W) {
+        v_t d[3], q[6], t[18];
+        SPMI_UNROLL for (j = 0; j < 3; j++) {
+            SPMI_UNROLL for (i = 0; i < 3; i++) d[i] = v_load(from + (3 * i + j) * tap + c);
+            SPMI_K(wino_g)(d, 1, q);
+            SPMI_UNROLL for (i = 0; i < 6; i++) t[3 * i + j] = q[i];
+        }
+        SPMI_UNROLL for (i = 0; i < 6; i++) {
+            SPMI_K(wino_g)(t + 3 * i, 1, q);
+            SPMI_UNROLL for (j = 0; j < 6; j++) v_store(to + (6 * i + j) * component + c, q[j]);
+        }
+    }
+}
+
+/* dw (+)= G^T u G: `n` input channels of one output, u + e component -> dw + tap * tap_at. */
+static void SPMI_K(wino_weights)(int64_t n, const float *u, int64_t component, float *dw, int64_t tap, int add)
+{
+    int64_t c;
+    int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[6], q[3], t[18];
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
+            SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(u + (6 * i + j) * component + c, r);
+            SPMI_K(wino_gt)(d, 1, q);
+            SPMI_UNROLL for (i = 0; i < 3; i++) t[6 * i + j] = q[i];
+        }
+        SPMI_UNROLL for (i = 0; i < 3; i++) {
+            SPMI_K(wino_gt)(t + 6 * i, 1, q);
+            SPMI_UNROLL for (j = 0; j < 3; j++) {
+                float *at = dw + (3 * i + j) * tap + c;
+                v_put(at, add ? v_add(v_get(at, r), q[j]) : q[j], r);
+            }
+        }
+    }
+}
+#undef W_A
+#undef W_B
+#undef W_A2
+#undef W_B2
+#undef W_A3
+#undef W_B3
+#undef W_AB
+#undef W_S
+#undef W_NA
+#undef W_NB
 
 /* ---- pooling: one picture's row of output pixels (forward) or input pixels (backward) ---- */
 
@@ -5151,6 +5355,64 @@ static void spmi_window_taps(const spmi_window *s, int64_t *tap_at)
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
 
+static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
+{
+    int64_t j, n = 0;
+    for (j = 0; j < columns; j += spmi_panel_width(ctx, columns - j)) n++;
+    return n;
+}
+
+/* ---- Winograd tiles ---- */
+
+#define SPMI_WINO 36                     /* components of a tile */
+#define SPMI_WINO_LEAST 32               /* channels on both sides, for Winograd to pay */
+#define SPMI_WINO_TILES 96               /* of a task at most */
+
+typedef struct spmi_tiles {
+    int64_t down, across, count;         /* 4x4 tiles of a picture's output, and of all pictures */
+} spmi_tiles;
+
+/* The tiles of a convolution, none if it goes by taps: a rule of the layer's shape alone, so that neither the batch nor
+ * the threads change a bit. */
+static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns)
+{
+    const spmi_axis *h = &s->h, *w = &s->w;
+    spmi_tiles t = SPM_ZERO;
+    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3 || h->stride * w->stride * h->step * w->step != 1
+        || SPMI_MIN(s->depth, columns) < SPMI_WINO_LEAST) return t;
+    t.down = (h->count + 3) / 4;
+    t.across = (w->count + 3) / 4;
+    if (t.down * t.across * 11 <= h->count * w->count) t.count = s->images * t.down * t.across; /* 16 / 11 of work */
+    return t;
+}
+
+/* `size` by `size` pixels from (y, x) of a picture, zeros outside: where they lie, or copied to `patch`. */
+static const float *spmi_wino_patch(const spmi_window *s, int64_t image, int64_t y, int64_t x, int size, float *patch,
+                                    int64_t *row, int64_t *pixel)
+{
+    const float *from = s->in + (image * s->h.size + y) * s->w.size * s->pixel + x * s->pixel;
+    const int64_t first = SPMI_MAX(0, -x), end = SPMI_MIN((int64_t)size, s->w.size - x), depth = s->depth;
+    int64_t i, j;
+    *row = s->w.size * s->pixel;
+    *pixel = s->pixel;
+    if (first == 0 && end == size && y >= 0 && y + size <= s->h.size) return from;
+    for (i = 0; i < size; i++) {
+        float *to = patch + i * size * depth;
+        if (y + i < 0 || y + i >= s->h.size || first >= end) {
+            memset(to, 0, (size_t)(size * depth) * sizeof *to);
+            continue;
+        }
+        memset(to, 0, (size_t)(first * depth) * sizeof *to);
+        for (j = first; j < end; j++) {
+            memcpy(to + j * depth, from + i * *row + j * s->pixel, (size_t)depth * sizeof *to);
+        }
+        memset(to + end * depth, 0, (size_t)((size - end) * depth) * sizeof *to);
+    }
+    *row = size * depth;
+    *pixel = depth;
+    return patch;
+}
+
 typedef struct spmi_taps_job {
     spm_context *ctx;
     spmi_window window;
@@ -5161,15 +5423,212 @@ typedef struct spmi_taps_job {
     int accumulate;
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
-    size_t slot_bytes;
+    size_t slot_bytes, shared_bytes;     /* of scratch memory: a thread's own, then everybody's */
     char *scratch;
+    /* by Winograd (tiles.count > 0) */
+    spmi_tiles tiles;
+    int64_t block, chunk, first;         /* tiles of a task; tiles transformed together, and the first of them */
+    int64_t kc;                          /* channels of a block of the transformed input */
+    int64_t v_at, u_at, m_at;            /* floats from component to component: inputs, filters, products */
+    int shared_filters;                  /* 1: filters are transformed once for all tasks; 0: input is */
 } spmi_taps_job;
 
-static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
+/* Small filters (all of a layer's fit the caches) are transformed once, and a task takes a block of tiles from input to
+ * output.  Large ones are transformed by the task that needs them, a few input channels at a time, next to the panel of
+ * outputs that it computes for many tiles; then the input is what all tasks share.  Transformed inputs lie
+ * [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
+#define SPMI_WINO_SHARED (SPMI_WINO * 128 * 128) /* floats of small filters at most */
+#define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
+#define SPMI_WINO_KC 64                  /* channels of a block */
+#define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms */
+
+/* Floats from component to component: an odd number of lines, so that all 36 fall into different sets of a cache. */
+static int64_t spmi_wino_stride(int64_t floats)
 {
-    int64_t j, n = 0;
-    for (j = 0; j < columns; j += spmi_panel_width(ctx, columns - j)) n++;
-    return n;
+    return ((floats + 15) / 16 | 1) * 16;
+}
+
+static void spmi_wino_plan(spmi_taps_job *job)
+{
+    const spmi_window *s = &job->window;
+    const int64_t columns = spmi_round_up(job->columns, spmi_lanes(job->ctx)), width = spmi_full_panel(job->ctx);
+    int64_t own;
+    job->shared_filters = SPMI_WINO * s->depth * columns <= SPMI_WINO_SHARED;
+    if (job->shared_filters) {
+        job->kc = s->depth;
+        job->block = SPMI_MAX(6, SPMI_MIN(24, spmi_round_up((job->tiles.count + SPMI_TASKS - 1) / SPMI_TASKS, 6)));
+        job->chunk = job->tiles.count;
+        job->v_at = spmi_wino_stride(job->block * job->kc);
+        job->u_at = spmi_wino_stride(job->kc * width);
+        own = SPMI_WINO * job->v_at;
+        job->shared_bytes = spmi_float_bytes(SPMI_WINO * job->u_at * spmi_panel_count(job->ctx, job->columns));
+    } else {
+        const int64_t blocks = (s->depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC;
+        job->kc = SPMI_WINO_KC;
+        job->block = SPMI_MIN(64, job->tiles.count);
+        job->chunk = SPMI_MAX(1, SPMI_WINO_CHUNK / (SPMI_WINO * job->kc * blocks * job->block)) * job->block;
+        job->chunk = SPMI_MIN(job->chunk, job->tiles.count);
+        job->v_at = spmi_wino_stride(job->block * job->kc);
+        job->u_at = spmi_wino_stride(job->kc * width);
+        own = SPMI_WINO * job->u_at;
+        job->shared_bytes = spmi_float_bytes((job->chunk + job->block - 1) / job->block * blocks * SPMI_WINO * job->v_at);
+    }
+    job->m_at = spmi_wino_stride(job->block * width);
+    job->slot_bytes = spmi_float_bytes(SPMI_WINO * s->depth) + spmi_float_bytes(own)
+                    + spmi_float_bytes(SPMI_WINO * job->m_at);
+}
+
+static float *spmi_wino_shared(const spmi_taps_job *job)
+{
+    return (float *)(void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
+}
+
+/* Transforms the input of tiles [first, end); `to` is the place of tile `origin`. */
+static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t origin, float *patch,
+                             float *to)
+{
+    const spmi_window *s = &job->window;
+    const int64_t picture = job->tiles.down * job->tiles.across;
+    const int64_t blocks = (s->depth + job->kc - 1) / job->kc;
+    int64_t t, row, pixel, k;
+    for (t = first; t < end; t++) {
+        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
+        const float *from = spmi_wino_patch(s, t / picture, y + s->h.offset, x + s->w.offset, 6, patch, &row, &pixel);
+        float *at = to + (t - origin) / job->block * blocks * SPMI_WINO * job->v_at + (t - origin) % job->block * job->kc;
+        for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), from + k, row, pixel, at, job->v_at));
+        }
+    }
+}
+
+/* m[component][tile][width] (+)= inputs of `count` tiles times filters[component][k][width]. */
+static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, const float *u,
+                               int width, float *m, int accumulate)
+{
+    int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], none = 0, i;
+    spmi_rows g = SPM_ZERO;
+    for (i = 0; i < count; i++) {
+        a_at[i] = i * job->kc;
+        c_at[i] = i * width;
+    }
+    for (; i < count + SPMI_ROWS_PAD; i++) a_at[i] = 0;
+    g.a_at = a_at;
+    g.c_at = c_at;
+    g.tap_at = &none;
+    g.taps = 1;
+    g.k = k;
+    g.rows = count;
+    g.width = g.columns = width;
+    g.alpha = 1.0f;
+    g.accumulate = accumulate;
+    for (i = 0; i < SPMI_WINO; i++) {
+        g.a = v + i * job->v_at;
+        g.b = u + i * job->u_at;
+        g.c = m + i * job->m_at;
+        SPMI_KERNEL(job->ctx, rows, (&g));
+    }
+}
+
+/* Transforms the products of tiles [first, end) back: outputs [j, j + width). */
+static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t j, int width,
+                              const float *m)
+{
+    const int64_t picture = job->tiles.down * job->tiles.across, n = SPMI_MIN((int64_t)width, job->columns - j);
+    int64_t t;
+    for (t = first; t < end; t++, m += width) {
+        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
+        SPMI_KERNEL(job->ctx, wino_output,
+                    (n, m, job->m_at, job->bias ? job->bias + j : NULL,
+                     job->out + t / picture * job->out_image + y * job->out_row + x * job->out_pixel + j, job->out_row,
+                     job->out_pixel, (int)SPMI_MIN(4, job->window.h.count - y),
+                     (int)SPMI_MIN(4, job->window.w.count - x), job->accumulate));
+    }
+}
+
+/* The first column of a panel and its width. */
+static int64_t spmi_panel_at(const spm_context *ctx, int64_t columns, int64_t panel, int *width)
+{
+    int64_t j = 0;
+    *width = spmi_panel_width(ctx, columns);
+    while (panel-- > 0) {
+        j += *width;
+        *width = spmi_panel_width(ctx, columns - j);
+    }
+    return j;
+}
+
+/* Transforms the filters of `n` input channels from k on for a panel of outputs. */
+static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, int64_t j, int width, float *to)
+{
+    const int64_t depth = job->window.depth;
+    SPMI_KERNEL(job->ctx, wino_filter, (n, width, job->packed + j * 9 * depth + k * width, depth * width, to,
+                                        job->u_at));
+}
+
+static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
+{
+    const spmi_taps_job *job = (const spmi_taps_job *)arg;
+    const int64_t parts = (job->window.depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC, k = task % parts * SPMI_WINO_KC;
+    int width;
+    const int64_t j = spmi_panel_at(job->ctx, job->columns, task / parts, &width);
+    (void)slot;
+    spmi_wino_filters(job, k, SPMI_MIN(SPMI_WINO_KC, job->window.depth - k), j, width,
+                      spmi_wino_shared(job) + task / parts * SPMI_WINO * job->u_at + k * width);
+}
+
+static void spmi_wino_input_task(void *arg, int64_t task, int slot)
+{
+    const spmi_taps_job *job = (const spmi_taps_job *)arg;
+    const int64_t first = job->first + task * SPMI_WINO_GRAIN;
+    const int64_t end = SPMI_MIN(SPMI_MIN(first + SPMI_WINO_GRAIN, job->first + job->chunk), job->tiles.count);
+    spmi_wino_inputs(job, first, end, job->first, (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes),
+                     spmi_wino_shared(job));
+}
+
+static void spmi_wino_task(void *arg, int64_t task, int slot)
+{
+    const spmi_taps_job *job = (const spmi_taps_job *)arg;
+    const int64_t depth = job->window.depth, panels = job->shared_filters ? 1 : spmi_panel_count(job->ctx, job->columns);
+    const int64_t first = job->first + task / panels * job->block;
+    const int64_t end = SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
+    float *patch = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
+    float *own = patch + spmi_float_bytes(SPMI_WINO * depth) / sizeof *patch;
+    float *m = own + SPMI_WINO * (job->shared_filters ? job->v_at : job->u_at);
+    const float *shared = spmi_wino_shared(job);
+    int64_t j, k;
+    int width;
+    if (job->shared_filters) {
+        spmi_wino_inputs(job, first, end, first, patch, own);
+        for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
+            width = spmi_panel_width(job->ctx, job->columns - j);
+            spmi_wino_products(job, end - first, own, depth, shared, width, m, 0);
+            spmi_wino_outputs(job, first, end, j, width, m);
+        }
+        return;
+    }
+    j = spmi_panel_at(job->ctx, job->columns, task % panels, &width);
+    shared += (first - job->first) / job->block * ((depth + job->kc - 1) / job->kc) * SPMI_WINO * job->v_at;
+    for (k = 0; k < depth; k += job->kc, shared += SPMI_WINO * job->v_at) {
+        const int64_t n = SPMI_MIN(job->kc, depth - k);
+        spmi_wino_filters(job, k, n, j, width, own);
+        spmi_wino_products(job, end - first, shared, n, own, width, m, k > 0);
+    }
+    spmi_wino_outputs(job, first, end, j, width, m);
+}
+
+static void spmi_wino_run(spmi_taps_job *job)
+{
+    const int64_t panels = spmi_panel_count(job->ctx, job->columns);
+    const int64_t parts = (job->window.depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC;
+    if (job->shared_filters) spm_parallel(job->ctx, panels * parts, spmi_wino_filter_task, job);
+    for (job->first = 0; job->first < job->tiles.count; job->first += job->chunk) {
+        const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
+        const int64_t blocks = (tiles + job->block - 1) / job->block;
+        if (!job->shared_filters) {
+            spm_parallel(job->ctx, (tiles + SPMI_WINO_GRAIN - 1) / SPMI_WINO_GRAIN, spmi_wino_input_task, job);
+        }
+        spm_parallel(job->ctx, blocks * (job->shared_filters ? 1 : panels), spmi_wino_task, job);
+    }
 }
 
 /* Cuts the job into strips of output rows and groups of panels, by its shape alone. */
@@ -5177,6 +5636,11 @@ static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
+    job->tiles = spmi_wino_tiles(job->ctx, s, job->columns);
+    if (job->tiles.count > 0) {
+        spmi_wino_plan(job);
+        return;
+    }
     spmi_window_plan(s, job->columns > spmi_full_panel(job->ctx));
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
@@ -5253,9 +5717,18 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     } while (t < s->taps);
 }
 
-/* After spmi_taps_plan; job->scratch has threads * slot_bytes. */
+static size_t spmi_taps_scratch(const spmi_taps_job *job)
+{
+    return (size_t)job->ctx->threads * job->slot_bytes + job->shared_bytes;
+}
+
+/* After spmi_taps_plan; job->scratch has spmi_taps_scratch bytes. */
 static void spmi_taps_run(spmi_taps_job *job)
 {
+    if (job->tiles.count > 0) {
+        spmi_wino_run(job);
+        return;
+    }
     if (job->window.taps == 0 && job->accumulate) return;
     spm_parallel(job->ctx, job->strips * job->groups, spmi_taps_task, job);
 }
@@ -5277,6 +5750,10 @@ typedef struct spmi_weight_job {
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
     size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes, dy_bytes;
     char *scratch;                       /* slots, then partial sums of chunks 1.. */
+    /* by Winograd (tiles.count > 0); `chunk` counts tiles then, and partial_bytes is what all tasks share */
+    spmi_tiles tiles;
+    int64_t first, v_at, z_at;           /* first tile of the chunk; floats from component to component */
+    int64_t o_blocks, c_blocks, groups;  /* groups of components; 1: a task finishes its block of dw */
 } spmi_weight_job;
 
 #define SPMI_WEIGHT_PIXELS 128           /* read together: three vectors of each fill most of the first-level cache */
@@ -5304,10 +5781,161 @@ static int64_t spmi_outer_panels(const spm_context *ctx, int64_t columns)
     return n;
 }
 
+/* Winograd: per component a matrix product over tiles, of (A dy A^T) and (B^T x B).  Both lie in blocks of channels,
+ * [block][component][tile][channel]; tasks are blocks of dw, all components or, where blocks are few, some. */
+#define SPMI_WINO_BLOCK 64
+#define SPMI_WINO_DW_AT (SPMI_WINO_BLOCK * SPMI_WINO_BLOCK + 16) /* from component to component of a block's sums */
+#define SPMI_WINO_DW (SPMI_WINO * SPMI_WINO_DW_AT)
+#define SPMI_WINO_DW_CHUNK (1 << 19)     /* floats of transformed input and gradient at most */
+#define SPMI_WINO_DW_TILES 256           /* summed up in registers */
+
+static void spmi_wino_dw_plan(spmi_weight_job *job)
+{
+    const int64_t channels = SPMI_WINO_BLOCK * ((job->o_blocks = (job->outputs + SPMI_WINO_BLOCK - 1) / SPMI_WINO_BLOCK)
+        + (job->c_blocks = (job->window.depth + SPMI_WINO_BLOCK - 1) / SPMI_WINO_BLOCK));
+    const int64_t most = SPMI_MAX(64, SPMI_WINO_DW_CHUNK / (SPMI_WINO * channels)), count = job->tiles.count;
+    const int64_t chunks = (count + most - 1) / most, blocks = job->o_blocks * job->c_blocks;
+    job->chunk = (count + chunks - 1) / chunks;
+    job->groups = chunks > 1 || blocks < SPMI_TASKS ? SPMI_MIN(SPMI_WINO, (SPMI_TASKS + blocks - 1) / blocks) : 1;
+    if (chunks > 1 && job->groups == 1) job->groups = 2; /* sums have to outlive their task */
+    job->v_at = job->z_at = spmi_wino_stride(job->chunk * SPMI_WINO_BLOCK);
+    job->copy_bytes = spmi_float_bytes(SPMI_WINO * SPMI_MAX(job->window.depth, job->outputs));
+    job->slot_bytes = job->copy_bytes + (job->groups > 1 ? 0 : spmi_float_bytes(SPMI_WINO_DW));
+    job->partial_bytes = spmi_float_bytes(SPMI_WINO * job->v_at * (job->o_blocks + job->c_blocks))
+                       + (job->groups > 1 ? spmi_float_bytes(SPMI_WINO_DW * blocks) : 0);
+}
+
+static float *spmi_wino_dw_shared(const spmi_weight_job *job)
+{
+    return (float *)(void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
+}
+
+/* Where the sums of a block are, if they outlive a task. */
+static float *spmi_wino_dw_sums(const spmi_weight_job *job, int64_t block)
+{
+    return spmi_wino_dw_shared(job)
+         + spmi_float_bytes(SPMI_WINO * job->v_at * (job->o_blocks + job->c_blocks)) / sizeof(float)
+         + block * SPMI_WINO_DW;
+}
+
+/* Transforms input and gradient of some tiles. */
+static void spmi_wino_dw_input_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const spmi_window *s = &job->window;
+    const int64_t picture = job->tiles.down * job->tiles.across, first = job->first + task * SPMI_WINO_GRAIN;
+    const int64_t end = SPMI_MIN(SPMI_MIN(first + SPMI_WINO_GRAIN, job->first + job->chunk), job->tiles.count);
+    float *patch = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
+    spmi_window g = *s;
+    int64_t t, c, row, pixel;
+    g.in = job->dy;
+    g.pixel = job->dy_pixel;
+    g.depth = job->outputs;
+    g.h.size = s->h.count;
+    g.w.size = s->w.count;
+    for (t = first; t < end; t++) {
+        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
+        float *to = spmi_wino_dw_shared(job) + (t - job->first) * SPMI_WINO_BLOCK;
+        const float *from = spmi_wino_patch(s, t / picture, y + s->h.offset, x + s->w.offset, 6, patch, &row, &pixel);
+        for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, to += SPMI_WINO * job->v_at) {
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), from + c, row, pixel, to,
+                                               job->v_at));
+        }
+        from = spmi_wino_patch(&g, t / picture, y, x, 4, patch, &row, &pixel);
+        for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, to += SPMI_WINO * job->z_at) {
+            SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), from + c, row, pixel, to,
+                                                  job->z_at));
+        }
+    }
+}
+
+/* dw (+)= outputs [first, end) of a block, transformed back. */
+static void spmi_wino_dw_store(const spmi_weight_job *job, int64_t block, int64_t first, int64_t end, const float *sums)
+{
+    const int64_t o0 = block / job->c_blocks * SPMI_WINO_BLOCK, c0 = block % job->c_blocks * SPMI_WINO_BLOCK;
+    const int64_t depth = job->window.depth, n = SPMI_MIN(SPMI_WINO_BLOCK, depth - c0);
+    int64_t o;
+    for (o = first; o < end && o0 + o < job->outputs; o++) {
+        SPMI_KERNEL(job->ctx, wino_weights, (n, sums + o * SPMI_WINO_BLOCK, SPMI_WINO_DW_AT,
+                                             job->dw + (o0 + o) * 9 * depth + c0, depth, job->add_dw));
+    }
+}
+
+static void spmi_wino_dw_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const int64_t block = task / job->groups, group = task % job->groups, none = 0;
+    const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
+    const int64_t columns = SPMI_MIN(SPMI_WINO_BLOCK, job->window.depth - block % job->c_blocks * SPMI_WINO_BLOCK);
+    const float *v = spmi_wino_dw_shared(job) + block % job->c_blocks * SPMI_WINO * job->v_at;
+    const float *z = spmi_wino_dw_shared(job) + (job->c_blocks + block / job->c_blocks) * SPMI_WINO * job->z_at;
+    float *sums = job->groups > 1 ? spmi_wino_dw_sums(job, block)
+        : (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes + job->copy_bytes);
+    int64_t e, t, j;
+    spmi_outer g = SPM_ZERO;
+    g.a_panel = spmi_outer_rows(job->ctx);
+    g.a_row = g.b_row = g.c_row = SPMI_WINO_BLOCK;
+    g.rows = SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - block / job->c_blocks * SPMI_WINO_BLOCK);
+    g.blocks = 1;
+    g.b_at = &none;
+    for (e = group * SPMI_WINO / job->groups; e < (group + 1) * SPMI_WINO / job->groups; e++) {
+        for (t = 0; t < tiles; t += SPMI_WINO_DW_TILES) {
+            g.k = SPMI_MIN(SPMI_WINO_DW_TILES, tiles - t);
+            g.accumulate = job->first + t > 0;
+            g.a = z + e * job->z_at + t * SPMI_WINO_BLOCK;
+            for (j = 0; j < columns; j += g.columns) {
+                g.columns = spmi_outer_columns(job->ctx, columns - j);
+                g.b = v + e * job->v_at + t * SPMI_WINO_BLOCK + j;
+                g.c = sums + e * SPMI_WINO_DW_AT + j;
+                SPMI_KERNEL(job->ctx, outer, (&g));
+            }
+        }
+    }
+    if (job->groups == 1) spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums);
+}
+
+static void spmi_wino_dw_store_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const int64_t block = task / 8, first = task % 8 * (SPMI_WINO_BLOCK / 8);
+    (void)slot;
+    spmi_wino_dw_store(job, block, first, first + SPMI_WINO_BLOCK / 8, spmi_wino_dw_sums(job, block));
+}
+
+/* db (+)= the sums of dy, 64 outputs. */
+static void spmi_wino_db_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const spmi_window *s = &job->window;
+    const int64_t at = task * SPMI_WINO_BLOCK, n = SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - at);
+    double sum[SPMI_WINO_BLOCK];
+    int64_t i;
+    (void)slot;
+    SPMI_KERNEL(job->ctx, channel_sums, (s->images * s->h.count * s->w.count, job->dy_pixel, n, job->dy + at, sum));
+    for (i = 0; i < n; i++) job->db[at + i] = (float)(sum[i] + (job->add_db ? (double)job->db[at + i] : 0.0));
+}
+
+static void spmi_wino_dw_run(spmi_weight_job *job)
+{
+    const int64_t blocks = job->o_blocks * job->c_blocks;
+    if (job->db) spm_parallel(job->ctx, job->o_blocks, spmi_wino_db_task, job);
+    for (job->first = 0; job->dw && job->first < job->tiles.count; job->first += job->chunk) {
+        const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
+        spm_parallel(job->ctx, (tiles + SPMI_WINO_GRAIN - 1) / SPMI_WINO_GRAIN, spmi_wino_dw_input_task, job);
+        spm_parallel(job->ctx, blocks * job->groups, spmi_wino_dw_task, job);
+    }
+    if (job->dw && job->groups > 1) spm_parallel(job->ctx, blocks * 8, spmi_wino_dw_store_task, job);
+}
+
 static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, blocks, size, most, columns;
+    job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs);
+    if (job->tiles.count > 0) {
+        spmi_wino_dw_plan(job);
+        return;
+    }
     spmi_window_plan(s, 0);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
@@ -5444,7 +6072,8 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         const float *dy = job->dy + row * s->w.count * job->dy_pixel + o0;
         if (db) SPMI_KERNEL(ctx, column_sums, (rows * s->w.count, count, dy, job->dy_pixel, db + o0));
         if (!dw) continue;
-        g.a_panel = rows * s->w.count * spmi_outer_rows(ctx) + 16;
+        g.a_row = spmi_outer_rows(ctx);
+        g.a_panel = rows * s->w.count * g.a_row + 16;
         SPMI_KERNEL(ctx, deal, (rows * s->w.count, count, dy, job->dy_pixel, dy_panels, g.a_panel));
         g.b = spmi_window_rows(ctx, s, row, row + rows, copy, row_at);
         g.a = dy_panels;
@@ -5493,6 +6122,10 @@ static size_t spmi_weight_scratch(const spmi_weight_job *job)
 static void spmi_weight_run(spmi_weight_job *job)
 {
     int64_t all = job->outputs * (job->window.taps * job->window.run + 1);
+    if (job->tiles.count > 0) {
+        spmi_wino_dw_run(job);
+        return;
+    }
     spm_parallel(job->ctx, job->chunks * job->ranges * job->parts, spmi_weight_task, job);
     if (job->chunks > 1) spm_parallel(job->ctx, (all + SPMI_WEIGHT_FOLD - 1) / SPMI_WEIGHT_FOLD, spmi_weight_fold, job);
 }
@@ -6216,17 +6849,17 @@ static size_t spmi_conv_scratch(spm_context *ctx, const spm_op_call *call, int b
     if (!backward) {
         const spmi_taps_job job = spmi_conv_forward_job(ctx, &v);
         return (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float)
-             + SPMI_MAX((size_t)ctx->threads * job.slot_bytes, (size_t)spmi_conv_wide_floats(&v) * sizeof(float));
+             + SPMI_MAX(spmi_taps_scratch(&job), (size_t)spmi_conv_wide_floats(&v) * sizeof(float));
     }
     for (h = 0; h < SPMI_MIN(v.stride[0], v.h); h++) {
         const spmi_conv_phase ph = spmi_conv_phase_of(&v, 0, h);
         for (w = 0; w < SPMI_MIN(v.stride[1], v.w); w++) {
             const spmi_conv_phase pw = spmi_conv_phase_of(&v, 1, w);
             const spmi_taps_job job = spmi_conv_data_job(ctx, &v, &ph, &pw);
-            most = SPMI_MAX(most, job.slot_bytes);
+            most = SPMI_MAX(most, spmi_taps_scratch(&job));
         }
     }
-    most = most * (size_t)ctx->threads + (size_t)spmi_conv_data_floats(ctx, &v) * sizeof(float);
+    most += (size_t)spmi_conv_data_floats(ctx, &v) * sizeof(float);
     {
         const spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
         bytes = spmi_weight_scratch(&job);

@@ -190,7 +190,8 @@ static const option options[] = {
     { O_SEED, EVERY, 'i', "seed", "S", "0", "of everything random" },
     { O_QUIET, EVERY, 'b', "quiet", NULL, NULL, "no progress on stderr" },
     { O_JSON, EVERY, 's', "json", "FILE", NULL, "write the result as one JSON object; - is stdout" },
-    { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto", "convolution algorithms" },
+    { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto",
+      "auto: wide 3x3 convolutions by Winograd; direct: never" },
     { O_PRECISION, EVERY, 'c', "precision", "fp32", "fp32", "of the arithmetic" },
     { O_HELP, EVERY, 'b', "help", NULL, NULL, "this text" },
     { O_DATA, WITH_DATA, 's', "data", "DIR|FILE", NULL,
@@ -2959,6 +2960,7 @@ int main(int argc, char **argv)
     desc.log = on_log;
     desc.threads = (int)integer(&line, O_THREADS);
     (void)spm_isa_parse(line.value[O_ISA], &desc.isa);
+    desc.direct_convolution = strcmp(line.value[O_CONV], "direct") == 0;
     progress_quiet = is_on(&line, O_QUIET);
     line.ctx = spm_context_create(&desc);
     if (!line.ctx) {

@@ -46,7 +46,12 @@ static const int cases[][14] = {
     { 2, 9, 9, 32, 32, 3, 3, 2, 2, 1, 1, 1, 1, 32 },
     { 1, 9, 9, 5, 15, 5, 3, 1, 2, 2, 1, 1, 2, 5 },
     { 1, 20, 3, 20, 4, 3, 3, 1, 1, 3, 3, 1, 1, 1 },
-    { 16, 4, 4, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 }
+    { 16, 4, 4, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
+    { 5, 8, 8, 32, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* from here by Winograd: shared filters */
+    { 1, 30, 26, 49, 71, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
+    { 2, 12, 11, 40, 33, 3, 3, 1, 1, 0, 2, 1, 1, 1 },
+    { 3, 7, 7, 150, 200, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* and their own filters */
+    { 20, 8, 7, 136, 136, 3, 3, 1, 1, 1, 1, 1, 1, 1 }
 };
 
 static unsigned state = 1;
@@ -392,8 +397,54 @@ static void test_refusals(void)
     spm_context_destroy(ctx);
 }
 
+/* By Winograd and tap by tap: the same numbers in other bits; a picture's bits do not depend on the batch around it. */
+static void test_winograd(void)
+{
+    static const int64_t shapes[][4] = { { 14, 13, 40, 72 }, { 7, 7, 200, 150 } };
+    int i, direct;
+    for (i = 0; i < 2; i++) {
+        float *out[2][4];
+        problem p = SPM_ZERO;
+        size_t picture;
+        p.call.in[0] = spm_tensor_make(NULL, 4, 3, shapes[i][0], shapes[i][1], shapes[i][2]);
+        p.call.in[1] = spm_tensor_make(NULL, 4, shapes[i][3], 3, 3, shapes[i][2]);
+        p.call.attr.groups = 1;
+        p.call.attr.stride[0] = p.call.attr.stride[1] = p.call.attr.padding[0] = p.call.attr.padding[1] = 1;
+        p.call.attr.dilation[0] = p.call.attr.dilation[1] = 1;
+        for (direct = 0; direct < 2; direct++) {
+            spm_context_desc desc = SPM_ZERO;
+            spm_context *ctx;
+            desc.direct_convolution = direct;
+            ctx = spm_context_create(&desc);
+            if (direct == 0) problem_make(ctx, &p, 0);
+            execute(ctx, &p, 0, 0, out[direct]);
+            compare("y", out[direct][0], p.y, NULL, p.count_y, p.depth_y, spm_context_isa(ctx), 100 + direct);
+            picture = p.count_y / 3;
+            if (direct == 0) {
+                float *one[4];
+                problem q = p;
+                q.call.in[0].shape[0] = q.call.out[0].shape[0] = q.call.d_out.shape[0] = 1;
+                q.count_y /= 3;
+                q.count_x /= 3;
+                execute(ctx, &q, 0, 0, one);
+                CHECK(memcmp(one[0], out[0][0], picture * sizeof(float)) == 0);
+                CHECK(memcmp(one[1], out[0][1], q.count_x * sizeof(float)) == 0);
+                free_results(one);
+            }
+            spm_context_destroy(ctx);
+        }
+        CHECK(memcmp(out[0][0], out[1][0], p.count_y * sizeof(float)) != 0);
+        CHECK(memcmp(out[0][1], out[1][1], p.count_x * sizeof(float)) != 0);
+        CHECK(memcmp(out[0][2], out[1][2], p.count_w * sizeof(float)) != 0);
+        free_results(out[0]);
+        free_results(out[1]);
+        problem_free(&p);
+    }
+}
+
 int main(void)
 {
+    TEST(test_winograd);
     TEST(test_plain_c);
     TEST(test_neon);
     TEST(test_avx2);

@@ -153,6 +153,7 @@ static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t
     for (j = 0; j < columns; j += g.columns) {
         g.a = a;
         g.a_panel = panel;
+        g.a_row = r;
         g.rows = outputs;
         g.blocks = blocks;
         g.k = k;
