@@ -3271,7 +3271,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                 }
                 b += nv * V_W;
             }
-            if (left) continue;
+            if (left || (k == g->k && t + 1 == g->taps)) continue;
             SPMI_UNROLL for (i = 0; i < mr; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
             left = SPMI_TILE_CHAIN;
             cut = 1;
@@ -3472,7 +3472,7 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
                 a += g->a_row;
                 b += g->b_row;
             }
-            if (left) continue;
+            if (left || (p == g->k && t + 1 == g->blocks)) continue;
             SPMI_UNROLL for (i = 0; i < T_OR; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
             left = SPMI_TILE_CHAIN;
             cut = 1;
