@@ -11,32 +11,10 @@
  *
  * Every picture is a pure function of (seed, split, number): the counts of the other splits change nothing.
  */
-#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
-  #define _POSIX_C_SOURCE 200809L /* isatty, opendir */
-#endif
-#ifndef SPURMEM_LINKED /* define it to link against an object that holds the library already */
-  #define SPURMEM_IMPLEMENTATION
-#endif
-#include "../spurmem.h"
-
-#include <dirent.h>
-#include <errno.h>
-#include <math.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#if defined(_WIN32)
-  #include <io.h>
-#else
-  #include <unistd.h>
-#endif
+#include "tool.h"
 
 #define PI 3.14159265f
 #define SPLITS 3
-#define BATCH 64                     /* pictures made between two rounds of writing */
-#define MARKER "synth_birds.json"    /* says that a folder is ours to overwrite */
 
 enum { LAND, WATER };                /* of kinds and of places alike */
 
@@ -762,520 +740,129 @@ static int picture_draw(canvas *to, uint64_t key, int kind, int place, float dif
     return (int)s.type;
 }
 /* ================================================================================================================
- * The command line
+ * The command line and the folder
  * ============================================================================================================= */
 
-typedef struct options {
-    const char *out;
-    long count[SPLITS];
-    int size, quality, force, quiet, help;
-    double correlation, difficulty;
-    uint64_t seed;
-} options;
+enum { OUT, TRAIN, VAL, TEST, SIZE, CORRELATION, DIFFICULTY, SEED, QUALITY, FORCE };
 
-enum {
-    OPTION_OUT, OPTION_TRAIN, OPTION_VAL, OPTION_TEST, OPTION_SIZE, OPTION_CORRELATION, OPTION_DIFFICULTY, OPTION_SEED,
-    OPTION_QUALITY, OPTION_FORCE, OPTION_QUIET, OPTION_HELP, OPTIONS
+static const tool_option options[] = {
+    { "out", 's', "DIR", NULL, "the folder to write: metadata.csv and images/{train,val,test}/NNNNN.jpg", 0, 0 },
+    { "train", 'i', "N", "2000", "training pictures", 0, 1000000 },
+    { "val", 'i', "N", "400", "validation pictures", 0, 1000000 },
+    { "test", 'i', "N", "1000", "test pictures", 0, 1000000 },
+    { "size", 'i', "N", "64", "width and height in pixels", 16, 1024 },
+    { "correlation", 'n', "F", "0.95", "share of training pictures whose place agrees with the bird", 0, 1 },
+    { "difficulty", 'n', "F", "0.5", "0: the kinds are far apart, 1: hardly to be told apart", 0, 1 },
+    { "seed", 'i', "S", "1", "another seed gives other pictures; the same seed gives the same bytes", 0,
+      9007199254740992.0 },
+    { "quality", 'i', "N", "95", "of the JPEG files", 1, 100 },
+    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
 };
 
-static const char option_names[OPTIONS][12] = {"out", "train", "val", "test", "size", "correlation",
-                                               "difficulty", "seed", "quality", "force", "quiet", "help"};
-
-static void help(void)
-{
-    printf("synth_birds --out DIR [options]\n\n"
-           "Draws a data set of bird pictures (JPEG) in the Waterbirds layout: landbirds and waterbirds on land and\n"
-           "on water. The place is easy to see, the kind of bird is not; in training the place agrees with the kind\n"
-           "almost always.\n\n"
-           "  --out DIR          the folder to write: metadata.csv and images/{train,val,test}/NNNNN.jpg\n"
-           "  --train N          training pictures (2000)\n"
-           "  --val N            validation pictures (400)\n"
-           "  --test N           test pictures (1000)\n"
-           "  --size N           width and height in pixels, 16 to 1024 (64)\n"
-           "  --correlation F    share of training pictures whose place agrees with the bird, 0 to 1 (0.95);\n"
-           "                     it is 0.5 in validation and test\n"
-           "  --difficulty F     0: the kinds are far apart, 1: hardly to be told apart (0.5)\n"
-           "  --seed S           another seed gives other pictures; the same seed gives the same bytes (1)\n"
-           "  --quality N        of the JPEG files, 1 to 100 (95)\n"
-           "  --force            write into a folder that holds something else\n"
-           "  --quiet            no progress\n"
-           "  --help             this text\n\n"
-           "metadata.csv has the columns img_id,img_filename,y,split,place,place_filename:\n"
-           "  y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train, 1 val, 2 test.\n"
-           "Exit status: 0 done, 1 the folder could not be written, 2 the command line is wrong.\n");
-}
-
-/* Letters to insert, delete or replace on the way from a to b (Levenshtein). */
-static int edits(const char *a, const char *b)
-{
-    int row[32], n = (int)strlen(b), i, j;
-    if (n >= 32) return 99;
-    for (j = 0; j <= n; j++) row[j] = j;
-    for (i = 0; a[i]; i++) {
-        int corner = row[0];
-        row[0] = i + 1;
-        for (j = 1; j <= n; j++) {
-            int above = row[j], best = corner + (a[i] != b[j - 1]);
-            if (above + 1 < best) best = above + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            row[j] = best;
-            corner = above;
-        }
-    }
-    return row[n];
-}
-
-static int unknown_option(const char *name)
-{
-    int best = 0, i;
-    for (i = 1; i < OPTIONS; i++)
-        if (edits(name, option_names[i]) < edits(name, option_names[best])) best = i;
-    if (edits(name, option_names[best]) <= 3)
-        fprintf(stderr, "synth_birds: unknown option --%s; did you mean --%s?\n", name, option_names[best]);
-    else
-        fprintf(stderr, "synth_birds: unknown option --%s; --help lists them all\n", name);
-    return 2;
-}
-
-/* Reads a whole number in [low, high]; 1 if `text` is one, else says what is wrong. */
-static int read_whole(const char *name, const char *text, long low, long high, long *value)
-{
-    char *end;
-    errno = 0;
-    *value = strtol(text, &end, 10);
-    if (end != text && !*end && !errno && *value >= low && *value <= high) return 1;
-    fprintf(stderr, "synth_birds: --%s %s: a whole number from %ld to %ld is wanted\n", name, text, low, high);
-    return 0;
-}
-
-static int read_share(const char *name, const char *text, double *value)
-{
-    char *end;
-    *value = strtod(text, &end);
-    if (end != text && !*end && *value >= 0.0 && *value <= 1.0) return 1;
-    fprintf(stderr, "synth_birds: --%s %s: a number from 0 to 1 is wanted\n", name, text);
-    return 0;
-}
-
-static int set_option(options *o, int option, const char *value)
-{
-    const char *name = option_names[option];
-    long number;
-    char *end;
-    switch (option) {
-    case OPTION_OUT:
-        o->out = value;
-        if (*value) return 1;
-        fprintf(stderr, "synth_birds: --out: the name of a folder is wanted\n");
-        return 0;
-    case OPTION_TRAIN: return read_whole(name, value, 0, 1000000, &o->count[0]);
-    case OPTION_VAL: return read_whole(name, value, 0, 1000000, &o->count[1]);
-    case OPTION_TEST: return read_whole(name, value, 0, 1000000, &o->count[2]);
-    case OPTION_SIZE:
-        if (!read_whole(name, value, 16, 1024, &number)) return 0;
-        o->size = (int)number;
-        return 1;
-    case OPTION_QUALITY:
-        if (!read_whole(name, value, 1, 100, &number)) return 0;
-        o->quality = (int)number;
-        return 1;
-    case OPTION_CORRELATION: return read_share(name, value, &o->correlation);
-    case OPTION_DIFFICULTY: return read_share(name, value, &o->difficulty);
-    case OPTION_SEED:
-        errno = 0;
-        o->seed = (uint64_t)strtoull(value, &end, 10);
-        if (*value >= '0' && *value <= '9' && !*end && !errno) return 1;
-        fprintf(stderr, "synth_birds: --seed %s: a whole number from 0 to 18446744073709551615 is wanted\n", value);
-        return 0;
-    case OPTION_FORCE: o->force = 1; return 1;
-    case OPTION_QUIET: o->quiet = 1; return 1;
-    default: o->help = 1; return 1;
-    }
-}
-
-/* 0 if the command line is right; else 2, and the reason is on stderr. */
-static int parse_options(options *o, int argc, char **argv)
-{
-    int i, option;
-    for (i = 1; i < argc; i++) {
-        char name[32];
-        const char *text = argv[i], *equals = strchr(text, '='), *value = equals ? equals + 1 : NULL;
-        size_t length = equals ? (size_t)(equals - text) : strlen(text);
-        if (strcmp(text, "-h") == 0) { o->help = 1; continue; }
-        if (strncmp(text, "--", 2) != 0 || length < 3) {
-            fprintf(stderr, "synth_birds: %s: options begin with --; the folder is named by --out DIR\n", text);
-            return 2;
-        }
-        length -= 2;
-        if (length >= sizeof name) length = sizeof name - 1;
-        memcpy(name, text + 2, length);
-        name[length] = 0;
-        for (option = 0; option < OPTIONS; option++)
-            if (strcmp(name, option_names[option]) == 0) break;
-        if (option == OPTIONS) return unknown_option(name);
-        if (option < OPTION_FORCE && !value) {
-            if (i + 1 >= argc || strncmp(argv[i + 1], "--", 2) == 0) {
-                fprintf(stderr, "synth_birds: --%s: a value is missing\n", name);
-                return 2;
-            }
-            value = argv[++i];
-        } else if (option >= OPTION_FORCE && value) {
-            fprintf(stderr, "synth_birds: --%s takes no value\n", name);
-            return 2;
-        }
-        if (!set_option(o, option, value)) return 2;
-    }
-    if (o->help) return 0;
-    if (!o->out) {
-        fprintf(stderr, "synth_birds: --out DIR is missing: the folder to write; --help explains\n");
-        return 2;
-    }
-    if (o->count[0] + o->count[1] + o->count[2] == 0) {
-        fprintf(stderr, "synth_birds: --train, --val and --test are all 0: there is nothing to draw\n");
-        return 2;
-    }
-    return 0;
-}
-
-/* ================================================================================================================
- * Progress
- * ============================================================================================================= */
-
-static volatile sig_atomic_t stop_asked;
-
-static void on_interrupt(int number)
-{
-    (void)number;
-    stop_asked = 1;
-}
-
-static double seconds_now(void)
-{
-#if !defined(_WIN32) && defined(CLOCK_MONOTONIC)
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-#else
-    return (double)clock() / (double)CLOCKS_PER_SEC;
-#endif
-}
-
-static int on_terminal(void)
-{
-#if defined(_WIN32)
-    return _isatty(2);
-#else
-    return isatty(2);
-#endif
-}
-
-typedef struct progress {
-    int quiet, terminal;
-    double began, shown;
-    long done, total;
-} progress;
-
-static void progress_show(progress *p, long added, const char *split)
-{
-    double now = seconds_now(), rate;
-    p->done += added;
-    if (p->quiet || (p->done < p->total && now - p->shown < (p->terminal ? 0.1 : 5.0))) return;
-    p->shown = now;
-    rate = (double)p->done / (now - p->began > 1e-6 ? now - p->began : 1e-6);
-    if (p->terminal) {
-        char bar[31];
-        int filled = (int)(30 * p->done / p->total), i;
-        for (i = 0; i < 30; i++) bar[i] = i < filled ? '#' : '.';
-        bar[30] = 0;
-        fprintf(stderr, "\r%-5s [%s] %ld/%ld pictures  %.0f/s  %.0f s left \033[K", split, bar, p->done, p->total, rate,
-                (double)(p->total - p->done) / rate);
-        if (p->done == p->total) fprintf(stderr, "\n");
-    } else {
-        fprintf(stderr, "%s: %ld/%ld pictures, %.0f/s, %.0f s left\n", split, p->done, p->total, rate,
-                (double)(p->total - p->done) / rate);
-    }
-}
-
-/* ================================================================================================================
- * The folder
- * ============================================================================================================= */
-
-typedef struct picture {
-    int kind, place, scene;      /* scene: its number, known once it is drawn */
-    uint8_t *data;
-    size_t size;
-    spm_error error;
-} picture;
-
 typedef struct work {
+    tool *t;
     spm_context *ctx;
-    const options *o;
-    canvas *canvases;            /* one per thread */
-    spm_image *images;
-    picture batch[BATCH];
-    int split;
-    long first;                  /* number of batch[0] in its split */
-    const int64_t *order;        /* a permutation of the split: which picture gets which group */
-    char *path;                  /* room for any path below `out` */
-    size_t path_size;
-    long groups[SPLITS][4];
-    char *csv;                   /* metadata.csv as it grows */
-    size_t csv_length, csv_room;
+    tool_item *items;
 } work;
 
-static int fail(const char *sentence)
-{
-    fprintf(stderr, "synth_birds: %s\n", sentence);
-    return 1;
-}
-
-/* w->path = out/name */
-static const char *path_of(work *w, const char *name)
-{
-    snprintf(w->path, w->path_size, "%s/%s", w->o->out, name);
-    return w->path;
-}
-
-/* How many of the `n` pictures of one kind stand where they are at home. */
-static long at_home(const options *o, int split, long n)
-{
-    return (long)floor((split == 0 ? o->correlation : 0.5) * (double)n + 0.5);
-}
-
-static void draw_one(void *user, int64_t task, int slot)
+/* Draws item `index`, and notes which scene it got. */
+static void make(void *user, const tool_item *item, long index, spm_image *image, spm_error *err)
 {
     work *w = (work *)user;
-    picture *p = &w->batch[task];
-    long number = w->first + (long)task, rank = (long)w->order[number], n = w->o->count[w->split];
-    uint64_t key = spm_random_key(w->o->seed, (uint64_t)w->split, (uint64_t)number);
-    p->kind = (int)(rank % 2);
-    p->place = rank / 2 < at_home(w->o, w->split, (n + 1 - p->kind) / 2) ? p->kind : 1 - p->kind;
-    p->scene = picture_draw(&w->canvases[slot], key, p->kind, p->place, (float)w->o->difficulty, &w->images[slot]);
-    memset(&p->error, 0, sizeof p->error);
-    p->data = NULL;
-    spm_image_encode_jpeg(w->ctx, &w->images[slot], w->o->quality, 0, &p->data, &p->size, &p->error);
-}
-
-/* Writes a picture under a temporary name and renames it.  It is not flushed to the disk one by one: metadata.csv is
- * written last, and flushed, and without it the folder is not a data set. */
-static int write_picture(const char *path, const picture *p)
-{
-    char temporary[4200];
-    FILE *file;
-    int reason = 0;
-    snprintf(temporary, sizeof temporary, "%s.part", path);
-    errno = 0;
-    file = fopen(temporary, "wb");
-    if (!file) return errno ? errno : EIO;
-    if (fwrite(p->data, 1, p->size, file) != p->size) reason = errno ? errno : EIO;
-    if (fclose(file) != 0 && !reason) reason = errno ? errno : EIO;
-#if defined(_WIN32)
-    (void)remove(path); /* rename does not replace there */
-#endif
-    if (!reason && rename(temporary, path) != 0) reason = errno ? errno : EIO;
-    if (reason) (void)remove(temporary);
-    return reason;
-}
-
-static int csv_add(work *w, const char *line)
-{
-    size_t n = strlen(line);
-    if (w->csv_length + n + 1 > w->csv_room) {
-        size_t room = 2 * w->csv_room + n + 4096;
-        char *bigger = (char *)realloc(w->csv, room);
-        if (!bigger) return 0;
-        w->csv = bigger;
-        w->csv_room = room;
+    canvas c;
+    uint64_t key = spm_random_key(tool_seed(w->t, SEED), (uint64_t)item->split, (uint64_t)item->source);
+    int number;
+    c.size = (int)tool_whole(w->t, SIZE);
+    c.pixels = (colour *)malloc((size_t)c.size * (size_t)c.size * sizeof(colour));
+    if (!c.pixels) {
+        err->status = SPM_E_MEMORY;
+        snprintf(err->text, sizeof err->text, "out of memory");
+        return;
     }
-    memcpy(w->csv + w->csv_length, line, n + 1);
-    w->csv_length += n;
+    if (!spm_image_create(w->ctx, c.size, c.size, image, err)) {
+        number = picture_draw(&c, key, item->y, item->a, (float)tool_number(w->t, DIFFICULTY), image);
+        snprintf(w->items[index].place, sizeof w->items[index].place, "%s/%s", item->a == WATER ? "water" : "land",
+                 scene_names[number]);
+    }
+    free(c.pixels);
+}
+
+/* Kinds by turns, in a drawn order; of each kind the first ones stand where they are at home. 0 if memory runs out. */
+static int fill_split(work *w, int split, long first, long n)
+{
+    double share = split == 0 ? tool_number(w->t, CORRELATION) : 0.5;
+    int64_t *order = (int64_t *)malloc((size_t)(n ? n : 1) * sizeof *order);
+    long i;
+    if (!order) return 0;
+    spm_random_permutation(tool_seed(w->t, SEED), 1000u + (uint64_t)split, n, order);
+    for (i = 0; i < n; i++) {
+        tool_item *item = &w->items[first + i];
+        long rank = (long)order[i], kind = rank % 2;
+        item->y = (int)kind;
+        item->a = rank / 2 < (long)floor(share * (double)((n + 1 - kind) / 2) + 0.5) ? (int)kind : (int)(1 - kind);
+        item->split = split;
+        item->source = i;
+        snprintf(item->file, sizeof item->file, "images/%s/%05ld.jpg", split_names[split], i);
+    }
+    free(order);
     return 1;
 }
 
-/* The number in NNNNN.jpg or NNNNN.jpg.part; -1 for any other name. */
-static long picture_number(const char *name)
+static int run(work *w)
 {
-    char *end;
-    long number;
-    if (*name < '0' || *name > '9') return -1;
-    number = strtol(name, &end, 10);
-    return strcmp(end, ".jpg") == 0 || strcmp(end, ".jpg.part") == 0 ? number : -1;
-}
-
-/* Looks into `out`: 0 empty or not there, 1 an earlier data set of this tool, 2 something else. */
-static int folder_state(const options *o)
-{
-    DIR *folder = opendir(o->out);
-    struct dirent *entry;
-    int state = 0;
-    if (!folder) return errno == ENOTDIR ? 2 : 0;
-    while ((entry = readdir(folder)) != NULL) {
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
-        if (strcmp(entry->d_name, MARKER) == 0) { state = 1; break; }
-        state = 2;
-    }
-    closedir(folder);
-    return state;
-}
-
-/* Removes pictures of an earlier, larger data set (numbers from `count`) and what an interrupted run left. */
-static void remove_stale(work *w, int split)
-{
-    char name[64];
-    DIR *folder;
-    struct dirent *entry;
-    snprintf(name, sizeof name, "images/%s", split_names[split]);
-    folder = opendir(path_of(w, name));
-    if (!folder) return;
-    while ((entry = readdir(folder)) != NULL) {
-        long number = picture_number(entry->d_name);
-        if (number < 0 || strlen(entry->d_name) > 24) continue;
-        if (number < w->o->count[split] && !strstr(entry->d_name, ".part")) continue;
-        snprintf(name, sizeof name, "images/%s/%.24s", split_names[split], entry->d_name);
-        (void)remove(path_of(w, name));
-    }
-    closedir(folder);
-}
-
-static int prepare_folder(work *w)
-{
-    const options *o = w->o;
-    char text[512];
-    spm_error error;
-    int split, state = folder_state(o);
-    memset(&error, 0, sizeof error);
-    if (state == 2 && !o->force) {
-        fprintf(stderr, "synth_birds: %s holds something else; name an empty or new folder, or give --force\n", o->out);
-        return 1;
-    }
+    tool *t = w->t;
+    tool_set set;
+    long n[SPLITS], first = 0;
+    char made[512];
+    int split;
+    memset(&set, 0, sizeof set);
+    for (split = 0; split < SPLITS; split++) set.count += n[split] = tool_whole(t, TRAIN + split);
+    w->items = (tool_item *)calloc((size_t)set.count, sizeof *w->items);
     for (split = 0; split < SPLITS; split++) {
-        char name[32];
-        snprintf(name, sizeof name, "images/%s", split_names[split]);
-        if (o->count[split] && spm_directory_create(w->ctx, path_of(w, name), &error)) return fail(error.text);
-        if (state == 1) remove_stale(w, split);
+        if (!w->items || !fill_split(w, split, first, n[split])) return tool_fail(t, "out of memory");
+        first += n[split];
     }
-    (void)remove(path_of(w, "metadata.csv")); /* from here on the folder is not complete */
-    snprintf(text, sizeof text,
-             "{\"tool\":\"synth_birds\",\"version\":1,\"seed\":%llu,\"size\":%d,\"quality\":%d,\"correlation\":%.6g,"
-             "\"difficulty\":%.6g,\"train\":%ld,\"val\":%ld,\"test\":%ld}\n",
-             (unsigned long long)o->seed, o->size, o->quality, o->correlation, o->difficulty, o->count[0], o->count[1],
-             o->count[2]);
-    if (spm_file_write(w->ctx, path_of(w, MARKER), text, strlen(text), &error)) return fail(error.text);
-    return 0;
-}
-
-/* Draws and writes the pictures of one split; adds its rows to the metadata. */
-static int write_split(work *w, int split, progress *shown)
-{
-    long n = w->o->count[split], before = 0, i, j, batch;
-    int64_t *order = (int64_t *)malloc((size_t)(n ? n : 1) * sizeof *order);
-    int status = 0;
-    if (!order) return fail("out of memory");
-    for (j = 0; j < split; j++) before += w->o->count[j];
-    spm_random_permutation(w->o->seed, 1000u + (uint64_t)split, n, order);
-    w->split = split;
-    w->order = order;
-    for (i = 0; i < n && !status; i += batch) {
-        batch = n - i < BATCH ? n - i : BATCH;
-        w->first = i;
-        spm_parallel(w->ctx, batch, draw_one, w);
-        for (j = 0; j < batch; j++) {
-            picture *p = &w->batch[j];
-            char name[64], line[192];
-            int reason;
-            snprintf(name, sizeof name, "images/%s/%05ld.jpg", split_names[split], i + j);
-            snprintf(line, sizeof line, "%ld,%s,%d,%d,%d,%s/%s\n", before + i + j + 1, name, p->kind, split, p->place,
-                     p->place == WATER ? "water" : "land", scene_names[p->scene]);
-            if (!status && p->error.status != SPM_OK) status = fail(p->error.text);
-            if (!status && (reason = write_picture(path_of(w, name), p)) != 0) {
-                fprintf(stderr, "synth_birds: %s: cannot be written: %s; free some space or choose another folder\n",
-                        w->path, strerror(reason));
-                status = 1;
-            }
-            if (!status && !csv_add(w, line)) status = fail("out of memory");
-            w->groups[split][2 * p->kind + p->place]++;
-            spm_free(w->ctx, p->data);
-        }
-        if (!status) progress_show(shown, batch, split_names[split]);
-        if (!status && stop_asked) status = fail("stopped: there is no metadata.csv yet; run it again");
-    }
-    free(order);
-    return status;
-}
-
-static int write_data_set(work *w)
-{
-    const options *o = w->o;
-    progress shown;
-    spm_error error;
-    int split, status;
-    memset(&shown, 0, sizeof shown);
-    memset(&error, 0, sizeof error);
-    status = prepare_folder(w);
-    if (status) return status;
-    shown.quiet = o->quiet;
-    shown.terminal = on_terminal();
-    shown.began = shown.shown = seconds_now();
-    shown.total = o->count[0] + o->count[1] + o->count[2];
-    if (!csv_add(w, "img_id,img_filename,y,split,place,place_filename\n")) return fail("out of memory");
-    for (split = 0; split < SPLITS && !status; split++) status = write_split(w, split, &shown);
-    if (status) return status;
-    if (spm_file_write(w->ctx, path_of(w, "metadata.csv"), w->csv, w->csv_length, &error)) return fail(error.text);
-    printf("%s: %ld pictures of %d x %d\n", o->out, shown.total, o->size, o->size);
-    printf("%-6s %17s %18s %17s %19s\n", "", "landbird on land", "landbird on water", "waterbird on land",
-           "waterbird on water");
-    for (split = 0; split < SPLITS; split++)
-        printf("%-6s %17ld %18ld %17ld %19ld\n", split_names[split], w->groups[split][0], w->groups[split][1],
-               w->groups[split][2], w->groups[split][3]);
-    return 0;
+    set.t = t;
+    set.ctx = w->ctx;
+    set.out = tool_value(t, OUT);
+    set.classes = set.confounders = 2;
+    set.quality = (int)tool_whole(t, QUALITY);
+    set.items = w->items;
+    set.make = make;
+    set.user = w;
+    snprintf(made, sizeof made, "{\"tool\":\"synth_birds\",\"version\":1,\"seed\":%.0f,\"size\":%ld,\"quality\":%d,"
+             "\"correlation\":%.6g,\"difficulty\":%.6g,\"train\":%ld,\"val\":%ld,\"test\":%ld}\n",
+             tool_number(t, SEED), tool_whole(t, SIZE), set.quality, tool_number(t, CORRELATION),
+             tool_number(t, DIFFICULTY), n[0], n[1], n[2]);
+    return tool_write_set(&set, "synth_birds.json", made, tool_on(t, FORCE));
 }
 
 int main(int argc, char **argv)
 {
-    options o = SPM_ZERO;
-    work *w;
-    int status, threads, i;
-    o.count[0] = 2000;
-    o.count[1] = 400;
-    o.count[2] = 1000;
-    o.size = 64;
-    o.quality = 95;
-    o.correlation = 0.95;
-    o.difficulty = 0.5;
-    o.seed = 1;
-    status = parse_options(&o, argc, argv);
-    if (status) return status;
-    if (o.help) {
-        help();
-        return 0;
+    tool t;
+    work w;
+    int status;
+    memset(&t, 0, sizeof t);
+    memset(&w, 0, sizeof w);
+    t.name = "synth_birds";
+    t.about = "usage: synth_birds --out DIR [options]\n\n"
+              "Draws a data set of bird pictures (JPEG) in the Waterbirds layout: landbirds and waterbirds on land and\n"
+              "on water. The place is easy to see, the kind of bird is not; in training the place agrees with the kind\n"
+              "almost always, in validation and test for half of the pictures.\n";
+    t.notes = "metadata.csv has the columns img_id,img_filename,y,split,place,place_filename:\n"
+              "  y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train, 1 val, 2 test.\n";
+    t.options = options;
+    t.count = (int)(sizeof options / sizeof options[0]);
+    status = tool_parse(&t, argc, argv);
+    if (status) return status < 0 ? 0 : status;
+    if (tool_whole(&t, TRAIN) + tool_whole(&t, VAL) + tool_whole(&t, TEST) == 0) {
+        tool_fail(&t, "--train, --val and --test are all 0: there is nothing to draw");
+        return 2;
     }
-    if (strlen(o.out) > 4000) return fail("--out: the name of the folder is longer than 4000 bytes");
-    signal(SIGINT, on_interrupt);
-    w = (work *)calloc(1, sizeof *w);
-    if (!w) return fail("out of memory");
-    w->o = &o;
-    w->ctx = spm_context_create(NULL);
-    threads = w->ctx ? spm_context_threads(w->ctx) : 0;
-    w->path_size = strlen(o.out) + 80;
-    w->path = (char *)malloc(w->path_size);
-    w->canvases = (canvas *)calloc((size_t)threads + 1, sizeof *w->canvases);
-    w->images = (spm_image *)calloc((size_t)threads + 1, sizeof *w->images);
-    status = !w->ctx || !w->path || !w->canvases || !w->images;
-    for (i = 0; i < threads && !status; i++) {
-        w->canvases[i].size = o.size;
-        w->canvases[i].pixels = (colour *)malloc((size_t)o.size * (size_t)o.size * sizeof(colour));
-        status = !w->canvases[i].pixels || spm_image_create(w->ctx, o.size, o.size, &w->images[i], NULL) != SPM_OK;
-    }
-    status = status ? fail("out of memory") : write_data_set(w);
-    for (i = 0; i < threads && w->canvases && w->images; i++) {
-        free(w->canvases[i].pixels);
-        spm_image_free(w->ctx, &w->images[i]);
-    }
-    free(w->images);
-    free(w->canvases);
-    free(w->path);
-    free(w->csv);
-    spm_context_destroy(w->ctx);
-    free(w);
+    w.t = &t;
+    w.ctx = spm_context_create(NULL);
+    status = w.ctx ? run(&w) : tool_fail(&t, "out of memory");
+    free(w.items);
+    spm_context_destroy(w.ctx);
     return status;
 }

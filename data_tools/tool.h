@@ -349,7 +349,7 @@ static inline int tool_write_picture(const char *path, const uint8_t *data, size
     return reason;
 }
 
-/* 1 if the folder is new, empty, or one that this tool has made before. */
+/* 1 if the folder is new or empty, 2 if this tool has made it before; 0 if it holds something else. */
 static inline int tool_may_write(const tool_set *set, const char *marker)
 {
     DIR *folder = opendir(set->out);
@@ -359,13 +359,38 @@ static inline int tool_may_write(const tool_set *set, const char *marker)
     while ((entry = readdir(folder)) != NULL) {
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
         if (strcmp(entry->d_name, marker) == 0) {
-            may = 1;
+            may = 2;
             break;
         }
         may = 0;
     }
     closedir(folder);
     return may;
+}
+
+/* Removes the pictures of an earlier set of this tool, which its table names. */
+static inline void tool_remove_earlier(const tool_set *set)
+{
+    char path[1400];
+    uint8_t *data = NULL;
+    size_t size;
+    spm_csv *csv = NULL;
+    spm_error ignored;
+    int64_t row;
+    int column = -1;
+    memset(&ignored, 0, sizeof ignored);
+    if (!tool_path(set, "metadata.csv", path, sizeof path) || spm_file_read(set->ctx, path, &data, &size, &ignored))
+        return;
+    csv = spm_csv_parse(set->ctx, path, (const char *)data, size, ',', &ignored);
+    spm_free(set->ctx, data);
+    if (csv) column = spm_csv_column(csv, "img_filename");
+    (void)remove(path); /* the folder is not complete from here on */
+    for (row = 0; column >= 0 && row < spm_csv_rows(csv); row++) {
+        const char *name = spm_csv_field(csv, row, column);
+        if (name[0] != '/' && !strstr(name, "..") && (strstr(name, ".jpg") || strstr(name, ".png"))
+            && tool_path(set, name, path, sizeof path)) (void)remove(path);
+    }
+    if (csv) spm_csv_destroy(csv);
 }
 
 /* The folders that the pictures lie in. */
@@ -427,11 +452,12 @@ static inline int tool_write_set(tool_set *set, const char *marker, const char *
     tool_text csv = { NULL, 0, 0, 0 };
     char path[1400];
     long i;
-    int status, k;
-    if (!tool_may_write(set, marker) && !force)
+    int status, k, may = tool_may_write(set, marker);
+    if (!may && !force)
         return tool_fail(set->t, "%s holds something else; name an empty or new folder, or give --force", set->out);
+    if (may == 2) tool_remove_earlier(set);
+    else if (tool_path(set, "metadata.csv", path, sizeof path)) (void)remove(path);
     status = tool_make_folders(set);
-    if (!status && tool_path(set, "metadata.csv", path, sizeof path)) (void)remove(path); /* not complete from here on */
     if (!status) status = tool_write_text(set, marker, made_from);
     if (!status && set->class_names) status = tool_write_text(set, "class_names.txt", set->class_names);
     if (!status && set->confounder_names) status = tool_write_text(set, "confounder_names.txt", set->confounder_names);
