@@ -647,6 +647,10 @@ SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind
  * each time. */
 SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value),
                                      void *user);
+/* The same for the value's gradient, called in the backward pass when it is complete and before it is sent on: with a
+ * write hook that ablates channels, one that zeroes their gradient makes both passes those of the ablated network. */
+SPMDEF spm_status spm_run_hook_write_gradient(spm_run *run, spm_value value,
+                                              void (*fn)(void *user, spm_tensor *gradient), void *user);
 SPMDEF void spm_run_clear_hooks(spm_run *run);
 
 /* Checks an operation's backward pass: for random inputs kept away from kinks and L = sum(r * out[0]) with random r,
@@ -1551,6 +1555,50 @@ typedef struct spm_localize_desc {
  * that stands in the tool's --help.  The model's parameters are the same bits before and after. */
 SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm_localize_desc *desc, spm_json *json,
                                const char *key, spm_error *err);
+
+/* One example of the ledger.  Fields that were not asked for or are not known are -1 (counts, epochs) or NaN. */
+typedef struct spm_ledger_row {
+    int64_t id;
+    double probability, loss, margin; /* of the true class; cross-entropy; true logit minus the largest other */
+    double self_influence;     /* ||d loss / d head||^2 at this checkpoint: TracIn's with the last layer (Pruthi et al. 2020) */
+    int32_t predicted;
+    /* how few units must go before it is misclassified: greedily, the unit whose removal raises its loss most to first
+     * order, again and again (Maini et al. 2023, section 4); 0: it is wrong already; -1: max_flips do not do it */
+    int32_t flip_count;
+    int32_t flip_parameter, flip_channel; /* the first of these units; -1: none */
+    int32_t first_epoch, epochs_wrong, forgotten; /* from the run's history.csv: epochs from 0, -1: never right */
+} spm_ledger_row;
+
+typedef struct spm_ledger_desc {
+    spm_reading reading;
+    const char *history;       /* a run folder or its history.csv; NULL: none */
+    int64_t batch;             /* 0: 64 */
+    int64_t max_flips;         /* 0: 16; negative: no flip counts (they cost a backward pass each) */
+    int workers;
+    spm_split split;
+    spm_progress_fn progress;
+    void *progress_user;
+} spm_ledger_desc;
+
+/* A row for every example of a split, in its order; *rows is freed with spm_free.  The model's values are the same
+ * before and after.  Errors: a history without the columns id, first_right, epochs_wrong and forgotten (SPM_E_FORMAT).
+ * Test: test_ledger.c. */
+SPMDEF spm_status spm_ledger(spm_model *model, spm_dataset *dataset, const spm_ledger_desc *desc, spm_ledger_row **rows,
+                             int64_t *count, spm_error *err);
+
+/* What a group contributes to the gradient of the training loss in one parameter.  G_g is the gradient of (1/N) times
+ * the sum of the cross-entropies of group g, in evaluation mode; the groups' G_g add up to the whole gradient. */
+typedef struct spm_gradient_share {
+    int parameter, group;
+    double norm;               /* ||G_g||_2 */
+    double share;              /* ||G_g|| / sum over groups of ||G_h|| */
+    double cosine;             /* of G_g and the whole gradient; NaN where one is 0 */
+} spm_gradient_share;
+/* Rows in the order of (parameter, group), of every parameter that has a gradient and every group that has examples.
+ * Memory: a copy of the gradients per group.  *rows is freed with spm_free.  Test: test_ledger.c. */
+SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, const spm_reading *reading,
+                                      spm_split split, int workers, spm_gradient_share **rows, int64_t *count,
+                                      spm_error *err);
 
 /* ================================================================================================================
  * >>API-TRAIN  19  training, the intervention, run folders
@@ -10118,7 +10166,7 @@ static void spmi_hook_reduce(spm_run *run, const spmi_hook *hook, const spm_tens
 }
 
 /* Runs the hooks of a value: after it was computed (gradient NULL), or when its gradient is complete. */
-static void spmi_run_hooks(spm_run *run, int v, float *data, const float *gradient, int replay)
+static void spmi_run_hooks(spm_run *run, int v, float *data, float *gradient, int replay)
 {
     const int unit = run->program->values[v].kind == SPMI_VALUE_PARAMETER;
     spm_tensor tensor = spmi_tape_shape(run->program, v, run->n, data);
@@ -10127,7 +10175,11 @@ static void spmi_run_hooks(spm_run *run, int v, float *data, const float *gradie
         const spmi_hook *hook = &run->hooks[i];
         const int backward = hook->on_gradient || hook->kind == SPM_HOOK_VALUE_GRADIENT;
         if (hook->value != v) continue;
-        if (hook->kind < 0) {
+        if (hook->kind < 0 && hook->on_gradient) {
+            spm_tensor of_gradient = tensor;
+            of_gradient.data = gradient;
+            if (gradient) hook->fn(hook->user, &of_gradient);
+        } else if (hook->kind < 0) {
             if (!gradient && v != run->first) hook->fn(hook->user, &tensor); /* what is bound is only read */
         } else if (!replay && backward == (gradient != NULL)) {
             const int of_gradient = hook->on_gradient && hook->kind != SPM_HOOK_VALUE_GRADIENT;
@@ -10751,6 +10803,21 @@ SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(v
     hook.fn = fn;
     hook.user = user;
     return spmi_run_add_hook(run, &hook, 0);
+}
+
+SPMDEF spm_status spm_run_hook_write_gradient(spm_run *run, spm_value value,
+                                              void (*fn)(void *user, spm_tensor *gradient), void *user)
+{
+    spmi_hook hook = SPM_ZERO;
+    if (!fn || !spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT
+        || run->program->values[value].slot || !run->desc.backward)
+        return spmi_run_no_value(run, value, "spm_run_hook_write_gradient (in a run made with backward = 1)");
+    hook.value = value;
+    hook.kind = -1;
+    hook.on_gradient = 1;
+    hook.fn = fn;
+    hook.user = user;
+    return spmi_run_add_hook(run, &hook, SPMI_WANT_GRADIENT);
 }
 
 SPMDEF void spm_run_clear_hooks(spm_run *run)
@@ -26620,6 +26687,435 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     spmi_scan_free(&scan);
     spmi_study_free(&s);
     return status ? spmi_fail(s.ctx, err, status, "%s", error.text) : SPM_OK;
+}
+
+/* ---- the ledger ---- */
+
+/* A value whose units are removed example by example. */
+typedef struct spmi_flip_layer {
+    int64_t at, width;   /* its channels in the array of all; how many */
+    float *rest;         /* [width] what the value must be for the unit's output to be 0; NaN: the unit has none */
+    unsigned char *gone; /* [batch][all] of the ledger: shared */
+    int64_t all;
+} spmi_flip_layer;
+
+static void spmi_flip_write(const spmi_flip_layer *layer, spm_tensor *value, int gradient)
+{
+    int64_t rows = spm_tensor_count(value) / layer->width / value->shape[0], n, c, i;
+    for (n = 0; n < value->shape[0]; n++) {
+        const unsigned char *gone = layer->gone + n * layer->all + layer->at;
+        float *v = value->data + n * rows * layer->width;
+        for (c = 0; c < layer->width; c++) {
+            for (i = 0; gone[c] && i < rows; i++) v[i * layer->width + c] = gradient ? 0.0f : layer->rest[c];
+        }
+    }
+}
+
+/* Write hooks: removed units are at rest, and no gradient passes through them. */
+static void spmi_flip_hook(void *user, spm_tensor *value)
+{
+    spmi_flip_write((const spmi_flip_layer *)user, value, 0);
+}
+
+static void spmi_flip_gradient_hook(void *user, spm_tensor *gradient)
+{
+    spmi_flip_write((const spmi_flip_layer *)user, gradient, 1);
+}
+
+typedef struct spmi_flips {
+    spmi_layout layout;
+    spmi_flip_layer *layers;
+    float *rest, *pixels;  /* of all units; [batch][picture] of the examples still at work */
+    unsigned char *gone;   /* [batch][all] */
+    int64_t *row;          /* [batch] ledger rows of these */
+    int32_t *y;
+    int64_t batch;
+} spmi_flips;
+
+static void spmi_flips_free(spm_context *ctx, spmi_flips *f)
+{
+    spmi_free(ctx, f->layout.list);
+    spmi_free(ctx, f->layers);
+    spmi_free(ctx, f->rest);
+    spmi_free(ctx, f->pixels);
+    spmi_free(ctx, f->gone);
+    spmi_free(ctx, f->row);
+    spmi_free(ctx, f->y);
+    memset(f, 0, sizeof *f);
+}
+
+/* Memory, hooks and kept values for removing units example by example. pass: open, backward. */
+static spm_status spmi_flips_open(spmi_flips *f, spmi_pass *pass, int64_t pixels)
+{
+    spm_model *model = pass->model;
+    spm_context *ctx = model->ctx;
+    int64_t c;
+    int i;
+    f->layers = (spmi_flip_layer *)spmi_alloc_array(ctx, f->layout.n, sizeof *f->layers);
+    f->rest = (float *)spmi_alloc_array(ctx, f->layout.width, sizeof(float));
+    f->gone = (unsigned char *)spmi_alloc_array(ctx, f->batch * f->layout.width, 1);
+    f->pixels = (float *)spmi_alloc_array(ctx, f->batch * pixels, sizeof(float));
+    f->row = (int64_t *)spmi_alloc_array(ctx, f->batch, sizeof *f->row);
+    f->y = (int32_t *)spmi_alloc_array(ctx, f->batch, sizeof *f->y);
+    if (!f->layers || !f->rest || !f->gone || !f->pixels || !f->row || !f->y)
+        return spmi_fail_memory(ctx, pass->err, "flip counts");
+    for (i = 0; i < f->layout.n; i++) {
+        const spmi_ranked *r = &f->layout.list[i];
+        spmi_flip_layer *layer = &f->layers[i];
+        layer->at = r->at;
+        layer->width = r->width;
+        layer->all = f->layout.width;
+        layer->rest = f->rest + r->at;
+        layer->gone = f->gone;
+        for (c = 0; c < r->width; c++) {
+            double scale, shift;
+            spmi_unit_affine(model, &model->parameters[r->parameter], c, &scale, &shift);
+            layer->rest[c] = fabs(scale) > 1e-12 ? (float)(-shift / scale) : NAN;
+        }
+        if (spm_run_keep(pass->run, r->output) || spm_run_hook_write(pass->run, r->output, spmi_flip_hook, layer)
+            || spm_run_hook_write_gradient(pass->run, r->output, spmi_flip_gradient_hook, layer))
+            return spmi_pass_failed(pass);
+    }
+    return SPM_OK;
+}
+
+/* The unit whose removal raises example n's loss most, to first order: the largest -sum of z dL/dz that is above 0. */
+static int64_t spmi_flips_best(const spmi_flips *f, spmi_pass *pass, int64_t n, int *layer, int64_t *channel)
+{
+    double best = 0.0;
+    int64_t c, i, found = -1;
+    int l;
+    for (l = 0; l < f->layout.n; l++) {
+        const spmi_ranked *r = &f->layout.list[l];
+        spm_tensor v = spm_run_tensor(pass->run, r->output);
+        const float *g = spm_run_gradient(pass->run, r->output);
+        int64_t rows = spm_tensor_count(&v) / r->width / v.shape[0];
+        if (!g) continue;
+        for (c = 0; c < r->width; c++) {
+            double rise = 0.0, rest = (double)f->rest[r->at + c];
+            if (!(rest <= DBL_MAX) || f->gone[n * f->layout.width + r->at + c]) continue;
+            for (i = n * rows; i < (n + 1) * rows; i++)
+                rise -= ((double)v.data[i * r->width + c] - rest) * (double)g[i * r->width + c];
+            if (rise <= best) continue;
+            best = rise;
+            found = r->at + c;
+            *layer = l;
+            *channel = c;
+        }
+    }
+    return found;
+}
+
+/* Counts flips of the `active` examples that stand in f->pixels. */
+static spm_status spmi_flips_count(spmi_flips *f, spmi_pass *pass, int64_t active, int64_t pixels, int64_t most,
+                                   spm_ledger_row *rows)
+{
+    spm_value logits = spm_program_find(pass->model->program, "logits");
+    int64_t step, n, kept;
+    double ignored = 0.0;
+    spm_status status = SPM_OK;
+    memset(f->gone, 0, (size_t)(f->batch * f->layout.width));
+    for (step = 0; !status && active > 0 && step <= most; step++) {
+        pass->batch.count = active;
+        pass->batch.y = f->y;
+        status = spmi_pass_forward(pass, f->pixels);
+        if (status) break;
+        spm_model_zero_gradients(pass->model);
+        if (step < most) status = spmi_pass_backward(pass, &ignored);
+        for (n = kept = 0; !status && n < active; n++) {
+            const float *out = spm_run_data(pass->run, logits) + n * pass->classes;
+            spm_ledger_row *row = &rows[f->row[n]];
+            int predicted = spm_classify(&pass->desc->reading, out, pass->classes, pass->gradient), layer = 0;
+            int64_t channel = 0, unit;
+            if (predicted != f->y[n]) {
+                row->flip_count = (int32_t)step;
+                continue;
+            }
+            unit = step < most ? spmi_flips_best(f, pass, n, &layer, &channel) : -1;
+            if (unit < 0) continue; /* no removal raises its loss, or enough have gone */
+            if (step == 0) {
+                row->flip_parameter = f->layout.list[layer].parameter;
+                row->flip_channel = (int32_t)channel;
+            }
+            if (kept < n) { /* close the gap that examples leave which are done */
+                memcpy(f->gone + kept * f->layout.width, f->gone + n * f->layout.width, (size_t)f->layout.width);
+                memmove(f->pixels + kept * pixels, f->pixels + n * pixels, (size_t)pixels * sizeof(float));
+                f->row[kept] = f->row[n];
+                f->y[kept] = f->y[n];
+            }
+            f->gone[kept * f->layout.width + unit] = 1;
+            kept++;
+        }
+        active = kept;
+    }
+    return status;
+}
+
+/* ||d loss / d (weight, bias) of the head||^2 of one example: the gradient is dL/dlogits times (features, 1). */
+static double spmi_self_influence(const spm_reading *reading, const float *logits, int classes, int y,
+                                  const float *features, int64_t width, float *scratch)
+{
+    int column = reading->label_reversed ? classes - 1 - y : y, c, passes;
+    double squares = 1.0, norm = 0.0, dot = 0.0;
+    int64_t i;
+    for (i = 0; i < width; i++) squares += (double)features[i] * (double)features[i];
+    if (!reading->softmax_head) {
+        (void)spmi_attr_loss_gradient(reading, logits, classes, y, 1.0f, scratch);
+        for (c = 0; c < classes; c++) norm += (double)scratch[c] * (double)scratch[c];
+        return norm * squares;
+    }
+    for (passes = 0; passes < 2; passes++) { /* Q1: probabilities q, then r = softmax(q) - target, through the softmax */
+        double top = -DBL_MAX, sum = 0.0;
+        const float *from = passes ? scratch : logits;
+        float *to = scratch + passes * classes;
+        for (c = 0; c < classes; c++) top = SPMI_MAX(top, (double)from[c]);
+        for (c = 0; c < classes; c++) sum += exp((double)from[c] - top);
+        for (c = 0; c < classes; c++) to[c] = (float)(exp((double)from[c] - top) / sum);
+    }
+    scratch[classes + column] -= 1.0f;
+    for (c = 0; c < classes; c++) dot += (double)scratch[c] * (double)scratch[classes + c];
+    for (c = 0; c < classes; c++) {
+        double g = (double)scratch[c] * ((double)scratch[classes + c] - dot);
+        norm += g * g;
+    }
+    return norm * squares;
+}
+
+/* Joins the run's history to the rows, by id. */
+static spm_status spmi_ledger_history(spm_dataset *dataset, const char *path, spm_ledger_row *rows, int64_t count,
+                                      spm_error *err)
+{
+    static const char names[4][16] = { "id", "first_right", "epochs_wrong", "forgotten" };
+    spm_context *ctx = spm_dataset_context(dataset);
+    char *file = spmi_path_kind(path) == 2 ? spmi_path_join(ctx, path, "history.csv") : NULL;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_csv *csv = NULL;
+    int column[4] = { 0, 0, 0, 0 }, k;
+    int64_t r, i = 0;
+    spm_status status = spm_file_read(ctx, file ? file : path, &data, &size, err);
+    if (!status) csv = spm_csv_parse(ctx, file ? file : path, (const char *)data, size, 0, err);
+    if (!status && !csv) status = SPM_E_FORMAT;
+    for (k = 0; !status && k < 4; k++) {
+        column[k] = spm_csv_column(csv, names[k]);
+        if (column[k] < 0)
+            status = spmi_fail(ctx, err, SPM_E_FORMAT,
+                               "%s: there is no column %s; give the history.csv of a run folder, or the folder", path,
+                               names[k]);
+    }
+    for (r = 0; !status && r < spm_csv_rows(csv); r++) { /* both stand by rising id */
+        int64_t id = strtol(spm_csv_field(csv, r, column[0]), NULL, 10);
+        while (i < count && rows[i].id < id) i++;
+        if (i == count || rows[i].id != id) continue;
+        rows[i].first_epoch = (int32_t)strtol(spm_csv_field(csv, r, column[1]), NULL, 10);
+        rows[i].epochs_wrong = (int32_t)strtol(spm_csv_field(csv, r, column[2]), NULL, 10);
+        rows[i].forgotten = (int32_t)strtol(spm_csv_field(csv, r, column[3]), NULL, 10);
+    }
+    spm_csv_destroy(csv);
+    spm_free(ctx, data);
+    spmi_free(ctx, file);
+    return status;
+}
+
+/* The part of the ledger that one pass over the split gives; flips: the examples' pictures are worked on as they come. */
+static spm_status spmi_ledger_pass(spm_model *model, spm_dataset *dataset, const spm_ledger_desc *desc,
+                                   spm_ledger_row *rows, int64_t *count, spm_error *err)
+{
+    spm_context *ctx = model->ctx;
+    spm_attr_desc attr = SPM_ZERO;
+    spmi_pass pass, flipping;
+    spmi_flips flips;
+    spm_tensor shape = spm_program_shape(model->program, spm_program_find(model->program, "image"), 1);
+    spm_value logits = spm_program_find(model->program, "logits"), features = spm_program_find(model->program, "features");
+    int64_t pixels = spm_tensor_count(&shape), n = spm_dataset_split_size(dataset, desc->split), floats = 0, i, at;
+    int64_t width = spm_program_shape(model->program, features, 1).shape[1];
+    int64_t most = desc->max_flips ? desc->max_flips : 16;
+    int with_flips = desc->max_flips >= 0, more = 0, l;
+    float *scratch = NULL;
+    double start = spmi_seconds();
+    spm_status status;
+    memset(&flipping, 0, sizeof flipping);
+    memset(&flips, 0, sizeof flips);
+    attr.reading = desc->reading;
+    attr.split = desc->split;
+    attr.workers = desc->workers;
+    status = spmi_pass_open(&pass, model, dataset, &attr, n, desc->batch > 0 ? desc->batch : 64, 0, err);
+    scratch = (float *)spmi_alloc_array(ctx, 3 * pass.classes, sizeof *scratch);
+    if (!status && !scratch) status = spmi_fail_memory(ctx, err, "the ledger");
+    if (!status && with_flips) status = spmi_layout_make(model, &attr, &flips.layout, err);
+    if (!status && with_flips) {
+        for (l = 0; l < flips.layout.n; l++) {
+            shape = spm_program_shape(model->program, flips.layout.list[l].output, 1);
+            floats += spm_tensor_count(&shape);
+        }
+        flips.batch = SPMI_MAX(1, SPMI_MIN(SPMI_MIN(n, 64), (int64_t)(64 << 20) / SPMI_MAX(floats, 1)));
+        status = spmi_pass_open(&flipping, model, dataset, &attr, 1, 1, 0, err); /* its loader is not used */
+        if (!status) {
+            spm_run_desc running = SPM_ZERO;
+            running.max_batch = flips.batch;
+            running.backward = 1;
+            spm_run_destroy(flipping.run);
+            flipping.run = spm_run_create(model, &running, err);
+            spmi_free(ctx, flipping.gradient);
+            flipping.gradient = (float *)spmi_alloc_array(ctx, flips.batch * pass.classes, sizeof(float));
+            if (!flipping.run) status = err->status;
+            else if (!flipping.gradient) status = spmi_fail_memory(ctx, err, "flip counts");
+        }
+        if (!status) status = spmi_flips_open(&flips, &flipping, pixels);
+    }
+    if (!status && spm_loader_start(pass.loader, 0, NULL, 0)) status = spmi_pass_failed(&pass);
+    *count = 0;
+    while (!status && (more = spm_loader_next(pass.loader, &pass.batch)) > 0) {
+        status = spmi_pass_forward(&pass, pass.batch.pixels);
+        for (i = 0; !status && i < pass.batch.count; i++) {
+            const float *out = spm_run_data(pass.run, logits) + i * pass.classes;
+            spm_ledger_row *row = &rows[*count + i];
+            int y = pass.batch.y[i], column = desc->reading.label_reversed ? pass.classes - 1 - y : y, c;
+            double rival = -DBL_MAX;
+            status = spmi_eval_finite(ctx, desc->split, pass.batch.id[i], out, pass.classes, err);
+            row->id = pass.batch.id[i];
+            row->predicted = spm_classify(&desc->reading, out, pass.classes, scratch);
+            row->probability = (double)scratch[y];
+            row->loss = spmi_example_loss(&desc->reading, out, scratch, pass.classes, y);
+            for (c = 0; c < pass.classes; c++) {
+                if (c != column) rival = SPMI_MAX(rival, (double)out[c]);
+            }
+            row->margin = (double)out[column] - rival;
+            row->self_influence = spmi_self_influence(&desc->reading, out, pass.classes, y,
+                                                      spm_run_data(pass.run, features) + i * width, width, scratch);
+            row->flip_count = row->flip_parameter = row->flip_channel = -1;
+            row->first_epoch = row->epochs_wrong = row->forgotten = -1;
+        }
+        for (at = 0; !status && with_flips && at < pass.batch.count; at += flips.batch) {
+            int64_t active = SPMI_MIN(flips.batch, pass.batch.count - at);
+            memcpy(flips.pixels, pass.batch.pixels + at * pixels, (size_t)(active * pixels) * sizeof(float));
+            memcpy(flips.y, pass.batch.y + at, (size_t)active * sizeof *flips.y);
+            for (i = 0; i < active; i++) flips.row[i] = *count + at + i;
+            status = spmi_flips_count(&flips, &flipping, active, pixels, most, rows);
+        }
+        *count += pass.batch.count;
+        if (!status && desc->progress) {
+            spm_progress progress = SPM_ZERO;
+            progress.what = "ledger";
+            progress.unit = "examples";
+            progress.done = *count;
+            progress.total = n;
+            progress.seconds = spmi_seconds() - start;
+            if (desc->progress(desc->progress_user, &progress))
+                status = spmi_fail(ctx, err, SPM_E_STOPPED, "ledger: stopped after %ld of %ld examples; nothing was written",
+                                   (long)*count, (long)n);
+        }
+    }
+    if (!status && more < 0) status = spmi_pass_failed(&pass);
+    spmi_flips_free(ctx, &flips);
+    spmi_free(ctx, scratch);
+    if (flipping.ctx) spmi_pass_close(&flipping);
+    spmi_pass_close(&pass);
+    return status;
+}
+
+SPMDEF spm_status spm_ledger(spm_model *model, spm_dataset *dataset, const spm_ledger_desc *desc, spm_ledger_row **rows,
+                             int64_t *count, spm_error *err)
+{
+    spm_error *to = err ? err : &model->ctx->error;
+    int classes;
+    spm_status status = spmi_eval_classes(model, dataset, &classes, to);
+    *rows = NULL;
+    *count = 0;
+    if (!status && spm_dataset_split_size(dataset, desc->split) == 0)
+        status = spmi_fail(model->ctx, to, SPM_E_DATA, "%s: has no %s split to make a ledger of",
+                           spm_dataset_path(dataset), spm_split_name(desc->split));
+    if (status) return status;
+    *rows = (spm_ledger_row *)spmi_alloc_array(model->ctx, spm_dataset_split_size(dataset, desc->split), sizeof **rows);
+    if (!*rows) return spmi_fail_memory(model->ctx, to, "the ledger");
+    status = spmi_ledger_pass(model, dataset, desc, *rows, count, to);
+    if (!status && desc->history) status = spmi_ledger_history(dataset, desc->history, *rows, *count, to);
+    if (status) {
+        spmi_free(model->ctx, *rows);
+        *rows = NULL;
+        *count = 0;
+    }
+    return status;
+}
+
+/* ---- gradient accounting ---- */
+
+SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, const spm_reading *reading,
+                                      spm_split split, int workers, spm_gradient_share **rows, int64_t *count,
+                                      spm_error *err)
+{
+    spm_context *ctx = model->ctx;
+    spm_error *to = err ? err : &ctx->error;
+    const int64_t *all = spm_dataset_split_ids(dataset, split);
+    int64_t n = spm_dataset_split_size(dataset, split), total = 0, i, k, m, used, *ids;
+    int groups = spm_dataset_groups(dataset), g, p;
+    float **part = (float **)spmi_alloc_array(ctx, groups, sizeof *part);
+    spm_attr_desc attr = SPM_ZERO;
+    spm_status status = SPM_OK;
+    attr.reading = *reading;
+    attr.split = split;
+    attr.workers = workers;
+    *count = 0;
+    for (p = 0; p < model->n_parameters; p++) total += spm_tensor_count(&model->parameters[p].value);
+    ids = (int64_t *)spmi_alloc_array(ctx, SPMI_MAX(n, 1), sizeof *ids);
+    *rows = (spm_gradient_share *)spmi_alloc_array(ctx, (int64_t)model->n_parameters * groups, sizeof **rows);
+    if (!part || !ids || !*rows) status = spmi_fail_memory(ctx, to, "gradient accounting");
+    for (g = 0; !status && g < groups; g++) {
+        for (i = used = 0; i < n; i++) {
+            if (spm_dataset_example(dataset, all[i])->group == g) ids[used++] = all[i];
+        }
+        if (used == 0) continue;
+        part[g] = (float *)spmi_alloc_array(ctx, total, sizeof(float));
+        if (!part[g]) {
+            status = spmi_fail_memory(ctx, to, "gradient accounting");
+            break;
+        }
+        status = spmi_attr_gradient(model, dataset, &attr, ids, used, to);
+        for (p = 0, k = 0; !status && p < model->n_parameters; p++) {
+            m = spm_tensor_count(&model->parameters[p].value);
+            for (i = 0; model->parameters[p].gradient && i < m; i++)
+                part[g][k + i] = (float)((double)model->parameters[p].gradient[i] * (double)used / (double)n);
+            k += m;
+        }
+    }
+    for (p = 0, k = 0; !status && p < model->n_parameters; p++, k += m) {
+        double sum = 0.0, whole = 0.0;
+        int64_t first = *count;
+        m = spm_tensor_count(&model->parameters[p].value);
+        if (!model->parameters[p].gradient) continue;
+        for (g = 0; g < groups; g++) {
+            spm_gradient_share *row = &(*rows)[*count];
+            if (!part[g]) continue;
+            row->parameter = p;
+            row->group = g;
+            for (i = k; i < k + m; i++) row->norm += (double)part[g][i] * (double)part[g][i];
+            row->norm = sqrt(row->norm);
+            sum += row->norm;
+            ++*count;
+        }
+        for (i = k; i < k + m; i++) {
+            double v = 0.0;
+            for (g = 0; g < groups; g++) v += part[g] ? (double)part[g][i] : 0.0;
+            whole += v * v;
+            for (g = 0, used = first; g < groups; g++) {
+                if (part[g]) (*rows)[used++].cosine += v * (double)part[g][i];
+            }
+        }
+        for (i = first; i < *count; i++) {
+            spm_gradient_share *row = &(*rows)[i];
+            row->share = sum > 0.0 ? row->norm / sum : (double)NAN;
+            row->cosine = row->norm > 0.0 && whole > 0.0 ? row->cosine / (row->norm * sqrt(whole)) : (double)NAN;
+        }
+    }
+    for (g = 0; part && g < groups; g++) spmi_free(ctx, part[g]);
+    spmi_free(ctx, part);
+    spmi_free(ctx, ids);
+    if (status) {
+        spmi_free(ctx, *rows);
+        *rows = NULL;
+        *count = 0;
+    }
+    return status;
 }
 
 /* ================================================================================================================

@@ -40,37 +40,6 @@ static int plain_samples(bench *b, spm_split split, int group, int wanted, int64
     return n < wanted ? n : wanted;
 }
 
-/* One batch through the network in evaluation mode; leaves the gradient of the mean cross-entropy in the model. */
-static void plain_gradient(bench *b, const int64_t *ids, int n)
-{
-    const spm_program *program = spm_model_program(b->model);
-    spm_value outputs = spm_program_find(program, "outputs");
-    spm_run_desc desc = SPM_ZERO;
-    float *pixels = (float *)malloc((size_t)n * TINY_SIZE * TINY_SIZE * 3 * sizeof(float)), gradient[128];
-    const float *out;
-    spm_run *run;
-    int i;
-    desc.max_batch = n;
-    desc.backward = 1;
-    run = spm_run_create(b->model, &desc, NULL);
-    for (i = 0; i < n; i++) tiny_pixels(b->set, &b->reading, ids[i], pixels + (size_t)i * TINY_SIZE * TINY_SIZE * 3);
-    (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
-    CHECK(spm_run_forward(run, n, 0) == SPM_OK);
-    out = spm_run_data(run, outputs);
-    for (i = 0; i < n; i++) {
-        int y = spm_dataset_example(b->set, ids[i])->y, column = b->reading.label_reversed ? 1 - y : y;
-        double p = 1.0 / (1.0 + exp((double)out[2 * i + 1 - column] - (double)out[2 * i + column]));
-        gradient[2 * i + column] = (float)((p - 1.0) / n);
-        gradient[2 * i + 1 - column] = (float)((1.0 - p) / n);
-    }
-    spm_model_zero_gradients(b->model);
-    CHECK(spm_run_set_gradient(run, outputs, gradient) == SPM_OK);
-    CHECK(spm_run_backward(run) == SPM_OK);
-    spm_model_finish_gradients(b->model);
-    spm_run_destroy(run);
-    free(pixels);
-}
-
 static void check_sorted(const spm_unit *units, int64_t n)
 {
     int64_t i;
