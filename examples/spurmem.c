@@ -32,9 +32,9 @@ enum {
     PACK = 1024,
     LEDGER = 2048,
     LEARN = TRAIN | INTERVENE,
-    WITH_DATA = LEARN | EVAL | LOCALIZE | INSPECT | PACK | REPORT,
-    WITH_MODEL = LEARN | EVAL | LOCALIZE | PREDICT | INSPECT,
-    EVERY = 2047
+    WITH_DATA = LEARN | EVAL | LOCALIZE | LEDGER | INSPECT | PACK | REPORT,
+    WITH_MODEL = LEARN | EVAL | LOCALIZE | LEDGER | PREDICT | INSPECT,
+    EVERY = 4095
 };
 
 typedef struct command {
@@ -47,6 +47,7 @@ static const command commands[] = {
     { INTERVENE, "intervene", "", "train against memorization, from a checkpoint (--data, --checkpoint, --out)" },
     { EVAL, "eval", "", "group metrics of a checkpoint on one split (--data, --checkpoint)" },
     { LOCALIZE, "localize", "", "rank units, change them, measure every group (--data, --checkpoint)" },
+    { LEDGER, "ledger", "", "a CSV row per example: margin, self-influence, flip count, history (--data, --checkpoint)" },
     { PREDICT, "predict", "FILE...", "classify pictures: a JSON line each (--checkpoint)" },
     { DECODE, "decode", "IMAGE...", "decode pictures to PNG or PPM, as the network sees them (--out-dir)" },
     { REPORT, "report", "RUN...", "one self-contained HTML page about run folders (-o FILE)" },
@@ -124,6 +125,8 @@ typedef enum option_id {
     O_MASK_EVERY,
     O_MASK_RAMP,
     O_HISTORY,
+    O_MAX_FLIPS,
+    O_GRADIENTS,
     O_CELLS,
     O_BALANCED,
     O_EPOCH_EXAMPLES,
@@ -226,9 +229,9 @@ static const option options[] = {
       "official: the published code's behaviour, quirks included" },
     { O_QUIRK, WITH_MODEL, 's', "quirk", "Qn=on|off,...", NULL,
       "one quirk (Q1 to Q11) against the profile; may be given several times" },
-    { O_BATCH, LEARN | EVAL | LOCALIZE | BENCH, 'i', "batch", "N", "64", "examples a step" },
-    { O_WORKERS, LEARN | EVAL | LOCALIZE, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
-    { O_OUT, LEARN | PACK, 's', "out", "RUN", NULL, "run folder; pack: the file" },
+    { O_BATCH, LEARN | EVAL | LOCALIZE | LEDGER | BENCH, 'i', "batch", "N", "64", "examples a step" },
+    { O_WORKERS, LEARN | EVAL | LOCALIZE | LEDGER, 'i', "workers", "N", "0", "threads that read pictures; 0: as many as cores" },
+    { O_OUT, LEARN | PACK | LEDGER, 's', "out", "RUN", NULL, "run folder; pack: the file; ledger: the CSV (stdout)" },
     { O_METHOD, TRAIN, 'c', "method",
       "erm|reweight|resample|subsample|groupdro|jtt|lff|dfr|afr|fairdropout|intervene", "erm", "training method" },
     { O_EPOCHS, LEARN, 'i', "epochs", "N", "30", "passes over the training split" },
@@ -266,8 +269,11 @@ static const option options[] = {
     { O_BN, LEARN, 'c', "bn", "separate|shared", "separate", "intervention: running statistics of the branches" },
     { O_GROUP_LABELS, LEARN, 'c', "group-labels", "on|off", "on",
       "off: (class, memorized) take the place of groups; see --history" },
-    { O_HISTORY, LEARN, 's', "history", "RUN", NULL,
-      "group-labels off: the run that tells which examples were memorized; default: the checkpoint's folder" },
+    { O_HISTORY, LEARN | LEDGER, 's', "history", "RUN", NULL,
+      "the run whose history is read (train: with group-labels off); default: the checkpoint's folder" },
+    { O_MAX_FLIPS, LEDGER, 'i', "max-flips", "N", "16", "most units removed for a flip count; 0: no flip counts" },
+    { O_GRADIENTS, LEDGER, 's', "gradients", "FILE", NULL,
+      "also write a CSV of each group's share of the gradient by layer, of this and all kept epoch checkpoints" },
     { O_CELLS, LEARN, 'c', "cells", "group|class", "group", "what reweight, resample, subsample, groupdro balance" },
     { O_BALANCED, LEARN, 'c', "balanced-sampler", "on|off", "off", "draw every group equally often (any method)" },
     { O_EPOCH_EXAMPLES, LEARN, 'i', "epoch-examples", "N", "0", "end an epoch after N examples; 0: all" },
@@ -296,7 +302,7 @@ static const option options[] = {
     { O_MASK_RAMP, LEARN, 'i', "mask-ramp", "N", "0", "intervention: epochs in which the masked share grows" },
     { O_GROUP_WEIGHTING, LEARN, 'c', "group-weighting", "on|off", "on",
       "intervention: every group weighs the same in the cross-entropy" },
-    { O_SPLIT, EVAL, 'c', "split", "train|val|test", "test", "split to evaluate" },
+    { O_SPLIT, EVAL | LEDGER, 'c', "split", "train|val|test", "test", "split to evaluate (ledger: train)" },
     { O_CRITERION, LEARN | LOCALIZE, 'c', "criterion",
       "gradient|magnitude|weight-gradient|activation|activation-gradient|integrated-gradients|conductance|shapley|"
       "exhaustive|random",
@@ -1284,14 +1290,14 @@ static void print_units(const spm_json_value *root)
         printf("\n");
         if (spm_json_get(r, "completeness"))
             printf("    completeness error %.2g at the first block, %.2g before the head\n",
-                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_first_block"), NAN),
-                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_last"), NAN));
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_first_block"), (double)NAN),
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "completeness"), "error_last"), (double)NAN));
         if (spm_json_get(r, "sampling"))
             printf("    %lld orders, %lld units met twice, standard error %.2g on average, %.2g at most\n",
                    (long long)spm_json_as_int(spm_json_get(spm_json_get(r, "sampling"), "permutations"), 0),
                    (long long)spm_json_as_int(spm_json_get(spm_json_get(r, "sampling"), "met_twice"), 0),
-                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "mean_error"), NAN),
-                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "max_error"), NAN));
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "mean_error"), (double)NAN),
+                   spm_json_as_number(spm_json_get(spm_json_get(r, "sampling"), "max_error"), (double)NAN));
     }
 }
 
@@ -1460,6 +1466,254 @@ static int run_localize(cli *line)
     progress_clear();
     if (rc && err.status) rc = failed(&err);
     if (json) spm_json_destroy(json);
+    spm_model_destroy(model);
+    spm_dataset_close(data);
+    return rc;
+}
+
+/* ---- ledger ---- */
+
+/* A text that grows; `failed` once memory ran out. */
+typedef struct table_text {
+    char *data;
+    size_t length, room;
+    int failed;
+} table_text;
+
+static void table_add(table_text *t, const char *text)
+{
+    size_t n = strlen(text);
+    if (t->failed) return;
+    if (t->length + n + 1 > t->room) {
+        size_t room = 2 * (t->length + n + 1) + 4096;
+        char *larger = (char *)realloc(t->data, room);
+        if (!larger) {
+            t->failed = 1;
+            return;
+        }
+        t->data = larger;
+        t->room = room;
+    }
+    memcpy(t->data + t->length, text, n + 1);
+    t->length += n;
+}
+
+/* A CSV field; quoted where it must be. */
+static void table_name(table_text *t, const char *name)
+{
+    char one[2] = { 0, 0 };
+    int quoted = strpbrk(name, ",\"\r\n") != NULL;
+    if (quoted) table_add(t, "\"");
+    for (; *name; name++) {
+        one[0] = *name;
+        if (*name == '"') table_add(t, "\"");
+        table_add(t, one);
+    }
+    if (quoted) table_add(t, "\"");
+}
+
+/* A count that may be unknown: empty where it is -1. */
+static void table_count(table_text *t, int value, const char *behind)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%d", value);
+    if (value >= 0) table_add(t, text);
+    table_add(t, behind);
+}
+
+static void ledger_table(table_text *t, const spm_dataset *data, spm_model *model, const spm_ledger_row *rows,
+                         int64_t count)
+{
+    int64_t i;
+    char text[300];
+    table_add(t, "id,file,y,confounder,group,minority,predicted,correct,probability,loss,margin,self_influence,"
+                 "flip_count,flip_parameter,flip_channel,first_epoch,epochs_wrong,forgotten\n");
+    for (i = 0; i < count; i++) {
+        const spm_ledger_row *r = &rows[i];
+        const spm_example *e = spm_dataset_example(data, r->id);
+        snprintf(text, sizeof text, "%lld,", (long long)r->id);
+        table_add(t, text);
+        table_name(t, e->file);
+        snprintf(text, sizeof text, ",%d,%d,%d,%d,%d,%d,%.9g,%.9g,%.9g,%.9g,", (int)e->y, (int)e->confounder,
+                 (int)e->group, spm_group_is_minority(data, e->group), (int)r->predicted, r->predicted == e->y,
+                 r->probability, r->loss, r->margin, r->self_influence);
+        table_add(t, text);
+        table_count(t, r->flip_count, ",");
+        if (r->flip_parameter >= 0) table_add(t, spm_model_parameter(model, r->flip_parameter)->name);
+        table_add(t, ",");
+        table_count(t, r->flip_channel, ",");
+        table_count(t, r->first_epoch, ",");
+        table_count(t, r->epochs_wrong, ",");
+        table_count(t, r->forgotten, "\n");
+    }
+}
+
+/* Means by group, as a table and as JSON. */
+static void ledger_summary(cli *line, spm_json *json, const spm_dataset *data, const spm_ledger_row *rows, int64_t count,
+                           int print)
+{
+    int g;
+    int64_t i;
+    if (print)
+        printf("%-28s %7s %8s %9s %9s %12s %11s %9s\n", "mean by group", "count", "correct", "margin", "influence",
+               "units to flip", "first epoch", "forgotten");
+    spm_json_array_begin(json, "groups");
+    for (g = 0; g < spm_dataset_groups(data); g++) {
+        double sum[6] = { 0 }, seen[6] = { 0 };
+        int k;
+        for (i = 0; i < count; i++) {
+            const spm_ledger_row *r = &rows[i];
+            const spm_example *e = spm_dataset_example(data, r->id);
+            double value[6];
+            if (e->group != g) continue;
+            value[0] = r->predicted == e->y;
+            value[1] = r->margin;
+            value[2] = r->self_influence;
+            value[3] = r->flip_count;
+            value[4] = r->first_epoch;
+            value[5] = r->forgotten;
+            for (k = 0; k < 6; k++) {
+                if (k > 2 && value[k] < 0.0) continue; /* not known */
+                sum[k] += value[k];
+                seen[k] += 1.0;
+            }
+        }
+        if (seen[0] < 1.0) continue;
+        if (print) {
+            printf("%-28s %7.0f %8.1f %9.3f %9.3g", spm_dataset_group_name(data, g), seen[0], 100.0 * sum[0] / seen[0],
+                   sum[1] / seen[1], sum[2] / seen[2]);
+            for (k = 3; k < 6; k++) {
+                if (seen[k] > 0.0) printf(" %11.2f", sum[k] / seen[k]);
+                else printf(" %11s", "-");
+            }
+            printf("\n");
+        }
+        spm_json_object_begin(json, NULL);
+        spm_json_int(json, "group", g);
+        spm_json_int(json, "count", (int64_t)seen[0]);
+        spm_json_number(json, "accuracy", sum[0] / seen[0]);
+        spm_json_number(json, "mean_margin", sum[1] / seen[1]);
+        spm_json_number(json, "mean_self_influence", sum[2] / seen[2]);
+        spm_json_int(json, "flipped", (int64_t)seen[3]);
+        spm_json_number(json, "mean_flip_count", seen[3] > 0.0 ? sum[3] / seen[3] : (double)NAN);
+        spm_json_number(json, "mean_first_epoch", seen[4] > 0.0 ? sum[4] / seen[4] : (double)NAN);
+        spm_json_number(json, "mean_forgotten", seen[5] > 0.0 ? sum[5] / seen[5] : (double)NAN);
+        spm_json_object_end(json);
+    }
+    spm_json_array_end(json);
+    (void)line;
+}
+
+/* Rows of one checkpoint's gradient shares. */
+static int gradient_rows(table_text *t, spm_model *model, spm_dataset *data, const spm_reading *reading, int64_t epoch,
+                         int workers, spm_error *err)
+{
+    spm_gradient_share *rows = NULL;
+    int64_t count = 0, i;
+    char text[400];
+    if (spm_gradient_shares(model, data, reading, SPM_TRAIN, workers, &rows, &count, err)) return 0;
+    for (i = 0; i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(model, rows[i].parameter);
+        snprintf(text, sizeof text, "%lld,%s,%d,%d,%lld,%.9g,%.9g,%.9g\n", (long long)epoch, p->name, p->block, rows[i].group,
+                 (long long)spm_dataset_group_count(data, SPM_TRAIN, rows[i].group), rows[i].norm, rows[i].share,
+                 rows[i].cosine);
+        table_add(t, text);
+    }
+    spm_free(spm_model_context(model), rows);
+    return 1;
+}
+
+/* --gradients: the kept epoch checkpoints beside the checkpoint, in order, then the checkpoint itself. */
+static int write_gradients(cli *line, spm_model *model, spm_dataset *data, const spm_reading *reading, spm_error *err)
+{
+    const char *file = line->value[O_CHECKPOINT], *slash = strrchr(file, '/');
+    int folder = slash ? (int)(slash - file) + 1 : 0, ok = 1, epoch, workers = (int)integer(line, O_WORKERS);
+    table_text t = { NULL, 0, 0, 0 };
+    spm_checkpoint_info info;
+    char name[2048];
+    table_add(&t, "epoch,parameter,block,group,count,norm,share,cosine\n");
+    for (epoch = 0; ok && epoch < 1000 && !interrupted; epoch++) {
+        spm_error none = SPM_ZERO;
+        snprintf(name, sizeof name, "%.*sepoch-%03d.safetensors", folder < 1900 ? folder : 1900, file, epoch);
+        if (spm_checkpoint_inspect(line->ctx, name, &info, &none)) continue;
+        ok = !spm_checkpoint_load(model, name, 0, err) && gradient_rows(&t, model, data, reading, epoch, workers, err);
+    }
+    ok = ok && !spm_checkpoint_load(model, file, is_on(line, O_ALLOW_PARTIAL), err)
+         && !spm_checkpoint_inspect(line->ctx, file, &info, err)
+         && gradient_rows(&t, model, data, reading, info.epoch, workers, err);
+    if (ok && t.failed) {
+        err->status = SPM_E_MEMORY;
+        snprintf(err->text, sizeof err->text, "out of memory for the table of gradients");
+        ok = 0;
+    }
+    if (ok) ok = !spm_file_write(line->ctx, line->value[O_GRADIENTS], t.data, t.length, err);
+    free(t.data);
+    return ok;
+}
+
+/* The history.csv beside the checkpoint, if there is one. */
+static const char *own_history(const char *file, char *text, size_t size)
+{
+    const char *slash = strrchr(file, '/');
+    FILE *there;
+    snprintf(text, size, "%.*shistory.csv", slash ? (int)(slash - file) + 1 : 0, file);
+    there = fopen(text, "rb");
+    if (there) fclose(there);
+    return there ? text : NULL;
+}
+
+static int run_ledger(cli *line)
+{
+    spm_error err = SPM_ZERO;
+    spm_ledger_desc desc = SPM_ZERO;
+    spm_ledger_row *rows = NULL;
+    spm_arch arch;
+    spm_dataset *data;
+    spm_model *model;
+    table_text t = { NULL, 0, 0, 0 };
+    char beside[2048];
+    int64_t count = 0;
+    int rc = 1;
+    if (!required(line, O_DATA) || !required(line, O_CHECKPOINT)) return 2;
+    if (is(line, O_JSON, "-") && !line->value[O_OUT]) return wrong("ledger --json -: give the table's file with --out");
+    data = open_data(line, 1, &err);
+    model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
+    if (line->given[O_SPLIT]) (void)spm_split_parse(line->value[O_SPLIT], &desc.split);
+    desc.history = line->value[O_HISTORY] ? line->value[O_HISTORY]
+                   : desc.split == SPM_TRAIN ? own_history(line->value[O_CHECKPOINT], beside, sizeof beside)
+                                             : NULL;
+    desc.batch = integer(line, O_BATCH);
+    desc.max_flips = integer(line, O_MAX_FLIPS) ? integer(line, O_MAX_FLIPS) : -1;
+    desc.workers = (int)integer(line, O_WORKERS);
+    desc.progress = on_progress;
+    if (model && !spm_ledger(model, data, &desc, &rows, &count, &err)) {
+        progress_clear();
+        list_bad(data);
+        ledger_table(&t, data, model, rows, count);
+        if (t.failed) {
+            err.status = SPM_E_MEMORY;
+            snprintf(err.text, sizeof err.text, "out of memory for the ledger");
+        } else if (!line->value[O_OUT])
+            rc = fwrite(t.data, 1, t.length, stdout) != t.length;
+        else
+            rc = spm_file_write(line->ctx, line->value[O_OUT], t.data, t.length, &err) != SPM_OK;
+        if (!rc && line->value[O_GRADIENTS]) rc = !write_gradients(line, model, data, &desc.reading, &err);
+        if (!rc) {
+            spm_json *json = spm_json_create(line->ctx);
+            spm_json_object_begin(json, NULL);
+            spm_json_string(json, "command", "ledger");
+            spm_json_string(json, "split", spm_split_name(desc.split));
+            spm_json_int(json, "count", count);
+            spm_json_string(json, "history", desc.history);
+            ledger_summary(line, json, data, rows, count, line->value[O_OUT] && prints(line));
+            spm_json_object_end(json);
+            rc = finish_json(line, json);
+        }
+    }
+    progress_clear();
+    if (rc && err.status) rc = failed(&err);
+    free(t.data);
+    spm_free(line->ctx, rows);
     spm_model_destroy(model);
     spm_dataset_close(data);
     return rc;
@@ -2900,6 +3154,7 @@ static int run_command(cli *line)
     case INTERVENE: return run_train(line);
     case EVAL: return run_eval(line);
     case LOCALIZE: return run_localize(line);
+    case LEDGER: return run_ledger(line);
     case PREDICT: return run_predict(line);
     case DECODE: return run_decode(line);
     case REPORT: return run_report(line);
