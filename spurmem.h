@@ -196,6 +196,14 @@ typedef struct spm_error {
 /* Instruction sets.  SPM_ISA_AUTO takes the best one that both the build and the processor have. */
 typedef enum spm_isa { SPM_ISA_AUTO, SPM_ISA_C, SPM_ISA_NEON, SPM_ISA_AVX2, SPM_ISA_AVX512 } spm_isa;
 
+/* What convolutions and linear layers multiply, forward and backward: floats, or their nearest bfloat16 numbers (8
+ * significant bits, ties to even; Kalamkar et al. 2019, "A study of BFLOAT16 for deep learning training").  Sums,
+ * parameters, gradients, activations and all other operations (attention's products too) are float either way.  Layers
+ * with an odd number of input or output channels (of a group), such as a stem on RGB, stay in float.  Twice as fast
+ * where the processor has AVX512_BF16, somewhat slower elsewhere: there the rounded numbers are multiplied as floats,
+ * so that results differ by the order of sums alone.  Test: test_kern.c. */
+typedef enum spm_precision { SPM_PRECISION_FP32, SPM_PRECISION_BF16 } spm_precision;
+
 typedef enum spm_log_level { SPM_LOG_INFO, SPM_LOG_WARNING } spm_log_level;
 
 typedef struct spm_context spm_context;
@@ -219,6 +227,7 @@ typedef struct spm_context_desc {
     /* 1: convolutions multiply tap by tap.  0: 3x3 ones of stride 1 with many channels go by Winograd's F(4x4, 3x3), a
      * quarter of the multiplications at about 1.5 times the rounding error; the choice hangs on the shape alone. */
     int direct_convolution;
+    spm_precision precision;
 } spm_context_desc;
 
 /* Creates a context: allocator, log, thread pool, instruction set, first error.  NULL only if memory runs out, or if
@@ -233,6 +242,7 @@ SPMDEF const char *spm_context_error(const spm_context *ctx);      /* its senten
 SPMDEF void spm_context_clear_error(spm_context *ctx);             /* the next failure is the first one again */
 SPMDEF int spm_context_threads(const spm_context *ctx);            /* at least 1, at most 1024; slots are below it */
 SPMDEF spm_isa spm_context_isa(const spm_context *ctx);            /* never SPM_ISA_AUTO */
+SPMDEF spm_precision spm_context_precision(const spm_context *ctx);
 SPMDEF const char *spm_status_text(spm_status status);              /* the standing text of the list above */
 SPMDEF const char *spm_isa_name(spm_isa isa);                       /* "c", "neon", "avx2", "avx512" */
 SPMDEF int spm_isa_parse(const char *name, spm_isa *isa);           /* 1 if `name` is one of them or "auto" */
@@ -1814,6 +1824,7 @@ struct spm_context {
     spmi_lock lock;          /* guards `error` */
     struct spmi_pool *pool;  /* NULL: the caller's thread alone */
     int threads;
+    int half;                /* bf16 products: 0 none, 1 of rounded floats, 2 of pairs; see GEMM */
     spm_isa isa;
 };
 
@@ -2409,6 +2420,18 @@ static char *spmi_path_join(const spm_context *ctx, const char *directory, const
 #ifndef SPMI_HAS_NEON
   #define SPMI_HAS_NEON 0
 #endif
+#define SPMI_HAS_BF16 0 /* AVX512_BF16: gcc from 10, clang from 9 */
+#if SPMI_HAS_X86 && defined(__clang__)
+  #if __clang_major__ >= 9
+    #undef SPMI_HAS_BF16
+    #define SPMI_HAS_BF16 1
+  #endif
+#elif SPMI_HAS_X86
+  #if __GNUC__ >= 10
+    #undef SPMI_HAS_BF16
+    #define SPMI_HAS_BF16 1
+  #endif
+#endif
 #if SPMI_HAS_X86
   #include <cpuid.h>
   #include <immintrin.h>
@@ -2444,6 +2467,17 @@ static int spmi_cpu_has(spm_isa isa)
     }
 #endif
     return 0;
+}
+
+/* Products of bf16 pairs, beside the AVX-512 that spmi_cpu_has asks for. */
+static int spmi_cpu_has_bf16(void)
+{
+#if SPMI_HAS_BF16
+    unsigned a, b, c, d;
+    return spmi_cpu_has(SPM_ISA_AVX512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+#else
+    return 0;
+#endif
 }
 
 SPMDEF const char *spm_isa_name(spm_isa isa)
@@ -2863,6 +2897,7 @@ SPMDEF spm_context *spm_context_create(const spm_context_desc *desc)
     *ctx = start;
     spmi_lock_init(&ctx->lock);
     ctx->isa = isa;
+    if (ctx->desc.precision == SPM_PRECISION_BF16) ctx->half = isa == SPM_ISA_AVX512 && spmi_cpu_has_bf16() ? 2 : 1;
     ctx->threads = ctx->desc.threads > 0 ? SPMI_MIN(ctx->desc.threads, 1024) : spmi_cpu_cores();
 #ifdef SPURMEM_THREADS
     if (ctx->threads > 1 && !ctx->desc.execute) {
@@ -2896,6 +2931,11 @@ SPMDEF int spm_context_threads(const spm_context *ctx)
 SPMDEF spm_isa spm_context_isa(const spm_context *ctx)
 {
     return ctx->isa;
+}
+
+SPMDEF spm_precision spm_context_precision(const spm_context *ctx)
+{
+    return ctx->desc.precision;
 }
 
 /* ================================================================================================================
@@ -3033,6 +3073,26 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #else
     #pragma GCC pop_options
   #endif
+  #if SPMI_HAS_BF16 /* the matrix kernels once more, on pairs of bf16 */
+    #if defined(__clang__)
+      #pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
+                                   apply_to = function)
+    #else
+      #pragma GCC push_options
+      #pragma GCC target("avx512bf16,avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
+      #pragma GCC optimize("fp-contract=off")
+    #endif
+    #define SPMI_PASS 5
+    #define SPMI_K(name) SPMI_JOIN(spmi_##name, _bf16)
+    #include SPURMEM_SELF
+    #undef SPMI_PASS
+    #undef SPMI_K
+    #if defined(__clang__)
+      #pragma clang attribute pop
+    #else
+      #pragma GCC pop_options
+    #endif
+  #endif
 #elif SPMI_HAS_NEON
   #define SPMI_PASS 4
   #define SPMI_K(name) SPMI_JOIN(spmi_##name, _neon)
@@ -3068,8 +3128,9 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
 #ifdef SPMI_PASS /* ---- the kernel region: read once per instruction set ---- */
 /* ---- vector primitives: v_t holds V_W floats; `n` in v_loadn/v_storen is 1..V_W, the rest reads as 0 and is not
  * written.  v_fma(a, b, c) = a * b + c, one rounding where the set has it. v_select_gt(a, b, x, y) = a > b ? x : y.
- * v_sum adds by a fixed tree. ---- */
-#if SPMI_PASS == 3
+ * v_sum adds by a fixed tree.  v_bf16 rounds to bfloat16: to nearest, ties to even, denormal numbers to 0, not-a-number
+ * stays (the processor's own conversion does the same). ---- */
+#if SPMI_PASS == 3 || SPMI_PASS == 5
   /* Zero-masked forms under a full mask are the plain instructions; the plain intrinsics of g++ start from an undefined
    * register and warn about it in the caller's file. */
   #define v_all ((__mmask16)0xffff)
@@ -3184,6 +3245,49 @@ static float spmi_exp2i(float k)
 }
 #endif
 
+#if SPMI_PASS != 5
+static v_t SPMI_K(to_bf16)(v_t v)
+{
+#if SPMI_PASS == 3
+    const __m512i u = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(v_all, u, 16), one);
+    const __mmask16 nan = _mm512_cmpunord_ps_mask(v, v);
+    const __mmask16 tiny = _mm512_cmplt_epi32_mask(_mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff)),
+                                                   _mm512_set1_epi32(0x00800000));
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x00400000));
+    r = _mm512_mask_and_epi32(r, tiny, u, _mm512_set1_epi32(INT32_MIN));
+    return _mm512_castsi512_ps(_mm512_and_si512(r, _mm512_set1_epi32(-65536)));
+#elif SPMI_PASS == 2
+    const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i tiny = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000),
+                                            _mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff)));
+    __m256i r = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+    r = _mm256_blendv_epi8(r, _mm256_or_si256(u, _mm256_set1_epi32(0x00400000)), nan);
+    r = _mm256_blendv_epi8(r, _mm256_and_si256(u, _mm256_set1_epi32(INT32_MIN)), tiny);
+    return _mm256_castsi256_ps(_mm256_and_si256(r, _mm256_set1_epi32(-65536)));
+#elif SPMI_PASS == 4
+    const uint32x4_t u = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    const uint32x4_t number = vceqq_f32(v, v);
+    const uint32x4_t tiny = vcltq_u32(vandq_u32(u, vdupq_n_u32(0x7fffffffu)), vdupq_n_u32(0x00800000u));
+    uint32x4_t r = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fffu)), odd);
+    r = vbslq_u32(number, r, vorrq_u32(u, vdupq_n_u32(0x00400000u)));
+    r = vbslq_u32(tiny, vandq_u32(u, vdupq_n_u32(0x80000000u)), r);
+    return vreinterpretq_f32_u32(vandq_u32(r, vdupq_n_u32(0xffff0000u)));
+#else
+    uint32_t u;
+    memcpy(&u, &v, sizeof u);
+    if ((u & 0x7fffffffu) < 0x00800000u) u &= 0x80000000u;
+    else if ((u & 0x7fffffffu) > 0x7f800000u) u |= 0x00400000u;
+    else u += 0x7fffu + (u >> 16 & 1u);
+    u &= 0xffff0000u;
+    memcpy(&v, &u, sizeof v);
+    return v;
+#endif
+}
+#define v_bf16(v) SPMI_K(to_bf16)(v)
+
 static float SPMI_K(sum)(v_t v)
 {
     float lane[V_W];
@@ -3195,6 +3299,36 @@ static float SPMI_K(sum)(v_t v)
     return lane[0];
 }
 #define v_sum(v) SPMI_K(sum)(v)
+#endif
+
+/* What matrix kernels multiply: e_v holds V_W steps of E_PAIR elements that lie next to each other (floats; pairs of
+ * bf16, the first in the low half), e_set the one step at p in every lane; e_fma(a, b, c) adds the products of a step
+ * to c, of a pair's the second first, each with one rounding. */
+#if SPMI_PASS == 5
+  #define E_PAIR 2
+  #define E_CHAIN 1024 /* rounding to bf16 has cost more digits by then */
+  #define e_t uint16_t
+  #define e_v __m512i
+  #define e_load(p) _mm512_loadu_si512(p)
+  #define e_loadn(p, n) _mm512_maskz_loadu_epi32(v_mask(n), p)
+  #define e_set(p) _mm512_set1_epi32(spmi_load_pair(p))
+  #define e_fma(a, b, c) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
+static inline int32_t spmi_load_pair(const uint16_t *p)
+{
+    int32_t pair;
+    memcpy(&pair, p, sizeof pair);
+    return pair;
+}
+#else
+  #define E_PAIR 1
+  #define E_CHAIN SPMI_TILE_CHAIN
+  #define e_t float
+  #define e_v v_t
+  #define e_load(p) v_load(p)
+  #define e_loadn(p, n) v_loadn(p, n)
+  #define e_set(p) v_set(*(p))
+  #define e_fma(a, b, c) v_fma(a, b, c)
+#endif
 
 /* ---- matrix kernels ----
  * Every product of the library, dense or convolutional, forward or backward, ends in one of two loops:
@@ -3207,11 +3341,11 @@ static float SPMI_K(sum)(v_t v)
  * that a tile may run over the end of an image row or of an image: small pictures fill tiles as well as large ones. */
 #if SPMI_PASS == 1
 typedef struct spmi_rows {
-    const float *a;
+    const float *a;        /* or bf16, as b; offsets count elements */
     const int64_t *a_at;   /* [rows + SPMI_ROWS_PAD], the tail repeats any valid offset */
     const int64_t *tap_at; /* [taps] */
-    int64_t taps, k;       /* k: length of one tap's contiguous run in a */
-    const float *b;        /* [taps * k][width] */
+    int64_t taps, k;       /* k: length of one tap's contiguous run in a; even for bf16 */
+    const float *b;        /* [taps * k][width]; bf16: [taps * k / 2][width][2] */
     float *c;
     const int64_t *c_at;   /* [rows] */
     int64_t rows;
@@ -3226,7 +3360,7 @@ typedef struct spmi_outer {
     const float *a;        /* panels [rows / R][blocks * k][R], zero-padded; R = spmi_outer_rows() */
     int64_t a_panel, a_row; /* floats from panel to panel, and from pixel to pixel in one (R, if dealt) */
     int64_t rows;          /* of C */
-    int64_t blocks, k;     /* image rows, and pixels in each */
+    int64_t blocks, k;     /* image rows, and pixels in each (bf16: pairs of them, a [k][R][2], b [k][columns][2]) */
     const float *b;
     const int64_t *b_at;   /* [blocks] */
     int64_t b_row;         /* from one pixel to the next */
@@ -3263,7 +3397,7 @@ typedef struct spmi_outer {
 
 /* Tiles: vectors across (nv) and rows down (mr), so that accumulators + one row of b + one broadcast fit the
  * registers. */
-#if SPMI_PASS == 3 || SPMI_PASS == 4
+#if SPMI_PASS >= 3
   #define T_NV 4
   #define T_MR 12
 #elif SPMI_PASS == 2
@@ -3291,10 +3425,10 @@ SPMI_INLINE void SPMI_K(tile_aside)(v_t *acc, float *aside, int n, int first)
 SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, int mr, int nv)
 {
     v_t acc[T_MR][T_NV];
-    const float *b = g->b;
+    const e_t *b = (const e_t *)(const void *)g->b;
     const int64_t *a_at = g->a_at + at, *c_at = g->c_at + at;
     float aside[T_MR * T_NV * V_W];
-    int64_t t, k, end, left = SPMI_TILE_CHAIN;
+    int64_t t, k, end, left = E_CHAIN;
     int i, j, cut = 0;
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
@@ -3305,23 +3439,23 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         }
     }
     for (t = 0; t < g->taps; t++) {
-        const float *x = g->a + g->tap_at[t], *row[T_MR];
+        const e_t *x = (const e_t *)(const void *)g->a + g->tap_at[t], *row[T_MR];
         SPMI_UNROLL for (i = 0; i < mr; i++) row[i] = x + a_at[i];
         for (k = 0; k < g->k;) {
             end = SPMI_MIN(g->k, k + left);
             left -= end - k;
-            for (; k < end; k++) {
-                v_t bv[T_NV];
-                SPMI_UNROLL for (j = 0; j < nv; j++) bv[j] = v_load(b + j * V_W);
+            for (; k < end; k += E_PAIR) {
+                e_v bv[T_NV];
+                SPMI_UNROLL for (j = 0; j < nv; j++) bv[j] = e_load(b + j * V_W * E_PAIR);
                 SPMI_UNROLL for (i = 0; i < mr; i++) {
-                    v_t av = v_set(row[i][k]);
-                    SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_fma(av, bv[j], acc[i][j]);
+                    e_v av = e_set(row[i] + k);
+                    SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = e_fma(av, bv[j], acc[i][j]);
                 }
-                b += nv * V_W;
+                b += nv * V_W * E_PAIR;
             }
             if (left || (k == g->k && t + 1 == g->taps)) continue;
             SPMI_UNROLL for (i = 0; i < mr; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
-            left = SPMI_TILE_CHAIN;
+            left = E_CHAIN;
             cut = 1;
         }
     }
@@ -3370,7 +3504,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     }
 }
 
-#if SPMI_PASS == 3 || SPMI_PASS == 4
+#if SPMI_PASS >= 3
 static void SPMI_K(rows_4)(const spmi_rows *g)
 {
     int64_t at, left;
@@ -3424,6 +3558,7 @@ static void SPMI_K(rows)(const spmi_rows *g)
 #undef T_NV
 #undef T_MR
 
+#if SPMI_PASS != 5
 /* to[c * to_row + r] = from[r * from_row + c]: packs weights [O][K] into panels [K][O], and transposed operands. */
 static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, int64_t from_row, float *to,
                               int64_t to_row)
@@ -3474,6 +3609,7 @@ static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, 
         for (c = 0; c < columns; c++) to[c * to_row + r] = from[r * from_row + c];
     }
 }
+#endif
 
 /* ---- outer products ---- */
 #if SPMI_PASS == 2
@@ -3485,13 +3621,13 @@ static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, 
 #endif
 
 /* T_OR rows of C by nv vectors. `last` is the number of valid lanes of the last vector; full says that it is V_W. */
-SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *c, const float *ahead, int rows,
+SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const e_t *a, float *c, const float *ahead, int rows,
                                     int last, int nv, int full)
 {
     v_t acc[T_OR][4];
     const int64_t line = ahead ? SPMI_LINE : 0;
     float aside[T_OR * 4 * V_W];
-    int64_t t, p, end, left = SPMI_TILE_CHAIN;
+    int64_t t, p, end, left = E_CHAIN;
     int i, j, cut = 0;
     if (!ahead) ahead = c;
     SPMI_UNROLL for (i = 0; i < T_OR; i++) {
@@ -3503,17 +3639,17 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
         }
     }
     for (t = 0; t < g->blocks; t++) {
-        const float *b = g->b + g->b_at[t];
+        const e_t *b = (const e_t *)(const void *)g->b + g->b_at[t];
         for (p = 0; p < g->k;) {
             end = SPMI_MIN(g->k, p + left);
             left -= end - p;
             for (; p < end; p++) {
-                v_t bv[4];
-                SPMI_UNROLL for (j = 0; j < nv - 1; j++) bv[j] = v_load(b + j * V_W);
-                bv[nv - 1] = full ? v_load(b + (nv - 1) * V_W) : v_loadn(b + (nv - 1) * V_W, last);
+                e_v bv[4];
+                SPMI_UNROLL for (j = 0; j < nv - 1; j++) bv[j] = e_load(b + j * V_W * E_PAIR);
+                bv[nv - 1] = full ? e_load(b + (nv - 1) * V_W * E_PAIR) : e_loadn(b + (nv - 1) * V_W * E_PAIR, last);
                 SPMI_UNROLL for (i = 0; i < T_OR; i++) {
-                    v_t av = v_set(a[i]);
-                    SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_fma(av, bv[j], acc[i][j]);
+                    e_v av = e_set(a + i * E_PAIR);
+                    SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = e_fma(av, bv[j], acc[i][j]);
                 }
                 SPMI_PREFETCH_L2(ahead);
                 ahead += line;
@@ -3522,7 +3658,7 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
             }
             if (left || (p == g->k && t + 1 == g->blocks)) continue;
             SPMI_UNROLL for (i = 0; i < T_OR; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
-            left = SPMI_TILE_CHAIN;
+            left = E_CHAIN;
             cut = 1;
         }
     }
@@ -3550,7 +3686,7 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const float *a, float *
 static void SPMI_K(outer)(const spmi_outer *g)
 {
     const int nv = (int)((g->columns + V_W - 1) / V_W), last = (int)g->columns - (nv - 1) * V_W;
-    const float *a = g->a;
+    const e_t *a = (const e_t *)(const void *)g->a;
     float *c = g->c;
     int64_t i;
     for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
@@ -3568,6 +3704,73 @@ static void SPMI_K(outer)(const spmi_outer *g)
     }
 }
 
+#if SPMI_PASS == 5
+/* ---- from floats to bf16 ---- */
+
+static void spmi_half_row_bf16(int64_t n, const float *from, uint16_t *to)
+{
+    int64_t i;
+    for (i = 0; i < n; i += 16) {
+        const int r = (int)SPMI_MIN(n - i, 16);
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(v_loadn(from + i, r));
+        if (r == 16) _mm256_storeu_si256((__m256i *)(void *)(to + i), half);
+        else _mm256_mask_storeu_epi16(to + i, v_mask(r), half);
+    }
+}
+
+/* Lanes (low, high): r floats of each, 0 where high is NULL. */
+SPMI_INLINE __m512i spmi_half_join(const float *low, const float *high, int r)
+{
+    const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(0x00100000), /* 0, 16, 1, 17, ... */
+        _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+    const __m512bh both = _mm512_cvtne2ps_pbh(high ? v_loadn(high, r) : v_zero(), v_loadn(low, r));
+    return _mm512_maskz_permutexvar_epi16((__mmask32)0xffffffffu, order, (__m512i)both);
+}
+
+/* As `collect`, two pixels at a time: to[pair][columns][2]. */
+static void spmi_half_collect_bf16(int64_t blocks, int64_t k, const float *from, const int64_t *at, int64_t from_row,
+                                   int64_t columns, uint16_t *to, int64_t to_row)
+{
+    const int64_t pixels = blocks * k;
+    int64_t t = 0, p = 0, n, j;
+    const float *x = from + at[0];
+    for (n = 0; n < pixels; n += 2, to += to_row) {
+        const float *pixel[2];
+        int i;
+        for (i = 0; i < 2; i++) {
+            pixel[i] = n + i < pixels ? x : NULL;
+            x += from_row;
+            if (++p < k) continue;
+            p = 0;
+            if (++t < blocks) x = from + at[t];
+        }
+        for (j = 0; j < columns; j += 16) {
+            const int r = (int)SPMI_MIN(columns - j, 16);
+            const __m512i pair = spmi_half_join(pixel[0] + j, pixel[1] ? pixel[1] + j : NULL, r);
+            if (r == 16) _mm512_storeu_si512(to + 2 * j, pair);
+            else _mm512_mask_storeu_epi32(to + 2 * j, v_mask(r), pair);
+        }
+    }
+}
+
+/* As `deal`, two pixels at a time: panels [columns / 8][pairs][8][2], `panel` elements apart. */
+static void spmi_half_deal_bf16(int64_t pixels, int64_t columns, const float *dy, int64_t dy_row, uint16_t *to,
+                                int64_t panel)
+{
+    int64_t p, o;
+    for (p = 0; p < pixels; p += 2, dy += 2 * dy_row, to += 2 * T_OR) {
+        for (o = 0; o < columns; o += 16) {
+            const int r = (int)SPMI_MIN(columns - o, 16);
+            const __m512i pair = spmi_half_join(dy + o, p + 1 < pixels ? dy + dy_row + o : NULL, r);
+            uint16_t *at = to + o / T_OR * panel;
+            _mm256_storeu_si256((__m256i *)(void *)at, _mm512_maskz_extracti64x4_epi64(0xf, pair, 0));
+            if (r <= T_OR) continue;
+            _mm256_storeu_si256((__m256i *)(void *)(at + panel), _mm512_maskz_extracti64x4_epi64(0xf, pair, 1));
+        }
+    }
+}
+#else
 /* dy[pixels][columns] -> panels [columns / R][pixels][R], `panel` floats apart, the last one zero-padded. */
 static void SPMI_K(deal)(int64_t pixels, int64_t columns, const float *dy, int64_t dy_row, float *to, int64_t panel)
 {
@@ -3581,7 +3784,14 @@ static void SPMI_K(deal)(int64_t pixels, int64_t columns, const float *dy, int64
         }
     }
 }
-#undef T_OR
+
+/* to = from, rounded to bf16; in place is fine */
+static void SPMI_K(half_round)(int64_t n, const float *from, float *to)
+{
+    int64_t i;
+    for (i = 0; i + V_W <= n; i += V_W) v_store(to + i, v_bf16(v_load(from + i)));
+    if (i < n) v_storen(to + i, v_bf16(v_loadn(from + i, (int)(n - i))), (int)(n - i));
+}
 
 /* to[t * k + p][:columns] = from[at[t] + p * from_row + :columns]: the pixels that `outer` reads, moved close
  * together. */
@@ -5080,6 +5290,17 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef J_LOW
 #undef J_TWICE
 
+#endif /* all but the bf16 pass */
+#undef T_OR
+#undef E_PAIR
+#undef E_CHAIN
+#undef e_t
+#undef e_v
+#undef e_load
+#undef e_loadn
+#undef e_set
+#undef e_fma
+#undef v_bf16
 #undef I_W
 #undef I_ALL
 #undef i_t
@@ -5273,6 +5494,121 @@ static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch
     }
 }
 
+/* ---- bf16 products ----
+ * With SPM_PRECISION_BF16 the operands of convolutions and linear layers are rounded as they are copied or packed.
+ * Products of two bf16 numbers are exact in float, and are summed in float.  `half` of a job says how:
+ *   0  not at all
+ *   1  rounded floats, through the fp32 kernels: every instruction set
+ *   2  elements of 16 bits, multiplied in pairs by AVX512_BF16: panels of B are [K / 2][width][2]; what `outer` reads is
+ *      paired along the pixels.  Buffers and offsets count elements. */
+
+static size_t spmi_half_size(int half)
+{
+    return half == 2 ? sizeof(uint16_t) : sizeof(float);
+}
+
+/* Where element n of a buffer lies. */
+static float *spmi_half_at(int half, float *buffer, int64_t n)
+{
+    return (float *)(void *)((char *)buffer + n * (int64_t)spmi_half_size(half));
+}
+
+static const float *spmi_half_from(int half, const float *buffer, int64_t n)
+{
+    return (const float *)(const void *)((const char *)buffer + n * (int64_t)spmi_half_size(half));
+}
+
+/* to = n floats, rounded. */
+static void spmi_half_row(spm_context *ctx, int half, int64_t n, const float *from, float *to)
+{
+#if SPMI_HAS_BF16
+    if (half == 2) {
+        spmi_half_row_bf16(n, from, (uint16_t *)(void *)to);
+        return;
+    }
+#else
+    (void)half;
+#endif
+    SPMI_KERNEL(ctx, half_round, (n, from, to));
+}
+
+static void spmi_half_rows(spm_context *ctx, int half, const spmi_rows *g)
+{
+#if SPMI_HAS_BF16
+    if (half == 2) {
+        spmi_rows_bf16(g);
+        return;
+    }
+#else
+    (void)half;
+#endif
+    SPMI_KERNEL(ctx, rows, (g));
+}
+
+static void spmi_half_outer(spm_context *ctx, int half, const spmi_outer *g)
+{
+#if SPMI_HAS_BF16
+    if (half == 2) {
+        spmi_outer_bf16(g);
+        return;
+    }
+#else
+    (void)half;
+#endif
+    SPMI_KERNEL(ctx, outer, (g));
+}
+
+/* collect, rounded. */
+static void spmi_half_collect(spm_context *ctx, int half, int64_t blocks, int64_t k, const float *from, const int64_t *at,
+                              int64_t from_row, int64_t columns, float *to, int64_t to_row)
+{
+    int64_t p;
+#if SPMI_HAS_BF16
+    if (half == 2) {
+        spmi_half_collect_bf16(blocks, k, from, at, from_row, columns, (uint16_t *)(void *)to, 2 * to_row);
+        return;
+    }
+#endif
+    SPMI_KERNEL(ctx, collect, (blocks, k, from, at, from_row, columns, to, to_row));
+    for (p = 0; half == 1 && p < blocks * k; p++) spmi_half_row(ctx, half, columns, to + p * to_row, to + p * to_row);
+}
+
+/* deal, rounded; panels of `rows` outputs (the tile's height) are `panel` elements apart. */
+static void spmi_half_deal(spm_context *ctx, int half, int64_t pixels, int64_t columns, int rows, const float *dy,
+                           int64_t dy_row, float *to, int64_t panel)
+{
+    int64_t i;
+#if SPMI_HAS_BF16
+    if (half == 2) {
+        spmi_half_deal_bf16(pixels, columns, dy, dy_row, (uint16_t *)(void *)to, panel);
+        return;
+    }
+#endif
+    SPMI_KERNEL(ctx, deal, (pixels, columns, dy, dy_row, to, panel));
+    for (i = 0; half == 1 && i < columns; i += rows) {
+        spmi_half_row(ctx, half, pixels * rows, to + i / rows * panel, to + i / rows * panel);
+    }
+}
+
+/* spmi_pack_panel, rounded. */
+static void spmi_half_pack_panel(spm_context *ctx, int half, int64_t k, int64_t columns, int width, const float *b,
+                                 int64_t b_row, int64_t b_col, float *to)
+{
+    float block[16 * 64];
+    const int64_t none = 0;
+    int64_t at, n;
+    if (half != 2) {
+        spmi_pack_panel(ctx, k, columns, width, b, b_row, b_col, to);
+        if (half) spmi_half_row(ctx, half, k * width, to, to);
+        return;
+    }
+    for (at = 0; at < k; at += n) {
+        n = SPMI_MIN(k - at, 16);
+        spmi_pack_panel(ctx, n, columns, width, b + at * b_row, b_row, b_col, block);
+        spmi_half_collect(ctx, half, 1, n, block, &none, width, width, spmi_half_at(half, to, at * width), width);
+    }
+}
+
 /* ---- convolution by taps ----
  * One engine serves the forward pass, the backward pass to the data and linear layers:
  *
@@ -5292,6 +5628,7 @@ typedef struct spmi_window {
     const float *in;
     int64_t images, pixel, depth;        /* floats from pixel to pixel, and how many of them are read */
     spmi_axis h, w;
+    int half;                            /* the copy is rounded to bf16 */
     /* worked out by spmi_window_plan */
     int copied, merged;
     int64_t taps, run;                   /* after merging: taps of `run` floats */
@@ -5308,7 +5645,7 @@ static void spmi_window_plan(spmi_window *s, int avoid_collisions)
               || (w->count - 1) * w->stride + w->offset + (w->taps - 1) * w->step >= w->size;
     int split = s->depth != s->pixel && w->taps > 1 && w->step == 1;
     if (h->taps == 0 || w->taps == 0) border = 0; /* nothing is read */
-    s->copied = border || split || (avoid_collisions && w->taps == 1 && spmi_stride_collides(s->pixel * w->stride));
+    s->copied = border || split || s->half || (avoid_collisions && w->taps == 1 && spmi_stride_collides(s->pixel * w->stride));
     s->merged = w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
     s->taps = h->taps * (s->merged ? SPMI_MIN(w->taps, 1) : w->taps);
     s->run = s->merged ? w->taps * s->depth : s->depth;
@@ -5331,8 +5668,9 @@ static void spmi_window_plan(spmi_window *s, int avoid_collisions)
 static int64_t spmi_window_copy_floats(const spmi_window *s, int64_t rows)
 {
     int64_t parts = rows / s->h.count + 2;
+    int64_t elements = (rows * s->h_stride + SPMI_MIN(parts, rows) * s->span_h) * s->at_row;
     if (!s->copied) return 0;
-    return (rows * s->h_stride + SPMI_MIN(parts, rows) * s->span_h) * s->at_row;
+    return s->half == 2 ? (elements + 1) / 2 : elements;
 }
 
 /* One input row, columns as the kernel will see them, zeros where it is outside. */
@@ -5341,24 +5679,28 @@ static void spmi_window_copy_row(spm_context *ctx, const spmi_window *s, int64_t
     const spmi_axis *w = &s->w;
     const int64_t columns = s->at_row / s->at_pixel, step = w->taps == 1 ? w->stride : 1;
     const float *from = s->in + (image * s->h.size + y) * w->size * s->pixel;
+    const size_t size = spmi_half_size(s->half);
     const int64_t start = 0;
     int64_t first, end;
     if (y < 0 || y >= s->h.size) {
-        memset(to, 0, (size_t)s->at_row * sizeof *to);
+        memset(to, 0, (size_t)s->at_row * size);
         return;
     }
     first = w->offset < 0 ? SPMI_MIN((-w->offset + step - 1) / step, columns) : 0; /* columns [first, end) are inside */
     end = w->size > w->offset ? SPMI_MIN((w->size - w->offset + step - 1) / step, columns) : 0;
     if (end < first) end = first;
-    memset(to, 0, (size_t)(first * s->at_pixel) * sizeof *to);
-    memset(to + end * s->at_pixel, 0, (size_t)((columns - end) * s->at_pixel) * sizeof *to);
+    memset(to, 0, (size_t)(first * s->at_pixel) * size);
+    memset(spmi_half_at(s->half, to, end * s->at_pixel), 0, (size_t)((columns - end) * s->at_pixel) * size);
     from += (w->offset + first * step) * s->pixel;
-    to += first * s->at_pixel;
+    to = spmi_half_at(s->half, to, first * s->at_pixel);
     if (step == 1 && s->pixel == s->at_pixel) {
-        if (end > first) memcpy(to, from, (size_t)((end - first) * s->pixel) * sizeof *to);
-        return;
-    }
-    SPMI_KERNEL(ctx, collect, (1, end - first, from, &start, step * s->pixel, s->depth, to, s->at_pixel));
+        if (end > first && s->half) spmi_half_row(ctx, s->half, (end - first) * s->pixel, from, to);
+        else if (end > first) memcpy(to, from, (size_t)((end - first) * s->pixel) * sizeof *to);
+    } else if (s->half) {
+        for (; first < end; first++, from += step * s->pixel, to = spmi_half_at(s->half, to, s->at_pixel)) {
+            spmi_half_row(ctx, s->half, s->depth, from, to);
+        }
+    } else SPMI_KERNEL(ctx, collect, (1, end - first, from, &start, step * s->pixel, s->depth, to, s->at_pixel));
 }
 
 /* Makes output rows [row0, row1) readable: copies if need be, and writes the offset of each row's first pixel, counted
@@ -5381,7 +5723,7 @@ static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int
         for (i = 0; i < rows; i++) row_at[row - row0 + i] = (used + i * s->h_stride) * s->at_row;
         for (i = 0; i < lines; i++) {
             int64_t y = h->taps == 1 ? (q0 + i) * h->stride + h->offset : q0 * h->stride + h->offset + i;
-            spmi_window_copy_row(ctx, s, image, y, copy + (used + i) * s->at_row);
+            spmi_window_copy_row(ctx, s, image, y, spmi_half_at(s->half, copy, (used + i) * s->at_row));
         }
         used += lines;
         row += rows;
@@ -5684,7 +6026,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
-    job->tiles = spmi_wino_tiles(job->ctx, s, job->columns);
+    if (!s->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->columns);
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
         return;
@@ -5693,7 +6035,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
-    pixels = SPMI_STRIP_FLOATS / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
+    pixels = (SPMI_STRIP_FLOATS << (s->half == 2)) / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
     pixels = SPMI_MAX(48, SPMI_MIN(pixels, 2048));
     least = SPMI_MAX(48, SPMI_TASK_MACS / macs);
     wanted = rows * s->w.count / SPMI_TASKS;
@@ -5746,7 +6088,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     t = 0;
     do { /* once without taps as well: the output still has to be written */
         for (k0 = 0; k0 == 0 || k0 < s->run; k0 += piece) {
-            g.a = in + k0;
+            g.a = spmi_half_from(s->half, in, k0);
             g.tap_at = tap_at + t;
             g.taps = SPMI_MIN(s->taps - t, together);
             g.k = SPMI_MIN(s->run - k0, piece);
@@ -5755,10 +6097,10 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.width = spmi_panel_width(ctx, job->columns - j);
                 if (panel < panel0) continue;
                 g.columns = (int)SPMI_MIN(job->columns - j, g.width);
-                g.b = job->packed + j * depth + (t * s->run + k0) * g.width;
+                g.b = spmi_half_from(s->half, job->packed, j * depth + (t * s->run + k0) * g.width);
                 g.c = job->out + j;
                 g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
-                SPMI_KERNEL(ctx, rows, (&g));
+                spmi_half_rows(ctx, s->half, &g);
             }
         }
         t += together;
@@ -5790,7 +6132,7 @@ typedef struct spmi_weight_job {
     const float *dy;
     int64_t dy_pixel, outputs;           /* floats from pixel to pixel; o of this group */
     float *dw, *db;                      /* [outputs][taps * run], [outputs]; either may be NULL */
-    int add_dw, add_db;
+    int add_dw, add_db, half;
     /* worked out by spmi_weight_plan */
     int64_t block, chunk, chunks;        /* output rows that are read together; rows of a chunk */
     int64_t range, ranges;               /* outputs of a task */
@@ -5979,7 +6321,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, blocks, size, most, columns;
-    job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs);
+    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;
@@ -5987,8 +6329,8 @@ static void spmi_weight_plan(spmi_weight_job *job)
     spmi_window_plan(s, 0);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
-    job->collect = job->outputs >= 64 || s->run % spmi_lanes(job->ctx) != 0;
-    job->block = SPMI_MIN(rows, SPMI_MAX(1, SPMI_WEIGHT_PIXELS / s->w.count));
+    job->collect = job->half || job->outputs >= 64 || s->run % spmi_lanes(job->ctx) != 0;
+    job->block = SPMI_MIN(rows, SPMI_MAX(1, (SPMI_WEIGHT_PIXELS << (job->half == 2)) / s->w.count));
     blocks = (rows + job->block - 1) / job->block;
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
     job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), SPMI_TASKS);
@@ -6033,7 +6375,7 @@ static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int
 }
 
 /* One call of the kernel, with its share of the fetching. */
-static void spmi_weight_outer(spm_context *ctx, spmi_outer *g, spmi_ahead *next)
+static void spmi_weight_outer(spm_context *ctx, int half, spmi_outer *g, spmi_ahead *next)
 {
     const int64_t lines = g->blocks * g->k, rows = spmi_outer_rows(ctx);
     const int which = next->lines[0] >= lines ? 0 : 1;
@@ -6041,7 +6383,7 @@ static void spmi_weight_outer(spm_context *ctx, spmi_outer *g, spmi_ahead *next)
     g->ahead_tiles = SPMI_MIN(next->lines[which] / lines, (g->rows + rows - 1) / rows);
     if (g->ahead_tiles > 0) next->at[which] += g->ahead_tiles * lines * SPMI_LINE;
     next->lines[which] -= g->ahead_tiles * lines;
-    SPMI_KERNEL(ctx, outer, (g));
+    spmi_half_outer(ctx, half, g);
 }
 
 /* dw (+)= dy x input over the pixels of g, the input read where it lies. */
@@ -6054,7 +6396,7 @@ static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const i
         for (j = 0; j < s->run; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, s->run - j);
             g.b = b + tap_at[t] + j;
-            spmi_weight_outer(job->ctx, &g, next);
+            spmi_weight_outer(job->ctx, 0, &g, next);
             g.c += g.columns;
         }
     }
@@ -6073,18 +6415,19 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
     p.b_at = &none;
     p.blocks = 1;
     p.k = g.blocks * g.k;
+    if (job->half == 2) p.k = (p.k + 1) / 2;
     for (n = 0; n < end; n++, j += p.columns) {
         p.columns = spmi_outer_columns(job->ctx, size - j);
         if (n < first) continue;
-        p.b_row = p.columns;
+        p.b_row = job->half == 2 ? 2 * p.columns : p.columns;
         for (i = 0; i < p.columns; i += piece) {
             int64_t tap = (j + i) / s->run, from = (j + i) % s->run;
             piece = SPMI_MIN(p.columns - i, s->run - from);
-            SPMI_KERNEL(job->ctx, collect, (g.blocks, g.k, g.b + tap_at[tap] + from, g.b_at, g.b_row, piece, panel + i,
-                                            p.b_row));
+            spmi_half_collect(job->ctx, job->half, g.blocks, g.k, g.b + tap_at[tap] + from, g.b_at, g.b_row, piece,
+                              panel + i, p.columns);
         }
         p.c = g.c + j;
-        spmi_weight_outer(job->ctx, &p, next);
+        spmi_weight_outer(job->ctx, job->half, &p, next);
     }
 }
 
@@ -6120,9 +6463,10 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         const float *dy = job->dy + row * s->w.count * job->dy_pixel + o0;
         if (db) SPMI_KERNEL(ctx, column_sums, (rows * s->w.count, count, dy, job->dy_pixel, db + o0));
         if (!dw) continue;
-        g.a_row = spmi_outer_rows(ctx);
-        g.a_panel = rows * s->w.count * g.a_row + 16;
-        SPMI_KERNEL(ctx, deal, (rows * s->w.count, count, dy, job->dy_pixel, dy_panels, g.a_panel));
+        g.a_row = (job->half == 2 ? 2 : 1) * spmi_outer_rows(ctx);
+        g.a_panel = (rows * s->w.count + (job->half == 2)) * spmi_outer_rows(ctx) + 16;
+        spmi_half_deal(ctx, job->half, rows * s->w.count, count, spmi_outer_rows(ctx), dy, job->dy_pixel, dy_panels,
+                       g.a_panel);
         g.b = spmi_window_rows(ctx, s, row, row + rows, copy, row_at);
         g.a = dy_panels;
         g.rows = count;
@@ -6441,6 +6785,7 @@ typedef struct spmi_conv {
     int64_t groups, ci, co;  /* input and output channels of a group */
     int64_t k;               /* floats of one filter */
     int64_t joined;          /* groups of the layer in one group of this: see spmi_conv_join */
+    int half;                /* bf16 products, see GEMM */
 } spmi_conv;
 
 /* Groups with few channels would leave most of a vector empty. Up to a vector's worth of them are taken together as one
@@ -6490,6 +6835,7 @@ static spmi_conv spmi_conv_of(const spm_context *ctx, const spm_op_call *call, i
     }
     v.ci = v.c / v.groups;
     v.co = v.o / v.groups;
+    if (v.ci % 2 == 0 && v.co % 2 == 0) v.half = ctx->half;
     spmi_conv_join(ctx, &v);
     v.k = v.kernel[0] * v.kernel[1] * v.ci;
     return v;
@@ -6633,6 +6979,7 @@ typedef struct spmi_conv_pack {
     int64_t taps_h, taps_w, tap_h, tap_w; /* counts, and floats from tap to tap */
     int64_t k, k_at, columns, column_at;
     float *to;
+    int half;
 } spmi_conv_pack;
 
 static void spmi_conv_pack_task(void *arg, int64_t task, int slot)
@@ -6648,8 +6995,9 @@ static void spmi_conv_pack_task(void *arg, int64_t task, int slot)
         j += width;
         width = spmi_panel_width(job->ctx, job->columns - j);
     }
-    spmi_pack_panel(job->ctx, job->k, SPMI_MIN(job->columns - j, width), width, w + j * job->column_at, job->k_at,
-                    job->column_at, job->to + j * taps * job->k + tap * job->k * width);
+    spmi_half_pack_panel(job->ctx, job->half, job->k, SPMI_MIN(job->columns - j, width), width, w + j * job->column_at,
+                         job->k_at, job->column_at,
+                         spmi_half_at(job->half, job->to, j * taps * job->k + tap * job->k * width));
 }
 
 static void spmi_conv_pack_run(spmi_conv_pack *job)
@@ -6661,7 +7009,7 @@ static void spmi_conv_pack_run(spmi_conv_pack *job)
 /* Floats of one group's packed forward weights; a filter is one run of k floats there. */
 static int64_t spmi_conv_packed_floats(spm_context *ctx, const spmi_conv *v)
 {
-    return spmi_round_up(v->k * spmi_round_up(v->co, spmi_lanes(ctx)), 16);
+    return spmi_round_up(v->k * spmi_round_up(v->co, spmi_lanes(ctx)) / (v->half == 2 ? 2 : 1), 16);
 }
 
 static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const float *w, float *to)
@@ -6675,6 +7023,7 @@ static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const f
     job.k_at = 1;
     job.columns = v->co;
     job.column_at = v->k;
+    job.half = v->half;
     for (g = 0; g < v->groups; g++) {
         job.w = w + g * v->co * v->k;
         job.to = to + g * spmi_conv_packed_floats(ctx, v);
@@ -6712,6 +7061,7 @@ static spmi_taps_job spmi_conv_forward_job(spm_context *ctx, const spmi_conv *v)
     spmi_taps_job job = SPM_ZERO;
     job.ctx = ctx;
     job.window = spmi_conv_input(v, NULL, 0);
+    job.window.half = v->half;
     job.columns = v->co;
     job.out_pixel = v->o;
     job.out_row = v->ow * v->o;
@@ -6795,6 +7145,7 @@ static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, co
     job.window.images = v->n;
     job.window.pixel = v->o;
     job.window.depth = v->co;
+    job.window.half = v->half;
     job.window.h = ph->axis;
     job.window.w = pw->axis;
     job.columns = v->ci;
@@ -6808,7 +7159,8 @@ static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, co
 /* Floats of the packed weights of one phase at most. */
 static int64_t spmi_conv_data_floats(spm_context *ctx, const spmi_conv *v)
 {
-    return spmi_round_up(v->kernel[0] * v->kernel[1] * v->co * spmi_round_up(v->ci, spmi_lanes(ctx)), 16);
+    const int64_t elements = v->kernel[0] * v->kernel[1] * v->co * spmi_round_up(v->ci, spmi_lanes(ctx));
+    return spmi_round_up(elements / (v->half == 2 ? 2 : 1), 16);
 }
 
 static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op_call *call)
@@ -6837,6 +7189,7 @@ static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op
             pack.k_at = v->k;
             pack.columns = v->ci;
             pack.column_at = 1;
+            pack.half = v->half;
             pack.to = packed;
             job.packed = pack.to;
             job.accumulate = call->d_in_add[0];
@@ -6859,6 +7212,7 @@ static spmi_weight_job spmi_conv_weight_job(spm_context *ctx, const spmi_conv *v
     job.window = spmi_conv_input(v, NULL, 0);
     job.outputs = v->co;
     job.dy_pixel = v->o;
+    job.half = v->half;
     spmi_weight_plan(&job);
     return job;
 }
@@ -27422,6 +27776,7 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_string(json, "initial_checkpoint", d->checkpoint);
     spm_json_int(json, "seed", (int64_t)d->seed);
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(t->ctx)));
+    spm_json_string(json, "precision", t->ctx->half == 0 ? "fp32" : t->ctx->half == 1 ? "bf16" : "bf16 pairs");
     spm_json_int(json, "epochs", d->epochs);
     spm_json_int(json, "batch", d->batch);
     spm_json_string(json, "optimizer", spmi_optimizer_name(d->optimizer.kind));

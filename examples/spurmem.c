@@ -196,7 +196,9 @@ static const option options[] = {
     { O_JSON, EVERY, 's', "json", "FILE", NULL, "write the result as one JSON object; - is stdout" },
     { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto",
       "auto: wide 3x3 convolutions by Winograd; direct: never" },
-    { O_PRECISION, EVERY, 'c', "precision", "fp32", "fp32", "of the arithmetic" },
+    { O_PRECISION, EVERY, 'c', "precision", "fp32|bf16", "fp32",
+      "bf16: convolutions and linear layers multiply numbers\n"
+      "                                           rounded to bfloat16, sums and weights stay fp32" },
     { O_HELP, EVERY, 'b', "help", NULL, NULL, "this text" },
     { O_DATA, WITH_DATA, 's', "data", "DIR|FILE", NULL,
       "the data set: a folder, a .tar of it, a table .csv, or what pack wrote" },
@@ -2873,6 +2875,7 @@ static int bench_start(cli *line, spm_json *json, const char *name, spm_error *e
         spm_run_desc running = SPM_ZERO;
         desc.threads = spm_context_threads(line->ctx);
         desc.isa = spm_context_isa(line->ctx);
+        desc.precision = spm_context_precision(line->ctx);
         ctx = spm_context_create(&desc);
         model = ctx ? spm_model_build(ctx, &s.arch, SPM_NO_SEED, err) : NULL;
         ok = model && !spm_checkpoint_load(model, path, 0, err);
@@ -3127,10 +3130,12 @@ static int run_bench(cli *line)
     spm_json_number(json, "peak_gflops", spm_measure_peak(line->ctx));
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(line->ctx)));
     spm_json_int(json, "threads", spm_context_threads(line->ctx));
+    spm_json_string(json, "precision", line->value[O_PRECISION]);
     spm_json_array_begin(json, "results");
     if (prints(line))
-        printf("%s, %d threads, peak %.0f GFLOP/s (measured again beside each row)\n",
-               spm_isa_name(spm_context_isa(line->ctx)), spm_context_threads(line->ctx), spm_measure_peak(line->ctx));
+        printf("%s, %s, %d threads, fp32 peak %.0f GFLOP/s (measured again beside each row)\n",
+               spm_isa_name(spm_context_isa(line->ctx)), line->value[O_PRECISION], spm_context_threads(line->ctx),
+               spm_measure_peak(line->ctx));
     if (only) ok = bench_part(line, json, only, &err);
     for (i = 0; ok && !only && i < (int)(sizeof whole / sizeof whole[0]); i++) {
         ok = bench_part(line, json, whole[i], &err);
@@ -3217,6 +3222,7 @@ int main(int argc, char **argv)
     desc.threads = (int)integer(&line, O_THREADS);
     (void)spm_isa_parse(line.value[O_ISA], &desc.isa);
     desc.direct_convolution = strcmp(line.value[O_CONV], "direct") == 0;
+    if (strcmp(line.value[O_PRECISION], "bf16") == 0) desc.precision = SPM_PRECISION_BF16;
     progress_quiet = is_on(&line, O_QUIET);
     line.ctx = spm_context_create(&desc);
     if (!line.ctx) {

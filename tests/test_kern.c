@@ -294,11 +294,180 @@ static void test_outer(void) { each_isa(check_outer); }
 static void test_moves(void) { each_isa(check_moves); }
 static void test_gemm(void) { each_isa(check_gemm); }
 
+/* ---- bf16 ---- */
+
+/* The nearest bf16 number by its definition: of the two neighbours, the nearer; of two equally near, the even one. */
+static float nearest_bf16(float x)
+{
+    uint32_t u, low, high;
+    float below, above;
+    memcpy(&u, &x, sizeof u);
+    if (x != x) u |= 0x00400000u;
+    low = u & 0xffff0000u;
+    high = low + 0x00010000u;
+    memcpy(&below, &low, sizeof below);
+    memcpy(&above, &high, sizeof above);
+    if ((u & 0x7fffffffu) < 0x00800000u) {
+        low &= 0x80000000u;
+        memcpy(&below, &low, sizeof below);
+        return below;
+    }
+    if (x != x || below == x) return below;
+    if ((u & 0xffffu) == 0x8000u) return u >> 16 & 1u ? above : below;
+    return (u & 0xffffu) < 0x8000u ? below : above;
+}
+
+static uint32_t bits_of(float x)
+{
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+
+/* Every upper half, with lower halves around the ties. */
+static void check_half_round(spm_context *plain, spm_context *ctx)
+{
+    static const uint32_t lower[] = { 0, 1, 0x7fff, 0x8000, 0x8001, 0xffff };
+    enum { N = 257 };
+    float from[N], to[N], pairs[N];
+    int64_t high, wrong = 0;
+    int half, i;
+    (void)plain;
+    for (high = 0; high < 65536; high += 43) {
+        for (i = 0; i < N; i++) {
+            const uint32_t u = (uint32_t)((high + i / 6) & 0xffff) << 16 | lower[i % 6];
+            memcpy(&from[i], &u, sizeof u);
+        }
+        for (half = 1; half <= (ctx->isa == SPM_ISA_AVX512 && spmi_cpu_has_bf16() ? 2 : 1); half++) {
+            spmi_half_row(ctx, half, N, from, half == 2 ? pairs : to);
+            for (i = 0; half == 2 && i < N; i++) {
+                uint16_t e;
+                uint32_t u;
+                memcpy(&e, (const char *)pairs + 2 * i, sizeof e);
+                u = (uint32_t)e << 16;
+                memcpy(&to[i], &u, sizeof u);
+            }
+            for (i = 0; i < N; i++) wrong += bits_of(to[i]) != bits_of(nearest_bf16(from[i]));
+        }
+    }
+    CHECK_INT(wrong, 0);
+}
+
+/* One convolution or linear layer with its three gradients; op_floats in, results out, all in one buffer. */
+typedef struct half_case {
+    int64_t n, h, w, c, o, kernel, stride, groups;
+    int linear;
+} half_case;
+
+static float *half_run(spm_context *ctx, const half_case *t, const float *data, int what, int64_t *count)
+{
+    spm_op_call call = SPM_ZERO;
+    const spm_op op = t->linear ? SPM_OP_LINEAR : SPM_OP_CONV2D;
+    spm_error err = SPM_ZERO;
+    int64_t sizes[4], i;
+    float *memory, *result;
+    size_t bytes;
+    void *scratch;
+    if (t->linear) {
+        call.in[0] = spm_tensor_make(NULL, 2, t->n, t->c, 0, 0);
+        call.in[1] = spm_tensor_make(NULL, 2, t->o, t->c, 0, 0);
+    } else {
+        call.in[0] = spm_tensor_make(NULL, 4, t->n, t->h, t->w, t->c);
+        call.in[1] = spm_tensor_make(NULL, 4, t->o, t->kernel, t->kernel, t->c / t->groups);
+        call.attr.stride[0] = call.attr.stride[1] = t->stride;
+        call.attr.padding[0] = call.attr.padding[1] = t->kernel / 2;
+        call.attr.groups = t->groups;
+    }
+    call.in[2] = spm_tensor_make(NULL, 1, t->o, 0, 0, 0);
+    call.n_in = 3;
+    if (spm_op_infer(ctx, op, &call, &err)) {
+        test_report(__FILE__, __LINE__, err.text);
+        return NULL;
+    }
+    for (i = 0; i < 3; i++) sizes[i] = spm_tensor_count(&call.in[i]);
+    sizes[3] = spm_tensor_count(&call.out[0]);
+    memory = (float *)malloc(sizeof(float) * (size_t)(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
+    memcpy(memory, data, sizeof(float) * (size_t)(sizes[0] + sizes[1] + sizes[2] + sizes[3]));
+    call.in[0].data = memory;
+    call.in[1].data = memory + sizes[0];
+    call.in[2].data = call.in[1].data + sizes[1];
+    call.d_out = call.out[0];
+    call.d_out.data = call.in[2].data + sizes[2];
+    *count = what == 0 ? sizes[3] : sizes[what - 1];
+    result = (float *)malloc(sizeof(float) * (size_t)*count);
+    bytes = SPMI_MAX(spm_op_scratch(ctx, op, &call, 0), spm_op_scratch(ctx, op, &call, 1));
+    scratch = spmi_alloc(ctx, bytes);
+    call.scratch = scratch;
+    if (what == 0) {
+        call.out[0].data = result;
+        spm_op_forward(ctx, op, &call);
+    } else {
+        call.d_in[what - 1] = call.in[what - 1];
+        call.d_in[what - 1].data = result;
+        spm_op_backward(ctx, op, &call);
+    }
+    spmi_free(ctx, scratch);
+    free(memory);
+    return result;
+}
+
+/* bf16 layers against plain C on operands that were rounded before; the bias and its gradient are not rounded. The same
+ * bits from one thread and from three. */
+static void check_half_layers(spm_context *plain, spm_context *ctx)
+{
+    static const half_case cases[] = { { 3, 9, 7, 6, 10, 3, 1, 1, 0 },     { 2, 14, 14, 64, 66, 3, 1, 1, 0 },
+                                       { 2, 13, 11, 34, 48, 3, 2, 1, 0 },  { 2, 15, 15, 16, 80, 1, 2, 1, 0 },
+                                       { 1, 7, 7, 512, 130, 1, 1, 1, 0 },  { 2, 8, 8, 32, 32, 3, 1, 4, 0 },
+                                       { 1, 9, 9, 2, 4, 7, 2, 1, 0 },      { 197, 1, 1, 96, 70, 1, 1, 1, 1 },
+                                       { 33, 1, 1, 1300, 18, 1, 1, 1, 1 }, { 1, 1, 1, 2, 2, 1, 1, 1, 1 } };
+    spm_context_desc desc = SPM_ZERO;
+    spm_context *one, *three;
+    int i, what, half, halves;
+    desc.isa = spm_context_isa(ctx);
+    desc.precision = SPM_PRECISION_BF16;
+    desc.threads = 1;
+    one = spm_context_create(&desc);
+    desc.threads = 3;
+    three = spm_context_create(&desc);
+    CHECK(one->half >= 1 && spm_context_precision(one) == SPM_PRECISION_BF16);
+    halves = one->half; /* 2: both ways are tried */
+    for (i = 0; i < halves * (int)(sizeof cases / sizeof *cases); i++) {
+        const half_case *t = &cases[i / halves];
+        const int64_t x = t->n * t->h * t->w * t->c, w = t->o * t->kernel * t->kernel * t->c / t->groups;
+        const int64_t most = x + w + t->o + t->n * t->h * t->w * t->o;
+        float *raw = random_floats(most), *rounded = (float *)malloc(sizeof(float) * (size_t)most);
+        int64_t j, count;
+        half = 1 + i % halves;
+        one->half = three->half = half;
+        for (j = 0; j < most; j++) rounded[j] = j < x + w || j >= x + w + t->o ? nearest_bf16(raw[j]) : raw[j];
+        for (what = 0; what <= 3; what++) { /* y, dx, dw, db */
+            float *expect = half_run(plain, t, what == 3 ? raw : rounded, what, &count);
+            float *got = half_run(one, t, raw, what, &count), *again = half_run(three, t, raw, what, &count);
+            same("bf16 layer", ctx, got, expect, count, 2e-6 * sqrt((double)(what < 2 ? w : x)));
+            CHECK(!memcmp(got, again, sizeof(float) * (size_t)count));
+            free(expect);
+            free(got);
+            free(again);
+        }
+        free(raw);
+        free(rounded);
+    }
+    spm_context_destroy(one);
+    spm_context_destroy(three);
+}
+
+static void test_bf16(void)
+{
+    each_isa(check_half_round);
+    each_isa(check_half_layers);
+}
+
 int main(void)
 {
     TEST(test_rows);
     TEST(test_outer);
     TEST(test_moves);
     TEST(test_gemm);
+    TEST(test_bf16);
     return TEST_END;
 }
