@@ -560,6 +560,7 @@ SPMDEF spm_value spm_program_op_at(const spm_program *program, int index, spm_op
 /* Floating-point operations of a forward pass for n examples (a multiply and an add count as two); backward = 1: of the
  * backward pass, without the data gradient of inputs that want none.  0 for n < 1. */
 SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backward);
+SPMDEF double spm_program_op_flops(const spm_program *program, int index, int64_t n, int backward); /* of one alone */
 
 /* ---- models ---- */
 
@@ -9555,16 +9556,17 @@ static void spmi_tape_needs(const spm_program *program, const unsigned char *wan
     }
 }
 
-SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backward)
+/* Of the operations [first, end). */
+static double spmi_program_flops(const spm_program *program, int first, int end, int64_t n, int backward)
 {
     unsigned char *need;
     double flops = 0.0;
     int s, i;
-    if (!program || n < 1) return 0.0;
+    if (!program || n < 1 || first < 0 || end > program->n_steps) return 0.0;
     need = (unsigned char *)spmi_alloc_array(program->ctx, program->n_values, 1);
     if (!need) return 0.0;
     spmi_tape_needs(program, NULL, need);
-    for (s = 0; s < program->n_steps; s++) {
+    for (s = first; s < end; s++) {
         const spmi_tape_step *step = &program->steps[s];
         spm_op_call call;
         float present = 0.0f;
@@ -9581,6 +9583,16 @@ SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backw
     }
     spmi_free(program->ctx, need);
     return flops;
+}
+
+SPMDEF double spm_program_flops(const spm_program *program, int64_t n, int backward)
+{
+    return program ? spmi_program_flops(program, 0, program->n_steps, n, backward) : 0.0;
+}
+
+SPMDEF double spm_program_op_flops(const spm_program *program, int index, int64_t n, int backward)
+{
+    return spmi_program_flops(program, index, index + 1, n, backward);
 }
 
 /* ---- models ---- */

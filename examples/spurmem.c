@@ -2040,6 +2040,103 @@ static void shape_text(const int64_t *shape, int rank, char *text, size_t size)
     if (at < size) snprintf(text + at, size - at, "]");
 }
 
+/* What a network is made of: a line for every layer, then the sums; FLOPs of one picture, a multiply and an add as two.
+ * tensors: 1 if no file has listed them. */
+static int describe_model(cli *line, const spm_arch *arch, int tensors, spm_json *json)
+{
+    spm_error err = SPM_ZERO;
+    spm_model *model = spm_model_build(line->ctx, arch, SPM_NO_SEED, &err);
+    const spm_program *program;
+    int64_t total = 0;
+    double flops, back;
+    size_t bytes[4];
+    int i, d;
+    if (!model) return failed(&err);
+    program = spm_model_program(model);
+    if (prints(line))
+        printf("  %-32s %-12s %-20s %12s %12s\n", "layer", "operation", "output", "parameters", "MFLOP");
+    spm_json_array_begin(json, "layers");
+    for (i = 0; i < spm_program_op_count(program); i++) {
+        spm_op op;
+        spm_value in[SPM_OP_MAX_IN], out = spm_program_op_at(program, i, &op, NULL, in);
+        spm_tensor shape = spm_program_shape(program, out, 1);
+        int64_t count = 0;
+        char text[96], name[96] = "";
+        for (d = 0; d < SPM_OP_MAX_IN; d++) {
+            int k;
+            for (k = 0; in[d] && k < spm_model_parameter_count(model); k++) {
+                const spm_parameter *p = spm_model_parameter(model, k);
+                const char *dot = strrchr(p->name, '.');
+                if (p->id != in[d] || (p->flags & SPM_PARAMETER_BUFFER)) continue;
+                count += spm_tensor_count(&p->value);
+                if (!name[0]) snprintf(name, sizeof name, "%.*s", (int)(dot ? dot - p->name : (long)strlen(p->name)), p->name);
+            }
+        }
+        total += count;
+        if (prints(line))
+            printf("  %-32s %-12s %-20s %12lld %12.2f\n", name, spm_op_name(op),
+                   spm_tensor_shape_text(&shape, text, sizeof text), (long long)count,
+                   spm_program_op_flops(program, i, 1, 0) * 1e-6);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "name", name);
+        spm_json_string(json, "operation", spm_op_name(op));
+        spm_json_array_begin(json, "shape");
+        for (d = 0; d < shape.rank; d++) spm_json_int(json, NULL, shape.shape[d]);
+        spm_json_array_end(json);
+        spm_json_int(json, "parameters", count);
+        spm_json_number(json, "flops", spm_program_op_flops(program, i, 1, 0));
+        spm_json_object_end(json);
+    }
+    spm_json_array_end(json);
+    for (i = 0; i < 4; i++) { /* inference and training, at one picture and at two */
+        spm_run_desc desc = SPM_ZERO;
+        spm_run *run;
+        desc.max_batch = 1 + i % 2;
+        desc.backward = i / 2;
+        run = spm_run_create(model, &desc, &err);
+        if (!run) {
+            spm_model_destroy(model);
+            return failed(&err);
+        }
+        bytes[i] = spm_run_bytes(run);
+        spm_run_destroy(run);
+    }
+    flops = spm_program_flops(program, 1, 0);
+    back = spm_program_flops(program, 1, 1);
+    if (tensors) {
+        spm_json_array_begin(json, "tensors");
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            const spm_parameter *p = spm_model_parameter(model, i);
+            if (p->flags & SPM_PARAMETER_BUFFER) continue;
+            spm_json_object_begin(json, NULL);
+            spm_json_string(json, "name", p->name);
+            spm_json_string(json, "dtype", "F32");
+            spm_json_array_begin(json, "shape");
+            for (d = 0; d < p->value.rank; d++) spm_json_int(json, NULL, p->value.shape[d]);
+            spm_json_array_end(json);
+            spm_json_object_end(json);
+        }
+        spm_json_array_end(json);
+        spm_json_int(json, "values", total);
+    }
+    spm_json_int(json, "parameters", total);
+    spm_json_number(json, "flops", flops);
+    spm_json_number(json, "flops_backward", back);
+    spm_json_int(json, "run_bytes", (int64_t)bytes[0]);
+    spm_json_int(json, "run_bytes_per_picture", (int64_t)(bytes[1] - bytes[0]));
+    spm_json_int(json, "run_bytes_training", (int64_t)bytes[2]);
+    spm_json_int(json, "run_bytes_training_per_picture", (int64_t)(bytes[3] - bytes[2]));
+    if (prints(line)) {
+        printf("%s at %lld x %lld: %lld parameters, %.3f GFLOP forward, %.3f backward\n", arch->name,
+               (long long)arch->height, (long long)arch->width_px, (long long)total, flops * 1e-9, back * 1e-9);
+        printf("memory of a run, without the parameters: %.1f MB for inference, of which activations %.1f MB a picture; "
+               "%.1f MB for training, %.1f MB a picture\n", (double)bytes[0] * 1e-6,
+               (double)(bytes[1] - bytes[0]) * 1e-6, (double)bytes[2] * 1e-6, (double)(bytes[3] - bytes[2]) * 1e-6);
+    }
+    spm_model_destroy(model);
+    return 0;
+}
+
 static int inspect_checkpoint(cli *line, const char *path)
 {
     spm_error err = SPM_ZERO;
@@ -2080,9 +2177,21 @@ static int inspect_checkpoint(cli *line, const char *path)
     }
     spm_json_array_end(json);
     spm_json_int(json, "values", total);
-    spm_json_object_end(json);
     if (prints(line)) printf("%lld tensors, %lld values\n", (long long)spm_archive_count(archive), (long long)total);
     spm_archive_close(archive);
+    if (!info.has_arch && line->value[O_ARCH]) { /* the file does not say; the user does */
+        info.arch.classes = integer(line, O_NUM_CLASSES) ? integer(line, O_NUM_CLASSES) : head_classes(line, path);
+        if (spm_arch_parse(line->ctx, line->value[O_ARCH], &info.arch, &err)) {
+            spm_json_destroy(json);
+            return failed(&err);
+        }
+        info.has_arch = 1;
+    }
+    if (info.has_arch && describe_model(line, &info.arch, 0, json)) {
+        spm_json_destroy(json);
+        return 1;
+    }
+    spm_json_object_end(json);
     return finish_json(line, json);
 }
 
@@ -2324,40 +2433,17 @@ static int inspect_arch(cli *line)
     spm_error err = SPM_ZERO;
     spm_arch arch;
     spm_reading reading;
-    spm_model *model;
     spm_json *json;
-    int64_t total = 0;
-    int i, d;
     if (resolve_model(line, 2, &arch, &reading, &err)) return failed(&err);
-    model = spm_model_build(line->ctx, &arch, 0, &err);
-    if (!model) return failed(&err);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "command", "inspect");
     spm_json_string(json, "arch", arch.name);
-    spm_json_array_begin(json, "tensors");
-    for (i = 0; i < spm_model_parameter_count(model); i++) {
-        const spm_parameter *p = spm_model_parameter(model, i);
-        char shape[128];
-        if (p->flags & SPM_PARAMETER_BUFFER) continue;
-        spm_tensor_shape_text(&p->value, shape, sizeof shape);
-        total += spm_tensor_count(&p->value);
-        if (prints(line)) printf("  %-52s %s\n", p->name, shape);
-        spm_json_object_begin(json, NULL);
-        spm_json_string(json, "name", p->name);
-        spm_json_string(json, "dtype", "F32");
-        spm_json_array_begin(json, "shape");
-        for (d = 0; d < p->value.rank; d++) spm_json_int(json, NULL, p->value.shape[d]);
-        spm_json_array_end(json);
-        spm_json_object_end(json);
+    if (describe_model(line, &arch, 1, json)) {
+        spm_json_destroy(json);
+        return 1;
     }
-    spm_json_array_end(json);
-    spm_json_int(json, "values", total);
     spm_json_object_end(json);
-    if (prints(line))
-        printf("%s at %lld x %lld: %lld parameters\n", arch.name, (long long)arch.height, (long long)arch.width_px,
-               (long long)total);
-    spm_model_destroy(model);
     return finish_json(line, json);
 }
 

@@ -692,6 +692,17 @@ static void test_inspect(void)
     }
     RUNS(0, "inspect --arch resnet18 --json -");
     CHECK_INT(whole(parse(out), "values"), 11177538); /* torchvision's resnet18 with a head of 2 */
+    CHECK_INT(whole(root, "parameters"), 11177538);
+    CHECK_NEAR(spm_json_as_number(spm_json_get(root, "flops"), 0) / 3.64e9, 1, .02);
+    CHECK(spm_json_as_number(spm_json_get(root, "run_bytes_training_per_picture"), 0)
+          > spm_json_as_number(spm_json_get(root, "run_bytes_per_picture"), 1e18));
+    object = spm_json_at(list(root, "layers"), 0);
+    CHECK_STR(string(object, "name"), "conv1");
+    CHECK_STR(string(object, "operation"), "conv2d");
+    CHECK_INT(whole(object, "parameters"), 9408);
+    CHECK_INT(spm_json_as_int(spm_json_at(list(object, "shape"), 3), 0), 64);
+    RUNS(0, "inspect run/last.safetensors");
+    CHECK(strstr(out, "layer4.1.conv2") && strstr(out, "GFLOP forward") && strstr(out, "activations"));
 }
 
 static void same_pixels(const spm_image *a, const char *path)
