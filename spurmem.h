@@ -1302,6 +1302,13 @@ SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int al
  * metadata; has_arch and source are not read.  Atomic: the name is complete or as before.  Covered by test_ckpt. */
 SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
                                       spm_error *err);
+/* Copies any checkpoint that spm_archive_open reads to a plain state dict, .safetensors or (any other ending) torch's
+ * zip, also of a network that this library does not know: the tensors under state_dict., model_state_dict. or model.
+ * if there are any (the rest, an optimizer's say, is left out), without the wrappers' prefixes that all of them bear,
+ * in their number types and order, with what a safetensors file of this library says about itself.  *tensors (may be
+ * NULL): how many.  Atomic.  Covered by test_ckpt. */
+SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to, int64_t *tensors,
+                                         spm_error *err);
 /* ================================================================================================================
  * >>API-EVAL  16  evaluation: groups, intervals, tests
  * ============================================================================================================= */
@@ -23623,6 +23630,71 @@ SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const 
     spmi_free(ctx, moved);
     spmi_free(ctx, views);
     return spm_archive_commit(writer, err);
+}
+
+/* ---- converting ---- */
+
+/* How many bytes of every name below `nest` belong to wrappers: prefixes that all of them bear. */
+static size_t spmi_ckpt_wrappers(const spm_archive *archive, const char *nest)
+{
+    static const char prefixes[][12] = { "module.", "model.", "backbone.", "_orig_mod." };
+    size_t skip = strlen(nest);
+    int64_t k;
+    int i = 0;
+    while (i < SPMI_COUNT(prefixes)) {
+        const size_t length = strlen(prefixes[i]);
+        int all = spm_archive_count(archive) > 0;
+        for (k = 0; all && k < spm_archive_count(archive); k++) {
+            const char *name = spm_archive_tensor_at(archive, k)->name;
+            if (strncmp(name, nest, strlen(nest)) != 0) continue;
+            all = strncmp(name + skip, prefixes[i], length) == 0 && name[skip + length];
+        }
+        i = all ? 0 : i + 1;
+        if (all) skip += length;
+    }
+    return skip;
+}
+
+SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to, int64_t *tensors,
+                                         spm_error *err)
+{
+    static const char keys[][16] = { "format", "writer", "arch", "image_size", "classes", "resize", "mean", "std",
+        "head", "label_order", "method", "class_names", "epoch" };
+    const int torch = !spmi_string_ends(to, ".safetensors");
+    spm_error why = SPM_ZERO;
+    spm_archive *in = spm_archive_open(ctx, from, &why);
+    spm_archive_writer *out = in ? spm_archive_create(ctx, to, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS,
+                                                      &why) : NULL;
+    const char *nest = in ? spmi_ckpt_nest(in) : "";
+    const size_t skip = out ? spmi_ckpt_wrappers(in, nest) : 0;
+    int64_t k, written = 0;
+    int i, placing;
+    for (i = 0; out && !torch && i < SPMI_COUNT(keys); i++) {
+        const char *value = spm_archive_metadata(in, keys[i]);
+        if (value) spm_archive_add_metadata(out, keys[i], value);
+    }
+    for (placing = 0; out && placing < 2; placing++) {
+        for (k = 0; k < spm_archive_count(in) && !why.status; k++) {
+            const spm_archive_tensor *t = spm_archive_tensor_at(in, k);
+            void *values;
+            if (strncmp(t->name, nest, strlen(nest)) != 0) continue;
+            if (!placing) {
+                spm_archive_add(out, t->name + skip, t->dtype, t->rank, t->shape);
+                written++;
+                continue;
+            }
+            values = spmi_alloc_array(ctx, t->count + 1, (size_t)spmi_dtype_size(t->dtype));
+            if (!values) (void)spmi_fail_memory(ctx, &why, t->name);
+            else if (!spm_archive_read(in, t, values, &why)) spm_archive_put(out, values);
+            spmi_free(ctx, values);
+        }
+    }
+    if (out && why.status) spm_archive_abort(out);
+    else if (out) (void)spm_archive_commit(out, &why);
+    spm_archive_close(in);
+    if (why.status) return spmi_fail(ctx, err, why.status, "%s", why.text);
+    if (tensors) *tensors = written;
+    return SPM_OK;
 }
 #undef SPMI_ARCHIVE_BUFFER
 #undef SPMI_CKPT_WORKERS

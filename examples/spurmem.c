@@ -2482,93 +2482,26 @@ static int run_inspect(cli *line)
     return inspect_checkpoint(line, line->operand[0]);
 }
 
-/* The names that wrap a state dict or its keys in files of other programs. */
-static const char *plain_name(const char *name)
-{
-    static const char prefix[][20] = { "state_dict.", "model_state_dict.", "module." };
-    int i, again = 1;
-    while (again) {
-        again = 0;
-        for (i = 0; i < 3; i++) {
-            size_t n = strlen(prefix[i]);
-            if (strncmp(name, prefix[i], n) == 0 && name[n]) {
-                name += n;
-                again = 1;
-            }
-        }
-    }
-    return name;
-}
-
-static int convert_tensor(spm_archive *in, spm_archive_writer *out, const spm_archive_tensor *t, spm_error *err)
-{
-    int whole = t->dtype == SPM_I64 || t->dtype == SPM_I32 || t->dtype == SPM_I16 || t->dtype == SPM_I8
-                || t->dtype == SPM_U8 || t->dtype == SPM_BOOL;
-    size_t size = whole ? sizeof(int64_t) : sizeof(float);
-    void *values = malloc((size_t)(t->count > 0 ? t->count : 1) * size);
-    spm_status status = SPM_E_MEMORY;
-    if (values)
-        status = whole ? spm_archive_read_i64(in, t, (int64_t *)values, err)
-                       : spm_archive_read_f32(in, t, (float *)values, err);
-    else
-        snprintf(err->text, sizeof err->text, "%s: out of memory", t->name);
-    if (!status) spm_archive_put(out, values);
-    free(values);
-    return status == SPM_OK;
-}
-
 static int run_convert(cli *line)
 {
-    static const char keys[][24] = { "format", "writer", "arch",        "image_size", "classes",     "resize", "mean",
-                                     "std",    "head",   "label_order", "method",     "class_names", "epoch" };
     spm_error err = SPM_ZERO;
-    spm_archive *in;
-    spm_archive_writer *out;
+    spm_json *json;
     const char *to;
-    size_t n;
-    int64_t i;
-    int torch, ok = 1;
+    int64_t tensors = 0;
     if (line->operands != 2) return wrong("convert takes two files: IN OUT");
     to = line->operand[1];
-    n = strlen(to);
-    torch = n > 4 && strcmp(to + n - 4, ".pth") == 0;
-    if (!torch && !(n > 12 && strcmp(to + n - 12, ".safetensors") == 0))
+    if (!ends_with(to, ".safetensors") && !ends_with(to, ".pth"))
         return wrong("convert: OUT must end in .safetensors or .pth");
-    in = spm_archive_open(line->ctx, line->operand[0], &err);
-    if (!in) return failed(&err);
-    out = spm_archive_create(line->ctx, to, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS, &err);
-    if (!out) {
-        spm_archive_close(in);
-        return failed(&err);
-    }
-    for (i = 0; !torch && i < (int64_t)(sizeof keys / sizeof keys[0]); i++) {
-        if (spm_archive_metadata(in, keys[i]))
-            spm_archive_add_metadata(out, keys[i], spm_archive_metadata(in, keys[i]));
-    }
-    for (i = 0; i < spm_archive_count(in); i++) {
-        const spm_archive_tensor *t = spm_archive_tensor_at(in, i);
-        int whole = t->dtype != SPM_F32 && t->dtype != SPM_F64 && t->dtype != SPM_F16 && t->dtype != SPM_BF16;
-        spm_archive_add(out, plain_name(t->name), whole ? SPM_I64 : SPM_F32, t->rank, t->shape);
-    }
-    for (i = 0; ok && i < spm_archive_count(in); i++) ok = convert_tensor(in, out, spm_archive_tensor_at(in, i), &err);
-    if (ok)
-        ok = spm_archive_commit(out, &err) == SPM_OK;
-    else
-        spm_archive_abort(out);
-    if (ok && prints(line)) printf("%s: %lld tensors\n", to, (long long)spm_archive_count(in));
-    if (ok) {
-        spm_json *json = spm_json_create(line->ctx);
-        spm_json_object_begin(json, NULL);
-        spm_json_string(json, "command", "convert");
-        spm_json_string(json, "file", line->operand[0]);
-        spm_json_string(json, "output", to);
-        spm_json_int(json, "tensors", spm_archive_count(in));
-        spm_json_object_end(json);
-        ok = finish_json(line, json) == 0;
-    } else
-        (void)failed(&err);
-    spm_archive_close(in);
-    return !ok;
+    if (spm_checkpoint_convert(line->ctx, line->operand[0], to, &tensors, &err)) return failed(&err);
+    if (prints(line)) printf("%s: %lld tensors\n", to, (long long)tensors);
+    json = spm_json_create(line->ctx);
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "convert");
+    spm_json_string(json, "file", line->operand[0]);
+    spm_json_string(json, "output", to);
+    spm_json_int(json, "tensors", tensors);
+    spm_json_object_end(json);
+    return finish_json(line, json);
 }
 
 /* ---- bench ---- */

@@ -377,6 +377,115 @@ static void refusals(void)
     spm_context_destroy(ctx);
 }
 
+/* A training checkpoint of a network nobody knows -> its state dict, bare, types and order kept, in both formats. */
+static void converting(void)
+{
+    static const char ends[3][20] = { "bare.pth", "bare.safetensors", "again.pth" };
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_archive_writer *writer = spm_archive_create(ctx, file("wrapped.pth"), SPM_ARCHIVE_TORCH, &err);
+    const int64_t two = 2, steps = 7;
+    const uint16_t halves[2] = { 0x3C00, 0xC000 };
+    const double doubles[2] = { 0.1, 1e300 };
+    char from[400];
+    int i;
+    spm_archive_add(writer, "epoch_stats", SPM_F64, 1, &two);
+    spm_archive_add(writer, "model.module.z.half", SPM_F16, 1, &two);
+    spm_archive_add(writer, "model.module.a.double", SPM_F64, 1, &two);
+    spm_archive_add(writer, "model.module.num_batches_tracked", SPM_I64, 0, NULL);
+    spm_archive_put(writer, doubles);
+    spm_archive_put(writer, halves);
+    spm_archive_put(writer, doubles);
+    spm_archive_put(writer, &steps);
+    CHECK(spm_archive_commit(writer, &err) == SPM_OK);
+    snprintf(from, sizeof from, "%s", file("wrapped.pth"));
+    for (i = 0; i < 3; i++) {
+        spm_archive *archive;
+        int64_t n = 0, whole = 0;
+        uint16_t h[2] = { 0, 0 };
+        double d[2] = { 0, 0 };
+        CHECK(spm_checkpoint_convert(ctx, from, file(ends[i]), &n, &err) == SPM_OK);
+        CHECK_STR(err.text, "");
+        CHECK_INT(n, 3);
+        archive = spm_archive_open(ctx, file(ends[i]), &err);
+        CHECK(archive && spm_archive_count(archive) == 3);
+        if (archive) {
+            CHECK_STR(spm_archive_tensor_at(archive, 0)->name, "z.half");
+            CHECK(spm_archive_tensor_at(archive, 0)->dtype == SPM_F16);
+            CHECK(spm_archive_read(archive, spm_archive_tensor_at(archive, 0), h, &err) == SPM_OK);
+            CHECK(spm_archive_read(archive, spm_archive_find(archive, "a.double"), d, &err) == SPM_OK);
+            CHECK(spm_archive_read(archive, spm_archive_find(archive, "num_batches_tracked"), &whole, &err) == SPM_OK);
+        }
+        CHECK(h[0] == halves[0] && h[1] == halves[1] && d[0] >= 0.1 && d[0] <= 0.1 && d[1] >= 1e300 && whole == 7);
+        spm_archive_close(archive);
+        snprintf(from, sizeof from, "%s", file(ends[i]));
+    }
+    CHECK(spm_checkpoint_convert(ctx, file("absent.pth"), file("x.pth"), NULL, &err) == SPM_E_IO);
+    CHECK(strstr(err.text, "absent.pth") != NULL);
+    spm_context_destroy(ctx);
+}
+
+/* What loading costs: less than a fifth of the file beside the model, whatever the format, and no value changes when a
+ * checksum is wrong. */
+static size_t most_bytes, live_bytes;
+static void *counting_alloc(void *user, size_t bytes)
+{
+    size_t *memory = (size_t *)malloc(bytes + 64);
+    (void)user;
+    if (!memory) return NULL;
+    *memory = bytes;
+    live_bytes += bytes;
+    if (live_bytes > most_bytes) most_bytes = live_bytes;
+    return memory + 8;
+}
+static void counting_free(void *user, void *memory)
+{
+    (void)user;
+    if (!memory) return;
+    live_bytes -= ((size_t *)memory)[-8];
+    free((size_t *)memory - 8);
+}
+
+static void loading_memory(void)
+{
+    static const char names[2][24] = { "memory.pth", "memory.safetensors" };
+    spm_context_desc how = SPM_ZERO;
+    spm_context *ctx;
+    spm_model *model;
+    spm_error err = SPM_ZERO;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    int i;
+    how.alloc = counting_alloc;
+    how.free = counting_free;
+    how.threads = 2;
+    ctx = spm_context_create(&how);
+    model = build(ctx, "resnet18:width=32", 64, 10, 1, NULL);
+    for (i = 0; model && i < 2; i++) {
+        const float first = spm_model_parameter(model, 0)->value.data[0];
+        size_t before;
+        CHECK(spm_checkpoint_save(model, file(names[i]), NULL, &err) == SPM_OK);
+        spm_model_initialize(model, 9);
+        before = most_bytes = live_bytes;
+        CHECK(spm_checkpoint_load(model, file(names[i]), 0, &err) == SPM_OK);
+        CHECK(spm_model_parameter(model, 0)->value.data[0] == first);
+        CHECK_MSG(most_bytes - before < 11200000 / 5, names[i]);
+    }
+    if (model && spm_file_read(ctx, file(names[0]), &data, &size, &err) == SPM_OK) {
+        const float kept = spm_model_parameter(model, 5)->value.data[0];
+        data[size / 2] ^= 1; /* in the midst of some weight */
+        CHECK(spm_file_write(ctx, file(names[0]), data, size, &err) == SPM_OK);
+        spm_free(ctx, data);
+        spm_model_parameter(model, 0)->value.data[0] = 42;
+        CHECK(spm_checkpoint_load(model, file(names[0]), 0, &err) == SPM_E_FORMAT);
+        CHECK_MSG(strstr(err.text, "CRC") != NULL, err.text);
+        CHECK(spm_model_parameter(model, 0)->value.data[0] == 42 && spm_model_parameter(model, 5)->value.data[0] == kept);
+    }
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+    CHECK_INT(live_bytes, 0);
+}
+
 /* ---- position embeddings for another picture size: tests/golden/ckpt_pos_embed.py ---- */
 
 typedef struct golden_grid {
@@ -556,6 +665,8 @@ int main(void)
     TEST(layout);
     TEST(foreign_names);
     TEST(refusals);
+    TEST(converting);
+    TEST(loading_memory);
     TEST(position_embeddings);
     TEST(memory_failures);
     TEST(resnet20);
