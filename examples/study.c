@@ -226,7 +226,7 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     folder(s, start, sizeof start, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
     desc.checkpoint = start;
-    desc.epochs = s->quick ? 8 : 20;
+    desc.epochs = 20;
     desc.optimizer.lr = net ? 1e-3f : 3e-3f;
     desc.schedule = SPM_SCHEDULE_COSINE;
     desc.augment = sets[set].augment;
@@ -235,8 +235,8 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
         desc.identify = first;
         desc.upweight = 20;
     }
-    if (m >= INTERVENE) { /* METHOD: both branches learn, groups weigh (n / (groups n_g))^.25 */
-        desc.weight_power = 0.25f;
+    if (m >= INTERVENE) { /* both branches learn; groups weigh (n / (groups n_g))^(1/3) */
+        desc.weight_power = 0.3333f;
         desc.lambda = 10.0f;
         desc.prune_fraction = 0.05;
         desc.cross_entropy_pruned = 1;
@@ -596,7 +596,7 @@ int main(int argc, char **argv)
     catch_interrupts();
     progress_quiet = !stderr_is_terminal();
     (void)spm_directory_create(s.ctx, s.out, &s.err);
-    for (seed = 1; ok && seed <= (s.quick ? 2 : 5); seed++) {
+    for (seed = 1; ok && seed <= (s.quick ? 1 : 5); seed++) {
         for (net = 0; ok && net < (s.quick ? 1 : N_NETS); net++) {
             for (set = 0; ok && set < (s.quick ? 2 : N_SETS); set++) {
                 spm_dataset *data = open_set(&s, set, seed);

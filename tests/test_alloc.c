@@ -547,6 +547,44 @@ static spm_status job_official(spm_context *ctx, spm_error *err)
     return train(ctx, &desc, err);
 }
 
+static spm_status job_dfr(spm_context *ctx, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, SPM_METHOD_DFR, TINY_VIT, in_scratch("run"), err);
+    wipe(desc.out, 0);
+    desc.subsets = 1;
+    desc.l1 = 1.0;
+    return train(ctx, &desc, err);
+}
+
+static spm_status job_jtt(spm_context *ctx, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, SPM_METHOD_JTT, TINY_VIT, in_scratch("run"), err);
+    wipe(desc.out, 0);
+    desc.identify = in_scratch("vit.safetensors");
+    desc.upweight = 2;
+    return train(ctx, &desc, err);
+}
+
+static spm_status job_lff(spm_context *ctx, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, SPM_METHOD_LFF, TINY_VIT, in_scratch("run"), err);
+    wipe(desc.out, 0);
+    return train(ctx, &desc, err);
+}
+
+/* Frozen units, an anchor, no group labels. */
+static spm_status job_frozen(spm_context *ctx, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
+    wipe(desc.out, 0);
+    desc.checkpoint = in_scratch("vit.safetensors");
+    desc.history = in_scratch("whole");
+    desc.group_labels = 0;
+    desc.mask_mode = SPM_MASK_MODE_FREEZE;
+    desc.anchor = 1.0f;
+    return train(ctx, &desc, err);
+}
+
 static void copy_folder(const char *from, const char *to)
 {
     DIR *dir = opendir(from);
@@ -812,6 +850,10 @@ JOB(localize_rewind, NULL, 10, 200, 100)
 JOB(localize_weights, NULL, 10, 200, 100)
 JOB(erm, "run", 6, 60, 60)
 JOB(intervene, "run", 8, 100, 100)
+JOB(dfr, "run", 8, 60, 60)
+JOB(jtt, "run", 8, 60, 60)
+JOB(lff, "run", 8, 60, 60)
+JOB(frozen, "run", 8, 60, 60)
 JOB(official, "run", 6, 40, 40)
 JOB(resume, "run", 8, 100, 100)
 JOB(report, "w", 0, 200, 100)
@@ -847,6 +889,10 @@ int main(void)
     TEST(localize_weights_fails);
     TEST(erm_fails);
     TEST(intervene_fails);
+    TEST(dfr_fails);
+    TEST(jtt_fails);
+    TEST(lff_fails);
+    TEST(frozen_fails);
     TEST(official_fails);
     TEST(resume_fails);
     TEST(report_fails);

@@ -849,12 +849,13 @@ static void anchor(void)
     bench_close(&b);
 }
 
-/* Every method, cut off after each of some steps and resumed. */
+/* Every method, on 2 threads, cut off after each of some steps and resumed on 1 and on 3. */
 static void resumed(void)
 {
     static const int stops[4] = { 1, 3, 4, 6 };
     tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open("set", &counts), other = b;
+    spm_context_desc threads = SPM_ZERO;
     int m, i;
     for (m = SPM_METHOD_REWEIGHT; m <= SPM_METHOD_FAIRDROPOUT; m++) {
         spm_train_desc desc = small_run(b.ctx, (spm_method)m);
@@ -863,9 +864,13 @@ static void resumed(void)
         check_trained(&b, &desc, fresh("unbroken"));
         (void)fresh("broken");
         for (i = 0; i <= 4; i++) {
+            threads.threads = i & 1 ? 3 : 1;
+            other.ctx = spm_context_create(&threads);
+            other.set = tiny_data(other.ctx, "set", &counts);
             desc.max_steps = i < 4 ? stops[i] : 0;
             desc.resume = i > 0;
-            check_trained(&b, &desc, "broken");
+            check_trained(&other, &desc, "broken");
+            bench_close(&other);
         }
         if (!same_file("unbroken", "broken", "last.safetensors") || !same_file("unbroken", "broken", "history.csv")) {
             printf("    %s: differs when resumed\n", spm_method_name((spm_method)m));
