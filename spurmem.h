@@ -29440,7 +29440,7 @@ static double spmi_logistic_value(const spmi_logistic *p, const double *w, doubl
 }
 
 /* FISTA (Beck and Teboulle 2009) with backtracking, restarted where the objective rises; w: the start, then the minimum.
- * Stops when a step moves no coefficient by more than 1e-7 of the largest, or after `most` steps. */
+ * Stops when a step moves no coefficient by more than 1e-6 of the largest, or after `most` steps. */
 static void spmi_logistic_solve(const spmi_logistic *p, double *w, int most)
 {
     int64_t cells = p->classes * p->dim, i;
@@ -29479,7 +29479,7 @@ static void spmi_logistic_solve(const spmi_logistic *p, double *w, int most)
             y[i] = next[i] + share * (next[i] - w[i]);
             w[i] = next[i];
         }
-        if (moved <= 1e-7 * largest) break;
+        if (moved <= 1e-6 * largest) break;
         rate *= 1.1;
     }
 }
@@ -29606,8 +29606,8 @@ static spm_status spmi_retrain_create(spmi_trainer *t, spmi_retrain *r)
     return spmi_head_copy(t, r->erm, dim, 0);
 }
 
-/* One DFR fit: a balanced subset of the rows i with i % 2 == half (2: all), standardised by itself; adds `share` of the
- * head, in the features' own units, to r->head. */
+/* One DFR fit: a balanced subset of the rows i with i % 2 == half (2: all), standardised by itself, from where the last
+ * fit ended; adds `share` of the head, in the features' own units, to r->head. */
 static void spmi_dfr_fit(spmi_trainer *t, spmi_retrain *r, uint64_t draw, int half, double l1, double share)
 {
     const spmi_features *f = &r->val;
@@ -29652,7 +29652,6 @@ static void spmi_dfr_fit(spmi_trainer *t, spmi_retrain *r, uint64_t draw, int ha
     p.scratch = r->scratch;
     p.l1 = l1 / (double)n;
     p.l2 = t->desc->l2 / (double)n;
-    memset(r->fit, 0, (size_t)(t->classes * dim) * sizeof(double));
     spmi_logistic_solve(&p, r->fit, 2000);
     for (c = 0; c < t->classes; c++) {
         for (j = 0; j < dim - 1; j++) {
@@ -29672,6 +29671,7 @@ static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
     size_t bytes = (size_t)(t->classes * r->val.dim) * sizeof(double);
     double l1 = t->desc->l1, best = -1.0;
     int64_t k, subsets = SPMI_MAX(t->desc->subsets, 1);
+    memset(r->fit, 0, bytes);
     for (k = 0; k < 7 && t->desc->l1 < 0.0; k++) {
         double worst;
         memset(r->head, 0, bytes);
