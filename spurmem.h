@@ -933,7 +933,7 @@ SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, i
  * ends in one sentence that names the file and the place.  Nothing is mapped: a file that shrinks is an error, no
  * signal. Numbers in files are assembled byte by byte, so big-endian machines read them too.
  * All of this section: tests/test_pack.c, tests/fuzz/fuzz_json.c, fuzz_csv.c, fuzz_safetensors.c, fuzz_torch_zip.c,
- * fuzz_torch_legacy.c, fuzz_pickle.c, fuzz_tar.c. */
+ * fuzz_torch_legacy.c, fuzz_pickle.c, fuzz_tar.c, fuzz_idx.c. */
 
 /* ---- JSON writing (RFC 8259) ----
  * A text that grows.  Calls never fail by themselves: a misplaced key, unbalanced brackets, more than 64 levels or a
@@ -1143,7 +1143,7 @@ typedef struct spm_dataset spm_dataset;
 
 /* Opens a data set: reads its table or lists its folders, no picture.  The caller's texts need not stay.
  *   n_classes and n_confounders are 1 + the largest value in the whole table, whatever the limit (folders: the number
- *   of names, sorted bytewise; CelebA: 2 and 2^k).  A metadata column "group" may also hold y * K + a: then it does so
+ *   of names, sorted bytewise, also of a column of names in a table; CelebA: 2 and 2^k).  A metadata column "group" may also hold y * K + a: then it does so
  *   in every row, and is read so.  Rows without a split (no such column, no partition file, no folder level) get one
  *   drawn with seed 0: of each group 70 % train, 10 % val, 20 % test; said once through the log.
  *   Names: those of the Waterbirds where place_filename tells of land and water, CelebA's attributes, folder names, or
@@ -1259,7 +1259,8 @@ SPMDEF void spm_loader_destroy(spm_loader *loader); /* at any time, also amid an
  * spm_loader_error): an empty split, no full batch with drop_last, an unknown id. */
 SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n);
 /* 1 and a batch; 0 at the end; -1 after an error: batches before the bad one are delivered, then the first bad example
- * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad). */
+ * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad); an epoch of
+ * which none is left is an error. */
 SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch);
 SPMDEF spm_error *spm_loader_error(spm_loader *loader);
 SPMDEF double spm_loader_waited(const spm_loader *loader); /* seconds that next() has waited since start */
@@ -20563,6 +20564,51 @@ static spm_status spmi_data_label(const spm_dataset *dataset, const spm_csv *csv
     return SPM_OK;
 }
 
+/* A column of names (its first row holds no number): they are numbered in bytewise order.  *values [rows] and *labels
+ * are the caller's to free; both NULL where the column holds numbers. */
+static spm_status spmi_data_names(const spm_dataset *dataset, const spm_csv *csv, int column, int32_t **values,
+                                  char **labels, int *count, spm_error *err)
+{
+    spm_context *ctx = dataset->ctx;
+    spmi_names_list names = spmi_names_list_create(ctx);
+    int64_t rows = spm_csv_rows(csv), row, number;
+    spm_status status = SPM_OK;
+    *values = NULL;
+    *labels = NULL;
+    if (!rows || !spm_csv_field(csv, 0, column)[0] || spmi_data_integer(spm_csv_field(csv, 0, column), &number)) {
+        return SPM_OK;
+    }
+    for (row = 0; !status && row < rows; row++) {
+        const char *text = spm_csv_field(csv, row, column);
+        if (!text[0] || spmi_data_integer(text, &number)) {
+            status = spmi_data_fail(dataset, err, spm_csv_line(csv, row), "%s is \"%.60s\", but line %ld has a name there: "
+                                    "write names or numbers in all lines", spm_csv_header(csv, column), text,
+                                    (long)spm_csv_line(csv, 0));
+        }
+        spmi_names_list_add(&names, text, strlen(text));
+    }
+    spmi_names_list_sort(&names); /* drops repetitions */
+    if (!status && names.count > SPMI_DATA_MAX_LABEL) {
+        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: %s: %s has %ld different names; at most %d are possible",
+                           dataset->path, dataset->table, spm_csv_header(csv, column), (long)names.count,
+                           SPMI_DATA_MAX_LABEL);
+    }
+    if (!status) {
+        *count = (int)names.count;
+        *values = (int32_t *)spmi_alloc_array(ctx, rows, sizeof **values);
+        *labels = (char *)spmi_alloc_array(ctx, names.count, SPMI_DATA_LABEL);
+        if (names.text.failed || !*values || !*labels) status = spmi_fail_memory(ctx, err, spm_csv_header(csv, column));
+    }
+    for (row = 0; !status && row < rows; row++) {
+        (*values)[row] = (int32_t)spmi_names_list_find(&names, spm_csv_field(csv, row, column));
+    }
+    for (row = 0; !status && row < names.count; row++) {
+        spmi_data_set_label(*labels, row, spmi_names_list_at(&names, row));
+    }
+    spmi_names_list_free(&names);
+    return status; /* on failure the caller frees what there is */
+}
+
 /* A column named "group" may hold y * K + a instead of a. Then, and only then, every value lies in the K values of
  * its y: K is found and the column is turned into a. */
 static void spmi_data_ungroup(spm_context *ctx, spmi_data_rows *rows)
@@ -20607,6 +20653,7 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
 {
     int strict = dataset->desc.format == SPM_DATA_WATERBIRDS;
     int file, y, a, split;
+    int32_t *y_names = NULL, *a_names = NULL;
     int64_t row;
     spm_status status = SPM_OK;
     file = spmi_data_need_column(dataset, csv, "pictures' files",
@@ -20620,33 +20667,40 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
     if (split < 0 && strict) return SPM_E_DATA;
     (void)spmi_format(rows->y_label, sizeof rows->y_label, "%s", spm_csv_header(csv, y));
     (void)spmi_format(rows->a_label, sizeof rows->a_label, "%s", spm_csv_header(csv, a));
-    for (row = 0; row < spm_csv_rows(csv); row++) {
-        int64_t y_value = 0, a_value = 0;
+    status = spmi_data_names(dataset, csv, y, &y_names, &dataset->class_names, &rows->classes, err);
+    if (!status) {
+        status = spmi_data_names(dataset, csv, a, &a_names, &dataset->confounder_names, &rows->confounders, err);
+    }
+    for (row = 0; !status && row < spm_csv_rows(csv); row++) {
+        int64_t y_value = y_names ? y_names[row] : 0, a_value = a_names ? a_names[row] : 0;
         spm_split part = SPM_TRAIN;
         int64_t line = spm_csv_line(csv, row);
         const char *name = spm_csv_field(csv, row, file);
         while (name[0] == '.' && name[1] == '/') name += 2;
         if (!name[0]) {
-            return spmi_data_fail(dataset, err, line, "%s is empty; name the picture's file",
-                                  spm_csv_header(csv, file));
+            status = spmi_data_fail(dataset, err, line, "%s is empty; name the picture's file",
+                                    spm_csv_header(csv, file));
         }
-        status = spmi_data_label(dataset, csv, row, y, &y_value, err);
-        if (!status) status = spmi_data_label(dataset, csv, row, a, &a_value, err);
-        if (status) return status;
-        if (split >= 0) {
+        if (!status && !y_names) status = spmi_data_label(dataset, csv, row, y, &y_value, err);
+        if (!status && !a_names) status = spmi_data_label(dataset, csv, row, a, &a_value, err);
+        if (!status && split >= 0) {
             const char *text = spm_csv_field(csv, row, split);
             int64_t number;
             int known = spmi_data_integer(text, &number);
             if (known) part = (spm_split)number;
             if (known ? number < 0 || number > 2 : !spm_split_parse(text, &part)) {
-                return spmi_data_fail(dataset, err, line, "split is \"%.40s\"; it is one of 0, 1, 2, train, val, test",
-                                      text);
+                status = spmi_data_fail(dataset, err, line,
+                                        "split is \"%.40s\"; it is one of 0, 1, 2, train, val, test", text);
             }
         }
-        spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
+        if (!status) spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
     }
-    if (spmi_string_equal(rows->a_label, "group")) spmi_data_ungroup(dataset->ctx, rows);
-    return SPM_OK;
+    spmi_free(dataset->ctx, y_names);
+    spmi_free(dataset->ctx, a_names);
+    if (!status && !rows->confounders && spmi_string_equal(rows->a_label, "group")) {
+        spmi_data_ungroup(dataset->ctx, rows);
+    }
+    return status;
 }
 
 static spm_csv *spmi_data_open_csv(const spm_dataset *dataset, spm_error *err)
@@ -22544,7 +22598,7 @@ struct spm_loader {
     int64_t *order;
     int64_t order_room;
     int64_t n, next;      /* examples of this epoch; the next one to be taken */
-    int64_t batches, delivered, released;
+    int64_t batches, delivered, released, given; /* given: examples handed out in this epoch */
     int64_t epoch;
     int started, holding; /* `holding`: the caller has the batch before `delivered` */
     double waited;
@@ -22823,7 +22877,7 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     loader->epoch = epoch;
     loader->batches = batches;
     loader->n = loader->desc.drop_last ? batches * batch : n;
-    loader->next = loader->delivered = loader->released = 0;
+    loader->next = loader->delivered = loader->released = loader->given = 0;
     loader->started = 1;
     for (b = 0; b < loader->slots; b++) spmi_loader_prepare(loader, b);
 #ifdef SPURMEM_THREADS
@@ -22896,7 +22950,15 @@ SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch)
     for (;;) {
         spmi_loader_slot *slot = &loader->slot[loader->delivered % loader->slots];
         spmi_loader_wait(loader);
-        if (loader->delivered == loader->batches) return 0;
+        if (loader->delivered == loader->batches) {
+            spm_error why = SPM_ZERO;
+            if (loader->given) return 0;
+            (void)spmi_data_known_bad(loader->dataset, loader->order[0], &why);
+            (void)spmi_fail(loader->ctx, &loader->error, SPM_E_DATA,
+                            "%s: none of the %ld pictures could be read; the first: %s", loader->dataset->path,
+                            (long)loader->n, why.text);
+            return -1;
+        }
         if (slot->failed >= 0) {
             loader->error = slot->error;
             spmi_loader_halt(loader);
@@ -22906,6 +22968,7 @@ SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch)
         loader->holding = 1;
         spmi_loader_compact(slot, loader->desc.transform.height * loader->desc.transform.width * 3);
         if (!slot->count) continue; /* every picture of it was bad */
+        loader->given += slot->count;
         batch->pixels = slot->pixels;
         batch->id = slot->id;
         batch->y = slot->y;

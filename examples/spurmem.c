@@ -72,6 +72,7 @@ typedef enum option_id {
     O_CONFOUNDER,
     O_LIMIT,
     O_BAD_IMAGE,
+    O_CACHE,
     O_EXIF,
     O_IMAGE_SIZE,
     O_NORMALIZE,
@@ -209,6 +210,8 @@ static const option options[] = {
     { O_LIMIT, WITH_DATA & ~PACK, 'i', "limit", "N", "0", "use the first N examples of each split; 0: all" },
     { O_BAD_IMAGE, WITH_DATA, 'c', "on-bad-image", "fail|skip", "fail",
       "skip leaves unreadable pictures out, counts and lists them" },
+    { O_CACHE, WITH_DATA & ~(PACK | INSPECT), 'i', "cache", "MIB", "1024",
+      "memory for decoded pictures, in MiB; 0: decode them every time" },
     { O_EXIF, WITH_DATA | PREDICT | DECODE, 'c', "exif", "on|off", "off",
       "turn pictures as their EXIF orientation says" },
     { O_IMAGE_SIZE, WITH_MODEL | DECODE | BENCH | PACK, 's', "image-size", "N|HxW", NULL,
@@ -889,7 +892,11 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
 static spm_dataset *open_data(cli *line, int once, spm_error *err)
 {
     spm_dataset_desc desc = SPM_ZERO;
-    desc.cache_bytes = once ? 1 : 0;
+    desc.cache_bytes = 1;
+    if (!once && integer(line, O_CACHE)) {
+        int64_t most = (int64_t)((size_t)-1 >> 21), wanted = integer(line, O_CACHE);
+        desc.cache_bytes = (size_t)(wanted < most ? wanted : most) << 20;
+    }
     desc.path = line->value[O_DATA];
     desc.target = line->value[O_TARGET];
     desc.confounder = line->value[O_CONFOUNDER];

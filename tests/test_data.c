@@ -233,6 +233,19 @@ static void metadata(void)
     set = open_set(ctx, "group", SPM_DATA_AUTO, &err);
     CHECK(set && spm_dataset_confounders(set) == 2 && spm_dataset_example(set, 3)->confounder == 1);
     spm_dataset_close(set);
+    /* names instead of numbers */
+    put(ctx, place(ctx, "named/metadata.csv"), "filename,label,place,split\nx.png,dog,snow,0\ny.png,cat,snow,1\nz.png,dog,\"a, b\",2\n");
+    set = open_set(ctx, "named", SPM_DATA_AUTO, &err);
+    CHECK_STR(err.text, "");
+    CHECK(set && spm_dataset_classes(set) == 2 && spm_dataset_confounders(set) == 2);
+    CHECK_STR(set ? spm_dataset_group_name(set, 3) : NULL, "dog, snow");
+    CHECK_STR(set ? spm_dataset_confounder_name(set, 0) : NULL, "a, b");
+    CHECK(set && spm_dataset_example(set, 0)->group == 3 && spm_dataset_example(set, 1)->group == 1 && spm_dataset_example(set, 2)->group == 2);
+    spm_dataset_close(set);
+    put(ctx, place(ctx, "named/metadata.csv"), "filename,label,place,split\nx.png,dog,1,0\ny.png,3,1,1\n");
+    check_refused(ctx, "named", SPM_DATA_AUTO, "metadata.csv line 3: label is \"3\"", "line 2 has a name");
+    put(ctx, place(ctx, "named/metadata.csv"), "filename,label,place,split\nx.png,dog,1,0\ny.png,,1,1\n");
+    check_refused(ctx, "named", SPM_DATA_AUTO, "metadata.csv line 3: label is \"\"", "line 2 has a name");
     /* no splits: drawn, the same every time, by group, said once */
     n = snprintf(csv, sizeof csv, "img_filename,y,confounder\n");
     for (i = 0; i < 200; i++) n += snprintf(csv + n, sizeof csv - (size_t)n, "%d.png,%d,%d\n", i, i % 2, i % 20 == 0);
@@ -1052,6 +1065,12 @@ static void bad_pictures(void)
     CHECK_INT(set ? spm_dataset_bad_count(set) : -1, 3);
     CHECK(set && strstr(spm_dataset_bad(set, 1, &id), "06, a.png") != NULL && id == 6);
     CHECK(set && spm_dataset_bad(set, 3, &id) == NULL);
+    if (loader) { /* nothing but bad ones: not an epoch */
+        int64_t none[2] = { 4, 6 };
+        CHECK(spm_loader_start(loader, 0, none, 2) == SPM_OK && spm_loader_next(loader, &batch) == -1);
+        CHECK(strstr(spm_loader_error(loader)->text, "none of the 2 pictures could be read") != NULL
+              && strstr(spm_loader_error(loader)->text, "04, a.png") != NULL);
+    }
     spm_loader_destroy(loader);
     spm_dataset_close(set);
     spm_context_destroy(ctx);
