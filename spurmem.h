@@ -1669,6 +1669,7 @@ typedef struct spm_train_desc {
     double clip;
     uint64_t seed;
     const char *log_steps;         /* a JSON line per step, or NULL */
+    const char *command;           /* the command line, kept in config.json for the protocol; or NULL */
     int64_t epoch_examples;        /* an epoch ends after so many examples; 0: when its list does (equal budgets) */
     double hold_out;               /* share of the training split, drawn by the seed, that is not trained on */
     const char *history;           /* group_labels = 0: the run folder whose history tells the memorized examples; NULL:
@@ -27880,6 +27881,16 @@ static spm_status spmi_cut_back(spm_context *ctx, const char *path, int64_t byte
 
 /* ---- config.json ---- */
 
+#if defined(__clang__)
+  #define SPMI_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+  #define SPMI_COMPILER "gcc " __VERSION__
+#elif defined(__TINYC__)
+  #define SPMI_COMPILER "tcc"
+#else
+  #define SPMI_COMPILER "C compiler"
+#endif
+
 static const char *spmi_optimizer_name(spm_optimizer_kind kind)
 {
     return kind == SPM_ADAM ? "adam" : kind == SPM_ADAMW ? "adamw" : "sgd";
@@ -27908,6 +27919,8 @@ static spm_status spmi_train_config(spmi_trainer *t)
     (void)spmi_format(hash, sizeof hash, "%016llx", (unsigned long long)spm_dataset_hash(t->dataset));
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "program", "spurmem 0.1");
+    spm_json_string(json, "command", d->command);
+    spm_json_string(json, "compiler", SPMI_COMPILER);
     spm_json_string(json, "method", spm_method_name(d->method));
     spm_json_string(json, "arch", d->arch.name);
     spm_json_int(json, "height", d->arch.height);
@@ -28011,6 +28024,7 @@ static spm_status spmi_train_config(spmi_trainer *t)
 static int spmi_config_free_field(const spm_train_desc *desc, const char *key)
 {
     return spmi_string_equal(key, "data") || spmi_string_equal(key, "initial_checkpoint")
+           || spmi_string_equal(key, "command") || spmi_string_equal(key, "compiler")
            || (spmi_string_equal(key, "epochs") && desc->schedule != SPM_SCHEDULE_COSINE);
 }
 
@@ -30241,7 +30255,7 @@ typedef struct spmi_report {
     spm_json_value *study; /* results.json, or NULL */
     int n_runs, n_groups;
     int *order;            /* [n_groups] groups, the worst of the first run first */
-    int *minority;         /* [n_groups] 1: not the largest training group of its class */
+    int *minority;         /* [n_groups] 1: less than half as large in training as its class's largest group */
     const char *split;     /* what counts as new pictures: test, or val where no run has test */
     spm_error *err;
 } spmi_report;
@@ -30529,11 +30543,12 @@ static spm_status spmi_report_groups(spmi_report *report)
     for (g = 0; g < report->n_groups; g++) {
         const spm_json_value *a = spm_json_at(train, g);
         double mine = spmi_report_cell_of(run, report->split, g).accuracy;
-        report->minority[g] = 0;
+        report->minority[g] = 0; /* as spm_group_is_minority has it */
         for (h = 0; h < report->n_groups; h++) {
             const spm_json_value *b = spm_json_at(train, h);
-            if (spmi_field_int(a, "y", -1) == spmi_field_int(b, "y", -2)
-                && spmi_field_int(b, "count", 0) > spmi_field_int(a, "count", 0))
+            double count = spmi_field_number(a, "count");
+            if (spmi_field_int(a, "y", -1) == spmi_field_int(b, "y", -2) && count > 0.0
+                && 2.0 * count < spmi_field_number(b, "count"))
                 report->minority[g] = 1;
         }
         if (!(mine == mine)) mine = 2.0;
@@ -30786,7 +30801,7 @@ static void spmi_report_summary(spmi_report *report)
 {
     spmi_text *out = &report->out;
     int r, i;
-    spmi_text_add(out, "<div class=scroll><table><caption>Percent, Wilson 95 % interval, counts. Each run is shown at "
+    spmi_text_add(out, "<div class=\"scroll keep\"><table><caption>Percent, Wilson 95 % interval, counts. Each run is shown at "
                        "the epoch that its own rule selected.</caption>\n<thead><tr><th rowspan=2 "
                        "scope=col>group</th>");
     for (r = 0; r < report->n_runs; r++) {
@@ -31155,7 +31170,7 @@ static const spm_json_value *spmi_report_ranking(const spm_json_value *study, co
     return NULL;
 }
 
-#define SPMI_STRIP_X(change) (100.0 * (SPMI_MAX(SPMI_MIN((change), 0.2), -1.0) + 1.0) / 1.2)
+#define SPMI_STRIP_X(change) (100.0 * (SPMI_MAX(SPMI_MIN((change), 0.5), -1.0) + 1.0) / 1.5)
 
 /* One strip: what the matched controls did to a group (hollow, behind) and what the chosen units did (solid). */
 static void spmi_report_strip(spmi_report *report, const spm_json_value *study, const spm_json_value *row,
@@ -31216,6 +31231,22 @@ static void spmi_report_strips(spmi_report *report, const spm_json_value *study,
     spmi_text_add(out, "</div>\n");
 }
 
+/* Single pictures that changed sides, with McNemar's exact p. */
+static void spmi_report_paired(spmi_text *out, const spm_json_value *row, const char *split, int64_t g)
+{
+    const spm_json_value *paired = spm_json_get(row, "paired");
+    int64_t i;
+    for (i = 0; i < spm_json_length(paired); i++) {
+        const spm_json_value *p = spm_json_at(paired, i);
+        if (!spmi_string_equal(spmi_field(p, "split"), split) || spmi_field_int(p, "group", -1) != g) continue;
+        spmi_text_addf(out, "<br><small>lost %ld, gained %ld, McNemar ", (long)spmi_field_int(p, "lost", 0),
+                       (long)spmi_field_int(p, "gained", 0));
+        spmi_html_p(out, spmi_field_number(p, "p_value"));
+        spmi_text_add(out, "</small>");
+        return;
+    }
+}
+
 /* One line of a study: the accuracies of a split's groups after a change, their drops, and what the controls did. */
 static void spmi_report_study_row(spmi_report *report, const spm_json_value *study, const spm_json_value *row,
                                   const char *split)
@@ -31242,6 +31273,7 @@ static void spmi_report_study_row(spmi_report *report, const spm_json_value *stu
         spmi_text_add(out, " <small>(");
         spmi_html_points(out, spmi_report_change(study, row, split, g));
         spmi_text_add(out, ")</small>");
+        if (g == ranked) spmi_report_paired(out, row, split, g);
         if (control) {
             spmi_text_addf(out, "<br><small>%ld controls ", (long)spmi_field_int(control, "n", 0));
             spmi_html_points(out, -spmi_field_number(control, "mean_drop"));
@@ -31269,8 +31301,8 @@ static void spmi_report_study(spmi_report *report, const spm_json_value *study)
     }
     if (any)
         spmi_text_add(out, "<div class=\"bar axis\" aria-hidden=true><span class=who></span><svg height=16><text x=0 y=12>"
-                           "&minus;100</text><text x=\"41.67%\" y=12 text-anchor=middle>&minus;50</text><text "
-                           "x=\"83.33%\" y=12 text-anchor=middle>0</text><text x=\"100%\" y=12 text-anchor=end>+20"
+                           "&minus;100</text><text x=\"33.33%\" y=12 text-anchor=middle>&minus;50</text><text "
+                           "x=\"66.67%\" y=12 text-anchor=middle>0</text><text x=\"100%\" y=12 text-anchor=end>+50"
                            "</text></svg><span class=val></span></div>\n");
     spmi_html_in(out, "<details open><summary>All changes, criterion ", spmi_field(study, "criterion"), "</summary>\n");
     spmi_html_in(out, "<div class=scroll><table><caption>Units were selected on split ", spmi_field(study, "selected_on"),
@@ -31291,6 +31323,214 @@ static void spmi_report_study(spmi_report *report, const spm_json_value *study)
     spmi_text_add(out, "</tbody></table></div></details>\n");
 }
 
+/* ---- the map of units: an exhaustive scan, layer by layer ---- */
+
+/* The layer of a parameter: "layer2" of layer2.0.conv1.weight, "blocks.3" of blocks.3.mlp.fc1.weight. Its length. */
+static size_t spmi_report_layer(const char *parameter)
+{
+    const char *dot = strchr(parameter, '.'), *second = dot ? strchr(dot + 1, '.') : NULL;
+    if (!dot) return strlen(parameter);
+    return (size_t)((strncmp(parameter, "blocks.", 7) == 0 && second ? second : dot) - parameter);
+}
+
+/* What removing a unit costs group g: drop[split][g] of the scan. */
+static double spmi_report_drop(const spm_json_value *unit, const char *split, int64_t g)
+{
+    return spm_json_as_number(spm_json_at(spm_json_get(spm_json_get(unit, "drop"), split), g), (double)NAN);
+}
+
+/* 1 where a study of the same folder ranks this unit among the three first for group g. */
+static int spmi_report_critical(const spm_json_value *studies, const spm_json_value *unit, int64_t g)
+{
+    int64_t i, k, u;
+    for (i = 0; i < spm_json_length(studies); i++) {
+        const spm_json_value *study = spm_json_at(studies, i), *rankings = spm_json_get(study, "rankings");
+        if (spm_json_get(study, "scan")) continue;
+        for (k = 0; k < spm_json_length(rankings); k++) {
+            const spm_json_value *ranking = spm_json_at(rankings, k), *units = spm_json_get(ranking, "units");
+            if (spmi_field_int(ranking, "group", -1) != g) continue;
+            for (u = 0; u < SPMI_MIN(spm_json_length(units), 3); u++) {
+                const spm_json_value *other = spm_json_at(units, u);
+                if (spmi_field_int(other, "channel", -1) == spmi_field_int(unit, "channel", -2)
+                    && spmi_string_equal(spmi_field(other, "parameter"), spmi_field(unit, "parameter")))
+                    return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* The drawn range of a map: log10 of the norm, drop of accuracy. */
+typedef struct spmi_report_range {
+    double x0, x1, y0, y1;
+} spmi_report_range;
+
+static spmi_report_range spmi_report_map_range(const spmi_report *report, const spm_json_value *units)
+{
+    spmi_report_range range = { 1e9, -1e9, -0.02, 0.05 };
+    int64_t u, g;
+    for (u = 0; u < spm_json_length(units); u++) {
+        double norm = spmi_field_number(spm_json_at(units, u), "norm");
+        if (norm > 1e-12 && norm < 1e12) {
+            range.x0 = SPMI_MIN(range.x0, log10(norm));
+            range.x1 = SPMI_MAX(range.x1, log10(norm));
+        }
+        for (g = 0; g < report->n_groups; g++) {
+            double drop = spmi_report_drop(spm_json_at(units, u), "train", g);
+            if (!report->minority[g] || !(drop >= -1.0 && drop <= 1.0)) continue;
+            range.y0 = SPMI_MIN(range.y0, drop);
+            range.y1 = SPMI_MAX(range.y1, drop);
+        }
+    }
+    if (!(range.x0 < range.x1)) {
+        range.x0 = -1.0;
+        range.x1 = 1.0;
+    }
+    return range;
+}
+
+#define SPMI_MAP_X(r, norm) (30.0 + 200.0 * (log10(norm) - (r).x0) / ((r).x1 - (r).x0))
+#define SPMI_MAP_Y(r, drop) (132.0 - 116.0 * ((drop) - (r).y0) / ((r).y1 - (r).y0))
+
+static int spmi_report_in_layer(const spm_json_value *unit, const char *layer, size_t length)
+{
+    const char *parameter = spmi_field(unit, "parameter");
+    return spmi_report_layer(parameter) == length && strncmp(parameter, layer, length) == 0;
+}
+
+static void spmi_report_map_axes(spmi_text *out, spmi_report_range range, const char *layer, const char *group)
+{
+    int tick, step = range.y1 - range.y0 > 0.4 ? 20 : range.y1 - range.y0 > 0.15 ? 10 : 5;
+    spmi_html_in(out, "<figure><figcaption>", layer, "</figcaption><svg viewBox=\"0 0 240 154\" role=img><title>");
+    spmi_html_in(out, "", layer, ": accuracy lost on ");
+    spmi_html_in(out, "", group, " in training against the norm of the unit</title>");
+    for (tick = -100; tick <= 100; tick += step) {
+        double y = SPMI_MAP_Y(range, tick / 100.0);
+        if (tick / 100.0 < range.y0 || tick / 100.0 > range.y1) continue;
+        spmi_text_addf(out, "<line class=%s x1=30 x2=230 y1=%.1f y2=%.1f /><text x=25 y=%.1f text-anchor=end>%d</text>",
+                       tick ? "grid" : "zero", y, y, y + 4.0, tick);
+    }
+    spmi_text_addf(out, "<text x=30 y=149>%.2g</text><text x=230 y=149 text-anchor=end>norm %.2g</text>",
+                   pow(10.0, range.x0), pow(10.0, range.x1));
+}
+
+/* The units of one layer for one group: all of them as gray dots, behind; on top those that the studies of the same
+ * folder rank first, and the name of the most costly one. */
+static void spmi_report_map_panel(spmi_report *report, const spm_json_value *studies, const spm_json_value *units,
+                                  int64_t first, int64_t g, spmi_report_range range)
+{
+    spmi_text *out = &report->out;
+    char layer[64];
+    const char *name = spmi_field(spm_json_at(units, first), "parameter");
+    size_t length = spmi_report_layer(name);
+    int64_t u, top = -1;
+    int pass;
+    (void)spmi_format(layer, sizeof layer, "%.*s", (int)SPMI_MIN(length, 50), name);
+    spmi_report_map_axes(out, range, layer, spmi_report_group_name(report, g));
+    for (pass = 0; pass < 2; pass++) {
+        if (!pass) spmi_text_add(out, "<path class=units d=\"M30 132h0");
+        for (u = first; u < spm_json_length(units) && spmi_report_in_layer(spm_json_at(units, u), name, length); u++) {
+            const spm_json_value *unit = spm_json_at(units, u);
+            double norm = spmi_field_number(unit, "norm"), drop = spmi_report_drop(unit, "train", g);
+            if (!(norm > 1e-12 && norm < 1e12) || !(drop >= -1.0 && drop <= 1.0)) continue;
+            if (!pass) {
+                spmi_text_addf(out, "M%.1f %.1fh0", SPMI_MAP_X(range, norm), SPMI_MAP_Y(range, drop));
+                if (top < 0 || drop > spmi_report_drop(spm_json_at(units, top), "train", g)) top = u;
+                continue;
+            }
+            if (u != top && !spmi_report_critical(studies, unit, g)) continue;
+            spmi_text_add(out, "<g><title>");
+            spmi_report_unit(out, unit);
+            spmi_text_add(out, ": ");
+            spmi_html_points(out, -drop);
+            spmi_text_add(out, " points in training, ");
+            spmi_html_points(out, -spmi_report_drop(unit, report->split, g));
+            spmi_text_addf(out, " on new pictures</title><use href=\"#m3\" class=\"%s\" x=%.1f y=%.1f /></g>",
+                           spmi_report_critical(studies, unit, g) ? "mark f5" : "hollow s7", SPMI_MAP_X(range, norm),
+                           SPMI_MAP_Y(range, drop));
+        }
+        if (!pass) spmi_text_add(out, "\" />");
+    }
+    if (top >= 0) {
+        const spm_json_value *unit = spm_json_at(units, top);
+        double x = SPMI_MAP_X(range, spmi_field_number(unit, "norm"));
+        spmi_text_addf(out, "<text x=%.1f y=%.1f text-anchor=%s>", x > 130.0 ? x - 11.0 : x + 11.0,
+                       SPMI_MAP_Y(range, spmi_report_drop(unit, "train", g)) - 2.0, x > 130.0 ? "end" : "start");
+        spmi_report_unit(out, unit);
+        spmi_text_add(out, "</text>");
+    }
+    spmi_text_add(out, "</svg></figure>\n");
+}
+
+/* The ten units with the largest spurious-memory index, with its interval. */
+static void spmi_report_index(spmi_report *report, const spm_json_value *units)
+{
+    spmi_text *out = &report->out;
+    double below = (double)INFINITY;
+    int64_t row, u, last = -1;
+    for (row = 0; row < 10; row++) {
+        const spm_json_value *unit, *index, *ci;
+        int64_t best = -1;
+        for (u = 0; u < spm_json_length(units); u++) { /* the largest that has not been written, ties in order */
+            double value = spmi_field_number(spm_json_get(spm_json_at(units, u), "memory_index"), "index");
+            if (!(value < below || (value == below && u > last))) continue;
+            if (best < 0 || value > spmi_field_number(spm_json_get(spm_json_at(units, best), "memory_index"), "index"))
+                best = u;
+        }
+        if (best < 0) break;
+        if (row == 0)
+            spmi_text_add(out, "<div class=scroll><table><caption>Spurious-memory index: (accuracy that the minority "
+                               "groups lose in training, minus in test) minus what the majority loses in training, in "
+                               "points, when the unit is removed; positive: memory that does not carry over. 95 % "
+                               "interval.</caption>\n<thead><tr><th scope=col>unit</th><th scope=col>index</th><th "
+                               "scope=col>interval</th></tr></thead>\n<tbody>");
+        unit = spm_json_at(units, best);
+        index = spm_json_get(unit, "memory_index");
+        ci = spm_json_get(index, "ci95");
+        last = best;
+        below = spmi_field_number(index, "index");
+        spmi_text_add(out, "<tr><th scope=row><code>");
+        spmi_report_unit(out, unit);
+        spmi_text_add(out, "</code></th><td><b>");
+        spmi_html_points(out, below);
+        spmi_text_add(out, "</b></td><td>");
+        spmi_html_points(out, spm_json_as_number(spm_json_at(ci, 0), (double)NAN));
+        spmi_text_add(out, " to ");
+        spmi_html_points(out, spm_json_as_number(spm_json_at(ci, 1), (double)NAN));
+        spmi_text_add(out, "</td></tr>\n");
+    }
+    if (row) spmi_text_add(out, "</tbody></table></div>\n");
+}
+
+#define SPMI_REPORT_LAYERS 24
+
+static void spmi_report_map(spmi_report *report, const spm_json_value *studies, const spm_json_value *study)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *scan = spm_json_get(study, "scan"), *units = spm_json_get(scan, "units");
+    spmi_report_range range = spmi_report_map_range(report, units);
+    int64_t u, n = spm_json_length(units);
+    int g, panels, drawn = 0;
+    if (n == 0) return;
+    spmi_text_addf(out, "<h3>Map of all %ld units</h3>\n<p class=note>One dot a unit: how much accuracy the group loses in "
+                        "training (points, upwards) when this unit alone is removed, against the norm of its weights. "
+                        "Diamonds: the units that the criteria above rank among the first three; hollow and named: the "
+                        "most costly of the layer.</p>\n", (long)n);
+    for (g = 0; g < report->n_groups && drawn < 4; g++) {
+        if (!report->minority[g]) continue;
+        spmi_html_in(out, "<h4>", spmi_report_group_name(report, g), "</h4>\n<div class=\"panels small\">\n");
+        for (u = 0, panels = 0; u < n && panels < SPMI_REPORT_LAYERS; u++) {
+            const char *before = u ? spmi_field(spm_json_at(units, u - 1), "parameter") : "";
+            if (u && spmi_report_in_layer(spm_json_at(units, u), before, spmi_report_layer(before))) continue;
+            spmi_report_map_panel(report, studies, units, u, g, range);
+            panels++;
+        }
+        spmi_text_add(out, "</div>\n");
+        drawn++;
+    }
+    spmi_report_index(report, units);
+}
+
 /* A folder's localize.json: one study, or an object of studies by name. */
 static void spmi_report_localize(spmi_report *report)
 {
@@ -31307,10 +31547,14 @@ static void spmi_report_localize(spmi_report *report)
                                "shows as a diamond left of all circles in training and among them in test.</p>\n");
         any = 1;
         spmi_html_in(out, "<h3>", report->runs[r].label, "</h3>\n");
-        if (spm_json_get(root, "results"))
+        if (spm_json_get(root, "results")) {
             spmi_report_study(report, root);
-        else {
-            for (i = 0; i < spm_json_length(root); i++) spmi_report_study(report, spm_json_at(root, i));
+            spmi_report_map(report, NULL, root);
+        } else {
+            for (i = 0; i < spm_json_length(root); i++) {
+                if (!spm_json_get(spm_json_at(root, i), "scan")) spmi_report_study(report, spm_json_at(root, i));
+            }
+            for (i = 0; i < spm_json_length(root); i++) spmi_report_map(report, root, spm_json_at(root, i));
         }
     }
     if (any) spmi_text_add(out, "</section>\n");
@@ -31381,7 +31625,12 @@ static spm_status spmi_report_pictures(spmi_report *report)
     spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>Grad-CAM: the warmer a place, the more "
                        "it speaks for the class that the network names; gray places say nothing. Minority pictures in "
                        "the data set&rsquo;s order, none picked by hand: training pictures that the first run has right, "
-                       "test pictures that it has wrong.</p>\n<div class=cams>\n");
+                       "test pictures that it has wrong.");
+    i = spmi_field_int(spm_json_at(pictures, 0), "map_height", 0);
+    if (i > 0)
+        spmi_text_addf(out, " The map has %ld by %ld cells.", (long)i,
+                       (long)spmi_field_int(spm_json_at(pictures, 0), "map_width", 0));
+    spmi_text_add(out, "</p>\n<div class=cams>\n");
     for (i = 0; !status && i < n; i++) {
         const spm_json_value *first = spm_json_at(pictures, i);
         const char *source = spmi_field(first, "source");
@@ -31427,6 +31676,7 @@ typedef struct spmi_drawer {
     spm_run *run;
     spm_reading reading;
     float *pixels, *probabilities;
+    int64_t map_height, map_width;
     int classes, predicted; /* of the last picture */
     spm_image seen;         /* the last picture, as the network saw it */
     spm_error *err;
@@ -31510,6 +31760,8 @@ static spm_status spmi_drawer_write(spmi_drawer *d, const char *folder, const ch
     if (!status && overlaid) {
         status = spm_explain(d->model, &d->reading, d->pixels, -1, SPM_MAP_AUTO, &map, d->err);
         if (!status) status = spm_map_overlay(d->ctx, &map, &large, &overlay, d->err);
+        d->map_height = map.height;
+        d->map_width = map.width;
     }
     if (!status) status = spm_image_encode_jpeg(d->ctx, overlaid ? &overlay : &large, 90, 1, &bytes, &size, d->err);
     if (!status) status = spm_file_write(d->ctx, path, bytes, size, d->err);
@@ -31526,16 +31778,12 @@ static spm_status spmi_drawer_write(spmi_drawer *d, const char *folder, const ch
 static spm_status spmi_draw_choose(spmi_drawer *d, int each, int64_t *ids, int64_t *count)
 {
     spm_dataset *dataset = d->dataset;
-    int g, s, other, groups = spm_dataset_groups(dataset);
+    int g, s, groups = spm_dataset_groups(dataset);
     int64_t i;
     spm_status status = SPM_OK;
     *count = 0;
     for (g = 0; g < groups; g++) {
-        int minority = 0, spurious = spm_dataset_confounders(dataset);
-        for (other = g - g % spurious; other < g - g % spurious + spurious; other++)
-            minority |= spm_dataset_group_count(dataset, SPM_TRAIN, other)
-                        > spm_dataset_group_count(dataset, SPM_TRAIN, g);
-        for (s = 0; minority && s < 2; s++) {
+        for (s = 0; spm_group_is_minority(dataset, g) && s < 2; s++) {
             spm_split split = s ? SPM_TEST : SPM_TRAIN;
             const int64_t *in_split = spm_dataset_split_ids(dataset, split);
             int found = 0;
@@ -31586,6 +31834,8 @@ static spm_status spmi_draw_run(spmi_drawer *d, const char *run, const int64_t *
         spm_json_string(json, "class_name", spm_dataset_class_name(d->dataset, d->predicted));
         spm_json_number(json, "probability", (double)d->probabilities[d->predicted]);
         spm_json_bool(json, "correct", d->predicted == example->y);
+        spm_json_int(json, "map_height", d->map_height);
+        spm_json_int(json, "map_width", d->map_width);
         spm_json_object_end(json);
     }
     if (!status) {
@@ -31626,7 +31876,7 @@ static void spmi_report_value(spmi_text *out, const spm_json_value *value)
     switch (spm_json_type_of(value)) {
     case SPM_JSON_NULL: spmi_text_add(out, "&ndash;"); break;
     case SPM_JSON_BOOL: spmi_text_add(out, spm_json_as_int(value, 0) ? "on" : "off"); break;
-    case SPM_JSON_NUMBER: spmi_text_addf(out, "%.9g", spm_json_as_number(value, 0.0)); break;
+    case SPM_JSON_NUMBER: spmi_text_addf(out, "%.7g", spm_json_as_number(value, 0.0)); break;
     case SPM_JSON_STRING: spmi_html(out, spm_json_as_string(value, "")); break;
     case SPM_JSON_ARRAY:
     case SPM_JSON_OBJECT:
@@ -31701,68 +31951,90 @@ static void spmi_report_style(spmi_text *out)
     spmi_text_add(out, "<style>\n");
     spmi_text_add(
         out,
-        ":root{color-scheme:light dark;--ink:#15202b;--soft:#566270;--rule:#d8dee4;--paper:#fff;--wash:#f3f5f7;--mark:#fff1cc;\n"
-        "--gap:#d55e00;--c0:#e69f00;--c1:#0b5394;--c2:#66c2a5;--c3:#8a3b70;--c4:#56b4e9;--c5:#b34700;--c6:#b5a642;--c7:#3f4a55}\n"
-        "@media screen and (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#a3b0bd;--rule:#35414d;--paper:#12181f;\n"
-        "--wash:#1b232c;--mark:#4a3b10;--gap:#ff9a4d;--c0:#e69f00;--c1:#8cc8ff;--c2:#2f9e7f;--c3:#e29ac4;--c4:#3d8fc4;\n"
+        ":root{color-scheme:light dark;--ink:#15202b;--soft:#566270;--rule:#d8dee4;--paper:#fff;\n"
+        "--wash:#f3f5f7;--mark:#fff1cc;\n"
+        "--gap:#d55e00;--c0:#e69f00;--c1:#0b5394;--c2:#66c2a5;--c3:#8a3b70;--c4:#56b4e9;--c5:#b34700;\n"
+        "--c6:#b5a642;--c7:#3f4a55}\n"
+        "@media screen and (prefers-color-scheme:dark){:root{--ink:#e8edf2;--soft:#a3b0bd;--rule:#35414d;\n"
+        "--paper:#12181f;\n"
+        "--wash:#1b232c;--mark:#4a3b10;--gap:#ff9a4d;--c0:#e69f00;--c1:#8cc8ff;--c2:#2f9e7f;--c3:#e29ac4;\n"
+        "--c4:#3d8fc4;\n"
         "--c5:#ff8a3d;--c6:#8f8228;--c7:#c3ccd5}}\n"
         "*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}\n"
-        "body{font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Liberation Sans\",sans-serif;color:var(--ink);\n"
+        "body{font:16px/1.5 system-ui,-apple-system,\"Segoe UI\",Roboto,\"Liberation Sans\",sans-serif;\n"
+        "color:var(--ink);\n"
         "background:var(--paper);max-width:74rem;margin:0 auto;padding:1.5rem clamp(.8rem,3vw,2.5rem) 4rem}\n"
         "h1{font-size:clamp(1.5rem,4vw,2.3rem);line-height:1.15;margin:.4rem 0 .8rem;letter-spacing:-.01em}\n"
         "h2{font-size:1.35rem;line-height:1.25;margin:0 0 .3rem}h3{font-size:1.02rem;margin:1.2rem 0 .3rem}\n"
         "h4{font-size:.95rem;margin:1.2rem 0 .2rem;font-weight:600}\n"
         "h1,h2,h3,h4,p,figcaption,summary{overflow-wrap:anywhere}q{quotes:\"\\201C\" \"\\201D\"}\n"
-        "section{margin-top:2.6rem;padding-top:1.1rem;border-top:2px solid var(--ink)}section>p,.lede{max-width:46rem}\n"
+        "section{margin-top:2.6rem;padding-top:1.1rem;border-top:2px solid var(--ink)}\n"
+        "section>p,.lede{max-width:46rem}\n"
         "section>p{color:var(--soft);margin:.1rem 0 .8rem}.lede{font-size:1.15rem}\n"
-        "th,td,q,figcaption{unicode-bidi:isolate}nav{font-size:.9rem;margin-top:1rem}nav a{color:var(--soft);margin-right:1rem}\n"
-        ".cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem;margin:1.2rem 0 0}\n"
+        "th,td,q,figcaption{unicode-bidi:isolate}nav{font-size:.9rem;margin-top:1rem}\n"
+        "nav a{color:var(--soft);margin-right:1rem}\n"
+        ".cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:.8rem;\n"
+        "margin:1.2rem 0 0}\n"
         ".card{background:var(--wash);border-radius:6px;padding:.8rem 1rem}.card dt{font-weight:600}\n"
         ".card dd{margin:0;font-size:2rem;font-weight:700;line-height:1.3;font-variant-numeric:tabular-nums}\n"
-        ".card dd small{font-size:.9rem;white-space:nowrap}.card p{margin:.1rem 0 0;color:var(--soft);font-size:.86rem}\n"
+        ".card dd small{font-size:.9rem;white-space:nowrap}.card p{margin:.1rem 0 0;color:var(--soft);\n"
+        "font-size:.86rem}\n"
         ".old{font-weight:400;color:var(--soft)}.arrow{padding:0 .35rem;color:var(--soft);font-weight:400}\n"
-        ".unit{font-size:1.1rem;font-weight:400;padding-left:.2rem}small{color:var(--soft);font-weight:400;font-size:.84em}\n"
-        "code,pre{font-family:ui-monospace,Consolas,\"Liberation Mono\",monospace;font-size:.88em;overflow-wrap:anywhere}\n"
+        ".unit{font-size:1.1rem;font-weight:400;padding-left:.2rem}small{color:var(--soft);font-weight:400;\n"
+        "font-size:.84em}\n"
+        "code,pre{font-family:ui-monospace,Consolas,\"Liberation Mono\",monospace;font-size:.88em;\n"
+        "overflow-wrap:anywhere}\n"
         "pre{background:var(--wash);padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;margin:.4rem 0}\n"
         ".group{margin:.9rem 0 0}.group h3{margin:0}.who{font-size:.9rem;text-align:right;line-height:1.15}\n"
         ".bar{display:grid;grid-template-columns:minmax(5.5rem,11rem) 1fr 8rem;gap:.7rem;align-items:center}\n"
         ".who{overflow-wrap:anywhere}.val{font-variant-numeric:tabular-nums;white-space:nowrap}\n"
         "svg{display:block;width:100%;overflow:visible;font-size:12px;fill:currentColor}\n"
         "svg text{font-variant-numeric:tabular-nums}.track{fill:var(--wash)}.grid{stroke:var(--rule)}\n"
-        ".rule{stroke:var(--rule);stroke-width:2}.zero{stroke:var(--soft)}.whisker{stroke:var(--ink);stroke-width:2}\n"
+        ".rule{stroke:var(--rule);stroke-width:2}.zero{stroke:var(--soft)}.whisker{stroke:var(--ink);\n"
+        "stroke-width:2}\n"
         ".halo{stroke:var(--paper);stroke-width:5;opacity:.75}\n"
         ".gapline{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:1 4;stroke-linecap:round}\n"
-        ".gap{fill:var(--gap);opacity:.16}.ltrain{fill:none;stroke:var(--soft);stroke-width:1.6;stroke-dasharray:5 3}\n"
+        ".gap{fill:var(--gap);opacity:.16}.ltrain{fill:none;stroke:var(--soft);stroke-width:1.6;\n"
+        "stroke-dasharray:5 3}\n"
         ".ltest{fill:none;stroke-width:2.6}.soft{fill:var(--soft)}.strong{font-weight:600}\n"
         ".before{stroke:var(--soft);stroke-width:1.4;stroke-dasharray:1 3;stroke-linecap:round}\n"
-        ".mark{stroke:var(--paper);stroke-width:1.5}.hollow{fill:none;stroke-width:1.8}.trail{stroke-width:1.2;opacity:.6}\n"
+        ".mark{stroke:var(--paper);stroke-width:1.5}.hollow{fill:none;stroke-width:1.8}\n"
+        ".trail{stroke-width:1.2;opacity:.6}\n"
         ".front{stroke:var(--ink);stroke-width:1.4;stroke-dasharray:7 4}.mean{stroke:var(--soft);stroke-width:2}\n"
         ".control{fill:var(--paper);fill-opacity:.4;stroke:var(--soft);stroke-width:1.3}\n"
         ".units{fill:none;stroke:var(--soft);stroke-width:4;stroke-linecap:round;opacity:.35}\n"
         "figure{margin:0}.panels figcaption{font-size:.9rem;font-weight:600}.panels figure{max-width:22rem}\n"
-        ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem 1.2rem}\n"
-        ".plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n");
+        ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem 1.2rem}\n");
     spmi_text_add(
         out,
+        ".panels.small{grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr))}.note{color:var(--soft);\n"
+        "max-width:46rem}\n"
+        ".plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n"
         ".cams{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1.4rem}\n"
-        ".cams figcaption{font-size:.9rem;margin-bottom:.3rem}.pair{display:flex;gap:.7rem}.pair>div{flex:1;min-width:0}\n"
-        ".pair img{width:100%;border-radius:4px;display:block}.pair p{margin:.25rem 0 0;font-size:.86rem;line-height:1.3}\n"
+        ".cams figcaption{font-size:.9rem;margin-bottom:.3rem}.pair{display:flex;gap:.7rem}\n"
+        ".pair>div{flex:1;min-width:0}\n"
+        ".pair img{width:100%;border-radius:4px;display:block}.pair p{margin:.25rem 0 0;font-size:.86rem;\n"
+        "line-height:1.3}\n"
         ".wrong{color:var(--c5)}.scroll{overflow-x:auto;margin:1rem 0}\n"
         "table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}\n"
         "caption{text-align:left;color:var(--soft);font-size:.86rem;padding-bottom:.4rem}\n"
         "th,td{padding:.28rem .7rem;border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}\n"
-        "thead th{vertical-align:bottom;border-bottom:2px solid var(--rule)}th{overflow-wrap:break-word;max-width:16rem}\n"
+        "thead th{vertical-align:bottom;border-bottom:2px solid var(--rule)}th{overflow-wrap:break-word;\n"
+        "max-width:16rem}\n"
         "th:first-child{text-align:left;padding-left:0}.left,.protocol td,.protocol th{text-align:left}\n"
         "tr.sum{background:var(--wash)}tr.sum th:first-child{padding-left:.4rem}td.mark{background:var(--mark)}\n"
-        "tr.differ td{font-weight:600}td small{white-space:nowrap}.protocol td{max-width:22rem;overflow-wrap:anywhere}\n"
+        "tr.differ td{font-weight:600}td small{white-space:nowrap}.protocol td{max-width:22rem;\n"
+        "overflow-wrap:anywhere}\n"
         "summary{cursor:pointer;margin-top:1.2rem;font-weight:600}\n"
         "@media(max-width:34rem){body{font-size:15px}.bar{grid-template-columns:4.6rem 1fr 5.2rem;gap:.5rem}\n"
         ".val small{display:block;line-height:1.1}.scroll table{font-size:.82rem}th,td{padding:.28rem .45rem}\n"
         "caption{max-width:calc(100vw - 2rem)}}\n"
         "@page{margin:14mm}@media print{body{font-size:10.5pt;max-width:none;padding:0}nav{display:none}\n"
-        "section{margin-top:1.4rem}h2,h3,h4{break-after:avoid}figure,tr,.group,.card,.bar{break-inside:avoid}\n"
+        "section{margin-top:1.4rem}h2,h3,h4,section>p{break-after:avoid}.keep{break-inside:avoid}\n"
+        "figure,tr,.group,.card,.bar{break-inside:avoid}\n"
         ".scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:.18rem .4rem}\n"
-        ".panels{grid-template-columns:repeat(4,1fr)}.cams{grid-template-columns:repeat(3,1fr)}\n"
+        ".panels{grid-template-columns:repeat(4,1fr)}.panels.small{grid-template-columns:repeat(5,1fr)}\n"
+        ".cams{grid-template-columns:repeat(3,1fr)}\n"
         ".cards{grid-template-columns:repeat(3,1fr)}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}\n");
     for (i = 0; i < 8; i++)
         spmi_text_addf(out, ".f%d{fill:var(--c%d)}.s%d{stroke:var(--c%d)}.s%d .strong{stroke:none}", i, i, i, i, i);

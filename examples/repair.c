@@ -37,6 +37,7 @@ static void common_settings(demo *d, spm_train_desc *desc, const char *run)
     desc->arch = d->arch;
     desc->reading = d->reading;
     desc->seed = 1;
+    desc->command = "make demo";
     desc->progress = on_progress;
     desc->on_epoch = on_epoch;
 }
@@ -103,6 +104,11 @@ static spm_json *localize(demo *d, spm_model *model, spm_criterion criterion)
     desc.n_groups = 2;
     desc.criterion = criterion;
     desc.controls = 19;
+    if (criterion == SPM_CRITERION_EXHAUSTIVE) { /* one unit at a time; the 95 % with the smallest first-order effect left out */
+        desc.controls = 0;
+        desc.top[desc.n_top++] = 1;
+        desc.screen = 0.95;
+    }
     desc.seed = 1;
     desc.progress = on_progress;
     if (json && spm_localize(model, d->data, &desc, json, NULL, &d->err)) {
@@ -198,11 +204,12 @@ static void print_channels(demo *d, spm_json *json, const char *criterion)
 
 /* summary.json: test metrics of both runs and the studies; erm/localize.json: the studies for the report. */
 static int write_results(demo *d, const spm_eval *erm, const spm_eval *intervene, spm_json *gradient,
-                         spm_json *magnitude)
+                         spm_json *magnitude, spm_json *scan)
 {
-    const char *by_gradient = spm_json_finish(gradient), *by_magnitude = spm_json_finish(magnitude);
+    const char *by_gradient = spm_json_finish(gradient), *by_magnitude = spm_json_finish(magnitude),
+               *by_scan = spm_json_finish(scan);
     spm_json *summary = spm_json_create(d->ctx), *studies = spm_json_create(d->ctx);
-    int ok = summary && studies && by_gradient && by_magnitude;
+    int ok = summary && studies && by_gradient && by_magnitude && by_scan;
     if (ok) {
         spm_json_object_begin(summary, NULL);
         spm_eval_json(summary, "erm", erm);
@@ -213,6 +220,7 @@ static int write_results(demo *d, const spm_eval *erm, const spm_eval *intervene
         spm_json_object_begin(studies, NULL);
         spm_json_raw(studies, "gradient", by_gradient);
         spm_json_raw(studies, "magnitude", by_magnitude);
+        spm_json_raw(studies, "exhaustive", by_scan);
         spm_json_object_end(studies);
         ok = write_json(d, "summary.json", summary) && write_json(d, "erm/localize.json", studies);
     }
@@ -231,7 +239,6 @@ static int write_report(demo *d, const char *erm, const char *intervene)
     report.runs = runs;
     report.n_runs = 2;
     report.title = "Synthetic birds: memory found and removed";
-    report.command = "make demo";
     path_in(d, path, sizeof path, "report.html");
     if (spm_report_draw(d->ctx, d->data, runs, 2, 3, &d->err)) return 0;
     return spm_report_write(d->ctx, &report, path, &d->err) == SPM_OK;
@@ -242,17 +249,18 @@ static int finish(demo *d, const char *erm, const char *intervene, const char *e
 {
     spm_eval before[2], after[2];
     spm_model *model = load(d, erm_file), *repaired = model ? load(d, repaired_file) : NULL;
-    spm_json *gradient = NULL, *magnitude = NULL;
+    spm_json *gradient = NULL, *magnitude = NULL, *scan = NULL;
     int ok = repaired != NULL, s;
     memset(before, 0, sizeof before);
     memset(after, 0, sizeof after);
     section("find the channels that carry the memory");
     if (ok) gradient = localize(d, model, SPM_CRITERION_GRADIENT);
     if (gradient) magnitude = localize(d, model, SPM_CRITERION_MAGNITUDE);
-    ok = magnitude != NULL;
+    if (magnitude) scan = localize(d, model, SPM_CRITERION_EXHAUSTIVE);
+    ok = scan != NULL;
     ok = ok && evaluate(d, model, SPM_TRAIN, &before[0]) && evaluate(d, model, SPM_TEST, &before[1]);
     ok = ok && evaluate(d, repaired, SPM_TRAIN, &after[0]) && evaluate(d, repaired, SPM_TEST, &after[1]);
-    ok = ok && write_results(d, &before[1], &after[1], gradient, magnitude) && write_report(d, erm, intervene);
+    ok = ok && write_results(d, &before[1], &after[1], gradient, magnitude, scan) && write_report(d, erm, intervene);
     progress_clear();
     if (ok) {
         print_table(before, after);
@@ -267,6 +275,7 @@ static int finish(demo *d, const char *erm, const char *intervene, const char *e
     }
     spm_json_destroy(gradient);
     spm_json_destroy(magnitude);
+    spm_json_destroy(scan);
     spm_model_destroy(model);
     spm_model_destroy(repaired);
     return ok;

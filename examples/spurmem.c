@@ -367,6 +367,7 @@ typedef struct cli {
     const char **operand;
     int operands;
     spm_context *ctx;
+    char text[4096]; /* the command line as given, cut at the end */
 } cli;
 
 /* Edit distance, for suggestions. */
@@ -999,6 +1000,7 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->clip = number(line, O_CLIP);
     desc->seed = (uint64_t)integer(line, O_SEED);
     desc->log_steps = line->value[O_LOG_STEPS];
+    desc->command = line->text;
     desc->workers = (int)integer(line, O_WORKERS);
     desc->shuffle = is_on(line, O_SHUFFLE);
     desc->drop_last = is_on(line, O_DROP_LAST);
@@ -3217,6 +3219,18 @@ static const command *find_command(const char *name)
     return NULL;
 }
 
+/* The command line for the protocol; words with blanks in single quotes. */
+static void command_line(char *text, size_t size, int argc, char **argv)
+{
+    size_t at = (size_t)snprintf(text, size, "spurmem");
+    int i;
+    for (i = 1; i < argc && at < size - 1; i++) {
+        const char *quote = *argv[i] == 0 || strpbrk(argv[i], " \t\n\"'$&;|<>()*?") ? "'" : "";
+        int n = snprintf(text + at, size - at, " %s%s%s", quote, argv[i], quote);
+        at = n < 0 || (size_t)n >= size - at ? size - 1 : at + (size_t)n;
+    }
+}
+
 int main(int argc, char **argv)
 {
     static cli line;
@@ -3239,6 +3253,7 @@ int main(int argc, char **argv)
     if (!line.command) return 2;
     line.operand = (const char **)malloc((size_t)argc * sizeof *line.operand);
     if (!line.operand) return 1;
+    command_line(line.text, sizeof line.text, argc, argv);
     rc = parse(&line, argc, argv);
     if (rc) {
         free((void *)line.operand);
