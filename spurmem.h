@@ -30244,7 +30244,8 @@ typedef struct spmi_report_run {
     spm_json_value *config;
     spm_json_value **lines; /* of metrics.jsonl */
     int64_t n_lines;
-    spm_json_value *localize, *gradcam, *accounting; /* NULL: the folder has none */
+    spm_json_value *localize, *gradcam; /* NULL: the folder has none */
+    spm_csv *gradients;     /* the same */
     int64_t shown_epoch;    /* chosen by the run's own selection rule */
 } spmi_report_run;
 
@@ -30348,7 +30349,7 @@ static void spmi_report_free(spmi_report *report)
         spm_json_free(report->ctx, run->config);
         spm_json_free(report->ctx, run->localize);
         spm_json_free(report->ctx, run->gradcam);
-        spm_json_free(report->ctx, run->accounting);
+        spm_csv_destroy(run->gradients);
         for (i = 0; run->lines && i < run->n_lines; i++) spm_json_free(report->ctx, run->lines[i]);
         spmi_free(report->ctx, run->lines);
     }
@@ -30379,7 +30380,10 @@ static spm_status spmi_report_read(spmi_report *report, const char *folder, cons
         }
     } else if (needed) {
         status = spmi_fail(report->ctx, report->err, SPM_E_IO,
-                           "%s: no run folder: it has no %s; give folders that train or intervene wrote", folder, name);
+                           spmi_path_kind(folder) == 0
+                               ? "%s: does not exist, so there is no %s; give folders that train or intervene wrote"
+                               : "%s: no run folder: it has no %s; give folders that train or intervene wrote",
+                           folder, name);
     }
     spm_free(report->ctx, data);
     spmi_free(report->ctx, path);
@@ -30417,6 +30421,30 @@ static spm_status spmi_report_metrics(spmi_report *report, spmi_report_run *run)
         else
             run->n_lines++;
         start = i + 1;
+    }
+    spm_free(report->ctx, data);
+    spmi_free(report->ctx, path);
+    return status;
+}
+
+/* gradients.csv, where there is one. */
+static spm_status spmi_report_table(spmi_report *report, spmi_report_run *run)
+{
+    char *path = spmi_path_join(report->ctx, run->path, "gradients.csv");
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_status status = path ? SPM_OK : spmi_fail_memory(report->ctx, report->err, "gradients.csv");
+    if (!status && spmi_path_kind(path) == 1) {
+        status = spm_file_read(report->ctx, path, &data, &size, report->err);
+        if (!status) run->gradients = spm_csv_parse(report->ctx, path, (const char *)data, size, 0, report->err);
+        if (!status && !run->gradients) status = report->err->status;
+        if (!status
+            && (spm_csv_column(run->gradients, "epoch") < 0 || spm_csv_column(run->gradients, "parameter") < 0
+                || spm_csv_column(run->gradients, "group") < 0 || spm_csv_column(run->gradients, "share") < 0)) {
+            status = spmi_fail(report->ctx, report->err, SPM_E_FORMAT,
+                               "%s: lacks one of the columns epoch, parameter, group, share; write it again with spurmem "
+                               "ledger --gradients", path);
+        }
     }
     spm_free(report->ctx, data);
     spmi_free(report->ctx, path);
@@ -30595,6 +30623,7 @@ static spm_status spmi_report_load(spmi_report *report, const spm_report_desc *d
         if (!status) status = spmi_report_metrics(report, run);
         if (!status) status = spmi_report_read(report, run->path, "localize.json", 0, &run->localize);
         if (!status) status = spmi_report_read(report, run->path, "gradcam/index.json", 0, &run->gradcam);
+        if (!status) status = spmi_report_table(report, run);
         if (!status) {
             spmi_report_choose(run);
             report->n_groups = SPMI_MAX(report->n_groups, (int)spm_json_length(spm_json_get(run->config, "groups")));
@@ -30965,6 +30994,7 @@ static int spmi_report_study_points(spmi_report *report, spmi_report_points *poi
     if (spm_json_type_of(value) == SPM_JSON_OBJECT) {
         const char *method = spmi_field(value, "method");
         if (*method) label = method;
+        if (spm_json_get(value, "line")) return 1; /* drawn by data set */
         if (x == x && y == y) return spmi_report_point_add(report, points, label, x, y, -1, 0);
     }
     if (spm_json_type_of(value) != SPM_JSON_OBJECT && spm_json_type_of(value) != SPM_JSON_ARRAY) return 1;
@@ -31127,6 +31157,140 @@ static spm_status spmi_report_pareto(spmi_report *report)
     return SPM_OK;
 }
 
+/* ---- a study's results.json: a Pareto panel for each data set and network ---- */
+
+#define SPMI_STUDY_METHODS 24
+
+/* The mean over seeds of a method's Pareto line at share k of n; NaN where no seed has it. axis 1: worst group. */
+static double spmi_report_line_mean(const spm_json_value *runs, const spm_json_value *like, const char *method, int64_t k,
+                                    int axis)
+{
+    const char *key = axis ? "worst_group_accuracy" : "majority_accuracy";
+    double sum = 0.0;
+    int64_t i, n = 0;
+    for (i = 0; i < spm_json_length(runs); i++) {
+        const spm_json_value *run = spm_json_at(runs, i);
+        double value = spmi_field_number(spm_json_at(spm_json_get(run, "line"), k), key);
+        if (!spmi_string_equal(spmi_field(run, "set"), spmi_field(like, "set"))
+            || !spmi_string_equal(spmi_field(run, "arch"), spmi_field(like, "arch"))
+            || !spmi_string_equal(spmi_field(run, "method"), method) || !(value >= 0.0 && value <= 1.0))
+            continue;
+        sum += value;
+        n++;
+    }
+    return n ? sum / (double)n : (double)NAN;
+}
+
+/* 1 if an earlier run is of the same set and network (and method, where asked). */
+static int spmi_report_seen(const spm_json_value *runs, int64_t i, int method)
+{
+    const spm_json_value *a = spm_json_at(runs, i);
+    int64_t k;
+    for (k = 0; k < i; k++) {
+        const spm_json_value *b = spm_json_at(runs, k);
+        if (spmi_string_equal(spmi_field(a, "set"), spmi_field(b, "set"))
+            && spmi_string_equal(spmi_field(a, "arch"), spmi_field(b, "arch"))
+            && (!method || spmi_string_equal(spmi_field(a, "method"), spmi_field(b, "method"))))
+            return 1;
+    }
+    return 0;
+}
+
+static int spmi_report_same_cell(const spm_json_value *a, const spm_json_value *b)
+{
+    return spmi_string_equal(spmi_field(a, "set"), spmi_field(b, "set"))
+           && spmi_string_equal(spmi_field(a, "arch"), spmi_field(b, "arch"));
+}
+
+static void spmi_report_study_panel(spmi_report *report, const spm_json_value *runs, int64_t first)
+{
+    spmi_text *out = &report->out;
+    const spm_json_value *cell = spm_json_at(runs, first);
+    double low[2] = { 1.0, 1.0 }, high[2] = { 0.0, 0.0 };
+    int64_t i, k;
+    int pass, axis, n, tick;
+    spmi_html_in(out, "<figure><figcaption>", spmi_field(cell, "set"), "");
+    spmi_html_in(out, " <small>", spmi_field(cell, "arch"), "</small></figcaption>");
+    spmi_html_in(out, "<svg viewBox=\"0 0 350 262\" role=img><title>Pareto lines, ", spmi_field(cell, "set"), "</title>\n");
+    for (pass = 0; pass < 3; pass++) { /* the range; lines; end marks and their numbers */
+        for (i = first, n = 0; i < spm_json_length(runs) && n < SPMI_STUDY_METHODS; i++) {
+            const spm_json_value *run = spm_json_at(runs, i);
+            const char *method = spmi_field(run, "method");
+            int64_t length = SPMI_MIN(spm_json_length(spm_json_get(run, "line")), 100);
+            double x = 0.0, y = 0.0;
+            int points = 0;
+            if (!spmi_report_same_cell(run, cell) || spmi_report_seen(runs, i, 1)) continue;
+            if (pass == 1) spmi_text_addf(out, "<path class=\"studyline s%d\" d=\"M0 0", n % 8);
+            for (k = 0; k < length; k++) {
+                double value[2];
+                for (axis = 0; axis < 2; axis++) value[axis] = spmi_report_line_mean(runs, cell, method, k, axis);
+                if (!(value[0] == value[0]) || !(value[1] == value[1])) continue;
+                for (axis = 0; pass == 0 && axis < 2; axis++) {
+                    low[axis] = SPMI_MIN(low[axis], value[axis]);
+                    high[axis] = SPMI_MAX(high[axis], value[axis]);
+                }
+                x = 34.0 + 300.0 * (value[0] - low[0]) / SPMI_MAX(high[0] - low[0], 1e-6);
+                y = 224.0 - 210.0 * (value[1] - low[1]) / SPMI_MAX(high[1] - low[1], 1e-6);
+                if (pass == 1) spmi_text_addf(out, "%s%.1f %.1f", points++ ? "L" : "M", x, y);
+                if (pass == 2) points++;
+            }
+            n++;
+            if (pass == 1) spmi_text_add(out, "\" />");
+            if (pass != 2 || points == 0) continue;
+            spmi_html_in(out, "<g><title>", method, "</title>");
+            spmi_text_addf(out, "<use href=\"#m%d\" class=\"mark f%d\" x=%.1f y=%.1f /></g><text x=%.1f y=%.1f>%d</text>\n",
+                           (n - 1) % 8, (n - 1) % 8, x, y, x + 9.0, y - 5.0, n);
+        }
+        if (pass) continue;
+        for (axis = 0; axis < 2; axis++) {
+            low[axis] = SPMI_MAX(floor(low[axis] * 20.0) / 20.0, 0.0);
+            high[axis] = SPMI_MIN(ceil(high[axis] * 20.0 + 1e-9) / 20.0, 1.0);
+        }
+        for (tick = 0; tick <= 100; tick += 5) {
+            double v = tick / 100.0, x = 34.0 + 300.0 * (v - low[0]) / SPMI_MAX(high[0] - low[0], 1e-6),
+                   y = 224.0 - 210.0 * (v - low[1]) / SPMI_MAX(high[1] - low[1], 1e-6);
+            if (v >= low[0] - 1e-9 && v <= high[0] + 1e-9 && (high[0] - low[0] < 0.3 || tick % 10 == 0))
+                spmi_text_addf(out, "<line class=grid x1=%.1f x2=%.1f y1=14 y2=224 /><text x=%.1f y=240 "
+                                    "text-anchor=middle>%d</text>", x, x, x, tick);
+            if (v >= low[1] - 1e-9 && v <= high[1] + 1e-9 && (high[1] - low[1] < 0.3 || tick % 10 == 0))
+                spmi_text_addf(out, "<line class=grid x1=34 x2=334 y1=%.1f y2=%.1f /><text x=28 y=%.1f "
+                                    "text-anchor=end>%d</text>", y, y, y + 4.0, tick);
+        }
+        spmi_text_add(out, "<text x=334 y=258 text-anchor=end class=soft>majority, % &rarr;</text><text x=4 y=6 "
+                           "class=soft>&uarr; worst group, %</text>\n");
+    }
+    spmi_text_add(out, "</svg><ol>");
+    for (i = first, n = 0; i < spm_json_length(runs) && n < SPMI_STUDY_METHODS; i++) {
+        const spm_json_value *run = spm_json_at(runs, i);
+        int64_t last = spm_json_length(spm_json_get(run, "line")) - 1;
+        if (!spmi_report_same_cell(run, cell) || spmi_report_seen(runs, i, 1)) continue;
+        spmi_html_in(out, "<li>", spmi_field(run, "method"), " <b>");
+        spmi_html_percent(out, spmi_report_line_mean(runs, cell, spmi_field(run, "method"), last, 1));
+        spmi_text_add(out, "</b> <small>at ");
+        spmi_html_percent(out, spmi_report_line_mean(runs, cell, spmi_field(run, "method"), last, 0));
+        spmi_text_add(out, "</small></li>");
+        n++;
+    }
+    spmi_text_add(out, "</ol></figure>\n");
+}
+
+static void spmi_report_results(spmi_report *report)
+{
+    const spm_json_value *runs = spm_json_get(report->study, "runs");
+    int64_t i;
+    int any = 0;
+    for (i = 0; i < spm_json_length(runs) && any < 12; i++) {
+        if (!spm_json_get(spm_json_at(runs, i), "line") || spmi_report_seen(runs, i, 0)) continue;
+        if (!any++)
+            spmi_text_add(&report->out, "<section id=study><h2>The study: every method from the same start</h2>\n<p>Worst "
+                                        "group against the mean of the majority groups, test split, mean over seeds. A line "
+                                        "mixes the start&rsquo;s logits with the method&rsquo;s; its mark is the method "
+                                        "alone. Right and up is better.</p>\n<div class=studies>\n");
+        spmi_report_study_panel(report, runs, i);
+    }
+    if (any) spmi_text_add(&report->out, "</div></section>\n");
+}
+
 /* ---- localization ---- */
 
 static const spm_json_value *spmi_report_control(const spm_json_value *row, const char *split, int64_t group)
@@ -31239,7 +31403,7 @@ static void spmi_report_paired(spmi_text *out, const spm_json_value *row, const 
     for (i = 0; i < spm_json_length(paired); i++) {
         const spm_json_value *p = spm_json_at(paired, i);
         if (!spmi_string_equal(spmi_field(p, "split"), split) || spmi_field_int(p, "group", -1) != g) continue;
-        spmi_text_addf(out, "<br><small>lost %ld, gained %ld, McNemar ", (long)spmi_field_int(p, "lost", 0),
+        spmi_text_addf(out, "<br><small>lost %ld, gained %ld, ", (long)spmi_field_int(p, "lost", 0),
                        (long)spmi_field_int(p, "gained", 0));
         spmi_html_p(out, spmi_field_number(p, "p_value"));
         spmi_text_add(out, "</small>");
@@ -31308,7 +31472,8 @@ static void spmi_report_study(spmi_report *report, const spm_json_value *study)
     spmi_html_in(out, "<div class=scroll><table><caption>Units were selected on split ", spmi_field(study, "selected_on"),
                  ". Percent after the change; in brackets the change in points. Controls: the same change of other "
                  "units "
-                 "of the same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1)."
+                 "of the same parameter, nearest in norm; p = (1 + controls with at least that drop) / (n + 1). "
+                 "Lost and gained: pictures of the ranked group, with McNemar's exact p."
                  "</caption>\n<thead><tr><th scope=col>ranked for</th><th scope=col class=left>change</th><th "
                  "scope=col "
                  "class=left>split</th>");
@@ -31479,11 +31644,11 @@ static void spmi_report_index(spmi_report *report, const spm_json_value *units)
         }
         if (best < 0) break;
         if (row == 0)
-            spmi_text_add(out, "<div class=scroll><table><caption>Spurious-memory index: (accuracy that the minority "
-                               "groups lose in training, minus in test) minus what the majority loses in training, in "
-                               "points, when the unit is removed; positive: memory that does not carry over. 95 % "
-                               "interval.</caption>\n<thead><tr><th scope=col>unit</th><th scope=col>index</th><th "
-                               "scope=col>interval</th></tr></thead>\n<tbody>");
+            spmi_text_add(out, "<p class=note>Spurious-memory index, the ten largest: (accuracy that the minority groups "
+                               "lose in training, minus in test) minus what the majority loses in training, in points, "
+                               "without the unit. Positive: memory that does not carry over.</p>\n<div class=scroll>"
+                               "<table>\n<thead><tr><th scope=col>unit</th><th scope=col>index</th><th "
+                               "scope=col>95 % interval</th></tr></thead>\n<tbody>");
         unit = spm_json_at(units, best);
         index = spm_json_get(unit, "memory_index");
         ci = spm_json_get(index, "ci95");
@@ -31512,10 +31677,14 @@ static void spmi_report_map(spmi_report *report, const spm_json_value *studies, 
     int64_t u, n = spm_json_length(units);
     int g, panels, drawn = 0;
     if (n == 0) return;
-    spmi_text_addf(out, "<h3>Map of all %ld units</h3>\n<p class=note>One dot a unit: how much accuracy the group loses in "
-                        "training (points, upwards) when this unit alone is removed, against the norm of its weights. "
-                        "Diamonds: the units that the criteria above rank among the first three; hollow and named: the "
-                        "most costly of the layer.</p>\n", (long)n);
+    spmi_text_addf(out, "<h3>Map of units: %ld removed one at a time</h3>\n<p class=note>One dot a unit: the accuracy that "
+                        "the group loses in training (points, upwards) without it, against the norm of its weights. Solid "
+                        "diamonds: units that the criteria above rank among the first three; hollow and named: the most "
+                        "costly one of the layer.", (long)n);
+    if (spmi_field_int(spm_json_get(scan, "screening"), "left_out", 0) > 0)
+        spmi_text_addf(out, " First-order screening left out the %ld units of least effect.",
+                       (long)spmi_field_int(spm_json_get(scan, "screening"), "left_out", 0));
+    spmi_text_add(out, "</p>\n");
     for (g = 0; g < report->n_groups && drawn < 4; g++) {
         if (!report->minority[g]) continue;
         spmi_html_in(out, "<h4>", spmi_report_group_name(report, g), "</h4>\n<div class=\"panels small\">\n");
@@ -31556,6 +31725,113 @@ static void spmi_report_localize(spmi_report *report)
             }
             for (i = 0; i < spm_json_length(root); i++) spmi_report_map(report, root, spm_json_at(root, i));
         }
+    }
+    if (any) spmi_text_add(out, "</section>\n");
+}
+
+/* ---- gradient accounting ---- */
+
+/* The share of the gradient that the minority groups have in a layer ("": the whole network) at an epoch: each
+ * parameter counts the same. */
+static double spmi_report_share(const spmi_report *report, const spm_csv *csv, const int *column, int64_t epoch,
+                                const char *layer, size_t length)
+{
+    double minority = 0.0, all = 0.0;
+    int64_t row;
+    for (row = 0; row < spm_csv_rows(csv); row++) {
+        const char *parameter = spm_csv_field(csv, row, column[1]);
+        double value[3]; /* epoch, group, share */
+        int i, ok = 1;
+        for (i = 0; i < 3; i++) {
+            const char *text = spm_csv_field(csv, row, column[i == 0 ? 0 : i + 1]);
+            ok = ok && text && spmi_number_parse(text, strlen(text), &value[i]);
+        }
+        if (!ok || !(value[0] >= (double)epoch && value[0] <= (double)epoch) || !(value[2] >= 0.0 && value[2] <= 1.0))
+            continue;
+        if (!(value[1] >= 0.0 && value[1] < report->n_groups)) continue;
+        if (length && (spmi_report_layer(parameter) != length || strncmp(parameter, layer, length) != 0)) continue;
+        all += value[2];
+        if (report->minority[(int)value[1]]) minority += value[2];
+    }
+    return all > 0.0 ? minority / all : (double)NAN;
+}
+
+#define SPMI_REPORT_EPOCHS 8
+
+/* The epochs of a gradients.csv, the latest SPMI_REPORT_EPOCHS of them, rising. */
+static int spmi_report_epochs(const spm_csv *csv, int column, int64_t *epochs)
+{
+    int64_t row;
+    int n = 0;
+    for (row = 0; row < spm_csv_rows(csv); row++) {
+        const char *text = spm_csv_field(csv, row, column);
+        double value = 0.0;
+        if (!text || !spmi_number_parse(text, strlen(text), &value) || !(value >= 0.0 && value < 1e9)) continue;
+        if (n && epochs[n - 1] >= (int64_t)value) continue;
+        if (n == SPMI_REPORT_EPOCHS) memmove(epochs, epochs + 1, sizeof *epochs * (size_t)--n);
+        epochs[n++] = (int64_t)value;
+    }
+    return n;
+}
+
+static void spmi_report_share_row(spmi_report *report, const spm_csv *csv, const int *column, const char *layer,
+                                  size_t length, const int64_t *epochs, int n)
+{
+    spmi_text *out = &report->out;
+    char name[64];
+    int e;
+    (void)spmi_format(name, sizeof name, "%.*s", (int)SPMI_MIN(length, 50), layer);
+    spmi_html_in(out, length ? "<tr><th scope=row>" : "<tr class=sum><th scope=row>", length ? name : "all layers", "</th>");
+    for (e = 0; e < n; e++) {
+        double share = spmi_report_share(report, csv, column, epochs[e], layer, length);
+        if (share == share)
+            spmi_text_addf(out, "<td class=heat style=\"--h:%.0f%%\">%.1f</td>", 60.0 * share, 100.0 * share);
+        else
+            spmi_text_add(out, "<td>&ndash;</td>");
+    }
+    spmi_text_add(out, "</tr>\n");
+}
+
+/* A run folder's gradients.csv (spurmem ledger --gradients): whose pictures move the weights, by layer and epoch. */
+static void spmi_report_accounting(spmi_report *report)
+{
+    spmi_text *out = &report->out;
+    int r, g, e, any = 0;
+    for (r = 0; r < report->n_runs; r++) {
+        const spm_csv *csv = report->runs[r].gradients;
+        double of_pictures = 0.0, pictures = 0.0;
+        int64_t epochs[SPMI_REPORT_EPOCHS], row;
+        int column[4], n;
+        if (!csv) continue;
+        column[0] = spm_csv_column(csv, "epoch");
+        column[1] = spm_csv_column(csv, "parameter");
+        column[2] = spm_csv_column(csv, "group");
+        column[3] = spm_csv_column(csv, "share");
+        n = spmi_report_epochs(csv, column[0], epochs);
+        for (g = 0; g < report->n_groups; g++) {
+            double count = (double)spmi_report_cell_of(&report->runs[r], "train", g).count;
+            pictures += count;
+            of_pictures += report->minority[g] ? count : 0.0;
+        }
+        if (!any++)
+            spmi_text_add(out, "<section id=gradients><h2>Whose pictures move the weights</h2>\n<p>Share of the gradient&rsquo;s "
+                               "norm over the training split that the minority groups have, in percent, layer by layer: "
+                               "what is known by heart no longer pulls.</p>\n");
+        spmi_html_in(out, "<div class=scroll><table><caption>", report->runs[r].label, "");
+        if (pictures > 0.0)
+            spmi_text_addf(out, ": the minority groups are %.1f %% of its training pictures", 100.0 * of_pictures / pictures);
+        spmi_text_add(out, "</caption>\n<thead><tr><th scope=col>layer</th>");
+        for (e = 0; e < n; e++) spmi_text_addf(out, "<th scope=col>epoch %ld</th>", (long)epochs[e] + 1);
+        spmi_text_add(out, "</tr></thead>\n<tbody>");
+        for (row = 0; row < spm_csv_rows(csv); row++) { /* the layers of the first epoch, in order */
+            const char *name = spm_csv_field(csv, row, column[1]), *before = row ? spm_csv_field(csv, row - 1, column[1]) : "";
+            size_t length = spmi_report_layer(name);
+            if (row && !spmi_string_equal(spm_csv_field(csv, row, column[0]), spm_csv_field(csv, 0, column[0]))) break;
+            if (row && spmi_report_layer(before) == length && strncmp(name, before, length) == 0) continue;
+            spmi_report_share_row(report, csv, column, name, length, epochs, n);
+        }
+        spmi_report_share_row(report, csv, column, "", 0, epochs, n);
+        spmi_text_add(out, "</tbody></table></div>\n");
     }
     if (any) spmi_text_add(out, "</section>\n");
 }
@@ -31691,6 +31967,22 @@ static void spmi_drawer_close(spmi_drawer *d)
     spmi_free(d->ctx, d->probabilities);
 }
 
+/* 1 if the data set's classes have the names that a checkpoint was trained on ("a|b"; "" fits all). */
+static int spmi_draw_same_classes(const spm_dataset *dataset, const char *names)
+{
+    size_t at = 0;
+    int y;
+    if (!*names || strlen(names) > sizeof(((spm_checkpoint_info *)NULL)->class_names) - 2) return 1; /* may be cut */
+    for (y = 0; y < spm_dataset_classes(dataset); y++) {
+        const char *name = spm_dataset_class_name(dataset, y);
+        size_t length = strlen(name);
+        if (strncmp(names + at, name, length) != 0) return 0;
+        at += length;
+        if (names[at]) at++;
+    }
+    return names[at] == 0;
+}
+
 static spm_status spmi_drawer_open(spmi_drawer *d, spm_context *ctx, spm_dataset *dataset, const char *folder,
                                    spm_error *err)
 {
@@ -31706,6 +31998,10 @@ static spm_status spmi_drawer_open(spmi_drawer *d, spm_context *ctx, spm_dataset
         status = spmi_fail(ctx, err, SPM_E_SHAPE, "%s: has %ld classes, the data set %s has %d; give the run's own data set",
                            path, info.has_arch ? (long)info.arch.classes : 0L, spm_dataset_path(dataset),
                            spm_dataset_classes(dataset));
+    }
+    if (!status && !spmi_draw_same_classes(dataset, info.class_names)) {
+        status = spmi_fail(ctx, err, SPM_E_DATA, "%s: was trained on the classes %s, which the data set %s does not have; "
+                           "give the run's own data set", path, info.class_names, spm_dataset_path(dataset));
     }
     if (!status) {
         d->reading.transform = info.transform;
@@ -32007,8 +32303,13 @@ static void spmi_report_style(spmi_text *out)
         ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem 1.2rem}\n");
     spmi_text_add(
         out,
-        ".panels.small{grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr))}.note{color:var(--soft);\n"
-        "max-width:46rem}\n"
+        ".panels.small{grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr))}\n"
+        "td.left{white-space:nowrap}.note{color:var(--soft);max-width:46rem}\n"
+        ".studies{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1.4rem}\n"
+        ".studies figcaption{font-weight:600;font-size:.95rem}.studies ol{font-size:.84rem;margin:.4rem 0;\n"
+        "columns:2;column-gap:2.2rem;padding-left:1.6rem}\n"
+        ".studyline{fill:none;stroke-width:1.8}\n"
+        ".heat{background:color-mix(in srgb,var(--c0) var(--h),transparent)}\n"
         ".plot{padding:1.6rem 1rem 2.9rem 2.4rem}\n"
         ".cams{display:grid;grid-template-columns:repeat(auto-fill,minmax(17rem,1fr));gap:1.4rem}\n"
         ".cams figcaption{font-size:.9rem;margin-bottom:.3rem}.pair{display:flex;gap:.7rem}\n"
@@ -32061,9 +32362,10 @@ static void spmi_report_marks(spmi_text *out)
 static void spmi_report_head(spmi_report *report, const char *title)
 {
     spmi_text *out = &report->out;
-    int r, studies = 0, pictures = 0;
+    int r, studies = 0, pictures = 0, gradients = 0;
     for (r = 0; r < report->n_runs; r++) {
         studies |= report->runs[r].localize != NULL;
+        gradients |= report->runs[r].gradients != NULL;
         pictures |= report->runs[r].gradcam != NULL;
     }
     spmi_html_in(out, "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n<meta name=viewport content=\"width="
@@ -32076,6 +32378,7 @@ static void spmi_report_head(spmi_report *report, const char *title)
     spmi_report_story(report);
     spmi_text_add(out, "<nav><a href=\"#groups\">groups</a> <a href=\"#curves\">curves</a> <a href=\"#pareto\">cost</a>");
     if (studies) spmi_text_add(out, " <a href=\"#memory\">where it sits</a>");
+    if (gradients) spmi_text_add(out, " <a href=\"#gradients\">gradients</a>");
     if (pictures) spmi_text_add(out, " <a href=\"#gradcam\">Grad-CAM</a>");
     spmi_text_add(out, " <a href=\"#protocol\">protocol</a></nav></header>\n<main>\n");
 }
@@ -32097,9 +32400,11 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
         spmi_report_summary(&report);
         spmi_report_curves(&report);
         status = spmi_report_pareto(&report);
+        spmi_report_results(&report);
     }
     if (!status) {
         spmi_report_localize(&report);
+        spmi_report_accounting(&report);
         status = spmi_report_pictures(&report);
     }
     if (!status) {

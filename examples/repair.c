@@ -50,6 +50,7 @@ static int train_erm(demo *d, const char *run)
     common_settings(d, &desc, run);
     desc.epochs = 20;
     desc.eval_every = 5;
+    desc.schedule = SPM_SCHEDULE_COSINE;
     desc.select = SPM_SELECT_LAST;
     return spm_train(d->ctx, d->data, &desc, &result, &d->err) == SPM_OK && !result.stopped;
 }
@@ -124,6 +125,31 @@ static int write_json(demo *d, const char *name, spm_json *json)
     const char *text = spm_json_finish(json);
     path_in(d, path, sizeof path, name);
     return text && spm_file_write(d->ctx, path, text, strlen(text), &d->err) == SPM_OK;
+}
+
+/* Whose pictures move the weights: every group's share of the gradient, for the report. */
+static int write_gradients(demo *d, spm_model *model, const char *name, int64_t epoch)
+{
+    spm_gradient_share *rows = NULL;
+    int64_t count = 0, i;
+    size_t room, used;
+    char path[1024], *text;
+    if (spm_gradient_shares(model, d->data, &d->reading, SPM_TRAIN, 0, &rows, &count, &d->err)) return 0;
+    room = (size_t)(count + 1) * 200;
+    text = (char *)malloc(room);
+    used = text ? (size_t)snprintf(text, room, "epoch,parameter,block,group,count,norm,share,cosine\n") : 0;
+    for (i = 0; text && i < count && used < room; i++) {
+        const spm_parameter *p = spm_model_parameter(model, rows[i].parameter);
+        used += (size_t)snprintf(text + used, room - used, "%lld,%.80s,%d,%d,%lld,%.9g,%.9g,%.9g\n", (long long)epoch,
+                                 p->name, p->block, rows[i].group,
+                                 (long long)spm_dataset_group_count(d->data, SPM_TRAIN, rows[i].group), rows[i].norm,
+                                 rows[i].share, rows[i].cosine);
+    }
+    path_in(d, path, sizeof path, name);
+    i = text && used < room && spm_file_write(d->ctx, path, text, used, &d->err) == SPM_OK;
+    free(text);
+    spm_free(d->ctx, rows);
+    return i != 0;
 }
 
 static void print_cell(const spm_group_metrics *g)
@@ -260,6 +286,8 @@ static int finish(demo *d, const char *erm, const char *intervene, const char *e
     ok = scan != NULL;
     ok = ok && evaluate(d, model, SPM_TRAIN, &before[0]) && evaluate(d, model, SPM_TEST, &before[1]);
     ok = ok && evaluate(d, repaired, SPM_TRAIN, &after[0]) && evaluate(d, repaired, SPM_TEST, &after[1]);
+    ok = ok && write_gradients(d, model, "erm/gradients.csv", 19)
+         && write_gradients(d, repaired, "intervene/gradients.csv", 19);
     ok = ok && write_results(d, &before[1], &after[1], gradient, magnitude, scan) && write_report(d, erm, intervene);
     progress_clear();
     if (ok) {

@@ -39,22 +39,34 @@ enum {
 
 typedef struct command {
     int id;
-    const char *name, *operands, *summary;
+    const char *name, *operands, *summary, *example;
 } command;
 
 static const command commands[] = {
-    { TRAIN, "train", "", "train a classifier into a run folder (--data, --arch or --checkpoint, --out)" },
-    { INTERVENE, "intervene", "", "train against memorization, from a checkpoint (--data, --checkpoint, --out)" },
-    { EVAL, "eval", "", "group metrics of a checkpoint on one split (--data, --checkpoint)" },
-    { LOCALIZE, "localize", "", "rank units, change them, measure every group (--data, --checkpoint)" },
-    { LEDGER, "ledger", "", "a CSV row per example: margin, self-influence, flip count, history (--data, --checkpoint)" },
-    { PREDICT, "predict", "FILE...", "classify pictures: a JSON line each (--checkpoint)" },
-    { DECODE, "decode", "IMAGE...", "decode pictures to PNG or PPM, as the network sees them (--out-dir)" },
-    { REPORT, "report", "RUN...", "one self-contained HTML page about run folders (-o FILE)" },
-    { INSPECT, "inspect", "FILE|DIR", "what a checkpoint, a picture or a data set holds" },
-    { PACK, "pack", "DATA FILE", "a data set decoded, resized, checksummed into one file for repeated epochs" },
-    { CONVERT, "convert", "IN OUT", "a checkpoint to .safetensors, or to a .pth that torch.load reads" },
-    { BENCH, "bench", "[FILE...]", "speed of this machine: peak, kernels, models, decoding" },
+    { TRAIN, "train", "", "train a classifier into a run folder (--data, --arch or --checkpoint, --out)",
+      "--data birds --arch resnet18:width=16 --image-size 64 --resize exact --epochs 20 --out runs/erm" },
+    { INTERVENE, "intervene", "", "train against memorization, from a checkpoint (--data, --checkpoint, --out)",
+      "--data birds --checkpoint runs/erm/last.safetensors --epochs 20 --augment paper --out runs/repaired" },
+    { EVAL, "eval", "", "group metrics of a checkpoint on one split (--data, --checkpoint)",
+      "--data birds --checkpoint runs/erm/best.safetensors --split test" },
+    { LOCALIZE, "localize", "", "rank units, change them, measure every group (--data, --checkpoint)",
+      "--data birds --checkpoint runs/erm/last.safetensors --groups 1,2 --json runs/erm/localize.json" },
+    { LEDGER, "ledger", "", "a CSV row per example: margin, self-influence, flip count, history (--data, --checkpoint)",
+      "--data birds --checkpoint runs/erm/last.safetensors --out ledger.csv --gradients runs/erm/gradients.csv" },
+    { PREDICT, "predict", "FILE...", "classify pictures: a JSON line each (--checkpoint)",
+      "--checkpoint runs/erm/best.safetensors --gradcam maps birds/images/test/*.jpg" },
+    { DECODE, "decode", "IMAGE...", "decode pictures to PNG or PPM, as the network sees them (--out-dir)",
+      "--image-size 64 --out-dir decoded birds/images/test/*.jpg" },
+    { REPORT, "report", "RUN...", "one self-contained HTML page about run folders, the first is the \"before\" (-o FILE)",
+      "runs/erm runs/repaired --data birds -o report.html" },
+    { INSPECT, "inspect", "FILE|DIR", "what a checkpoint, a picture or a data set holds",
+      "birds" },
+    { PACK, "pack", "DATA FILE", "a data set decoded, resized, checksummed into one file for repeated epochs",
+      "birds birds.packed --image-size 64" },
+    { CONVERT, "convert", "IN OUT", "a checkpoint to .safetensors, or to a .pth that torch.load reads",
+      "model.pth model.safetensors" },
+    { BENCH, "bench", "[FILE...]", "speed of this machine: peak, kernels, models, decoding",
+      "--only gemm" },
 };
 
 typedef enum option_id {
@@ -351,7 +363,7 @@ static const option options[] = {
       "results.json of a study: its methods as further points of the Pareto plot" },
     { O_TITLE, REPORT, 's', "title", "TEXT", NULL, "the page's headline" },
     { O_PICTURES, REPORT, 'i', "pictures", "N", "3",
-      "with --data: draw Grad-CAM for N training and N test pictures of each minority group" },
+      "with --data: draw Grad-CAM of N training and N test pictures of each minority group into RUN/gradcam" },
     { O_ONLY, BENCH, 's', "only", "NAME", NULL, "one part: train:ARCH, infer:ARCH, intervene:ARCH,\n"
       "                                           scan:ARCH, start:ARCH, gemm, conv, attention, memory, decode" },
 };
@@ -412,9 +424,10 @@ static int stopped(const char *what, int64_t done, int64_t total)
 
 static void print_option(const option *o)
 {
-    char left[80];
-    snprintf(left, sizeof left, "  --%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
-    printf("%-42s %s", left, o->help);
+    int left = printf("  --%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+    if (left > 42) /* too long for the column: the help starts below */
+        left = printf("\n") - 1;
+    printf("%*s %s", 42 - left, "", o->help);
     if (o->fallback) printf(" (%s)", o->fallback);
     printf("\n");
 }
@@ -433,14 +446,25 @@ static void help_all(FILE *out)
                  "1 a file or a run failed or was stopped, 2 the command line is wrong.\n");
 }
 
+/* The options with ids from `first` up to `end` that belong to a command, under a heading. */
+static void help_options(const command *c, const char *heading, int first, int end)
+{
+    int i, any = 0;
+    for (i = 0; i < N_OPTIONS; i++) {
+        if (!(options[i].commands & c->id) || (int)options[i].id < first || (int)options[i].id >= end) continue;
+        if (!any++) printf("\n%s (defaults in brackets):\n", heading);
+        print_option(&options[i]);
+    }
+}
+
 static void help_command(const command *c)
 {
-    int i;
-    printf("usage: spurmem %s [options] %s\n\n%s\n\noptions (defaults in brackets):\n", c->name, c->operands,
-           c->summary);
-    for (i = 0; i < N_OPTIONS; i++) {
-        if (options[i].commands & c->id) print_option(&options[i]);
-    }
+    printf("usage: spurmem %s [options]%s%s\n\n%s\n\nexample:\n  spurmem %s %s\n", c->name, *c->operands ? " " : "",
+           c->operands, c->summary, c->name, c->example);
+    help_options(c, "options", O_BATCH, O_COUNT);
+    help_options(c, "data", O_DATA, O_IMAGE_SIZE);
+    help_options(c, "pictures and model", O_IMAGE_SIZE, O_BATCH);
+    help_options(c, "common to all commands", 0, O_DATA);
 }
 
 /* 1 if `value` is one of "a|b|c". */
