@@ -1752,7 +1752,8 @@ SPMDEF spm_status spm_report_draw(spm_context *ctx, spm_dataset *dataset, const 
 /* One self-contained page (inline CSS, SVG and pictures; no script, no network): the finding in a sentence, bars and a
  * table before and after with counts and Wilson 95 % intervals, curves per group over epochs, worst group against
  * majority, localization beside its controls, Grad-CAM pictures, the protocol.  Reads what each run folder holds:
- * config.json and metrics.jsonl; localize.json and gradcam/index.json where they exist.  results.json: every object in it
+ * config.json and metrics.jsonl; localize.json, gradcam/index.json and gradients.csv (spurmem ledger --gradients) where
+ * they exist.  results.json: every object in it
  * that has "worst_group_accuracy" and "majority_accuracy" is a point, named by "method".  A missing or broken file is an
  * error that names it; the page is written atomically.  Test: test_report.c. */
 SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc, const char *path, spm_error *err);
@@ -2282,6 +2283,8 @@ static spm_status spmi_writer_open(spmi_writer *writer, spm_context *ctx, const 
 {
     size_t length = strlen(path);
     memset(writer, 0, sizeof *writer);
+    if (spmi_path_kind(path) == 2)
+        return spmi_fail(ctx, err, SPM_E_IO, "%s: is a folder; give the name of a file", path);
     writer->ctx = ctx;
     writer->path = spmi_string_copy(ctx, path, length);
     writer->temporary = (char *)spmi_alloc(ctx, length + 16);

@@ -220,7 +220,44 @@ static void study_results(void)
     well_formed(text_of(tiny_path("page.html", "")));
     CHECK(strstr(page, "group_dro &lt;b&gt;: worst group 80.0 %, majority 90.0 %") && strstr(page, "dfr: worst group 70.0 %"));
     CHECK(!strstr(page, "none: worst"));
+    /* what `make study` writes: lines, the mean over two seeds at their ends (70 and 80 % at 90 and 94 %) */
+    tiny_put(ctx, tiny_path("results.json", ""), "{\"runs\": [{\"set\": \"dom<i>\", \"arch\": \"r\", \"method\": \"jtt\", \"seed\": 1, "
+             "\"line\": [{\"worst_group_accuracy\": 0.1, \"majority_accuracy\": 0.99}, {\"worst_group_accuracy\": 0.7, "
+             "\"majority_accuracy\": 0.9}]}, {\"set\": \"dom<i>\", \"arch\": \"r\", \"method\": \"jtt\", \"seed\": 2, \"line\": "
+             "[{\"worst_group_accuracy\": 0.1, \"majority_accuracy\": 0.99}, {\"worst_group_accuracy\": 0.8, "
+             "\"majority_accuracy\": 0.94}]}]}");
+    CHECK(report("erm", "fixed", tiny_path("results.json", "")) == SPM_OK);
+    well_formed(text_of(tiny_path("page.html", "")));
+    CHECK(strstr(page, "<li>jtt <b>75.0</b> <small>at 92.0</small></li>") && strstr(page, "dom&lt;i&gt;"));
+    CHECK_INT(times(page, "<li>"), 1);
     CHECK(report("erm", NULL, tiny_path("nothing.json", "")) != SPM_OK && strstr(err.text, "nothing.json"));
+}
+
+/* The exhaustive scan's map and index, and the gradient table. */
+static void scan_and_gradients(void)
+{
+    make_run("scanned", "erm", before_train, before_test, "waterland");
+    tiny_put(ctx, tiny_path("scanned", "localize.json"), "{\"scan\": {\"criterion\": \"exhaustive\", \"baseline\": {}, \"results\": [], "
+             "\"scan\": {\"units\": [{\"parameter\": \"conv1.weight\", \"channel\": 0, \"norm\": 0.5, \"drop\": {\"train\": "
+             "[0, 0.25, 0.5, 0], \"test\": [0, 0, 0.125, 0]}, \"memory_index\": {\"index\": 0.3, \"ci95\": [0.1, 0.5]}}, "
+             "{\"parameter\": \"layer1.0.conv1.weight\", \"channel\": 7, \"norm\": 2, \"drop\": {\"train\": [0, 0, 0.1, 0]}, "
+             "\"memory_index\": {\"index\": 0.4, \"ci95\": [0, 0.6]}}, {\"parameter\": \"layer1.0.conv2.weight\", \"channel\": 1, "
+             "\"norm\": 1, \"drop\": {\"train\": [0, 0, null, 0]}}]}}}");
+    tiny_put(ctx, tiny_path("scanned", "gradients.csv"), "epoch,parameter,block,group,count,norm,share,cosine\n"
+             "0,conv1.weight,0,0,100,1,0.25,0\n0,conv1.weight,0,1,10,1,0.75,0\n0,fc.weight,0,0,100,1,0.5,0\n0,fc.weight,0,2,10,1,0.5,0\n"
+             "4,conv1.weight,0,0,100,1,1,0\n4,conv1.weight,0,1,10,1,0,0\n4,fc.weight,0,0,100,1,nan,0\n");
+    CHECK_MSG(report("scanned", NULL, NULL) == SPM_OK, err.text);
+    well_formed(text_of(tiny_path("page.html", "")));
+    CHECK(strstr(page, "3 removed one at a time") && times(page, "class=units") == 4); /* two layers of two groups */
+    CHECK(strstr(page, "conv1[0]: &minus;50.0 points in training, &minus;12.5 on new pictures"));
+    CHECK(strstr(page, "layer1.0.conv1[7]</code></th><td><b>+40.0</b></td><td>0.0 to +60.0")); /* the larger index first */
+    CHECK(strstr(page, "<th scope=row>conv1</th><td class=heat style=\"--h:45%\">75.0</td>"));
+    CHECK(strstr(page, "all layers</th><td class=heat style=\"--h:38%\">62.5</td><td class=heat style=\"--h:0%\">0.0</td>"));
+    CHECK(strstr(page, "epoch 1</th><th scope=col>epoch 5") && strstr(page, "9.1 % of its training pictures"));
+    tiny_put(ctx, tiny_path("scanned", "gradients.csv"), "epoch,parameter\n1\n");
+    CHECK(report("scanned", NULL, NULL) != SPM_OK && strstr(err.text, "gradients.csv"));
+    tiny_put(ctx, tiny_path("scanned", "gradients.csv"), "a,b\n1,2\n");
+    CHECK(report("scanned", NULL, NULL) != SPM_OK && strstr(err.text, "lacks one of the columns"));
 }
 
 /* Every file missing or broken in turn: one sentence with its name, and the page of before stays. */
@@ -248,7 +285,8 @@ static void broken_files(void)
     }
     CHECK(remove(tiny_path("broken", "config.json")) == 0);
     CHECK(report("broken", NULL, NULL) != SPM_OK && strstr(err.text, "no run folder"));
-    CHECK(report("nowhere", NULL, NULL) != SPM_OK && strstr(err.text, "nowhere"));
+    CHECK(report("nowhere", NULL, NULL) != SPM_OK && strstr(err.text, "nowhere: does not exist"));
+    CHECK(spm_file_write(ctx, tiny_path("broken", ""), "x", 1, NULL) != SPM_OK); /* a folder */
     /* values of the wrong kind are dashes, not nonsense */
     tiny_put(ctx, tiny_path("broken", "config.json"), "{\"method\": 3, \"groups\": [1, null, \"c\"], \"select\": []}");
     tiny_put(ctx, tiny_path("broken", "metrics.jsonl"), "{\"epoch\": \"x\", \"split\": \"test\", \"groups\": [{\"accuracy\": 1e300, "
@@ -340,6 +378,7 @@ int main(void)
     TEST(one_run);
     TEST(hostile_names);
     TEST(study_results);
+    TEST(scan_and_gradients);
     TEST(broken_files);
     TEST(pictures);
     TEST(in_chromium);
