@@ -13792,6 +13792,7 @@ static void spmi_adjust_hue(uint8_t *p, int turn)
 {
     const int most = SPMI_MAX(SPMI_MAX(p[0], p[1]), p[2]), least = SPMI_MIN(SPMI_MIN(p[0], p[1]), p[2]);
     uint8_t sector[4];
+    volatile float part;
     double angle;
     float s, f;
     int hue = 0, saturation = 0, i, c;
@@ -13816,9 +13817,10 @@ static void spmi_adjust_hue(uint8_t *p, int turn)
     f = (float)(angle - (double)(float)i);
     s = (float)((double)saturation / 255.0);
     sector[0] = (uint8_t)most;
-    sector[1] = (uint8_t)floor(spmi_product(most, 1.0 - (double)s) + 0.5);                          /* p */
-    sector[2] = (uint8_t)floor(spmi_product(most, 1.0 - spmi_product(s, f)) + 0.5);                 /* q */
-    sector[3] = (uint8_t)floor(spmi_product(most, 1.0 - spmi_product(s, 1.0 - (double)f)) + 0.5);   /* t */
+    part = s * f; /* rounded to float */
+    sector[1] = (uint8_t)floor(spmi_product(most, 1.0 - (double)s) + 0.5);
+    sector[2] = (uint8_t)floor(spmi_product(most, 1.0 - (double)part) + 0.5);
+    sector[3] = (uint8_t)floor(spmi_product(most, 1.0 - spmi_product((double)s, 1.0 - (double)f)) + 0.5);
     for (c = 0; c < 3; c++) {
         static const uint8_t which[6][3] = {
             { 0, 3, 1 }, { 2, 0, 1 }, { 1, 0, 3 }, { 1, 2, 0 }, { 3, 1, 0 }, { 0, 1, 2 }
