@@ -868,8 +868,11 @@ SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image
  * values; packed by spm_deflate: about as small as Pillow's. *data and errors as above.  Test: test_png.c. */
 SPMDEF spm_status spm_image_encode_png(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
                                        spm_error *err);
-/* Binary PPM (P6, maxval 255). *data and errors as above.  Test: test_png.c. */
+/* Binary PPM (P6), and PGM (P5) of the gray picture that Pillow's convert("L") gives; maxval 255. *data and errors as
+ * above.  Test: test_png.c. */
 SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err);
+SPMDEF spm_status spm_image_encode_pgm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
                                        spm_error *err);
 
 /* Resizes to width x height, bit-exact with Pillow's Image.resize((width, height), filter) of 8-bit pictures: each
@@ -1238,6 +1241,10 @@ typedef struct spm_loader_desc {
     int drop_last;             /* 1: a last batch that is not full is left out */
     spm_split split;
     spm_augment augment;
+    /* further changes by chance, before the shifted crop of `light` and after the crop of `paper`; all 0: none */
+    float rotate;    /* turned by -rotate .. rotate degrees (0..180), nearest pixels, black outside */
+    float jitter[4]; /* torchvision's ColorJitter, in an order by chance: factors of brightness, contrast and saturation
+                      * from max(0, 1 - jitter) to 1 + jitter; the hue by -jitter[3] .. jitter[3] (at most .5) */
 } spm_loader_desc;
 
 /* A batch; its memory belongs to the loader and stays until the next call with this loader. */
@@ -1707,6 +1714,7 @@ typedef struct spm_train_desc {
     spm_method method;
     spm_schedule_kind schedule;
     spm_augment augment;
+    float rotate, jitter[4];       /* see spm_loader_desc */
     spm_select select;
     spm_progress_fn progress;
     void *progress_user;
@@ -5048,6 +5056,8 @@ SPMI_INLINE __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
     _mm256_madd_epi16(pairs, _mm256_set1_epi32((int)((uint32_t)((a) & 0xffff) | (uint32_t)(b) << 16)))
 #define J_HIGH(x) _mm256_extracti128_si256(x, 1)
 #define J_LOW(x) _mm256_castsi256_si128(x)
+#define J_ROW(p, i) _mm_loadu_si128((const __m128i *)(const void *)((p) + 8 * (i)))
+#define J_BOTH(low, high) _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1)
 #define J_TWICE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p)))
 
 /* spmi_jpeg_idct_columns, then 16-bit saturation: in[0..3] hold x0 and x4, x1 and x5, x2 and x6, x3 and x7 in their
@@ -5086,20 +5096,20 @@ SPMI_INLINE void SPMI_K(jpeg_idct_lines)(const __m256i *in, int shift, __m256i *
 static void SPMI_K(jpeg_idct8)(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
 {
 #if SPMI_PASS == 2 || SPMI_PASS == 3
-    __m256i x[4], y[4], a, b, c, d;
-    __m128i row[8], rest;
-    int i;
-    for (i = 0; i < 8; i++) row[i] = _mm_loadu_si128((const __m128i *)(const void *)(coef + 8 * i));
-    rest = _mm_or_si128(_mm_or_si128(_mm_or_si128(row[1], row[2]), _mm_or_si128(row[3], row[4])),
-                        _mm_or_si128(_mm_or_si128(row[5], row[6]), row[7]));
-    for (i = 0; i < 8; i++)
-        row[i] = _mm_mullo_epi16(row[i], _mm_loadu_si128((const __m128i *)(const void *)(quant + 8 * i)));
+    __m256i x[4], y[4], a, b, c, d; /* no loops here: arrays that gcc's loops touch stay in memory */
+    const __m128i r0 = J_ROW(coef, 0), r1 = J_ROW(coef, 1), r2 = J_ROW(coef, 2), r3 = J_ROW(coef, 3);
+    const __m128i r4 = J_ROW(coef, 4), r5 = J_ROW(coef, 5), r6 = J_ROW(coef, 6), r7 = J_ROW(coef, 7);
+    const __m128i rest = _mm_or_si128(_mm_or_si128(_mm_or_si128(r1, r2), _mm_or_si128(r3, r4)),
+                                      _mm_or_si128(_mm_or_si128(r5, r6), r7));
     if (_mm_testz_si128(rest, rest)) {
-        a = _mm256_castsi128_si256(_mm_slli_epi16(row[0], 2));
+        a = _mm256_castsi128_si256(_mm_slli_epi16(_mm_mullo_epi16(r0, J_ROW(quant, 0)), 2));
         y[0] = y[1] = y[2] = y[3] = _mm256_permute4x64_epi64(a, 0x50);
     }
     else {
-        for (i = 0; i < 4; i++) x[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row[i]), row[i + 4], 1);
+        x[0] = _mm256_mullo_epi16(J_BOTH(r0, r4), J_BOTH(J_ROW(quant, 0), J_ROW(quant, 4)));
+        x[1] = _mm256_mullo_epi16(J_BOTH(r1, r5), J_BOTH(J_ROW(quant, 1), J_ROW(quant, 5)));
+        x[2] = _mm256_mullo_epi16(J_BOTH(r2, r6), J_BOTH(J_ROW(quant, 2), J_ROW(quant, 6)));
+        x[3] = _mm256_mullo_epi16(J_BOTH(r3, r7), J_BOTH(J_ROW(quant, 3), J_ROW(quant, 7)));
         SPMI_K(jpeg_idct_lines)(x, 11, y);
     }
     /* transpose: 16-bit pairs, quadruples, then whole columns */
@@ -5127,13 +5137,15 @@ static void SPMI_K(jpeg_idct8)(const int16_t *coef, const uint16_t *quant, uint8
     b = _mm256_unpackhi_epi8(c, d);
     c = _mm256_unpacklo_epi32(a, b);
     d = _mm256_unpackhi_epi32(a, b);
-    for (i = 0; i < 2; i++, out += 4 * stride) {
-        const __m128i top = i ? J_HIGH(c) : J_LOW(c), bottom = i ? J_HIGH(d) : J_LOW(d);
-        _mm_storel_epi64((__m128i *)(void *)out, top);
-        _mm_storel_epi64((__m128i *)(void *)(out + stride), _mm_srli_si128(top, 8));
-        _mm_storel_epi64((__m128i *)(void *)(out + 2 * stride), bottom);
-        _mm_storel_epi64((__m128i *)(void *)(out + 3 * stride), _mm_srli_si128(bottom, 8));
-    }
+    _mm_storel_epi64((__m128i *)(void *)out, J_LOW(c));
+    _mm_storel_epi64((__m128i *)(void *)(out + stride), _mm_srli_si128(J_LOW(c), 8));
+    _mm_storel_epi64((__m128i *)(void *)(out + 2 * stride), J_LOW(d));
+    _mm_storel_epi64((__m128i *)(void *)(out + 3 * stride), _mm_srli_si128(J_LOW(d), 8));
+    out += 4 * stride;
+    _mm_storel_epi64((__m128i *)(void *)out, J_HIGH(c));
+    _mm_storel_epi64((__m128i *)(void *)(out + stride), _mm_srli_si128(J_HIGH(c), 8));
+    _mm_storel_epi64((__m128i *)(void *)(out + 2 * stride), J_HIGH(d));
+    _mm_storel_epi64((__m128i *)(void *)(out + 3 * stride), _mm_srli_si128(J_HIGH(d), 8));
 #else
     int16_t x[64], t[64];
     int32_t y[64];
@@ -5301,6 +5313,8 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef J_DOT
 #undef J_HIGH
 #undef J_LOW
+#undef J_ROW
+#undef J_BOTH
 #undef J_TWICE
 
 #endif /* all but the bf16 pass */
@@ -12428,6 +12442,11 @@ static uint32_t spmi_load32_big(const uint8_t *p)
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
+static uint64_t spmi_load64_big(const uint8_t *p)
+{
+    return (uint64_t)spmi_load32_big(p) << 32 | spmi_load32_big(p + 4);
+}
+
 /* CRC-32 of PNG, gzip and zip (polynomial 0xEDB88320), continued from `crc` (0 at the start). Short data goes by
  * half-bytes; long data by eight bytes at a time with tables that cost 2,048 steps to make. */
 static uint32_t spmi_crc32(uint32_t crc, const uint8_t *data, size_t size)
@@ -13940,6 +13959,14 @@ typedef struct spmi_jpeg_component {
     int16_t known_before[64];        /* the same before the last scan */
 } spmi_jpeg_component;
 
+/* Where the file is read.  In a scan up to 63 bits are taken ahead of `at`. */
+typedef struct spmi_jpeg_bits {
+    uint64_t bits;        /* next bits of the scan, the first one on top */
+    const uint8_t *at;
+    const uint8_t *clear; /* no byte before this one, from `at` on, is FF */
+    int count;            /* valid bits; below 0 once a scan asked for more than there is */
+} spmi_jpeg_bits;
+
 typedef struct spmi_jpeg {
     spm_context *ctx;
     const char *name;
@@ -13947,9 +13974,8 @@ typedef struct spmi_jpeg {
     spm_status status;               /* of the failure, if a function below returned 0 */
     const spm_decode_desc *desc;
 
-    const uint8_t *data, *at, *end;
-    uint64_t bits;                   /* next bits of the scan, the first one on top */
-    int count;                       /* valid ones; below 0 once a scan asked for more than there is */
+    const uint8_t *data, *end;
+    spmi_jpeg_bits in;
     int marker;                      /* met in a scan and not used yet; 0 none */
     int ended;                       /* the file ended without an end-of-image marker */
     int starved;                     /* the data of this restart interval ran out: its blocks stay as they are */
@@ -13985,13 +14011,13 @@ typedef struct spmi_jpeg {
 static int spmi_jpeg_next_marker(spmi_jpeg *d)
 {
     for (;;) {
-        while (d->at < d->end && *d->at != 0xff) d->at++;
-        while (d->at < d->end && *d->at == 0xff) d->at++;
-        if (d->at >= d->end) {
+        while (d->in.at < d->end && *d->in.at != 0xff) d->in.at++;
+        while (d->in.at < d->end && *d->in.at == 0xff) d->in.at++;
+        if (d->in.at >= d->end) {
             d->ended = 1;
             return 0xd9;
         }
-        if (*d->at++) return d->at[-1];
+        if (*d->in.at++) return d->in.at[-1];
     }
 }
 
@@ -13999,17 +14025,17 @@ static int spmi_jpeg_next_marker(spmi_jpeg *d)
  * it.  0: not even the length is there. */
 static int spmi_jpeg_segment(spmi_jpeg *d, const uint8_t **payload, int *length, int *have)
 {
-    if (d->end - d->at < 2) {
-        d->at = d->end;
+    if (d->end - d->in.at < 2) {
+        d->in.at = d->end;
         d->ended = 1;
         return 0;
     }
-    *length = (d->at[0] << 8 | d->at[1]) - 2; /* below 0: the caller refuses it, or skips nothing, as libjpeg does */
-    d->at += 2;
-    *payload = d->at;
+    *length = (d->in.at[0] << 8 | d->in.at[1]) - 2; /* below 0: the caller refuses it, or skips nothing, as libjpeg does */
+    d->in.at += 2;
+    *payload = d->in.at;
     *have = SPMI_MAX(*length, 0);
-    if (d->end - d->at < *have) *have = (int)(d->end - d->at);
-    d->at += *have;
+    if (d->end - d->in.at < *have) *have = (int)(d->end - d->in.at);
+    d->in.at += *have;
     return 1;
 }
 
@@ -14223,7 +14249,7 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
                                   "damaged", d->name);
         if (marker < 0xc0 || marker == 0xde || marker == 0xdf || (marker >= 0xf0 && marker != 0xfe))
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: marker FF%02X at byte %lu is not valid; the file is damaged",
-                                  d->name, (unsigned)marker, (unsigned long)(d->at - d->data));
+                                  d->name, (unsigned)marker, (unsigned long)(d->in.at - d->data));
         if (spmi_jpeg_is_exotic(marker))
             return SPMI_JPEG_FAIL(d, SPM_E_UNSUPPORTED, "%s: this is a lossless or hierarchical JPEG (frame type %d), "
                                   "which is not supported; save it as baseline or progressive JPEG", d->name, marker -
@@ -14288,60 +14314,54 @@ static int spmi_jpeg_probe(const uint8_t *data, size_t size, int *width, int *he
 /* ---- bits and codes ---- */
 
 /* Fills the reader byte by byte: the way at stuffed bytes (FF 00), markers and the end of the file.  Past a marker
- * nothing is added, so that zeros are read and `count` falls below 0. */
+ * nothing is added, so that zeros are read and `count` falls below 0.  Then looks where the next FF is. */
 static void spmi_jpeg_refill_slowly(spmi_jpeg *d)
 {
-    while (d->count <= 56 && !d->marker) {
-        int byte;
-        if (d->at >= d->end) {
-            d->ended = 1;
-            d->marker = 0xd9;
-            return;
-        }
-        byte = *d->at++;
+    spmi_jpeg_bits *in = &d->in;
+    while (in->count <= 56 && !d->marker) {
+        int byte = in->at < d->end ? *in->at++ : -1, next = 0;
         if (byte == 0xff) {
-            int next = 0xff;
-            while (next == 0xff && d->at < d->end) next = *d->at++;
-            if (next == 0xff) {
-                d->ended = 1;
-                d->marker = 0xd9;
-                return;
-            }
-            if (next) {
-                d->marker = next;
-                return;
+            for (next = 0xff; next == 0xff; next = *in->at++) {
+                if (in->at < d->end) continue;
+                byte = -1;
+                break;
             }
         }
-        d->bits |= (uint64_t)byte << (56 - d->count);
-        d->count += 8;
+        if (byte < 0) d->ended = 1;
+        if (byte < 0 || next) {
+            d->marker = byte < 0 ? 0xd9 : next;
+            break;
+        }
+        in->bits |= (uint64_t)byte << (56 - in->count);
+        in->count += 8;
+    }
+    in->clear = in->at;
+    if (!d->marker) {
+        const void *found = memchr(in->at, 0xff, (size_t)(d->end - in->at));
+        in->clear = found ? (const uint8_t *)found : d->end;
     }
 }
 
 /* At least 32 valid bits, if the data has them: eight bytes at a time while none of them is FF. */
-static inline void spmi_jpeg_refill(spmi_jpeg *d)
+SPMI_INLINE void spmi_jpeg_refill(spmi_jpeg *d, spmi_jpeg_bits *in)
 {
-    if (d->count >= 32) return;
-    if (d->end - d->at >= 8 && !d->marker) {
-        const uint8_t *p = d->at;
-        uint64_t word = (uint64_t)p[0] << 56 | (uint64_t)p[1] << 48 | (uint64_t)p[2] << 40 | (uint64_t)p[3] << 32
-                      | (uint64_t)p[4] << 24 | (uint64_t)p[5] << 16 | (uint64_t)p[6] << 8 | (uint64_t)p[7];
-        if (((~word - 0x0101010101010101u) & word & 0x8080808080808080u) == 0) {
-            int bytes = (63 - d->count) >> 3;
-            d->bits |= word >> d->count;
-            d->at += bytes;
-            d->count += 8 * bytes;
-            return;
-        }
+    if (in->clear - in->at >= 8) {
+        in->bits |= spmi_load64_big(in->at) >> in->count;
+        in->at += (63 - in->count) >> 3;
+        in->count |= 56;
+    } else if (in->count < 32) {
+        d->in = *in;
+        spmi_jpeg_refill_slowly(d);
+        *in = d->in;
     }
-    spmi_jpeg_refill_slowly(d);
 }
 
 /* The next n (1..16) bits. */
-static inline int spmi_jpeg_take(spmi_jpeg *d, int n)
+SPMI_INLINE int spmi_jpeg_take(spmi_jpeg_bits *in, int n)
 {
-    int v = (int)(d->bits >> (64 - n));
-    d->bits <<= n;
-    d->count -= n;
+    int v = (int)(in->bits >> (64 - n));
+    in->bits <<= n;
+    in->count -= n;
     return v;
 }
 
@@ -14395,39 +14415,42 @@ static uint32_t spmi_jpeg_long_code(const spmi_jpeg_huffman *h, uint64_t bits)
 }
 
 /* The entry of the next code, which is taken; its value is not. */
-static inline uint32_t spmi_jpeg_code(spmi_jpeg *d, const spmi_jpeg_huffman *h)
+SPMI_INLINE uint32_t spmi_jpeg_code(spmi_jpeg *d, spmi_jpeg_bits *in, const spmi_jpeg_huffman *h)
 {
     uint32_t entry;
-    spmi_jpeg_refill(d);
-    entry = h->look[d->bits >> (64 - SPMI_JPEG_LOOK)];
-    if (!entry) entry = spmi_jpeg_long_code(h, d->bits);
-    d->bits <<= entry & 255;
-    d->count -= (int)(entry & 255);
+    spmi_jpeg_refill(d, in);
+    entry = h->look[in->bits >> (64 - SPMI_JPEG_LOOK)];
+    if (!entry) entry = spmi_jpeg_long_code(h, in->bits);
+    in->bits <<= entry & 255;
+    in->count -= (int)(entry & 255);
     return entry;
 }
 
-/* The value behind a code: `size` bits stand for -(2^size - 1) .. -2^(size-1), 2^(size-1) .. 2^size - 1.  No branch: the
- * sign is a toss-up. */
-static inline int spmi_jpeg_extend(uint64_t bits, int size)
+/* The next code with its value, which is set where the entry's size is not 0: `size` bits stand for -(2^size - 1) ..
+ * -2^(size-1), 2^(size-1) .. 2^size - 1.  Their sign is a toss-up: no branch. */
+SPMI_INLINE uint32_t spmi_jpeg_symbol(spmi_jpeg *d, spmi_jpeg_bits *in, const spmi_jpeg_huffman *h, int *value)
 {
-    return (int)(bits >> (64 - size)) + (int)(((uint32_t)(bits >> 63) - 1) & (1u - (1u << size)));
-}
-
-static inline int spmi_jpeg_value(spmi_jpeg *d, uint32_t entry)
-{
-    int size = (int)(entry >> 12) & 15, value;
-    if (!size) return 0;
-    value = spmi_jpeg_extend(d->bits, size);
-    d->bits <<= size;
-    d->count -= size;
-    return value;
+    uint32_t entry;
+    int size;
+    spmi_jpeg_refill(d, in);
+    entry = h->look[in->bits >> (64 - SPMI_JPEG_LOOK)];
+    if (!entry) entry = spmi_jpeg_long_code(h, in->bits);
+    size = (int)(entry >> 12) & 15;
+    if (size) {
+        const uint64_t bits = in->bits << (entry & 31);
+        *value = (int)(bits >> (64 - size)) + (int)(((uint32_t)(bits >> 63) - 1) & (1u - (1u << size)));
+    }
+    in->bits <<= entry >> 16;
+    in->count -= (int)(entry >> 16);
+    return entry;
 }
 
 /* DC: the difference is added with wrap-around, as damaged files make it grow without bound. */
-static inline int spmi_jpeg_dc(spmi_jpeg *d, spmi_jpeg_component *c)
+SPMI_INLINE int spmi_jpeg_dc(spmi_jpeg *d, spmi_jpeg_bits *in, spmi_jpeg_component *c)
 {
-    uint32_t entry = spmi_jpeg_code(d, &d->dc[c->dc_index]);
-    c->dc = (int)((uint32_t)c->dc + (uint32_t)spmi_jpeg_value(d, entry));
+    int difference = 0;
+    (void)spmi_jpeg_symbol(d, in, &d->dc[c->dc_index], &difference);
+    c->dc = (int)((uint32_t)c->dc + (uint32_t)difference);
     return c->dc;
 }
 
@@ -14436,39 +14459,29 @@ static inline int spmi_jpeg_dc(spmi_jpeg *d, spmi_jpeg_component *c)
 static int spmi_jpeg_block(spmi_jpeg *d, spmi_jpeg_component *c, int16_t *block)
 {
     const spmi_jpeg_huffman *h = &d->ac[c->ac_index];
-    int k = 1, last = 0, count;
-    uint64_t bits;
-    block[0] = (int16_t)spmi_jpeg_dc(d, c);
-    bits = d->bits;
-    count = d->count;
-    do {
-        uint32_t entry;
-        int size;
-        if (count < 32) {
-            d->bits = bits;
-            d->count = count;
-            spmi_jpeg_refill(d);
-            bits = d->bits;
-            count = d->count;
-        }
-        entry = h->look[bits >> (64 - SPMI_JPEG_LOOK)];
-        if (!entry) entry = spmi_jpeg_long_code(h, bits);
-        size = (int)(entry >> 12) & 15;
+    spmi_jpeg_bits in = d->in;
+    int k, last = 0;
+    block[0] = (int16_t)spmi_jpeg_dc(d, &in, c);
+    for (k = 1; k < 64; k++) {
+        int value = 0;
+        const uint32_t entry = spmi_jpeg_symbol(d, &in, h, &value);
         k += (int)(entry >> 8) & 15;
-        count -= (int)(entry >> 16);
-        if (size) {
-            block[spmi_jpeg_zigzag[k]] = (int16_t)spmi_jpeg_extend(bits << (entry & 31), size);
+        if (entry >> 12 & 15) {
+            block[spmi_jpeg_zigzag[k]] = (int16_t)value;
             last = k;
-        } else if ((entry & 0xf00) != 0xf00) { /* the rest is zero */
-            bits <<= entry >> 16;
-            break;
+        } else if ((entry & 0xf00) != 0xf00) {
+            break; /* the rest is zero */
         }
-        bits <<= entry >> 16;
-        k++;
-    } while (k < 64);
-    d->bits = bits;
-    d->count = count;
+    }
+    d->in = in;
     return last;
+}
+
+static void spmi_jpeg_reset_bits(spmi_jpeg *d)
+{
+    d->in.bits = 0;
+    d->in.count = 0;
+    d->in.clear = d->in.at;
 }
 
 /* Starts the next restart interval: finds its marker, or decides, as libjpeg's resynchronisation does, whether a wrong
@@ -14476,8 +14489,7 @@ static int spmi_jpeg_block(spmi_jpeg *d, spmi_jpeg_component *c, int16_t *block)
 static void spmi_jpeg_restart(spmi_jpeg *d)
 {
     int wanted = 0xd0 + d->restart_next, i;
-    d->bits = 0;
-    d->count = 0;
+    spmi_jpeg_reset_bits(d);
     if (!d->marker) d->marker = spmi_jpeg_next_marker(d);
     while (d->marker != wanted) {
         int ahead = (d->marker - wanted) & 7;
@@ -14851,8 +14863,8 @@ static int spmi_jpeg_start_scan(spmi_jpeg *d)
         return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan of %d blocks in each unit is not possible; at most 10 are",
                               d->name, blocks);
     if (d->progressive && !spmi_jpeg_check_band(d)) return 0;
-    d->bits = 0;
-    d->count = d->marker = d->starved = d->restart_next = 0;
+    spmi_jpeg_reset_bits(d);
+    d->marker = d->starved = d->restart_next = 0;
     d->restart_left = d->restart_interval;
     d->eob_run = 0;
     return 1;
@@ -14861,52 +14873,54 @@ static int spmi_jpeg_start_scan(spmi_jpeg *d)
 /* First pass over a band of AC coefficients. */
 static void spmi_jpeg_ac_first(spmi_jpeg *d, const spmi_jpeg_huffman *h, int16_t *block)
 {
-    int k, end = d->spectral_end, low = d->bit_low;
-    if (d->eob_run) {
-        d->eob_run--;
-        return;
-    }
+    const int end = d->spectral_end, low = d->bit_low;
+    spmi_jpeg_bits in = d->in;
+    int k;
     for (k = d->spectral_start; k <= end; k++) {
-        uint32_t entry = spmi_jpeg_code(d, h);
-        int run = (int)(entry >> 8) & 15;
+        int value = 0;
+        const uint32_t entry = spmi_jpeg_symbol(d, &in, h, &value);
+        const int run = (int)(entry >> 8) & 15;
         if (entry >> 12 & 15) {
             k += run;
-            block[spmi_jpeg_zigzag[k]] = (int16_t)((uint32_t)spmi_jpeg_value(d, entry) << low);
+            block[spmi_jpeg_zigzag[k]] = (int16_t)((uint32_t)value << low);
         } else if (run == 15) {
             k += 15;
         } else {
             d->eob_run = (1u << run) - 1;
-            if (run) d->eob_run += (uint32_t)spmi_jpeg_take(d, run);
-            return;
+            if (run) d->eob_run += (uint32_t)spmi_jpeg_take(&in, run);
+            break;
         }
     }
+    d->in = in;
 }
 
 /* One correction bit for a coefficient that is not zero. */
-static inline void spmi_jpeg_correct(spmi_jpeg *d, int16_t *value, int bit)
+SPMI_INLINE void spmi_jpeg_correct(spmi_jpeg *d, spmi_jpeg_bits *in, int16_t *value, int bit)
 {
-    spmi_jpeg_refill(d);
-    if (spmi_jpeg_take(d, 1) && (*value & bit) == 0) *value = (int16_t)(*value + (*value >= 0 ? bit : -bit));
+    if (in->count < 1) spmi_jpeg_refill(d, in);
+    if (spmi_jpeg_take(in, 1) && (*value & bit) == 0) *value = (int16_t)(*value + (*value >= 0 ? bit : -bit));
 }
 
 /* A later pass: one more bit for known coefficients, new ones of size one between them. */
 static void spmi_jpeg_ac_refine(spmi_jpeg *d, const spmi_jpeg_huffman *h, int16_t *block)
 {
-    int k = d->spectral_start, end = d->spectral_end, bit = 1 << d->bit_low;
+    const int end = d->spectral_end, bit = 1 << d->bit_low;
+    spmi_jpeg_bits in = d->in;
+    int k = d->spectral_start;
     if (!d->eob_run) {
         for (; k <= end; k++) {
-            uint32_t entry = spmi_jpeg_code(d, h);
+            const uint32_t entry = spmi_jpeg_code(d, &in, h);
             int run = (int)(entry >> 8) & 15, value = 0;
             if (entry >> 12 & 15) {
-                value = spmi_jpeg_take(d, 1) ? bit : -bit;
+                value = spmi_jpeg_take(&in, 1) ? bit : -bit;
             } else if (run != 15) {
                 d->eob_run = 1u << run;
-                if (run) d->eob_run += (uint32_t)spmi_jpeg_take(d, run);
+                if (run) d->eob_run += (uint32_t)spmi_jpeg_take(&in, run);
                 break;
             }
             do { /* over `run` zeros, correcting what is not zero */
                 int16_t *at = block + spmi_jpeg_zigzag[k];
-                if (*at) spmi_jpeg_correct(d, at, bit);
+                if (*at) spmi_jpeg_correct(d, &in, at, bit);
                 else if (--run < 0) break;
                 k++;
             } while (k <= end);
@@ -14916,10 +14930,11 @@ static void spmi_jpeg_ac_refine(spmi_jpeg *d, const spmi_jpeg_huffman *h, int16_
     if (d->eob_run) {
         for (; k <= end; k++) {
             int16_t *at = block + spmi_jpeg_zigzag[k];
-            if (*at) spmi_jpeg_correct(d, at, bit);
+            if (*at) spmi_jpeg_correct(d, &in, at, bit);
         }
         d->eob_run--;
     }
+    d->in = in;
 }
 
 /* One block of whatever kind of scan this is, in the coefficient store. */
@@ -14929,13 +14944,14 @@ static void spmi_jpeg_scan_block(spmi_jpeg *d, spmi_jpeg_component *c, int64_t r
     if (!d->progressive) {
         (void)spmi_jpeg_block(d, c, block);
     } else if (d->spectral_start > 0) {
-        if (d->bit_high == 0) spmi_jpeg_ac_first(d, &d->ac[c->ac_index], block);
-        else spmi_jpeg_ac_refine(d, &d->ac[c->ac_index], block);
+        if (d->bit_high) spmi_jpeg_ac_refine(d, &d->ac[c->ac_index], block);
+        else if (d->eob_run) d->eob_run--;
+        else spmi_jpeg_ac_first(d, &d->ac[c->ac_index], block);
     } else if (d->bit_high == 0) {
-        block[0] = (int16_t)((uint32_t)spmi_jpeg_dc(d, c) << d->bit_low);
+        block[0] = (int16_t)((uint32_t)spmi_jpeg_dc(d, &d->in, c) << d->bit_low);
     } else {
-        spmi_jpeg_refill(d);
-        if (spmi_jpeg_take(d, 1)) block[0] = (int16_t)(block[0] | 1 << d->bit_low);
+        spmi_jpeg_refill(d, &d->in);
+        if (spmi_jpeg_take(&d->in, 1)) block[0] = (int16_t)(block[0] | 1 << d->bit_low);
     }
 }
 
@@ -14969,7 +14985,7 @@ static int spmi_jpeg_read_coefficients(spmi_jpeg *d)
                         for (x = 0; x < c->h; x++) spmi_jpeg_scan_block(d, c, row * c->v + y, column * c->h + x);
                 }
             }
-            if (d->count < 0) d->starved = 1;
+            if (d->in.count < 0) d->starved = 1;
         }
     }
     return 1;
@@ -15078,7 +15094,7 @@ static void spmi_jpeg_decode_mcu_row(spmi_jpeg *d, int mcu_row)
                 }
             }
         }
-        if (d->count < 0) d->starved = 1;
+        if (d->in.count < 0) d->starved = 1;
     }
 }
 
@@ -15140,9 +15156,9 @@ static int spmi_jpeg_pace_mcu(spmi_jpeg *d, spmi_jpeg_pace *pace)
         const spmi_jpeg_component *c = &d->component[d->scan[i]];
         for (block = c->h * c->v; block; block--) {
             for (k = 0; k < 64; k++) {
-                uint32_t entry = spmi_jpeg_code(d, k ? &d->ac[c->ac_index] : &d->dc[c->dc_index]);
+                int value = 0;
+                uint32_t entry = spmi_jpeg_symbol(d, &d->in, k ? &d->ac[c->ac_index] : &d->dc[c->dc_index], &value);
                 size = (int)(entry >> 12) & 15;
-                (void)spmi_jpeg_value(d, entry);
                 if (!spmi_jpeg_pace_step(pace, (int)(entry & 255), size)) return 0;
                 if (!k) continue;
                 if (!size && (entry >> 8 & 15) != 15) break;
@@ -15161,33 +15177,30 @@ static int spmi_jpeg_waits_for_more(spmi_jpeg *d, const uint8_t *scan)
     spmi_jpeg_pace pace = SPM_ZERO;
     int blocks = 0, i;
     if (d->marker && !d->ended) return 0;
-    if (d->end - d->at >= 16) return 0; /* more than its buffer holds, even if all bytes are stuffed */
-    for (p = d->at; p < d->end - 1; p++)
+    if (d->end - d->in.at >= 16) return 0; /* more than its buffer holds, even if all bytes are stuffed */
+    for (p = d->in.at; p < d->end - 1; p++)
         if (p[0] == 0xff && p[1] && p[1] != 0xff) return 0;
     for (i = 0; i < d->scan_count; i++) blocks += d->component[d->scan[i]].h * d->component[d->scan[i]].v;
-    d->at = pace.at = scan;
+    d->in.at = pace.at = scan;
     if (!spmi_jpeg_start_scan(d)) return 1;
     for (; units; units--) {
         if (d->restart_interval && d->restart_left == 0) {
             spmi_jpeg_restart(d);
-            pace.at = d->at;
+            pace.at = d->in.at;
             pace.left = 0;
         }
         if (d->restart_interval) d->restart_left--;
         for (;;) {
             const spmi_jpeg_pace before = pace;
-            const uint8_t *at = d->at;
-            const uint64_t bits = d->bits;
-            const int count = d->count, marker = d->marker;
+            const spmi_jpeg_bits in = d->in;
+            const int marker = d->marker;
             pace.end = d->data + have;
             pace.fast = !d->restart_interval && pace.end - pace.at >= 512 * blocks;
             if (spmi_jpeg_pace_mcu(d, &pace)) break;
             if (have == size) return 1;
             have = SPMI_MIN(size, have + piece);
             pace = before;
-            d->at = at;
-            d->bits = bits;
-            d->count = count;
+            d->in = in;
             d->marker = marker;
         }
     }
@@ -15241,7 +15254,7 @@ static int spmi_jpeg_decode_scans(spmi_jpeg *d)
         }
     }
     if (!several) {
-        const uint8_t *scan = d->at;
+        const uint8_t *scan = d->in.at;
         if (!spmi_jpeg_start_scan(d)) return 0;
         for (row = 0; row < d->mcus_high; row++) {
             spmi_jpeg_decode_mcu_row(d, row);
@@ -15285,7 +15298,7 @@ static spm_status spmi_jpeg_decode(spm_context *ctx, const char *name, const uin
     d->err = err;
     d->desc = desc;
     d->data = data;
-    d->at = data + SPMI_MIN(size, 2);
+    d->in.at = data + SPMI_MIN(size, 2);
     d->end = data + size;
     d->image = image;
     d->orientation = 1;
@@ -16259,27 +16272,42 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
     return SPM_OK;
 }
 
-SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
-                                       spm_error *err)
+static spm_status spmi_ppm_encode(spm_context *ctx, const spm_image *image, int channels, uint8_t **data, size_t *size,
+                                  spm_error *err)
 {
+    const char *name = channels == 3 ? "PPM" : "PGM";
     char header[64];
-    size_t head, body;
+    size_t head, pixels, i;
     spm_status status;
     *data = NULL;
     *size = 0;
-    status = spmi_image_check_size(ctx, "PPM", image->width, image->height, 0, err);
+    status = spmi_image_check_size(ctx, name, image->width, image->height, 0, err);
     if (status) return status;
-    head = (size_t)spmi_format(header, sizeof header, "P6\n%d %d\n255\n", image->width, image->height);
-    body = (size_t)image->width * (size_t)image->height * 3;
-    *data = (uint8_t *)spmi_alloc(ctx, head + body);
+    head = (size_t)spmi_format(header, sizeof header, "P%d\n%d %d\n255\n", channels == 3 ? 6 : 5, image->width,
+                               image->height);
+    pixels = (size_t)image->width * (size_t)image->height;
+    *data = (uint8_t *)spmi_alloc(ctx, head + pixels * (size_t)channels);
     if (!*data) {
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a PPM of %d x %d pixels", image->width,
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "out of memory for a %s of %d x %d pixels", name, image->width,
                          image->height);
     }
     memcpy(*data, header, head);
-    memcpy(*data + head, image->pixels, body);
-    *size = head + body;
+    if (channels == 3) memcpy(*data + head, image->pixels, pixels * 3);
+    else for (i = 0; i < pixels; i++) (*data)[head + i] = (uint8_t)spmi_gray(image->pixels + 3 * i);
+    *size = head + pixels * (size_t)channels;
     return SPM_OK;
+}
+
+SPMDEF spm_status spm_image_encode_ppm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err)
+{
+    return spmi_ppm_encode(ctx, image, 3, data, size, err);
+}
+
+SPMDEF spm_status spm_image_encode_pgm(spm_context *ctx, const spm_image *image, uint8_t **data, size_t *size,
+                                       spm_error *err)
+{
+    return spmi_ppm_encode(ctx, image, 1, data, size, err);
 }
 
 /* ---- any format ---- */
@@ -21648,7 +21676,8 @@ SPMDEF void spm_transform_normalize(const spm_transform *transform, const spm_im
 /* ---- augmentation: every draw is a function of (seed, epoch, example) and of its number ---- */
 
 /* RandomResizedCrop: four draws a try, from 16 */
-enum { SPMI_DRAW_FLIP, SPMI_DRAW_Y, SPMI_DRAW_X, SPMI_DRAW_CROP = 16 };
+enum { SPMI_DRAW_FLIP, SPMI_DRAW_Y, SPMI_DRAW_X, SPMI_DRAW_CROP = 16, SPMI_DRAW_ANGLE = 64, SPMI_DRAW_ORDER,
+       SPMI_DRAW_FACTOR = 72 };
 
 static float spmi_draw_uniform(uint64_t key, uint64_t draw)
 {
@@ -21728,6 +21757,44 @@ static spm_status spmi_augment_paper(spm_context *ctx, const spm_transform *t, c
     if (!status) status = spm_image_resize(ctx, &part, (int)t->width, (int)t->height, SPM_FILTER_BILINEAR, result, err);
     spm_image_free(ctx, &part);
     if (!status && spmi_draw_flip(key)) spm_image_flip(result);
+    return status;
+}
+
+static int spmi_augment_disturbs(const spm_loader_desc *desc)
+{
+    return desc->rotate > 0 || desc->jitter[0] > 0 || desc->jitter[1] > 0 || desc->jitter[2] > 0 || desc->jitter[3] > 0;
+}
+
+/* Rotation, then the four changes of colour in an order drawn by shuffling. In place. */
+static spm_status spmi_augment_disturb(spm_context *ctx, const spm_loader_desc *desc, uint64_t key, spm_image *image,
+                                       spm_error *err)
+{
+    static const spm_adjust changes[4] = {
+        SPM_ADJUST_BRIGHTNESS, SPM_ADJUST_CONTRAST, SPM_ADJUST_SATURATION, SPM_ADJUST_HUE
+    };
+    int order[4], i;
+    spm_status status = SPM_OK;
+    if (desc->rotate > 0) {
+        const double part = 2.0 * (double)spmi_draw_uniform(key, SPMI_DRAW_ANGLE) - 1.0;
+        spm_image turned = SPM_ZERO;
+        status = spm_image_rotate(ctx, image, part * (double)desc->rotate, SPM_FILTER_NEAREST, 0, NULL, NULL, &turned,
+                                  err);
+        if (status) return status;
+        spm_image_free(ctx, image);
+        *image = turned;
+    }
+    for (i = 0; i < 4; i++) { /* a shuffle from the inside out */
+        const int at = spmi_draw_below(key, SPMI_DRAW_ORDER + (uint64_t)i, i + 1);
+        order[i] = order[at];
+        order[at] = i;
+    }
+    for (i = 0; i < 4 && !status; i++) {
+        const int k = order[i];
+        const double most = (double)desc->jitter[k], low = k == 3 ? -most : SPMI_MAX(0.0, 1.0 - most);
+        const double high = k == 3 ? most : 1.0 + most;
+        const double u = (double)spmi_draw_uniform(key, SPMI_DRAW_FACTOR + (uint64_t)k);
+        if (most > 0) status = spm_image_adjust(ctx, image, changes[k], low + (high - low) * u, err);
+    }
     return status;
 }
 
@@ -22629,6 +22696,7 @@ static spm_status spmi_loader_fill(spm_loader *loader, int64_t p, spm_error *why
     float *out = slot->pixels + at * size * 3;
     uint64_t key = spm_random_key(loader->desc.seed, (uint64_t)loader->epoch, (uint64_t)id);
     spm_image image = SPM_ZERO, changed = SPM_ZERO;
+    const int disturbs = spmi_augment_disturbs(&loader->desc);
     int owned = 0;
     spm_status status;
     slot->id[at] = id;
@@ -22639,11 +22707,17 @@ static spm_status spmi_loader_fill(spm_loader *loader, int64_t p, spm_error *why
     status = spmi_data_picture(loader->dataset, id, loader->desc.augment == SPM_AUGMENT_PAPER ? NULL : t, &image,
                                &owned, why);
     if (status) return status;
-    switch (loader->desc.augment) {
+    if (disturbs && loader->desc.augment != SPM_AUGMENT_PAPER) { /* the kept picture stays as it is */
+        if (!owned) status = spm_image_crop(ctx, &image, 0, 0, image.width, image.height, &image, why);
+        owned = owned || !status;
+        if (!status) status = spmi_augment_disturb(ctx, &loader->desc, key, &image, why);
+    }
+    if (!status) switch (loader->desc.augment) {
     case SPM_AUGMENT_NONE: spmi_transform_lookup(loader->table, image.pixels, size, out); break;
     case SPM_AUGMENT_LIGHT: spmi_augment_light(loader->table, &image, key, out); break;
     case SPM_AUGMENT_PAPER:
         status = spmi_augment_paper(ctx, t, &image, key, &changed, why);
+        if (!status && disturbs) status = spmi_augment_disturb(ctx, &loader->desc, key, &changed, why);
         if (!status) spmi_transform_lookup(loader->table, changed.pixels, size, out);
         spm_image_free(ctx, &changed);
         break;
@@ -22795,11 +22869,21 @@ static spm_status spmi_loader_check_packed(const spm_dataset *dataset, const spm
                      (long)has->height, (long)has->width);
 }
 
+static spm_status spmi_loader_check_changes(spm_context *ctx, const spm_loader_desc *desc, spm_error *err)
+{
+    int i, fits = desc->rotate >= 0 && desc->rotate <= 180;
+    for (i = 0; i < 4; i++) fits = fits && desc->jitter[i] >= 0 && desc->jitter[i] <= (i == 3 ? 0.5f : 1e3f);
+    if (fits) return SPM_OK;
+    return spmi_fail(ctx, err, SPM_E_ARGUMENT, "rotation must be from 0 to 180 degrees, the jitter of brightness, contrast "
+                     "and saturation from 0 to 1000, that of the hue from 0 to 0.5");
+}
+
 SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc *desc, spm_error *err)
 {
     spm_context *ctx = dataset->ctx;
     spm_loader *loader;
-    if (spmi_transform_check(ctx, &desc->transform, err) || spmi_loader_check_packed(dataset, desc, err)) return NULL;
+    if (spmi_transform_check(ctx, &desc->transform, err) || spmi_loader_check_packed(dataset, desc, err)
+        || spmi_loader_check_changes(ctx, desc, err)) return NULL;
     if (desc->batch < 0 || desc->batch > 1 << 20 || desc->split >= SPM_SPLITS) {
         (void)spmi_fail(ctx, err, SPM_E_ARGUMENT, "batch size %ld: it must be from 1 to 1048576", (long)desc->batch);
         return NULL;
@@ -27958,6 +28042,11 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_int(json, "patience", d->patience);
     spm_json_number(json, "clip", d->clip);
     spm_json_string(json, "augment", spm_augment_name(d->augment));
+    spm_json_number(json, "rotate", (double)d->rotate);
+    spm_json_number(json, "jitter_brightness", (double)d->jitter[0]);
+    spm_json_number(json, "jitter_contrast", (double)d->jitter[1]);
+    spm_json_number(json, "jitter_saturation", (double)d->jitter[2]);
+    spm_json_number(json, "jitter_hue", (double)d->jitter[3]);
     spm_json_bool(json, "shuffle", d->shuffle);
     spm_json_bool(json, "drop_last", d->drop_last);
     spm_json_int(json, "eval_every", SPMI_MAX(d->eval_every, 1));
@@ -29962,6 +30051,8 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     loading.workers = d->workers;
     loading.split = SPM_TRAIN;
     loading.augment = d->augment;
+    loading.rotate = d->rotate;
+    memcpy(loading.jitter, d->jitter, sizeof loading.jitter);
     t->room = spm_dataset_split_size(t->dataset, SPM_TRAIN);
     t->cells = !d->group_labels ? 2 * spm_dataset_classes(t->dataset)
                : d->by_class    ? spm_dataset_classes(t->dataset)

@@ -112,6 +112,8 @@ typedef enum option_id {
     O_PATIENCE,
     O_CLIP,
     O_AUGMENT,
+    O_ROTATE,
+    O_JITTER,
     O_SHUFFLE,
     O_DROP_LAST,
     O_SELECT,
@@ -184,6 +186,9 @@ typedef enum option_id {
     O_MAP_CLASS,
     O_OUT_DIR,
     O_AS,
+    O_QUALITY,
+    O_CHROMA,
+    O_SCALE,
     O_OUTPUT,
     O_RESULTS,
     O_TITLE,
@@ -263,6 +268,9 @@ static const option options[] = {
     { O_CLIP, LEARN, 'n', "clip", "F", "0", "largest L2 norm of the gradient; 0: off" },
     { O_AUGMENT, LEARN, 'c', "augment", "none|light|paper", "none",
       "light: flip and shifted crop; paper: RandomResizedCrop and flip" },
+    { O_ROTATE, LEARN, 'n', "rotate", "DEGREES", "0", "turn by up to so many degrees either way, by chance" },
+    { O_JITTER, LEARN, 's', "jitter", "B,C,S,H", NULL,
+      "ColorJitter: brightness, contrast, saturation (0 to 1000), hue (0 to .5)" },
     { O_SHUFFLE, LEARN, 'c', "shuffle", "on|off", "on", "new order every epoch" },
     { O_DROP_LAST, LEARN, 'b', "drop-last", NULL, NULL, "leave out an incomplete last batch" },
     { O_SELECT, LEARN, 'c', "select", "wga|accuracy|last", "wga",
@@ -357,7 +365,10 @@ static const option options[] = {
       "write DIR/NAME.png: where the network looked (ViT: attention rollout) over the picture as it sees it" },
     { O_MAP_CLASS, PREDICT, 'i', "map-class", "C", "-1", "class that Grad-CAM explains; -1: the predicted one" },
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
-    { O_AS, DECODE, 'c', "as", "png|ppm", "png", "their format" },
+    { O_AS, DECODE, 'c', "as", "png|jpg|ppm|pgm", "png", "their format" },
+    { O_QUALITY, DECODE, 'i', "quality", "N", "75", "jpg: 1 to 100" },
+    { O_CHROMA, DECODE, 'c', "chroma", "420|444", "420", "jpg: colour at half the resolution or in full" },
+    { O_SCALE, DECODE | BENCH, 'c', "scale", "1|2|4|8", "1", "read JPEG at 1/N of its size (Pillow's draft mode)" },
     { O_OUTPUT, REPORT, 's', "output", "FILE", "report.html", "the page; -o is short for it" },
     { O_RESULTS, REPORT, 's', "results", "FILE", NULL,
       "results.json of a study: its methods as further points of the Pareto plot" },
@@ -802,7 +813,9 @@ static int parse_normalize(const char *text, spm_transform *transform)
 static int check_model_options(const cli *line)
 {
     spm_transform transform = spm_transform_make(8, 8);
+    double jitter[4];
     int64_t h, w;
+    int i;
     char text[300];
     if (line->value[O_IMAGE_SIZE] && !parse_size(line->value[O_IMAGE_SIZE], &h, &w)) {
         snprintf(text, sizeof text, "--image-size %s: it must be N or HxW", line->value[O_IMAGE_SIZE]);
@@ -817,6 +830,15 @@ static int check_model_options(const cli *line)
             return wrong(text);
         }
     }
+    if (line->value[O_JITTER]) {
+        const int n = number_list(line->value[O_JITTER], jitter, 4);
+        for (i = 0; n == 4 && i < 4 && jitter[i] >= 0.0 && jitter[i] <= (i == 3 ? 0.5 : 1000.0);) i++;
+        if (n != 4 || i < 4)
+            return wrong("--jitter takes four numbers: brightness,contrast,saturation (0 to 1000) and hue (0 to .5), as "
+                         ".4,.4,.4,.1");
+    }
+    if (line->value[O_ROTATE] && !(number(line, O_ROTATE) >= 0.0 && number(line, O_ROTATE) <= 180.0))
+        return wrong("--rotate must be from 0 to 180 degrees");
     if (line->value[O_NORMALIZE] && !parse_normalize(line->value[O_NORMALIZE], &transform)) {
         snprintf(text, sizeof text, "--normalize %s: it must be imagenet, none or m1,m2,m3/s1,s2,s3",
                  line->value[O_NORMALIZE]);
@@ -1035,6 +1057,13 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
                      : is(line, O_SCHEDULE, "cosine") ? SPM_SCHEDULE_COSINE
                                                       : SPM_SCHEDULE_NONE;
     (void)spm_augment_parse(line->value[O_AUGMENT], &desc->augment);
+    desc->rotate = (float)number(line, O_ROTATE);
+    if (line->value[O_JITTER]) {
+        double jitter[4];
+        int i;
+        (void)number_list(line->value[O_JITTER], jitter, 4);
+        for (i = 0; i < 4; i++) desc->jitter[i] = (float)jitter[i];
+    }
     desc->select = is(line, O_SELECT, "wga")        ? SPM_SELECT_WGA
                    : is(line, O_SELECT, "accuracy") ? SPM_SELECT_ACCURACY
                                                     : SPM_SELECT_LAST;
@@ -1780,6 +1809,7 @@ static spm_status load_picture(cli *line, const char *file, const spm_transform 
     spm_error why = SPM_ZERO;
     spm_status status;
     decoding.apply_exif = is_on(line, O_EXIF);
+    if (line->value[O_SCALE]) decoding.scale = (int)integer(line, O_SCALE);
     status = spm_image_load(line->ctx, file, &decoding, transform ? &image : ready, err);
     if (status || !transform) return status;
     status = spm_transform_image(line->ctx, transform, &image, ready, &why);
@@ -1959,8 +1989,11 @@ static int decode_one(cli *line, spm_json *json, const char *file, const char *p
     (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
     status = load_picture(line, file, line->value[O_IMAGE_SIZE] ? &transform : NULL, &image, err);
     if (!status)
-        status = is(line, O_AS, "ppm") ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err)
-                                       : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
+        status = is(line, O_AS, "ppm")   ? spm_image_encode_ppm(line->ctx, &image, &bytes, &size, err)
+                 : is(line, O_AS, "pgm") ? spm_image_encode_pgm(line->ctx, &image, &bytes, &size, err)
+                 : is(line, O_AS, "jpg") ? spm_image_encode_jpeg(line->ctx, &image, (int)integer(line, O_QUALITY),
+                                                                 is(line, O_CHROMA, "420"), &bytes, &size, err)
+                                         : spm_image_encode_png(line->ctx, &image, &bytes, &size, err);
     if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
     if (!status) {
         spm_json_object_begin(json, NULL);
@@ -1983,6 +2016,7 @@ static int run_decode(cli *line)
     int i, ok = 1;
     if (!required(line, O_OUT_DIR)) return 2;
     if (line->operands == 0) return wrong("decode needs at least one picture");
+    if (integer(line, O_QUALITY) < 1 || integer(line, O_QUALITY) > 100) return wrong("--quality must be from 1 to 100");
     if (outputs_clash(line, line->value[O_OUT_DIR], line->value[O_AS])) return 2;
     if (spm_directory_create(line->ctx, line->value[O_OUT_DIR], &err)) return failed(&err);
     json = spm_json_create(line->ctx);
@@ -3105,27 +3139,48 @@ static void bench_memory(cli *line, spm_json *json)
     }
 }
 
+/* Pictures of the command line on one thread: reading and decoding them, then also resizing, cropping and normalising to
+ * the network's floats (224 pixels, or --image-size). */
 static int bench_decode(cli *line, spm_json *json, spm_error *err)
 {
-    double seconds[5];
+    double seconds[7], pixels = 0.0;
+    char name[80];
     bench_line row;
-    int i, round;
-    for (round = 0; round < 5; round++) {
-        double start = spm_seconds();
-        for (i = 0; i < line->operands && !interrupted; i++) {
-            spm_image image = SPM_ZERO;
-            if (spm_image_load(line->ctx, line->operand[i], NULL, &image, err)) return 0;
-            spm_image_free(line->ctx, &image);
+    int64_t h = 224, w = 224;
+    int i, round, ready;
+    float *floats;
+    spm_transform transform;
+    if (line->given[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &h, &w);
+    transform = spm_transform_make(h, w);
+    floats = (float *)malloc((size_t)(h * w) * 3 * sizeof *floats);
+    for (ready = 0; ready < 2 && floats; ready++) {
+        for (round = 0; round < 7; round++) {
+            double start = spm_seconds();
+            for (i = 0; i < line->operands && !interrupted; i++) {
+                spm_image image = SPM_ZERO;
+                if (load_picture(line, line->operand[i], ready ? &transform : NULL, &image, err)) {
+                    free(floats);
+                    return 0;
+                }
+                if (ready) spm_transform_normalize(&transform, &image, floats);
+                else if (round == 0) pixels += (double)image.width * image.height;
+                spm_image_free(line->ctx, &image);
+            }
+            seconds[round] = spm_seconds() - start;
         }
-        seconds[round] = spm_seconds() - start;
+        memset(&row, 0, sizeof row);
+        snprintf(name, sizeof name, "decode, %.2f Mpixel a picture", pixels * 1e-6 / line->operands);
+        if (ready) snprintf(name, sizeof name, "decode, resize, crop %ldx%ld", (long)h, (long)w);
+        row.name = name;
+        row.batch = line->operands;
+        row.images = (double)line->operands;
+        row.seconds = median(seconds + 1, 6); /* the first round fills the caches */
+        bench_row(line, json, &row);
     }
-    memset(&row, 0, sizeof row);
-    row.name = "decode";
-    row.batch = line->operands;
-    row.images = (double)line->operands;
-    row.seconds = median(seconds, 5);
-    bench_row(line, json, &row);
-    return 1;
+    i = floats != NULL;
+    if (!i) snprintf(err->text, sizeof err->text, "out of memory for one picture");
+    free(floats);
+    return i;
 }
 
 #define BENCH_ONLY "train:ARCH, infer:ARCH, intervene:ARCH, scan:ARCH, start:ARCH, gemm, conv, attention, memory or decode"

@@ -741,6 +741,17 @@ static void test_decode(void)
     same_pixels(&ready, "decoded/00000.png");
     spm_image_free(ctx, &ready);
     spm_image_free(ctx, &image);
+    RUNS(0, "decode --out-dir decoded --scale 2 --as jpg --quality 95 --chroma 444 " BIRD " --json -");
+    pictures = list(parse(out), "pictures");
+    CHECK_STR(string(spm_json_at(pictures, 0), "output"), "decoded/00000.jpg");
+    CHECK_INT(whole(spm_json_at(pictures, 0), "width"), 32);
+    RUNS(0, "decode --out-dir decoded --as pgm " BIRD);
+    CHECK(exists("decoded/00000.pgm"));
+    FAILS(2, "--quality", "decode --out-dir decoded --as jpg --quality 101 " BIRD);
+    FAILS(2, "--scale", "decode --out-dir decoded --scale 3 " BIRD);
+    FAILS(2, "--jitter", "train --data birds --out never --jitter .4,.4,.4");
+    FAILS(2, "--jitter", "train --data birds --out never --jitter .4,.4,.4,.6");
+    FAILS(2, "--rotate", "train --data birds --out never --rotate -1");
     FAILS(2, "decoded2/00000.png", "decode --out-dir decoded2 " BIRD " birds/images/val/00000.jpg");
     CHECK(!exists("decoded2"));
     FAILS(1, BIRD, "decode --out-dir decoded --image-size 32 --resize none " BIRD);

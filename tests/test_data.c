@@ -1310,6 +1310,74 @@ static void real_sets(void)
     spm_context_destroy(ctx);
 }
 
+/* Rotation and ColorJitter: on a plain gray picture brightness scales, contrast, saturation and hue do nothing, and a
+ * turned picture has black corners and a whole middle.  The same bits for any number of workers. */
+static void changes_by_chance(void)
+{
+    spm_context *ctx = make_context(1);
+    spm_error err;
+    spm_dataset *set;
+    spm_loader_desc desc = SPM_ZERO;
+    spm_image image = SPM_ZERO;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    int pass, epoch, i;
+    CHECK(spm_image_create(ctx, 32, 32, &image, NULL) == SPM_OK);
+    memset(image.pixels, 100, 32 * 32 * 3);
+    CHECK(spm_image_encode_png(ctx, &image, &data, &size, NULL) == SPM_OK);
+    CHECK(spm_file_write(ctx, place(ctx, "plain/a.png"), data, size, NULL) == SPM_OK);
+    spm_free(ctx, data);
+    spm_image_free(ctx, &image);
+    put(ctx, place(ctx, "plain/metadata.csv"), "img_filename,y,split,place\na.png,0,0,0\n");
+    set = open_set(ctx, "plain", SPM_DATA_AUTO, &err);
+    desc.transform = spm_transform_make(32, 32);
+    desc.transform.resize = SPM_RESIZE_EXACT;
+    for (i = 0; i < 3; i++) {
+        desc.transform.mean[i] = 0;
+        desc.transform.std[i] = 1.0f / 255.0f;
+    }
+    for (pass = 0; set && pass < 6; pass++) {
+        double least = 1000, most = 0, sum = 0;
+        int turned = 0;
+        memset(desc.jitter, 0, sizeof desc.jitter);
+        desc.rotate = pass == 4 ? 60.0f : 0.0f;
+        if (pass < 4) desc.jitter[pass] = pass == 3 ? 0.5f : 0.4f;
+        if (pass == 5) desc.jitter[0] = 0.2f;
+        desc.augment = pass == 5 ? SPM_AUGMENT_PAPER : SPM_AUGMENT_NONE;
+        for (epoch = 0; epoch < 100; epoch++) {
+            float kept[32 * 32 * 3];
+            int workers;
+            for (workers = 1; workers < 3; workers++) {
+                spm_loader *loader;
+                spm_batch batch;
+                desc.workers = workers;
+                loader = spm_loader_create(set, &desc, &err);
+                CHECK_MSG(loader != NULL, err.text);
+                if (!loader) break;
+                CHECK(spm_loader_start(loader, epoch, NULL, 0) == SPM_OK && spm_loader_next(loader, &batch) == 1);
+                if (workers == 1) memcpy(kept, batch.pixels, sizeof kept);
+                else CHECK(memcmp(kept, batch.pixels, sizeof kept) == 0);
+                spm_loader_destroy(loader);
+                if (epoch > 4) break; /* two loaders are enough for some epochs */
+            }
+            for (i = 0; i < 32 * 32 * 3; i++) {
+                least = (double)kept[i] < least ? (double)kept[i] : least;
+                most = (double)kept[i] > most ? (double)kept[i] : most;
+            }
+            turned += kept[0] < 1;
+            sum += (double)kept[(16 * 32 + 16) * 3];
+        }
+        if (pass == 0) CHECK(least >= 59 && least < 65 && most > 135 && most < 141 && fabs(sum / 100 - 100) < 8);
+        if (pass >= 1 && pass <= 3) CHECK(least > 99.9 && most < 100.1);
+        if (pass == 4) CHECK(turned > 80 && fabs(sum / 100 - 100) < .01 && most < 100.1);
+        if (pass == 5) CHECK(least >= 79 && most < 121 && most > 110);
+    }
+    desc.jitter[3] = .6f;
+    CHECK(set && !spm_loader_create(set, &desc, &err) && err.status == SPM_E_ARGUMENT && strstr(err.text, "hue"));
+    spm_dataset_close(set);
+    spm_context_destroy(ctx);
+}
+
 int main(void)
 {
     const char *build = getenv("SPURMEM_BUILD");
@@ -1330,6 +1398,7 @@ int main(void)
     TEST(bad_pictures);
     TEST(determinism);
     TEST(augmentation);
+    TEST(changes_by_chance);
     TEST(memory_failures);
     TEST(real_sets);
     return TEST_END;

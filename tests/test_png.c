@@ -618,6 +618,16 @@ static void ppm_pictures(void)
     CHECK(back.width == 7 && back.height == 5 && memcmp(back.pixels, image.pixels, 7 * 5 * 3) == 0);
     spm_free(ctx, data);
     spm_image_free(ctx, &back);
+    CHECK_INT(spm_image_encode_pgm(ctx, &image, &data, &size, NULL), SPM_OK);
+    CHECK(size == 11 + 35 && memcmp(data, "P5\n7 5\n255\n", 11) == 0);
+    CHECK_INT(spm_image_decode(ctx, "t", data, size, NULL, &back, NULL), SPM_OK);
+    for (w = 0; w < 35; w++) {
+        const uint8_t *p = image.pixels + 3 * w;
+        h = (19595 * p[0] + 38470 * p[1] + 7471 * p[2] + 32768) >> 16;
+        CHECK(back.pixels[3 * w] == h && back.pixels[3 * w + 1] == h && back.pixels[3 * w + 2] == h);
+    }
+    spm_free(ctx, data);
+    spm_image_free(ctx, &back);
     spm_image_free(ctx, &image);
 }
 
