@@ -22300,7 +22300,7 @@ static spm_status spmi_data_name(spm_dataset *dataset, const spmi_data_rows *row
         spmi_data_set_label(dataset->class_names, 1, "waterbird");
         spmi_data_set_label(dataset->confounder_names, 0, "land");
         spmi_data_set_label(dataset->confounder_names, 1, "water");
-    } else if (numbered) {
+    } else if (numbered || dataset->desc.format == SPM_DATA_METADATA || dataset->desc.format == SPM_DATA_WATERBIRDS) {
         const char *file = dataset->desc.format != SPM_DATA_CIFAR ? "class_names.txt"
                            : nc > 10 ? "fine_label_names.txt" : "batches.meta.txt";
         status = spmi_data_name_file(dataset, file, dataset->class_names, SPMI_DATA_LABEL, nc, err);
@@ -22489,7 +22489,8 @@ static spm_status spmi_data_open(spm_dataset *dataset, spmi_data_rows *rows, spm
             dataset->desc.format = SPM_DATA_WATERBIRDS;
         }
         status = spmi_data_read_csv(dataset, csv, rows, err);
-        birds = spmi_data_is_birds(csv) && spmi_string_equal(rows->a_label, "place");
+        birds = spmi_data_is_birds(csv) && spmi_string_equal(rows->a_label, "place") && !dataset->class_names
+                && !dataset->confounder_names;
         spm_csv_destroy(csv);
         break;
     case SPM_DATA_CELEBA: status = spmi_data_read_celeba(dataset, rows, err); break;

@@ -376,6 +376,8 @@ static void waterbirds(void)
     CHECK(text && strncmp((const char *)text, "img_id,img_filename,y,split,place,place_filename\n", 49) == 0
           && strstr((const char *)text, ",/o/ocean/000000") != NULL);
     spm_free(ctx, text);
+    CHECK_INT(run("spurmem inspect @/birds/metadata.csv --quiet"), 0); /* the table by its own name */
+    CHECK(said("0 of 30 pictures cannot be read"));
     /* a published table is repeated: another seed, the same set */
     CHECK_INT(run("make_waterbirds --cub @/CUB --places @/places --out @/again --like @/birds/metadata.csv --seed 9 --quiet"), 0);
     CHECK(same_files(at("birds/metadata.csv"), at("again/metadata.csv"))
@@ -479,6 +481,8 @@ static void pack(void)
     CHECK_INT(run("spurmem train --data @/sized.pack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r3"), 0);
     CHECK(same_files(at("r1/last.safetensors"), at("r2/last.safetensors")));
     CHECK(same_files(at("r1/last.safetensors"), at("r3/last.safetensors")));
+    CHECK_INT(run("spurmem train --data @/whole.pack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r5 --cache 0 --workers 3"), 0);
+    CHECK(said("waiting for pictures") && same_files(at("r1/last.safetensors"), at("r5/last.safetensors")));
     CHECK_INT(run("spurmem train --data @/sized.pack --arch resnet20 --image-size 28 --epochs 1 --quiet --out @/r4"), 1);
     CHECK(said("14 x 14") && said("28 x 28"));
     /* bad pictures */
