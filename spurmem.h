@@ -29656,7 +29656,7 @@ static void spmi_logistic_solve(const spmi_logistic *p, double *w, int most)
     }
 }
 
-/* Group accuracies of head w [C][dim] on features; the lowest is returned. With `mix`, w + mix * other is looked at. */
+/* Group accuracies of head w [C][dim] on features (accuracy: NULL, or [groups], NaN if empty); returns the lowest. */
 static double spmi_head_worst(const spmi_trainer *t, const spmi_features *f, const double *w, double *accuracy)
 {
     int64_t i;
