@@ -476,6 +476,14 @@ static void help_command(const command *c)
     help_options(c, "data", O_DATA, O_IMAGE_SIZE);
     help_options(c, "pictures and model", O_IMAGE_SIZE, O_BATCH);
     help_options(c, "common to all commands", 0, O_DATA);
+    if (c->id == LOCALIZE) {
+        printf("\nJSON beside the common fields: quirks (in force), reports_selection_split; in rankings: criterion, unit,\n"
+               "ranked, completeness (conductance), sampling (shapley, with an error per unit); in results: criterion,\n"
+               "unit, fraction with order and dropout_p, rewind, changed, accuracy_sd (row \"mean\"), paired (examples lost\n"
+               "and gained with McNemar's exact p), memory_index (spurious-memory index with 95 %% interval, of all\n"
+               "minority groups and of each group); scan (exhaustive): way, forwards, seconds, screening, units with\n"
+               "block, norm, drop and loss_rise by split and group, memory_index.  Single weights have no controls.\n");
+    }
 }
 
 /* 1 if `value` is one of "a|b|c". */
@@ -1485,6 +1493,172 @@ static void print_localize(const spm_json_value *root)
     printf("units were selected on split %s\n", spm_json_as_string(spm_json_get(root, "selected_on"), "?"));
 }
 
+/* ---- localize --quirks: the same study with one quirk off and on ---- */
+
+typedef struct quirk_case {
+    int number;
+    const char *what;
+} quirk_case;
+
+/* The object of one study; NULL with an error. */
+static spm_json_value *quirk_study(cli *line, spm_model *model, spm_dataset *data, const spm_localize_desc *desc,
+                                   spm_error *err)
+{
+    spm_json *json = spm_json_create(line->ctx);
+    spm_json_value *root = NULL;
+    if (json && !spm_localize(model, data, desc, json, NULL, err)) {
+        const char *text = spm_json_finish(json);
+        if (text) root = spm_json_parse(line->ctx, "study", text, strlen(text), err);
+    }
+    if (json) spm_json_destroy(json);
+    if (!root && !err->status) {
+        err->status = SPM_E_MEMORY;
+        snprintf(err->text, sizeof err->text, "out of memory for the JSON result");
+    }
+    return root;
+}
+
+/* Ranked units that are not the same in the same place, and the largest difference of a group's accuracy in any row. */
+static void quirk_compare(const spm_json_value *off, const spm_json_value *on, int64_t *units, double *accuracy)
+{
+    const spm_json_value *a = spm_json_get(off, "rankings"), *b = spm_json_get(on, "rankings");
+    int64_t r, k, s, g;
+    *units = 0;
+    *accuracy = 0.0;
+    for (r = 0; r < spm_json_length(a) && r < spm_json_length(b); r++) {
+        const spm_json_value *x = spm_json_get(spm_json_at(a, r), "units"), *y = spm_json_get(spm_json_at(b, r), "units");
+        for (k = 0; k < spm_json_length(x) && k < spm_json_length(y); k++) {
+            const spm_json_value *u = spm_json_at(x, k), *v = spm_json_at(y, k);
+            *units += strcmp(spm_json_as_string(spm_json_get(u, "parameter"), ""),
+                             spm_json_as_string(spm_json_get(v, "parameter"), "")) != 0
+                      || spm_json_as_int(spm_json_get(u, "channel"), -1) != spm_json_as_int(spm_json_get(v, "channel"), -1);
+        }
+    }
+    a = spm_json_get(off, "results");
+    b = spm_json_get(on, "results");
+    for (r = 0; r < spm_json_length(a) && r < spm_json_length(b); r++) {
+        const spm_json_value *x = spm_json_get(spm_json_at(a, r), "splits"), *y = spm_json_get(spm_json_at(b, r), "splits");
+        for (s = 0; s < spm_json_length(x); s++) {
+            const spm_json_value *groups = spm_json_at(x, s), *others = spm_json_get(y, spm_json_key_at(x, s));
+            for (g = 0; g < spm_json_length(groups) && others; g++) {
+                double p = spm_json_as_number(spm_json_get(spm_json_at(groups, g), "accuracy"), -1.0),
+                       q = spm_json_as_number(spm_json_get(spm_json_at(others, g), "accuracy"), -1.0);
+                if (p >= 0.0 && q >= 0.0 && fabs(p - q) > *accuracy) *accuracy = fabs(p - q);
+            }
+        }
+    }
+}
+
+/* Puts the rows of the head in reverse order: with the label order reversed as well, the same classifier. */
+static void reverse_head(spm_model *model)
+{
+    int i;
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        spm_parameter *p = spm_model_parameter(model, i);
+        int64_t rows = p->value.shape[0], row = spm_tensor_count(&p->value) / (rows ? rows : 1), r, k;
+        if (!(p->flags & SPM_PARAMETER_HEAD)) continue;
+        for (r = 0; r < rows / 2; r++) {
+            for (k = 0; k < row; k++) {
+                float *a = p->value.data + r * row + k, *b = p->value.data + (rows - 1 - r) * row + k, held = *a;
+                *a = *b;
+                *b = held;
+            }
+        }
+    }
+    spm_model_touch(model);
+}
+
+/* One quirk off and on, each in the study where it can matter. */
+static int quirk_pair(cli *line, spm_model *model, spm_dataset *data, const spm_arch *arch, const spm_localize_desc *base,
+                      int number, spm_json_value **root, spm_error *err)
+{
+    int on, ok = 1;
+    for (on = 0; ok && on < 2; on++) {
+        spm_localize_desc desc = *base;
+        spm_model *other = NULL;
+        desc.controls = 0;
+        desc.grid = 0;
+        desc.quirks = on ? desc.quirks | SPM_QUIRK(number) : desc.quirks & ~SPM_QUIRK(number);
+        if (number == 1) {
+            spm_arch changed = *arch;
+            changed.softmax_head = desc.reading.softmax_head = on;
+            other = spm_model_build(line->ctx, &changed, SPM_NO_SEED, err);
+            ok = other && !spm_checkpoint_load(other, line->value[O_CHECKPOINT], is_on(line, O_ALLOW_PARTIAL), err);
+        }
+        if (number == 2 && on != base->reading.label_reversed) {
+            reverse_head(model);
+            desc.reading.label_reversed = on;
+        }
+        if (number == 3) desc.criterion = SPM_CRITERION_MAGNITUDE;
+        if (number == 4 || number == 6) {
+            desc.unit = SPM_UNIT_WEIGHT;
+            desc.criterion = SPM_CRITERION_MAGNITUDE;
+            desc.modify = number == 4 ? SPM_MODIFY_ZERO : SPM_MODIFY_NOISE;
+            desc.repeats = number == 4 ? 1 : 3;
+            desc.order_smallest = 1;
+        }
+        if (number == 5) desc.modify = on ? SPM_MODIFY_ZERO : SPM_MODIFY_ZERO_UNIT;
+        if (number == 7) {
+            desc.select_split = on ? SPM_TEST : SPM_TRAIN;
+            desc.report[SPM_TRAIN] = desc.report[SPM_VAL] = 0;
+            desc.report[SPM_TEST] = 1;
+        }
+        if (ok) root[on] = quirk_study(line, other ? other : model, data, &desc, err);
+        ok = ok && root[on] != NULL;
+        if (number == 2 && on != base->reading.label_reversed) reverse_head(model);
+        spm_model_destroy(other);
+    }
+    return ok;
+}
+
+static int run_quirks(cli *line, spm_model *model, spm_dataset *data, const spm_arch *arch, const spm_localize_desc *base,
+                      spm_error *err)
+{
+    static const quirk_case cases[] = {
+        { 1, "softmax before the cross-entropy (gradient ranking)" },
+        { 2, "reversed label order (a renaming: with the head's rows reversed nothing may change)" },
+        { 3, "magnitude ranking without the shortcut convolutions" },
+        { 4, "threshold of the convolutions applied to every parameter (smallest single weights, zero)" },
+        { 5, "zeroed weights leave the batch norm's constant (against zero output)" },
+        { 6, "uniform noise on single weights (against normal)" },
+        { 7, "units chosen on the test split that is reported (against the training split)" },
+    };
+    spm_json *json = spm_json_create(line->ctx);
+    int i, ok = 1;
+    spm_json_object_begin(json, NULL);
+    spm_json_string(json, "command", "localize");
+    spm_json_string(json, "profile", base->official ? "official" : "sound");
+    spm_json_array_begin(json, "quirks");
+    if (prints(line))
+        printf("%-4s %14s %22s  %s\n", "", "units changed", "largest accuracy change", "off against on");
+    for (i = 0; ok && i < (int)(sizeof cases / sizeof cases[0]); i++) {
+        spm_json_value *root[2] = { NULL, NULL };
+        int64_t units = 0;
+        double accuracy = 0.0;
+        char name[8];
+        ok = quirk_pair(line, model, data, arch, base, cases[i].number, root, err);
+        progress_clear();
+        if (ok) quirk_compare(root[0], root[1], &units, &accuracy);
+        snprintf(name, sizeof name, "Q%d", cases[i].number);
+        if (ok && prints(line))
+            printf("%-4s %14lld %15.1f points  %s\n", name, (long long)units, 100.0 * accuracy, cases[i].what);
+        spm_json_object_begin(json, NULL);
+        spm_json_string(json, "quirk", name);
+        spm_json_string(json, "what", cases[i].what);
+        spm_json_int(json, "units_changed", units);
+        spm_json_number(json, "largest_accuracy_change", accuracy);
+        spm_json_object_end(json);
+        spm_json_free(line->ctx, root[0]);
+        spm_json_free(line->ctx, root[1]);
+    }
+    spm_json_array_end(json);
+    spm_json_object_end(json);
+    if (ok && prints(line)) printf("Q8 to Q11 belong to the intervention: intervene --profile official --quirk Qn=off\n");
+    if (ok) return finish_json(line, json);
+    spm_json_destroy(json);
+    return 1;
+}
+
 static int run_localize(cli *line)
 {
     spm_error err = SPM_ZERO;
@@ -1507,8 +1681,10 @@ static int run_localize(cli *line)
     desc.progress = on_progress;
     data = open_data(line, 0, &err);
     model = data ? open_model(line, spm_dataset_classes(data), &arch, &desc.reading, &err) : NULL;
-    if (model) {
-        desc.rewind_arch = arch;
+    if (model) desc.rewind_arch = arch;
+    if (model && is_on(line, O_QUIRKS))
+        rc = run_quirks(line, model, data, &arch, &desc, &err);
+    else if (model) {
         json = spm_json_create(line->ctx);
         if (!json) {
             err.status = SPM_E_MEMORY;

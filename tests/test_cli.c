@@ -549,6 +549,53 @@ static void test_localize_more(void)
     FAILS(1, "1000000", "localize --groups 1 --top 1000000 " MODEL);
 }
 
+/* Criteria and units of every kind, the exhaustive scan, single weights, quirks; and what is wrong with them. */
+static void test_localize_kinds(void)
+{
+    const spm_json_value *object, *row;
+    RUNS(0, "localize --criterion conductance --steps 4 --groups 1 --top 1 --controls 0 " MODEL " --json -");
+    CHECK(get(spm_json_at(list(parse(out), "rankings"), 0), "completeness") != NULL);
+    RUNS(0, "localize --unit weight --criterion magnitude --fraction 0,0.1,1 --order smallest --controls 0 " MODEL " --json -");
+    object = parse(out);
+    CHECK_INT(spm_json_length(list(object, "results")), 3);
+    row = spm_json_at(list(object, "results"), 0);
+    CHECK_INT(whole(row, "changed"), 0); /* k = 0 changes nothing */
+    CHECK_STR(string(row, "modify"), "zero");
+    RUNS(0, "localize --criterion exhaustive --groups 1 --top 1 --controls 0 " MODEL " --json -");
+    CHECK(spm_json_length(list(get(parse(out), "scan"), "units")) > 0);
+    RUNS(0, "localize --criterion exhaustive --groups 1 --top 1 --controls 0 " MODEL);
+    CHECK(strstr(out, "spurious-memory index") != NULL);
+    RUNS(0, "localize --groups 1 --top 1 --quirks " MODEL " --json -");
+    CHECK_INT(spm_json_length(list(parse(out), "quirks")), 7);
+    FAILS(2, "--quirk Q12=on", "localize --quirk Q12=on " MODEL);
+    FAILS(2, "--fraction 2", "localize --unit weight --fraction 2 " MODEL);
+    FAILS(2, "--dropout-p", "localize --unit weight --dropout-p 1.5 " MODEL);
+    FAILS(1, "attention heads", "localize --unit head " MODEL);
+    FAILS(1, "single weights", "localize --unit weight --criterion activation " MODEL);
+    FAILS(2, "exhaustive", "train --criterion exhaustive --data birds --arch resnet18 --out never");
+}
+
+static void test_ledger(void)
+{
+    const spm_json_value *object;
+    char *text;
+    RUNS(0, "ledger --max-flips 4 --out ledger.csv --gradients gradients.csv " MODEL " --json -");
+    object = parse(out);
+    CHECK_STR(string(object, "command"), "ledger");
+    CHECK_STR(string(object, "split"), "train");
+    CHECK_INT(spm_json_length(list(object, "groups")), N_GROUPS);
+    text = slurp("ledger.csv", NULL);
+    CHECK(text && strncmp(text, "id,file,y,confounder,group,minority,predicted,correct,", 54) == 0);
+    free(text);
+    text = slurp("gradients.csv", NULL);
+    CHECK(text && strncmp(text, "epoch,parameter,block,group,count,norm,share,cosine\n", 52) == 0);
+    free(text);
+    RUNS(0, "ledger --max-flips 0 " MODEL);
+    CHECK(strncmp(out, "id,file,", 8) == 0);
+    FAILS(2, "--out", "ledger --json - " MODEL);
+    FAILS(1, "nowhere", "ledger --history nowhere/history.csv " MODEL);
+}
+
 static void test_intervene(void)
 {
     const spm_json_value *object;
@@ -619,6 +666,14 @@ static void test_predict(void)
     check_two_lines(0);
     RUNS(0, "predict --label-order reversed --checkpoint=run/last.safetensors birds/images/test/00003.jpg " BIRD);
     check_two_lines(1);
+    RUNS(0, "predict --checkpoint run/last.safetensors --json - birds/images/test/00003.jpg " BIRD);
+    RUNS(0, "predict --gradcam maps --checkpoint run/last.safetensors birds/images/test/00003.jpg");
+    {
+        spm_image map = SPM_ZERO;
+        CHECK(spm_image_load(ctx, "maps/00003.png", NULL, &map, NULL) == SPM_OK);
+        CHECK(map.width >= 256 && map.height >= 256);
+        spm_image_free(ctx, &map);
+    }
     RUNS(0, "predict --checkpoint run/last.safetensors --json - birds/images/test/00003.jpg " BIRD);
     object = parse(out);
     CHECK_STR(string(object, "command"), "predict");
@@ -1115,6 +1170,8 @@ int main(void)
         TEST(test_empty_group);
         TEST(test_localize);
         TEST(test_localize_more);
+        TEST(test_localize_kinds);
+        TEST(test_ledger);
         TEST(test_intervene);
         TEST(test_predict);
         TEST(test_report_page);

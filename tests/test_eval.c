@@ -539,9 +539,42 @@ static void failures(void)
     spm_context_destroy(ctx);
 }
 
+/* The index by hand, and the coverage of its interval: three binomial differences with known truth, drawn 2,000 times. */
+static void memory_index(void)
+{
+    spm_paired a, b, c;
+    double low, high;
+    int trial, inside = 0, i, k;
+    a.n = 50; a.lost = 20; a.gained = 0;
+    b.n = 100; b.lost = 10; b.gained = 5;
+    c.n = 1000; c.lost = 30; c.gained = 10;
+    CHECK_NEAR(spm_memory_index(&a, &b, &c, &low, &high), 0.4 - 0.05 - 0.02, 1e-12);
+    CHECK(low < 0.33 && high > 0.33 && low > 0.0);
+    b.n = 0;
+    CHECK(spm_memory_index(&a, &b, &c, &low, &high) != spm_memory_index(&a, &b, &c, &low, &high)); /* NaN */
+    for (trial = 0; trial < 2000; trial++) {
+        static const double lost[3] = { 0.3, 0.1, 0.02 }, gained[3] = { 0.02, 0.05, 0.01 };
+        static const int n[3] = { 60, 120, 400 };
+        spm_paired p[3];
+        memset(p, 0, sizeof p);
+        for (k = 0; k < 3; k++) {
+            p[k].n = n[k];
+            for (i = 0; i < n[k]; i++) {
+                double u = (double)spm_random_uniform(7, (uint64_t)trial, (uint64_t)(k * 1000 + i));
+                p[k].lost += u < lost[k];
+                p[k].gained += u >= lost[k] && u < lost[k] + gained[k];
+            }
+        }
+        (void)spm_memory_index(&p[0], &p[1], &p[2], &low, &high);
+        inside += low <= 0.28 - 0.05 - 0.01 && high >= 0.28 - 0.05 - 0.01;
+    }
+    CHECK_NEAR(inside / 2000.0, 0.95, 0.02);
+}
+
 int main(void)
 {
     tiny_begin("test_eval");
+    TEST(memory_index);
     TEST(wilson);
     TEST(mcnemar);
     TEST(classify);
