@@ -1266,7 +1266,7 @@ SPMDEF void spm_loader_destroy(spm_loader *loader); /* at any time, also amid an
  * spm_loader_error): an empty split, no full batch with drop_last, an unknown id. */
 SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n);
 /* 1 and a batch; 0 at the end; -1 after an error: batches before the bad one are delivered, then the first bad example
- * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad); an epoch of
+ * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad); a split of
  * which none is left is an error. */
 SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch);
 SPMDEF spm_error *spm_loader_error(spm_loader *loader);
@@ -23043,7 +23043,9 @@ SPMDEF int spm_loader_next(spm_loader *loader, spm_batch *batch)
         spmi_loader_wait(loader);
         if (loader->delivered == loader->batches) {
             spm_error why = SPM_ZERO;
-            if (loader->given) return 0;
+            /* some left over from a resumed epoch may all be bad; a whole split must not */
+            if (loader->given || spm_dataset_bad_count(loader->dataset)
+                                 < spm_dataset_split_size(loader->dataset, loader->desc.split)) return 0;
             (void)spmi_data_known_bad(loader->dataset, loader->order[0], &why);
             (void)spmi_fail(loader->ctx, &loader->error, SPM_E_DATA,
                             "%s: none of the %ld pictures could be read; the first: %s", loader->dataset->path,

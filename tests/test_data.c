@@ -1065,12 +1065,19 @@ static void bad_pictures(void)
     CHECK_INT(set ? spm_dataset_bad_count(set) : -1, 3);
     CHECK(set && strstr(spm_dataset_bad(set, 1, &id), "06, a.png") != NULL && id == 6);
     CHECK(set && spm_dataset_bad(set, 3, &id) == NULL);
-    if (loader) { /* nothing but bad ones: not an epoch */
+    if (loader) { /* a rest of nothing but bad ones is empty; a split of nothing else is an error */
         int64_t none[2] = { 4, 6 };
-        CHECK(spm_loader_start(loader, 0, none, 2) == SPM_OK && spm_loader_next(loader, &batch) == -1);
-        CHECK(strstr(spm_loader_error(loader)->text, "none of the 2 pictures could be read") != NULL
-              && strstr(spm_loader_error(loader)->text, "04, a.png") != NULL);
+        CHECK(spm_loader_start(loader, 0, none, 2) == SPM_OK && spm_loader_next(loader, &batch) == 0);
     }
+    spm_loader_destroy(loader);
+    spm_dataset_close(set);
+    put(ctx, place(ctx, "lost/metadata.csv"), "img_filename,y,split,place\na.png,0,0,1\nb.png,1,0,1\n");
+    snprintf(path, sizeof path, "%s/lost", root);
+    set = spm_dataset_open(ctx, &where, &err);
+    loader = set ? spm_loader_create(set, &desc, &err) : NULL;
+    CHECK(loader && spm_loader_start(loader, 0, NULL, 0) == SPM_OK && spm_loader_next(loader, &batch) == -1);
+    CHECK(loader && strstr(spm_loader_error(loader)->text, "none of the 2 pictures could be read") != NULL
+          && strstr(spm_loader_error(loader)->text, "a.png") != NULL);
     spm_loader_destroy(loader);
     spm_dataset_close(set);
     spm_context_destroy(ctx);
