@@ -5000,6 +5000,7 @@ static void SPMI_K(resize_blend)(const uint8_t **rows, const int32_t *weight, in
  * first coefficient). */
 #define SPMI_JPEG_DEQUANT(i) ((int16_t)((int)coef[i] * (int)quant[i]))
 #define SPMI_JPEG_MUL(x, c) ((uint32_t)((int32_t)(x) * (c)))
+#define SPMI_JPEG_DESCALE(x, n) ((int32_t)((x) + (1u << ((n) - 1))) >> (n))
 #define SPMI_JPEG_CLAMP(v) ((uint8_t)((v) < 0 ? 0 : (v) > 255 ? 255 : (v)))
 
 /* What the pass over the columns left, n values in 16 bits; `flat`: no column had more than its first coefficient. */
@@ -5057,6 +5058,7 @@ SPMI_INLINE __m256i SPMI_K(jpeg_pairs)(__m128i a, __m128i b)
 #define J_HIGH(x) _mm256_extracti128_si256(x, 1)
 #define J_LOW(x) _mm256_castsi256_si128(x)
 #define J_ROW(p, i) _mm_loadu_si128((const __m128i *)(const void *)((p) + 8 * (i)))
+#define J_EIGHT(a, b, c, d, e, f, g, h) _mm256_broadcastsi128_si256(_mm_setr_epi16(a, b, c, d, e, f, g, h))
 #define J_BOTH(low, high) _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1)
 #define J_TWICE(p) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p)))
 
@@ -5187,6 +5189,129 @@ static void SPMI_K(jpeg_idct8)(const int16_t *coef, const uint16_t *quant, uint8
 #endif
 }
 
+/* To half the size: the four lowest output frequencies of each axis; the eighth-rate coefficient 4 does not take part.
+ * A line is row or column `c` of eight values `step` apart. */
+SPMI_INLINE void SPMI_K(jpeg_idct4_line)(const int16_t *x, int step, uint32_t *y)
+{
+    uint32_t e = (uint32_t)x[0] << 14;
+    uint32_t e2 = SPMI_JPEG_MUL(x[2 * step], 15137) - SPMI_JPEG_MUL(x[6 * step], 6270);
+    uint32_t o0 = SPMI_JPEG_MUL(x[7 * step], -1730) + SPMI_JPEG_MUL(x[5 * step], 11893)
+                + SPMI_JPEG_MUL(x[3 * step], -17799) + SPMI_JPEG_MUL(x[step], 8697);
+    uint32_t o2 = SPMI_JPEG_MUL(x[7 * step], -4176) + SPMI_JPEG_MUL(x[5 * step], -4926)
+                + SPMI_JPEG_MUL(x[3 * step], 7373) + SPMI_JPEG_MUL(x[step], 20995);
+    y[0] = e + e2 + o2;
+    y[3] = e + e2 - o2;
+    y[1] = e - e2 + o0;
+    y[2] = e - e2 - o0;
+}
+
+static void SPMI_K(jpeg_idct4)(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
+{
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    /* the row pass: x0 and nothing, x2 and x6, x7 and x5, x3 and x1 against these, then summed */
+    const __m256i k0 = J_EIGHT(16384, 0, 15137, -6270, -4176, -4926, 7373, 20995);
+    const __m256i k1 = J_EIGHT(16384, 0, -15137, 6270, -1730, 11893, -17799, 8697);
+    const __m256i k2 = J_EIGHT(16384, 0, -15137, 6270, 1730, -11893, 17799, -8697);
+    const __m256i k3 = J_EIGHT(16384, 0, 15137, -6270, 4176, 4926, -7373, -20995);
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, -1, -1, 4, 5, 12, 13, 14, 15, 10, 11, 6, 7, 2, 3));
+    const __m256i round = _mm256_set1_epi32(1 << 11), again = _mm256_set1_epi32(1 << 18);
+    const __m128i r1 = J_ROW(coef, 1), r2 = J_ROW(coef, 2), r3 = J_ROW(coef, 3);
+    const __m128i r5 = J_ROW(coef, 5), r6 = J_ROW(coef, 6), r7 = J_ROW(coef, 7);
+    const __m128i rest = _mm_or_si128(_mm_or_si128(_mm_or_si128(r1, r2), _mm_or_si128(r3, r5)), _mm_or_si128(r6, r7));
+    const __m128i x0 = _mm_mullo_epi16(J_ROW(coef, 0), J_ROW(quant, 0));
+    __m256i top, bottom; /* rows 0 and 1, 2 and 3 */
+    __m128i bytes;
+    int32_t four[4];
+    if (_mm_testz_si128(rest, _mm_setr_epi16(-1, -1, -1, -1, 0, -1, -1, -1))) {
+        top = bottom = _mm256_broadcastsi128_si256(_mm_slli_epi16(x0, 2));
+    }
+    else {
+        const __m128i x1 = _mm_mullo_epi16(r1, J_ROW(quant, 1)), x2 = _mm_mullo_epi16(r2, J_ROW(quant, 2));
+        const __m128i x3 = _mm_mullo_epi16(r3, J_ROW(quant, 3)), x5 = _mm_mullo_epi16(r5, J_ROW(quant, 5));
+        const __m128i x6 = _mm_mullo_epi16(r6, J_ROW(quant, 6)), x7 = _mm_mullo_epi16(r7, J_ROW(quant, 7));
+        const __m256i x26 = SPMI_K(jpeg_pairs)(x2, x6), x75 = SPMI_K(jpeg_pairs)(x7, x5);
+        const __m256i x31 = SPMI_K(jpeg_pairs)(x3, x1);
+        const __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_cvtepi16_epi32(x0), 14), round);
+        const __m256i e2 = J_DOT(x26, 15137, -6270), a = _mm256_add_epi32(e, e2), b = _mm256_sub_epi32(e, e2);
+        const __m256i o0 = _mm256_add_epi32(J_DOT(x75, -1730, 11893), J_DOT(x31, -17799, 8697));
+        const __m256i o2 = _mm256_add_epi32(J_DOT(x75, -4176, -4926), J_DOT(x31, 7373, 20995));
+        top = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(a, o2), 12),
+                                 _mm256_srai_epi32(_mm256_add_epi32(b, o0), 12));
+        bottom = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_sub_epi32(b, o0), 12),
+                                    _mm256_srai_epi32(_mm256_sub_epi32(a, o2), 12));
+        top = _mm256_permute4x64_epi64(top, 0xd8);
+        bottom = _mm256_permute4x64_epi64(bottom, 0xd8);
+    }
+    top = _mm256_shuffle_epi8(top, order);
+    bottom = _mm256_shuffle_epi8(bottom, order);
+    top = _mm256_hadd_epi32(_mm256_hadd_epi32(_mm256_madd_epi16(top, k0), _mm256_madd_epi16(top, k1)),
+                            _mm256_hadd_epi32(_mm256_madd_epi16(top, k2), _mm256_madd_epi16(top, k3)));
+    bottom = _mm256_hadd_epi32(_mm256_hadd_epi32(_mm256_madd_epi16(bottom, k0), _mm256_madd_epi16(bottom, k1)),
+                               _mm256_hadd_epi32(_mm256_madd_epi16(bottom, k2), _mm256_madd_epi16(bottom, k3)));
+    top = _mm256_srai_epi32(_mm256_add_epi32(top, again), 19);
+    bottom = _mm256_srai_epi32(_mm256_add_epi32(bottom, again), 19);
+    top = _mm256_packs_epi32(top, bottom); /* rows 0 and 2, 1 and 3 */
+    bytes = _mm_add_epi8(_mm_packs_epi16(J_LOW(top), J_HIGH(top)), _mm_set1_epi8(-128));
+    _mm_storeu_si128((__m128i *)(void *)four, bytes);
+    memcpy(out, four, 4);
+    memcpy(out + stride, four + 2, 4);
+    memcpy(out + 2 * stride, four + 1, 4);
+    memcpy(out + 3 * stride, four + 3, 4);
+#else
+    int16_t x[64], t[32];
+    int32_t work[32];
+    uint32_t y[4];
+    int r, c, any = 0;
+    for (r = 0; r < 64; r++) x[r] = SPMI_JPEG_DEQUANT(r);
+    for (c = 0; c < 8; c++) {
+        SPMI_K(jpeg_idct4_line)(x + c, 8, y);
+        work[c] = SPMI_JPEG_DESCALE(y[0], 12);
+        work[8 + c] = SPMI_JPEG_DESCALE(y[1], 12);
+        work[16 + c] = SPMI_JPEG_DESCALE(y[2], 12);
+        work[24 + c] = SPMI_JPEG_DESCALE(y[3], 12);
+    }
+    for (r = 1; r < 8; r++) {
+        for (c = 0; c < 8 && r != 4; c++) any |= c == 4 ? 0 : coef[8 * r + c];
+    }
+    spmi_jpeg_saturate(work, 32, !any, t);
+    for (r = 0; r < 4; r++, out += stride) {
+        SPMI_K(jpeg_idct4_line)(t + 8 * r, 1, y);
+        for (c = 0; c < 4; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 19));
+    }
+#endif
+}
+
+/* To a quarter: only the first and the odd coefficients take part. */
+SPMI_INLINE void SPMI_K(jpeg_idct2_line)(const int16_t *x, int step, uint32_t *y)
+{
+    uint32_t e = (uint32_t)x[0] << 15;
+    uint32_t o = SPMI_JPEG_MUL(x[7 * step], -5906) + SPMI_JPEG_MUL(x[5 * step], 6967)
+               + SPMI_JPEG_MUL(x[3 * step], -10426) + SPMI_JPEG_MUL(x[step], 29692);
+    y[0] = e + o;
+    y[1] = e - o;
+}
+
+static void SPMI_K(jpeg_idct2)(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
+{
+    int16_t x[64], t[16];
+    int32_t work[16];
+    uint32_t y[2];
+    int r, c;
+    for (r = 0; r < 64; r++) x[r] = SPMI_JPEG_DEQUANT(r);
+    for (c = 0; c < 8; c++) {
+        SPMI_K(jpeg_idct2_line)(x + c, 8, y);
+        work[c] = SPMI_JPEG_DESCALE(y[0], 13);
+        work[8 + c] = SPMI_JPEG_DESCALE(y[1], 13);
+    }
+    spmi_jpeg_saturate(work, 16, 0, t);
+    for (r = 0; r < 2; r++, out += stride) {
+        SPMI_K(jpeg_idct2_line)(t + 8 * r, 1, y);
+        out[0] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[0], 20));
+        out[1] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[1], 20));
+    }
+}
+
 /* sum[0 .. n) = 3 near_row + far_row, the vertical half of the filters; without far_row a copy of near_row. */
 static void SPMI_K(jpeg_sum_rows)(const uint8_t *SPMI_RESTRICT near_row, const uint8_t *SPMI_RESTRICT far_row, int n,
                                   uint16_t *SPMI_RESTRICT sum)
@@ -5315,6 +5440,7 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef J_LOW
 #undef J_ROW
 #undef J_BOTH
+#undef J_EIGHT
 #undef J_TWICE
 
 #endif /* all but the bf16 pass */
@@ -14517,77 +14643,7 @@ static int spmi_jpeg_scan_is_over(const spmi_jpeg *d)
     return d->starved && (!d->restart_interval || (d->marker >= 0xc0 && (d->marker < 0xd0 || d->marker > 0xd7)));
 }
 
-/* ---- inverse transforms of scaled pictures (the whole one is a kernel): coefficients and quantiser row-major, `out`
- * gets size x size samples ---- */
-
-#define SPMI_JPEG_DESCALE(x, n) ((int32_t)((x) + (1u << ((n) - 1))) >> (n))
-
-/* Half size: the four lowest output frequencies of each axis; the eighth-rate coefficient 4 does not take part. */
-static inline void spmi_jpeg_idct4_line(const int16_t *x, uint32_t *y)
-{
-    uint32_t e = (uint32_t)x[0] << 14;
-    uint32_t e2 = SPMI_JPEG_MUL(x[2], 15137) - SPMI_JPEG_MUL(x[6], 6270);
-    uint32_t o0 = SPMI_JPEG_MUL(x[7], -1730) + SPMI_JPEG_MUL(x[5], 11893) + SPMI_JPEG_MUL(x[3], -17799)
-                + SPMI_JPEG_MUL(x[1], 8697);
-    uint32_t o2 = SPMI_JPEG_MUL(x[7], -4176) + SPMI_JPEG_MUL(x[5], -4926) + SPMI_JPEG_MUL(x[3], 7373)
-                + SPMI_JPEG_MUL(x[1], 20995);
-    y[0] = e + e2 + o2;
-    y[3] = e + e2 - o2;
-    y[1] = e - e2 + o0;
-    y[2] = e - e2 - o0;
-}
-
-static void spmi_jpeg_idct4(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
-{
-    int16_t x[8], t[32];
-    int32_t work[32];
-    uint32_t y[4];
-    int r, c, flat = 1;
-    for (c = 0; c < 8; c++) {
-        work[c] = work[8 + c] = work[16 + c] = work[24 + c] = 0;
-        if (c == 4) continue;
-        for (r = 0; r < 8; r++) x[r] = SPMI_JPEG_DEQUANT(8 * r + c);
-        for (r = 1; r < 8; r++) flat &= r == 4 || coef[8 * r + c] == 0;
-        spmi_jpeg_idct4_line(x, y);
-        for (r = 0; r < 4; r++) work[8 * r + c] = SPMI_JPEG_DESCALE(y[r], 12);
-    }
-    spmi_jpeg_saturate(work, 32, flat, t);
-    for (r = 0; r < 4; r++, out += stride) {
-        spmi_jpeg_idct4_line(t + 8 * r, y);
-        for (c = 0; c < 4; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 19));
-    }
-}
-
-/* A quarter: only the first and the odd coefficients take part. */
-static inline void spmi_jpeg_idct2_line(const int16_t *x, uint32_t *y)
-{
-    uint32_t e = (uint32_t)x[0] << 15;
-    uint32_t o = SPMI_JPEG_MUL(x[7], -5906) + SPMI_JPEG_MUL(x[5], 6967) + SPMI_JPEG_MUL(x[3], -10426)
-               + SPMI_JPEG_MUL(x[1], 29692);
-    y[0] = e + o;
-    y[1] = e - o;
-}
-
-static void spmi_jpeg_idct2(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
-{
-    int16_t x[8], t[16];
-    int32_t work[16];
-    uint32_t y[2];
-    int r, c;
-    for (c = 0; c < 8; c++) {
-        work[c] = work[8 + c] = 0;
-        if (c == 2 || c == 4 || c == 6) continue;
-        for (r = 0; r < 8; r++) x[r] = SPMI_JPEG_DEQUANT(8 * r + c);
-        spmi_jpeg_idct2_line(x, y);
-        work[c] = SPMI_JPEG_DESCALE(y[0], 13);
-        work[8 + c] = SPMI_JPEG_DESCALE(y[1], 13);
-    }
-    spmi_jpeg_saturate(work, 16, 0, t);
-    for (r = 0; r < 2; r++, out += stride) {
-        spmi_jpeg_idct2_line(t + 8 * r, y);
-        for (c = 0; c < 2; c++) out[c] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[c], 20));
-    }
-}
+/* ---- inverse transforms ---- */
 
 /* `last`: no coefficient behind this place in zigzag order is set. */
 static void spmi_jpeg_idct(const spm_context *ctx, const spmi_jpeg_component *c, const int16_t *coef, int last,
@@ -14595,27 +14651,23 @@ static void spmi_jpeg_idct(const spm_context *ctx, const spmi_jpeg_component *c,
 {
     const uint16_t *quant = c->quant;
     int r;
-    if (c->size == 8) {
-        if (last) {
-            SPMI_KERNEL(ctx, jpeg_idct8, (coef, quant, out, c->stride));
-        } else {
-            int v = (int16_t)(SPMI_JPEG_DEQUANT(0) * 4);
-            v = spmi_jpeg_sample((v + 16) >> 5);
-            for (r = 0; r < 8; r++) memset(out + (size_t)r * c->stride, v, 8);
-        }
-    } else if (c->size == 4) {
-        spmi_jpeg_idct4(coef, quant, out, c->stride);
-    } else if (c->size == 2) {
-        spmi_jpeg_idct2(coef, quant, out, c->stride);
-    } else { /* the mean; libjpeg's range table repeats every 1024 values */
+    if (c->size == 1) { /* the mean; libjpeg's range table repeats every 1024 values */
         int v = ((int)coef[0] * (int16_t)quant[0] + 4) >> 3;
         *out = spmi_jpeg_sample(((v & 1023) ^ 512) - 512);
+    } else if (!last) { /* the same everywhere; at a quarter 16 bits saturate, else they wrap */
+        const int v = SPMI_JPEG_DEQUANT(0) * 4, sample = spmi_jpeg_sample(((c->size == 2 ? v : (int16_t)v) + 16) >> 5);
+        for (r = 0; r < c->size; r++) memset(out + (size_t)r * c->stride, sample, (size_t)c->size);
+    } else if (c->size == 8) {
+        SPMI_KERNEL(ctx, jpeg_idct8, (coef, quant, out, c->stride));
+    } else if (c->size == 4) {
+        SPMI_KERNEL(ctx, jpeg_idct4, (coef, quant, out, c->stride));
+    } else {
+        SPMI_KERNEL(ctx, jpeg_idct2, (coef, quant, out, c->stride));
     }
 }
 
 #undef SPMI_JPEG_DEQUANT
 #undef SPMI_JPEG_MUL
-#undef SPMI_JPEG_DESCALE
 
 /* ---- upsampling and colour: one row of the picture at a time ---- */
 
@@ -15629,6 +15681,7 @@ SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image
 
 #undef SPMI_JPEG_CHUNK
 #undef SPMI_JPEG_CLAMP
+#undef SPMI_JPEG_DESCALE
 #undef SPMI_JPEG_FAIL
 #undef SPMI_JPEG_LOOK
 /* ---- PNG (ISO/IEC 15948) ---- */
