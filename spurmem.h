@@ -3266,6 +3266,28 @@ static float spmi_exp2i(float k)
 }
 #endif
 
+#if SPMI_PASS == 1
+#if defined(__GNUC__) || defined(__clang__)
+  #define SPMI_INLINE static inline __attribute__((always_inline))
+#else
+  #define SPMI_INLINE static
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+  #define SPMI_PREFETCH(p) __builtin_prefetch(p)
+  #define SPMI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
+#else
+  #define SPMI_PREFETCH(p) ((void)(p))
+  #define SPMI_PREFETCH_L2(p) ((void)(p))
+#endif
+#if defined(__clang__)
+  #define SPMI_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__) && !defined(__TINYC__)
+  #define SPMI_UNROLL _Pragma("GCC unroll 32")
+#else
+  #define SPMI_UNROLL
+#endif
+#endif
+
 #if SPMI_PASS != 5
 static v_t SPMI_K(to_bf16)(v_t v)
 {
@@ -3309,15 +3331,26 @@ static v_t SPMI_K(to_bf16)(v_t v)
 }
 #define v_bf16(v) SPMI_K(to_bf16)(v)
 
-static float SPMI_K(sum)(v_t v)
+/* Lanes i and i + 8 first, then i and i + 4, 2, 1. */
+SPMI_INLINE float SPMI_K(sum)(v_t v)
 {
-    float lane[V_W];
-    int i, half;
-    v_store(lane, v);
-    for (half = V_W / 2; half > 0; half /= 2) {
-        for (i = 0; i < half; i++) lane[i] += lane[i + half];
-    }
-    return lane[0];
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    __m128 s;
+  #if SPMI_PASS == 3
+    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 0),
+                                      _mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 1));
+  #else
+    const __m256 half = v;
+  #endif
+    s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#elif SPMI_PASS == 4
+    const float32x2_t half = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+    return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
+#else
+    return v;
+#endif
 }
 #define v_sum(v) SPMI_K(sum)(v)
 #endif
@@ -3395,25 +3428,6 @@ typedef struct spmi_outer {
 #define SPMI_LINE 16       /* floats of a cache line */
 #define SPMI_TILE_CHAIN 64  /* products in one chain of additions */
 
-#if defined(__GNUC__) || defined(__clang__)
-  #define SPMI_INLINE static inline __attribute__((always_inline))
-#else
-  #define SPMI_INLINE static
-#endif
-#if defined(__GNUC__) || defined(__clang__)
-  #define SPMI_PREFETCH(p) __builtin_prefetch(p)
-  #define SPMI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
-#else
-  #define SPMI_PREFETCH(p) ((void)(p))
-  #define SPMI_PREFETCH_L2(p) ((void)(p))
-#endif
-#if defined(__clang__)
-  #define SPMI_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__) && !defined(__TINYC__)
-  #define SPMI_UNROLL _Pragma("GCC unroll 32")
-#else
-  #define SPMI_UNROLL
-#endif
 #endif /* first pass */
 
 /* Tiles: vectors across (nv) and rows down (mr), so that accumulators + one row of b + one broadcast fit the
@@ -4022,43 +4036,50 @@ static void SPMI_K(sum_of)(int64_t n, float s, const float *a, const float *b, f
     V_STEP(i, r, n) v_put(y + i, v_mul(v_add(v_get(a + i, r), v_get(b + i, r)), f), r);
 }
 
-/* ---- sums along a row: short float chains (16 vectors), added in double ---- */
+/* ---- sums along a row: four short float chains side by side (16 vectors in all), added in double ---- */
 
 #define SPMI_RUN (16 * V_W)
+/* Calls STEP(sum, at) for the vectors of each whole run, in four chains, and adds the run's sum to `total`. */
+#define SPMI_RUNS(STEP)                                                                    \
+    for (; at + SPMI_RUN <= n; at += SPMI_RUN) {                                           \
+        v_t s0 = v_zero(), s1 = v_zero(), s2 = v_zero(), s3 = v_zero();                    \
+        SPMI_UNROLL for (i = at; i < at + SPMI_RUN; i += 4 * V_W) {                        \
+            STEP(s0, i);                                                                   \
+            STEP(s1, i + V_W);                                                             \
+            STEP(s2, i + 2 * V_W);                                                         \
+            STEP(s3, i + 3 * V_W);                                                         \
+        }                                                                                  \
+        total += (double)v_sum(v_add(v_add(s0, s1), v_add(s2, s3)));                       \
+    }
 
 static double SPMI_K(row_sum)(int64_t n, const float *x)
 {
     double total = 0.0;
-    int64_t at, i;
+    int64_t at = 0, i;
     int r;
-    for (at = 0; at < n; at += SPMI_RUN) {
-        const int64_t m = SPMI_MIN((int64_t)SPMI_RUN, n - at);
-        v_t s = v_zero();
-        V_STEP(i, r, m) s = v_add(s, v_get(x + at + i, r));
-        total += (double)v_sum(s);
-    }
-    return total;
+    v_t s = v_zero();
+#define STEP(sum, j) sum = v_add(sum, v_load(x + (j)))
+    SPMI_RUNS(STEP)
+#undef STEP
+    V_STEP(i, r, n - at) s = v_add(s, v_get(x + at + i, r));
+    return total + (double)v_sum(s);
 }
 
 /* sum of (x - shift)^2 */
 static double SPMI_K(row_squares)(int64_t n, const float *x, float shift)
 {
     double total = 0.0;
-    int64_t at, i;
-    int r;
-    for (at = 0; at < n; at += SPMI_RUN) {
-        const int64_t m = SPMI_MIN((int64_t)SPMI_RUN, n - at), full = m - m % V_W;
-        const v_t c = v_set(shift);
-        v_t s = v_zero();
-        V_STEP(i, r, full) {
-            const v_t d = v_sub(v_get(x + at + i, r), c);
-            s = v_fma(d, d, s);
-        }
-        total += (double)v_sum(s);
-        for (i = full; i < m; i++) { /* lanes beyond the row would read 0 - shift */
-            const double d = (double)x[at + i] - (double)shift;
-            total += d * d;
-        }
+    int64_t at = 0, i;
+    const v_t c = v_set(shift);
+    v_t s = v_zero();
+#define STEP(sum, j) do { const v_t d = v_sub(v_load(x + (j)), c); sum = v_fma(d, d, sum); } while (0)
+    SPMI_RUNS(STEP)
+    for (i = at; i + V_W <= n; i += V_W) STEP(s, i);
+#undef STEP
+    total += (double)v_sum(s);
+    for (; i < n; i++) { /* lanes beyond the row would read 0 - shift */
+        const double d = (double)x[i] - (double)shift;
+        total += d * d;
     }
     return total;
 }
@@ -4066,15 +4087,14 @@ static double SPMI_K(row_squares)(int64_t n, const float *x, float shift)
 static double SPMI_K(row_dot)(int64_t n, const float *a, const float *b)
 {
     double total = 0.0;
-    int64_t at, i;
+    int64_t at = 0, i;
     int r;
-    for (at = 0; at < n; at += SPMI_RUN) {
-        const int64_t m = SPMI_MIN((int64_t)SPMI_RUN, n - at);
-        v_t s = v_zero();
-        V_STEP(i, r, m) s = v_fma(v_get(a + at + i, r), v_get(b + at + i, r), s);
-        total += (double)v_sum(s);
-    }
-    return total;
+    v_t s = v_zero();
+#define STEP(sum, j) sum = v_fma(v_load(a + (j)), v_load(b + (j)), sum)
+    SPMI_RUNS(STEP)
+#undef STEP
+    V_STEP(i, r, n - at) s = v_fma(v_get(a + at + i, r), v_get(b + at + i, r), s);
+    return total + (double)v_sum(s);
 }
 
 /* out[j] = s a . (row j of b) for `rows` rows of n floats */
@@ -4094,10 +4114,16 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, fl
     int r;
     for (row = 0; row < rows; row++, x += n, y += n) {
         const int64_t full = n - n % V_W;
+        const float *next = row + 1 < rows ? x + n : x;
         float top = x[0], inverse;
         double total = 0.0;
-        v_t peak = v_set(x[0]), shift;
-        V_STEP(i, r, full) peak = v_max(peak, v_get(x + i, r));
+        v_t peak = v_set(x[0]), other = peak, shift;
+        for (i = 0; i + 2 * V_W <= full; i += 2 * V_W) {
+            peak = v_max(peak, v_load(x + i));
+            other = v_max(other, v_load(x + i + V_W));
+        }
+        if (i < full) other = v_max(other, v_load(x + i));
+        peak = v_max(peak, other);
         {
             float lane[V_W];
             v_store(lane, peak);
@@ -4105,7 +4131,12 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, fl
         }
         for (i = full; i < n; i++) top = x[i] > top ? x[i] : top;
         shift = v_set(-s * top);
-        V_STEP(i, r, n) v_put(y + i, SPMI_K(exp2p)(v_fma(v_get(x + i, r), f, shift), v_zero()), r);
+        for (i = 0; i < full; i += V_W) {
+            SPMI_PREFETCH(next + i);
+            v_store(y + i, SPMI_K(exp2p)(v_fma(v_load(x + i), f, shift), v_zero()));
+        }
+        r = (int)(n - full);
+        if (r) v_put(y + i, SPMI_K(exp2p)(v_fma(v_get(x + i, r), f, shift), v_zero()), r);
         total = SPMI_K(row_sum)(n, y);
         inverse = (float)(1.0 / total);
         SPMI_K(scale)(n, inverse, y, y, 0);
@@ -4140,8 +4171,10 @@ static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const fl
         const float m = (float)(SPMI_K(row_sum)(n, x) / (double)n);
         const float s = (float)(1.0 / sqrt(SPMI_K(row_squares)(n, x, m) / (double)n + (double)eps));
         const v_t center = v_set(m), factor = v_set(s);
+        const float *next = row + 1 < rows ? x + n : x; /* its first pass would wait for memory */
         V_STEP(i, r, n) {
             const v_t h = v_mul(v_sub(v_get(x + i, r), center), factor);
+            SPMI_PREFETCH(next + i);
             v_put(y + i, v_fma(h, v_get(w + i, r), v_get(b + i, r)), r);
         }
         if (mean) mean[row] = m;
@@ -4158,6 +4191,7 @@ static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, con
     int r;
     for (row = 0; row < rows; row++, x += n, dy += n) {
         const v_t center = v_set(mean[row]), factor = v_set(rstd[row]);
+        const int64_t next = row + 1 < rows ? n : 0;
         double sum = 0.0, dot = 0.0;
         v_t c0, c1;
         for (at = 0; at < n; at += SPMI_RUN) { /* lanes beyond the row have g = 0 */
@@ -4179,6 +4213,8 @@ static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, con
         c0 = v_set((float)(sum / (double)n));
         c1 = v_set((float)(dot / (double)n));
         V_STEP(i, r, n) {
+            SPMI_PREFETCH(x + next + i);
+            SPMI_PREFETCH(dy + next + i);
             const v_t h = v_mul(v_sub(v_get(x + i, r), center), factor);
             v_t g = v_sub(v_mul(v_get(dy + i, r), v_get(w + i, r)), c0);
             g = v_mul(v_sub(g, v_mul(h, c1)), factor);
@@ -4656,6 +4692,7 @@ static void SPMI_K(avg_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
 }
 
 #undef SPMI_RUN
+#undef SPMI_RUNS
 #undef SPMI_CHAIN
 #undef SPMI_LINK
 #undef V_STEP
