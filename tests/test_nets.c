@@ -223,39 +223,6 @@ static void test_initial_values(void)
 
 /* ---- PyTorch ---- */
 
-/* PyTorch's index of element i of our OHWI weight (others: the same). */
-static int64_t torch_index(const spm_tensor *t, int64_t i)
-{
-    int64_t o, h, w, c;
-    if (t->rank != 4) return i;
-    c = i % t->shape[3];
-    i /= t->shape[3];
-    w = i % t->shape[2];
-    i /= t->shape[2];
-    h = i % t->shape[1];
-    o = i / t->shape[1];
-    return ((o * t->shape[3] + c) * t->shape[1] + h) * t->shape[2] + w;
-}
-
-static int ends_in(const char *name, const char *tail)
-{
-    const size_t n = strlen(name), m = strlen(tail);
-    return n >= m && strcmp(name + n - m, tail) == 0;
-}
-
-/* `fill` of make_nets.py */
-static void fill_parameter(spm_parameter *p)
-{
-    const uint32_t stream = golden_stream(p->name);
-    int64_t i, n = spm_tensor_count(&p->value);
-    double base = 0, scale = sqrt(4.0 / (double)(n / p->value.shape[0]));
-    if (ends_in(p->name, "running_var")) { base = 1; scale = 0.3; }
-    else if (ends_in(p->name, "running_mean") || ends_in(p->name, "bias")) scale = 0.1;
-    else if (strstr(p->name, "token") || strstr(p->name, "pos_embed")) scale = 0.5;
-    else if (p->value.rank == 1) { base = 1; scale = 0.2; }
-    for (i = 0; i < n; i++) p->value.data[i] = (float)(base + scale * golden_draw(stream, (uint32_t)torch_index(&p->value, i)));
-}
-
 typedef struct golden_case {
     char arch[64];
     int64_t n, height, width, classes;
@@ -290,22 +257,17 @@ static int golden_network(spm_isa isa, int number, const uint32_t *golden)
     spm_run_desc desc;
     float *image, *direction;
     char name[128];
-    int64_t i, k, pixels = c->height * c->width;
+    int64_t i, k;
     uint32_t draws;
     int p, found = 0;
     double worst = 0;
     if (!ctx) return 2 + 2 * n_logits + 2 * n_parameters;
     model = network_of(ctx, c->arch, c->height, c->width, c->classes, SPM_NO_SEED);
-    for (p = 0; p < spm_model_parameter_count(model); p++) fill_parameter(spm_model_parameter(model, p));
+    for (p = 0; p < spm_model_parameter_count(model); p++) golden_fill(spm_model_parameter(model, p));
     spm_model_touch(model);
-    image = (float *)malloc((size_t)(c->n * pixels * 3) * sizeof(float));
     direction = (float *)malloc((size_t)n_logits * sizeof(float));
     snprintf(name, sizeof name, "image%d", number);
-    draws = golden_stream(name);
-    for (i = 0; i < c->n * 3 * pixels; i++) { /* NCHW there, NHWC here */
-        const int64_t example = i / (3 * pixels), channel = i / pixels % 3;
-        image[(example * pixels + i % pixels) * 3 + channel] = (float)golden_draw(draws, (uint32_t)i) * 1.5f;
-    }
+    image = golden_pictures(name, c->n, c->height, c->width);
     snprintf(name, sizeof name, "direction%d", number);
     draws = golden_stream(name);
     for (i = 0; i < n_logits; i++) direction[i] = (float)golden_draw(draws, (uint32_t)i);
@@ -336,7 +298,7 @@ static int golden_network(spm_isa isa, int number, const uint32_t *golden)
         draws = golden_stream(stream);
         for (k = 0; k < spm_tensor_count(&q->value); k++) {
             norm += (double)q->gradient[k] * (double)q->gradient[k];
-            projection += (double)q->gradient[k] * golden_draw(draws, (uint32_t)torch_index(&q->value, k));
+            projection += (double)q->gradient[k] * golden_draw(draws, (uint32_t)golden_index(&q->value, k));
         }
         norm = sqrt(norm);
         want_norm = (double)golden_float(gradient[2 * found]);

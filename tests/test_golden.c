@@ -1,0 +1,351 @@
+/* test_golden.c - training against PyTorch in double precision (golden/train.bin, made by golden/make_train.py): the
+ * gradient of every parameter, ten steps of two optimizers, a step of the intervention in both profiles. */
+#include "../spurmem.h"
+#include "test.h"
+#include "golden.h"
+
+#define SIGNS 16
+
+static spm_context *context(spm_isa isa, int direct)
+{
+    spm_context_desc desc = SPM_ZERO;
+    desc.isa = isa;
+    desc.direct_convolution = direct;
+    return spm_context_create(&desc);
+}
+
+static spm_model *network(spm_context *ctx, const char *name, int64_t side, int64_t classes, int softmax)
+{
+    spm_arch arch = SPM_ZERO;
+    spm_error err = SPM_ZERO;
+    spm_model *model;
+    int i;
+    arch.height = arch.width_px = side;
+    arch.classes = classes;
+    arch.softmax_head = softmax;
+    if (spm_arch_parse(ctx, name, &arch, &err)) CHECK_MSG(0, err.text);
+    model = spm_model_build(ctx, &arch, SPM_NO_SEED, &err);
+    CHECK_STR(err.text, "");
+    for (i = 0; i < spm_model_parameter_count(model); i++) golden_fill(spm_model_parameter(model, i));
+    spm_model_touch(model);
+    return model;
+}
+
+static spm_value value_of(spm_model *model, const char *name)
+{
+    return spm_program_find(spm_model_program(model), name);
+}
+
+/* How far a gradient is from the golden one, relative to its norm: the root mean square of the differences along 16
+ * vectors of signs estimates the L2 norm of the whole difference within a fifth or so. */
+static double gradient_error(const spm_parameter *p, const uint32_t *norm, const uint32_t *projections)
+{
+    double sum[SIGNS] = { 0 }, squares = 0;
+    char name[160];
+    uint32_t stream;
+    int64_t i;
+    int s;
+    snprintf(name, sizeof name, "signs %s", p->name);
+    stream = golden_stream(name);
+    for (i = 0; i < spm_tensor_count(&p->value); i++) {
+        const double g = (double)p->gradient[i];
+        const uint32_t h = (uint32_t)((golden_draw(stream, (uint32_t)golden_index(&p->value, i)) + 1.0) * 8388608.0);
+        for (s = 0; s < SIGNS; s++) sum[s] += h >> (s + 4) & 1 ? -g : g;
+    }
+    for (s = 0; s < SIGNS; s++) {
+        const double off = sum[s] - (double)golden_float(projections[s]);
+        squares += off * off;
+    }
+    return sqrt(squares / SIGNS) / fmax((double)golden_float(*norm), 1e-20);
+}
+
+/* Returns the words used. */
+static int gradients_of(spm_isa isa, int direct, int number, const uint32_t *golden)
+{
+    static const struct { char name[16]; int n, side; } nets[4] = {
+        { "resnet20", 8, 16 }, { "resnet18", 4, 32 }, { "resnet50", 4, 64 }, { "deit_tiny", 4, 64 } };
+    const int n = nets[number].n, count = (int)golden[1];
+    spm_context *ctx = context(isa, direct);
+    spm_model *model;
+    spm_run *run;
+    spm_run_desc desc = SPM_ZERO;
+    float *image, direction[80];
+    char name[160];
+    double worst = 0;
+    const double limit = direct ? 2 : 3;
+    int i, found = 0, over = 0;
+    if (!ctx) return 2 + count * (2 + SIGNS);
+    model = network(ctx, nets[number].name, nets[number].side, 10, 0);
+    snprintf(name, sizeof name, "train%d %d", number, (int)golden[0]);
+    image = golden_pictures(name, n, nets[number].side, nets[number].side);
+    snprintf(name, sizeof name, "train direction%d", number);
+    for (i = 0; i < n * 10; i++) direction[i] = (float)golden_draw(golden_stream(name), (uint32_t)i);
+    desc.max_batch = n;
+    desc.backward = 1;
+    run = spm_run_create(model, &desc, NULL);
+    (void)spm_run_input(run, value_of(model, "image"), image);
+    CHECK_INT(spm_run_forward(run, n, 1), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(run, value_of(model, "logits"), direction), SPM_OK);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    spm_model_finish_gradients(model);
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        const uint32_t *at = golden + 2 + found * (2 + SIGNS);
+        double error, torch;
+        if (!p->gradient || found == count) continue;
+        torch = (double)golden_float(at[1]);
+        error = gradient_error(p, at, at + 2);
+        /* Twice PyTorch's error (Winograd: three times), a quarter more for the estimate, and never less than fp32's own
+         * resolution.  ResNet-50's ReLUs cannot be kept away from zero: which of them fall on the other side is luck, so
+         * there the limit holds for half of the parameters, and for all the range in which PyTorch's own error lies. */
+        worst = fmax(worst, error / fmax(torch, 1e-7));
+        if (error > limit * 1.25 * fmax(torch, 1e-7)) over++;
+        if ((number != 2 && over) || !(error <= (number == 3 ? 1e-4 : 6e-2))) {
+            snprintf(name, sizeof name, "%s on %s: gradient of %.60s off by %.2g, PyTorch's fp32 by %.2g", nets[number].name,
+                     spm_isa_name(isa), p->name, error, torch);
+            CHECK_MSG(0, name);
+        }
+        found++;
+    }
+    CHECK_INT(found, count);
+    CHECK(over <= count / 2);
+    if (getenv("VERBOSE"))
+        printf("    %s on %s%s: at most %.2f times PyTorch's error, %d of %d over the limit\n", nets[number].name,
+               spm_isa_name(isa), direct ? "" : " (Winograd)", worst, over, count);
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+    free(image);
+    return 2 + count * (2 + SIGNS);
+}
+
+static const spm_isa isas[4] = { SPM_ISA_AVX512, SPM_ISA_AVX2, SPM_ISA_NEON, SPM_ISA_C };
+
+static int skip_gradients(const uint32_t *golden)
+{
+    int at = 0, number;
+    for (number = 0; number < 4; number++) at += 2 + (int)golden[at + 1] * (2 + SIGNS);
+    return at;
+}
+
+static void gradients(void)
+{
+    int words, number, k;
+    uint32_t *golden = golden_read("tests/golden/train.bin", &words);
+    CHECK_MSG(golden != NULL, "tests/golden/train.bin is missing (run from the repository's root)");
+    for (k = 0; golden && k < 4; k++) {
+        int at = 0;
+        for (number = 0; number < 4; number++) {
+            if (number == 1) (void)gradients_of(isas[k], 0, number, golden + at);
+            at += gradients_of(isas[k], 1, number, golden + at);
+        }
+    }
+    free(golden);
+}
+
+/* A loss as a program of its own; `second` is the other branch, or the target. */
+static spm_model *loss_of(spm_context *ctx, int64_t width, int contrast)
+{
+    spm_program *p = spm_program_create(ctx);
+    int64_t shape[2] = { 0, 0 };
+    spm_value a, b;
+    shape[1] = width;
+    a = spm_program_input(p, "a", 2, shape, 1);
+    b = spm_program_input(p, "b", 2, shape, contrast);
+    spm_program_output(p, "loss", contrast ? spm_ntxent(p, a, b, .5f) : spm_cross_entropy(p, a, b, 0, 0));
+    return spm_model_create(p, 0, NULL);
+}
+
+static double loss_step(spm_run *run, spm_model *loss, const float *a, const float *b, int n)
+{
+    (void)spm_run_input(run, value_of(loss, "a"), a);
+    (void)spm_run_input(run, value_of(loss, "b"), b);
+    CHECK_INT(spm_run_forward(run, n, 1), SPM_OK);
+    CHECK_INT(spm_run_backward(run), SPM_OK);
+    return (double)spm_run_data(run, value_of(loss, "loss"))[0];
+}
+
+static void ten_steps(void)
+{
+    int words, kind, step, i, at;
+    uint32_t *golden = golden_read("tests/golden/train.bin", &words);
+    CHECK(golden != NULL);
+    if (!golden) return;
+    at = skip_gradients(golden);
+    for (kind = 0; kind < 2; kind++) {
+        spm_context *ctx = context(SPM_ISA_AUTO, 1);
+        spm_model *model = network(ctx, "resnet20", 32, 10, 0), *loss = loss_of(ctx, 10, 0);
+        spm_run_desc desc = SPM_ZERO;
+        spm_optimizer_desc how = spm_optimizer_desc_init();
+        spm_optimizer *optimizer;
+        spm_run *run, *loss_run;
+        float *image = golden_pictures("steps", 16, 32, 32), target[160] = { 0 };
+        double off_loss = 0, off_running = 0;
+        how.kind = kind ? SPM_ADAM : SPM_SGD;
+        how.lr = 1e-5f;
+        if (!kind) how.momentum = .9f;
+        optimizer = spm_optimizer_create(model, &how, NULL);
+        desc.max_batch = 16;
+        desc.backward = 1;
+        run = spm_run_create(model, &desc, NULL);
+        loss_run = spm_run_create(loss, &desc, NULL);
+        for (i = 0; i < 16; i++) target[10 * i + i % 10] = 1;
+        (void)spm_run_input(run, value_of(model, "image"), image);
+        for (step = 0; step < 10; step++, at++) {
+            const spm_value logits = value_of(model, "logits");
+            double l;
+            CHECK_INT(spm_run_forward(run, 16, 1), SPM_OK);
+            l = loss_step(loss_run, loss, spm_run_data(run, logits), target, 16);
+            off_loss = fmax(off_loss, fabs(l - (double)golden_float(golden[at])));
+            CHECK_INT(spm_run_set_gradient(run, logits, spm_run_gradient(loss_run, value_of(loss, "a"))), SPM_OK);
+            spm_model_zero_gradients(model);
+            CHECK_INT(spm_run_backward(run), SPM_OK);
+            CHECK_INT(spm_run_commit_statistics(run, .1f), SPM_OK);
+            spm_optimizer_step(optimizer);
+        }
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            const spm_parameter *p = spm_model_parameter(model, i);
+            int64_t k;
+            if (!(p->flags & SPM_PARAMETER_BUFFER)) continue;
+            for (k = 0; k < spm_tensor_count(&p->value); k++, at++)
+                off_running = fmax(off_running, fabs((double)p->value.data[k] - (double)golden_float(golden[at])));
+        }
+        if (getenv("VERBOSE")) printf("    ten steps: losses off by %.2g, running statistics by %.2g\n", off_loss, off_running);
+        CHECK(off_loss <= 2e-3 && off_running <= 1e-4);
+        spm_optimizer_destroy(optimizer);
+        spm_run_destroy(run);
+        spm_run_destroy(loss_run);
+        spm_model_destroy(model);
+        spm_model_destroy(loss);
+        spm_context_destroy(ctx);
+        free(image);
+    }
+    free(golden);
+}
+
+static int ascending(const void *a, const void *b)
+{
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* Official: all convolution weights but the smallest 1 %; sound: all but the first channels. */
+static void mask_convolutions(spm_model *model, spm_run *run, int official)
+{
+    float *all = NULL, *keep, threshold = 0;
+    int64_t n = 0, k, most = 1;
+    int i, pass;
+    for (pass = 0; pass < 2; pass++) {
+        n = 0;
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            const spm_tensor *t = &spm_model_parameter(model, i)->value;
+            if (t->rank != 4) continue;
+            for (k = 0; pass && k < spm_tensor_count(t); k++) all[n + k] = fabsf(t->data[k]);
+            n += spm_tensor_count(t);
+            if (spm_tensor_count(t) > most) most = spm_tensor_count(t);
+        }
+        if (!pass) all = (float *)malloc((size_t)n * sizeof(float));
+    }
+    qsort(all, (size_t)n, sizeof(float), ascending);
+    threshold = all[(int64_t)ceil(.01 * (double)n)];
+    keep = (float *)malloc((size_t)most * sizeof(float));
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_tensor *t = &spm_model_parameter(model, i)->value;
+        if (t->rank != 4) continue;
+        for (k = 0; k < spm_tensor_count(t); k++)
+            keep[k] = official ? fabsf(t->data[k]) >= threshold : k >= spm_tensor_count(t) / t->shape[0];
+        CHECK_INT(spm_run_set_mask(run, i, keep), SPM_OK);
+    }
+    free(keep);
+    free(all);
+}
+
+static void check_branch(spm_model *model, const uint32_t *golden, int branch, const char *profile)
+{
+    double worst = 0;
+    int i, found = 0;
+    spm_model_finish_gradients(model);
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        const uint32_t *at = golden + (2 * found + branch) * (1 + SIGNS);
+        double error;
+        if (!p->gradient) continue;
+        found++;
+        if (golden_float(*at) < 1e-12f) continue; /* sound: no loss reaches the pruned branch's head */
+        error = gradient_error(p, at, at + 1);
+        worst = fmax(worst, error);
+        CHECK_MSG(error <= 1e-4, p->name);
+    }
+    if (getenv("VERBOSE")) printf("    %s, %s gradients off by %.2g\n", profile, branch ? "masked" : "dense", worst);
+}
+
+static void intervention_steps(void)
+{
+    int words, profile, i, at;
+    uint32_t *golden = golden_read("tests/golden/train.bin", &words);
+    CHECK(golden != NULL);
+    if (!golden) return;
+    at = skip_gradients(golden) + 2 * (10 + 2 * (16 * 7 + 32 * 6 + 64 * 6));
+    for (profile = 0; profile < 2; profile++) {
+        const int official = profile == 0;
+        spm_context *ctx = context(SPM_ISA_AUTO, 1);
+        spm_model *model = network(ctx, "resnet20", 16, 2, official), *contrast = loss_of(ctx, official ? 2 : 64, 1), *ce = loss_of(ctx, 2, 0);
+        const spm_value compared = value_of(model, official ? "outputs" : "features"), outputs = value_of(model, "outputs");
+        spm_run_desc desc = SPM_ZERO;
+        spm_run *dense, *pruned, *contrast_run, *ce_run;
+        char name[40];
+        float *image, target[16] = { 0 }, gradient[16];
+        const float *from_ce, *from_contrast;
+        double ntxent, cross;
+        snprintf(name, sizeof name, "intervention %d", (int)golden[at++]);
+        image = golden_pictures(name, 8, 16, 16);
+        desc.max_batch = 8;
+        desc.backward = 1;
+        dense = spm_run_create(model, &desc, NULL);
+        pruned = spm_run_create(model, &desc, NULL);
+        contrast_run = spm_run_create(contrast, &desc, NULL);
+        ce_run = spm_run_create(ce, &desc, NULL);
+        mask_convolutions(model, pruned, official);
+        for (i = 0; i < 8; i++) target[2 * i + i % 2] = 1;
+        (void)spm_run_input(dense, value_of(model, "image"), image);
+        (void)spm_run_input(pruned, value_of(model, "image"), image);
+        CHECK_INT(spm_run_forward(dense, 8, 1), SPM_OK);
+        CHECK_INT(spm_run_forward(pruned, 8, 1), SPM_OK);
+        ntxent = 2 * loss_step(contrast_run, contrast, spm_run_data(dense, compared), spm_run_data(pruned, compared), 8);
+        cross = loss_step(ce_run, ce, spm_run_data(dense, outputs), target, 8);
+        CHECK_NEAR(ntxent, golden_float(golden[at]), 1e-5);
+        CHECK_NEAR(cross, golden_float(golden[at + 1]), 1e-5);
+        from_ce = spm_run_gradient(ce_run, value_of(ce, "a"));
+        from_contrast = spm_run_gradient(contrast_run, value_of(contrast, "a"));
+        for (i = 0; i < 16; i++) gradient[i] = .2f * from_ce[i] + (official ? from_contrast[i] : 0.0f);
+        CHECK_INT(spm_run_set_gradient(dense, outputs, gradient), SPM_OK);
+        if (!official) CHECK_INT(spm_run_set_gradient(dense, compared, from_contrast), SPM_OK);
+        spm_model_zero_gradients(model);
+        CHECK_INT(spm_run_backward(dense), SPM_OK);
+        check_branch(model, golden + at + 3, 0, official ? "official" : "sound");
+        CHECK_INT(spm_run_set_gradient(pruned, compared, spm_run_gradient(contrast_run, value_of(contrast, "b"))), SPM_OK);
+        spm_model_zero_gradients(model);
+        CHECK_INT(spm_run_backward(pruned), SPM_OK);
+        check_branch(model, golden + at + 3, 1, official ? "official" : "sound");
+        at += 3 + (int)golden[at + 2] * 2 * (1 + SIGNS);
+        spm_run_destroy(dense);
+        spm_run_destroy(pruned);
+        spm_run_destroy(contrast_run);
+        spm_run_destroy(ce_run);
+        spm_model_destroy(model);
+        spm_model_destroy(contrast);
+        spm_model_destroy(ce);
+        spm_context_destroy(ctx);
+        free(image);
+    }
+    CHECK_INT(at, words);
+    free(golden);
+}
+
+int main(void)
+{
+    TEST(gradients);
+    TEST(ten_steps);
+    TEST(intervention_steps);
+    return TEST_END;
+}
