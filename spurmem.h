@@ -1568,6 +1568,10 @@ typedef struct spm_localize_desc {
      * unit from the pictures */
     int scan_plain;
     double screen;             /* exhaustive: share of units that first-order screening leaves out; 0: none */
+    /* 1: instead of rankings and rows, every layer alone goes back to rewind_file[0], and with retrain_epochs is then
+     * trained again (Adam, 1e-3, batches of 64) on the majority groups of the training split, all else frozen */
+    int layers;
+    int64_t retrain_epochs;
     spm_split select_split;
     int report[SPM_SPLITS];    /* which splits to report; none: train and test */
     spm_criterion criterion;
@@ -27103,6 +27107,11 @@ static spm_status spmi_study_plan(spmi_study *s)
         (spmi_ranking *)spmi_alloc_array(s->ctx, SPMI_MAX(d->n_groups, s->n_groups) + 3, sizeof *s->rankings);
     s->rows = (spmi_row *)spmi_alloc_array(s->ctx, SPMI_ROWS + 1, sizeof *s->rows);
     if (!s->rankings || !s->rows) return spmi_fail_memory(s->ctx, s->err, "localization");
+    for (i = 0; d->layers && i < s->model->n_parameters; i++) {
+        unsigned flags = s->model->parameters[i].flags;
+        if ((flags & SPM_PARAMETER_PRUNABLE) && !(flags & SPM_PARAMETER_HEAD)) s->total += d->retrain_epochs > 0 ? 2 : 1;
+    }
+    if (d->layers) return SPM_OK; /* no rankings */
     for (part = 0; part < (d->grid ? 3 : 1); part++) {
         spm_criterion criterion = d->grid ? grid_criterion[part] : d->criterion;
         int by_group = spm_criterion_by_group(criterion);
@@ -27163,6 +27172,113 @@ static void spmi_study_ranking_json(spmi_study *s, const spmi_ranking *r)
     }
     spm_json_array_end(s->json);
     spm_json_object_end(s->json);
+}
+
+/* ---- layers: rewinding and re-training ---- */
+
+/* Trains one parameter alone, from where it stands, on the majority groups of the training split; every other value,
+ * running statistics included, stays. */
+static spm_status spmi_layer_retrain(spmi_study *s, int parameter)
+{
+    spm_model *model = s->model;
+    const int64_t *all = spm_dataset_split_ids(s->dataset, SPM_TRAIN);
+    int64_t n = spm_dataset_split_size(s->dataset, SPM_TRAIN), used = 0, i, epoch, *ids, *order;
+    unsigned *flags = (unsigned *)spmi_alloc_array(s->ctx, model->n_parameters, sizeof *flags);
+    spm_optimizer_desc adam = spm_optimizer_desc_init();
+    spm_optimizer *optimizer = NULL;
+    spm_attr_desc attr = SPM_ZERO;
+    spmi_pass pass;
+    double loss = 0.0;
+    int more = 0, p;
+    spm_status status = SPM_OK;
+    memset(&pass, 0, sizeof pass);
+    ids = (int64_t *)spmi_alloc_array(s->ctx, 2 * SPMI_MAX(n, 1), sizeof *ids);
+    order = ids + SPMI_MAX(n, 1);
+    if (!flags || !ids) status = spmi_fail_memory(s->ctx, s->err, "re-training");
+    for (i = 0; !status && i < n; i++) {
+        if (!spm_group_is_minority(s->dataset, spm_dataset_example(s->dataset, all[i])->group)) ids[used++] = all[i];
+    }
+    if (!status && used == 0)
+        status = spmi_fail(s->ctx, s->err, SPM_E_DATA, "%s: has no majority group to re-train a layer on",
+                           spm_dataset_path(s->dataset));
+    attr.reading = s->desc->reading;
+    attr.split = SPM_TRAIN;
+    attr.workers = s->desc->workers;
+    for (p = 0; !status && p < model->n_parameters; p++) {
+        flags[p] = model->parameters[p].flags;
+        if (p != parameter) model->parameters[p].flags |= SPM_PARAMETER_FROZEN;
+    }
+    if (!status) {
+        optimizer = spm_optimizer_create(model, &adam, s->err);
+        if (!optimizer) status = s->err->status;
+        if (!status) status = spmi_pass_open(&pass, model, s->dataset, &attr, used, 64, 1, s->err);
+        for (epoch = 0; !status && epoch < s->desc->retrain_epochs; epoch++) {
+            spm_random_permutation(spm_random_key(s->desc->seed, 0x6c617965u, (uint64_t)epoch), 0, used, order);
+            for (i = 0; i < used; i++) order[i] = ids[order[i]];
+            pass.n = used;
+            status = spmi_pass_start(&pass, order);
+            while (!status && (more = spm_loader_next(pass.loader, &pass.batch)) > 0) {
+                pass.n = pass.batch.count; /* the batch's mean */
+                spm_model_zero_gradients(model);
+                status = spmi_pass_forward(&pass, pass.batch.pixels);
+                if (!status) status = spmi_pass_backward(&pass, &loss);
+                if (!status) spm_optimizer_step(optimizer);
+            }
+            if (!status && more < 0) status = spmi_pass_failed(&pass);
+        }
+        for (p = 0; p < model->n_parameters; p++) model->parameters[p].flags = flags[p];
+    }
+    if (pass.ctx) spmi_pass_close(&pass);
+    spm_optimizer_destroy(optimizer);
+    spmi_free(s->ctx, flags);
+    spmi_free(s->ctx, ids);
+    return status;
+}
+
+/* "layers": for every layer, the groups after it alone went back to the earlier checkpoint, and after it was then trained
+ * again on the majority groups.  A layer that rewinding hurts and re-training heals does not hold the minority's memory:
+ * it never saw these examples again. */
+static spm_status spmi_study_layers(spmi_study *s)
+{
+    spm_paired *pairs = (spm_paired *)spmi_alloc_array(s->ctx, SPM_SPLITS * (s->n_groups + 2), sizeof *pairs);
+    spm_eval evals[SPM_SPLITS];
+    spm_change change = SPM_ZERO;
+    spm_status status = pairs ? SPM_OK : spmi_fail_memory(s->ctx, s->err, "the layers");
+    int p, i, step;
+    change.modify = SPM_MODIFY_LAYER_REWIND;
+    change.rewind = s->rewind[0];
+    spm_json_array_begin(s->json, "layers");
+    for (p = 0; !status && p < s->model->n_parameters; p++) {
+        const spm_parameter *parameter = &s->model->parameters[p];
+        spm_unit unit = SPM_ZERO;
+        if (!(parameter->flags & SPM_PARAMETER_PRUNABLE) || (parameter->flags & SPM_PARAMETER_HEAD)) continue;
+        unit.parameter = p;
+        spm_json_object_begin(s->json, NULL);
+        spm_json_string(s->json, "parameter", parameter->name);
+        spm_json_int(s->json, "block", parameter->block);
+        status = spm_modify_units(s->model, &unit, 1, &change, s->err);
+        for (step = 0; !status && step < (s->desc->retrain_epochs > 0 ? 2 : 1); step++) {
+            if (step) status = spmi_layer_retrain(s, p);
+            spm_model_touch(s->model);
+            memset(evals, 0, sizeof evals);
+            for (i = 0; !status && i < s->n_reported; i++)
+                status = spmi_probe_measure(&s->probes[s->reported[i]], parameter->block, 0, &evals[s->reported[i]], s->err);
+            if (!status) {
+                spm_json_object_begin(s->json, step ? "retrained" : "rewound");
+                spmi_row_splits(s, evals);
+                spmi_row_tests(s, evals, pairs);
+                spm_json_object_end(s->json);
+                status = spmi_study_progress(s, "layers", "measurements");
+            }
+            for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &evals[i]);
+        }
+        spmi_snapshot_put(s->model, &s->saved, p);
+        spm_model_touch(s->model);
+        spm_json_object_end(s->json);
+    }
+    spm_json_array_end(s->json);
+    spmi_free(s->ctx, pairs);
+    return status;
 }
 
 /* ---- setting up ---- */
@@ -27228,13 +27344,13 @@ static spm_status spmi_study_check(spmi_study *s)
 static spm_status spmi_study_rewind(spmi_study *s)
 {
     const spm_localize_desc *d = s->desc;
-    int needed = d->modify == SPM_MODIFY_REWIND || d->modify == SPM_MODIFY_LAYER_REWIND;
+    int needed = d->modify == SPM_MODIFY_REWIND || d->modify == SPM_MODIFY_LAYER_REWIND || d->layers;
     spm_status status = SPM_OK;
     int i;
     if (!needed && !d->grid) return SPM_OK;
     if (needed && !d->grid && !d->rewind_file[0])
         return spmi_fail(s->ctx, s->err, SPM_E_ARGUMENT, "%s needs an earlier checkpoint; give it with --rewind FILE",
-                         spm_modify_name(d->modify));
+                         d->layers ? "a study of layers" : spm_modify_name(d->modify));
     for (i = 0; !status && i < SPM_LOCALIZE_REWINDS && d->rewind_file[i]; i++) {
         spm_checkpoint_info info = SPM_ZERO;
         status = spm_checkpoint_inspect(s->ctx, d->rewind_file[i], &info, s->err);
@@ -27346,7 +27462,7 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     if (!status) status = spmi_snapshot_take(model, &s.saved, s.err);
     if (!status) status = spmi_study_open(&s, &own, &budget);
     if (!status) status = spmi_study_plan(&s);
-    if (!status && desc->criterion == SPM_CRITERION_EXHAUSTIVE && !desc->grid) {
+    if (!status && desc->criterion == SPM_CRITERION_EXHAUSTIVE && !desc->grid && !desc->layers) {
         status = desc->unit == SPM_UNIT_WEIGHT
                      ? spmi_fail(s.ctx, s.err, SPM_E_UNSUPPORTED,
                                  "criterion exhaustive removes whole units; use --unit channel or head")
@@ -27355,6 +27471,7 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     for (i = 0; !status && i < s.n_rankings; i++) status = spmi_study_rank(&s, &s.rankings[i], &scan);
     if (!status) spmi_study_head(&s, key);
     if (!status && scan.n) spmi_scan_json(&scan);
+    if (!status && desc->layers) status = spmi_study_layers(&s);
     if (!status) {
         spm_json_array_begin(json, "rankings");
         for (i = 0; i < s.n_rankings; i++) spmi_study_ranking_json(&s, &s.rankings[i]);

@@ -169,6 +169,8 @@ typedef enum option_id {
     O_MODIFY,
     O_STD,
     O_REWIND,
+    O_LAYERS,
+    O_RETRAIN_EPOCHS,
     O_GRID,
     O_STEPS,
     O_PERMUTATIONS,
@@ -345,6 +347,9 @@ static const option options[] = {
     { O_STD, LOCALIZE, 'l', "std", "F,...", "0.01", "of noise and reinit" },
     { O_REWIND, LOCALIZE, 's', "rewind", "FILE,...", NULL,
       "earlier checkpoints for rewind and layer-rewind (grid: epochs 5 and 10 before, if the run folder has them)" },
+    { O_LAYERS, LOCALIZE, 'c', "layers", "rewind|retrain", NULL,
+      "study layers instead of units: each alone back to --rewind; then trained again on the majority groups" },
+    { O_RETRAIN_EPOCHS, LOCALIZE, 'i', "retrain-epochs", "N", "1", "layers retrain: epochs" },
     { O_GRID, LOCALIZE, 'c', "grid", "paper", NULL,
       "the paper's whole study in one call: gradient and magnitude, smallest weights, every change" },
     { O_STEPS, LOCALIZE, 'i', "steps", "N", "16", "conductance, integrated-gradients: intervals of the line" },
@@ -1286,6 +1291,8 @@ static int fill_localize(const cli *line, spm_localize_desc *desc, int *groups)
     desc->official = is(line, O_PROFILE, "official");
     desc->quirks = quirks(line);
     desc->grid = is(line, O_GRID, "paper");
+    desc->layers = line->value[O_LAYERS] != NULL;
+    desc->retrain_epochs = is(line, O_LAYERS, "retrain") ? integer(line, O_RETRAIN_EPOCHS) : 0;
     (void)spm_criterion_parse(line->value[O_CRITERION], &desc->criterion);
     (void)spm_unit_kind_parse(line->value[O_UNIT], &desc->unit);
     (void)spm_modify_parse(line->value[O_MODIFY], &desc->modify);
@@ -1335,6 +1342,7 @@ static int find_rewinds(const cli *line, spm_localize_desc *desc, char names[][1
         }
     }
     for (back = 0; back < n; back++) desc->rewind_file[back] = names[back];
+    if (desc->layers && n == 0) return wrong("--layers needs --rewind FILE, an earlier checkpoint");
     if ((desc->modify == SPM_MODIFY_REWIND || desc->modify == SPM_MODIFY_LAYER_REWIND) && !desc->grid && n == 0)
         return wrong("--modify rewind and layer-rewind need --rewind FILE, an earlier checkpoint");
     return 0;
@@ -1488,6 +1496,20 @@ static void print_localize(const spm_json_value *root)
             printf("%-40s spurious-memory index %+.1f (%+.1f to %+.1f) points\n", "",
                    100.0 * spm_json_as_number(spm_json_get(index, "index"), 0.0),
                    100.0 * spm_json_as_number(spm_json_at(ci, 0), 0.0), 100.0 * spm_json_as_number(spm_json_at(ci, 1), 0.0));
+        }
+    }
+    for (i = 0; i < spm_json_length(spm_json_get(root, "layers")); i++) {
+        static const char steps[2][12] = { "rewound", "retrained" };
+        const spm_json_value *layer = spm_json_at(spm_json_get(root, "layers"), i);
+        int step;
+        printf("%s\n", spm_json_as_string(spm_json_get(layer, "parameter"), ""));
+        for (step = 0; step < 2; step++) {
+            const spm_json_value *splits = spm_json_get(spm_json_get(layer, steps[step]), "splits");
+            for (s = 0; s < spm_json_length(splits); s++) {
+                printf("%-7s %5s %-12s %-7s %-6s", "", "", steps[step], "", spm_json_key_at(splits, s));
+                print_row_cells(spm_json_at(splits, s), NULL, NULL);
+                printf("\n");
+            }
         }
     }
     printf("units were selected on split %s\n", spm_json_as_string(spm_json_get(root, "selected_on"), "?"));

@@ -1240,6 +1240,61 @@ static void paper_grid(void)
     bench_close(&b);
 }
 
+/* ---- layers ---- */
+
+/* Rewound: the layer of the earlier model in this one; re-trained: the majority's training loss comes down again. */
+static void layers(void)
+{
+    bench b = bench_open("resnet18:width=2,stem=cifar", 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_model *earlier = tiny_model(b.ctx, "resnet18:width=2,stem=cifar", 99);
+    spm_checkpoint_info info = SPM_ZERO;
+    char file[900], *first, *second;
+    spm_json_value *root;
+    const spm_json_value *list;
+    float **all = save_all(b.model);
+    double before = 0.0, after = 0.0;
+    int64_t i;
+    snprintf(file, sizeof file, "%s", tiny_path("earlier3.safetensors", ""));
+    info.arch = tiny_arch(b.ctx, "resnet18:width=2,stem=cifar");
+    info.transform = b.reading.transform;
+    CHECK(spm_checkpoint_save(earlier, file, &info, NULL) == SPM_OK);
+    desc.layers = 1;
+    check_refused(&b, &desc, "--rewind", "layers");
+    desc.rewind_file[0] = file;
+    desc.retrain_epochs = 8;
+    first = study_text(&b, &desc);
+    second = study_text(&b, &desc);
+    CHECK(first && second && strcmp(first, second) == 0);
+    root = first ? spm_json_parse(b.ctx, "layers", first, strlen(first), NULL) : NULL;
+    list = spm_json_get(root, "layers");
+    CHECK_INT(spm_json_length(list), 20);
+    for (i = 0; i < spm_json_length(list); i++) {
+        const spm_json_value *layer = spm_json_at(list, i), *rewound = spm_json_get(spm_json_get(layer, "rewound"), "splits"), *again = spm_json_get(spm_json_get(layer, "retrained"), "splits");
+        int p = spm_model_find_parameter(b.model, spm_json_as_string(spm_json_get(layer, "parameter"), "")), g;
+        spm_parameter *q = spm_model_parameter(b.model, p);
+        spm_eval eval;
+        for (g = 0; g < 4; g += 3) {
+            before += spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(rewound, "train"), g), "loss"), 0.0);
+            after += spm_json_as_number(spm_json_get(spm_json_at(spm_json_get(again, "train"), g), "loss"), 1e9);
+        }
+        if (i % 6) continue;
+        memcpy(q->value.data, spm_model_parameter(earlier, p)->value.data, (size_t)spm_tensor_count(&q->value) * sizeof(float));
+        spm_model_touch(b.model);
+        eval = evaluated(&b, SPM_TEST);
+        check_groups(spm_json_get(rewound, "test"), &eval);
+        spm_eval_free(b.ctx, &eval);
+        restore_all(b.model, all, 0);
+    }
+    CHECK(after < before);
+    free(first);
+    free(second);
+    spm_json_free(b.ctx, root);
+    restore_all(b.model, all, 1);
+    spm_model_destroy(earlier);
+    bench_close(&b);
+}
+
 int main(void)
 {
     tiny_begin("test_local");
@@ -1262,5 +1317,6 @@ int main(void)
     TEST(exhaustive_scan);
     TEST(paired_rows);
     TEST(paper_grid);
+    TEST(layers);
     return TEST_END;
 }
