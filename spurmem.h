@@ -400,6 +400,14 @@ typedef struct spm_op_attr {
     int relu;
 } spm_op_attr;
 
+/* What may follow a convolution or linear layer in one go: y = relu?((y - mean) scale + shift + residual?), mean, scale
+ * and shift [O], residual of y's shape: the bits of a batch_norm in evaluation mode behind it, without the way through
+ * memory.  Only for forward passes without a backward pass. */
+typedef struct spm_op_norm {
+    const float *mean, *scale, *shift, *residual; /* scale NULL: nothing follows */
+    int relu;
+} spm_op_norm;
+
 typedef struct spm_op_call {
     spm_op_attr attr;
     spm_tensor in[SPM_OP_MAX_IN];    /* an optional input that is not there has rank 0 and data NULL */
@@ -418,6 +426,7 @@ typedef struct spm_op_call {
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
     int packed_ready;                /* 0: the weights have changed since `packed` was written; the op sets it to 1 */
+    spm_op_norm norm;                /* conv2d, linear: applied to y before it is stored */
 } spm_op_call;
 
 SPMDEF const char *spm_op_name(spm_op op);                 /* "conv2d" ... */
@@ -3411,6 +3420,7 @@ typedef struct spmi_rows {
     int accumulate;
     float alpha;
     const float *bias;     /* [columns] or NULL */
+    const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
 
@@ -3457,6 +3467,19 @@ SPMI_INLINE void SPMI_K(tile_aside)(v_t *acc, float *aside, int n, int first)
         v_store(aside + i * V_W, first ? acc[i] : v_add(v_load(aside + i * V_W), acc[i]));
         acc[i] = v_zero();
     }
+}
+
+/* The batch norm behind a product, bit for bit as bn_apply: n outputs from c on of the pixel whose row starts at `at`. */
+SPMI_INLINE v_t SPMI_K(normed)(const spm_op_norm *norm, int64_t c, int64_t at, v_t v, int n)
+{
+    if (n == V_W) {
+        v = v_fma(v_sub(v, v_load(norm->mean + c)), v_load(norm->scale + c), v_load(norm->shift + c));
+        if (norm->residual) v = v_add(v, v_load(norm->residual + at + c));
+    } else {
+        v = v_fma(v_sub(v, v_loadn(norm->mean + c, n)), v_loadn(norm->scale + c, n), v_loadn(norm->shift + c, n));
+        if (norm->residual) v = v_add(v, v_loadn(norm->residual + at + c, n));
+    }
+    return norm->relu ? v_max(v_zero(), v) : v;
 }
 
 /* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` <= mr rows are
@@ -3522,6 +3545,11 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                 if (g->accumulate) {
                     SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_add(v_load(c + j * V_W), acc[i][j]);
                 }
+                if (g->norm) {
+                    SPMI_UNROLL for (j = 0; j < nv; j++) {
+                        acc[i][j] = SPMI_K(normed)(g->norm, j * V_W, c_at[i], acc[i][j], V_W);
+                    }
+                }
                 SPMI_UNROLL for (j = 0; j < nv; j++) v_store(c + j * V_W, acc[i][j]);
             }
         }
@@ -3537,6 +3565,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                 v_t sum = v_load(tile + (i * nv + j) * V_W);
                 if (g->bias) sum = v_add(sum, v_loadn(g->bias + j * V_W, n));
                 if (g->accumulate) sum = v_add(v_loadn(c + j * V_W, n), sum);
+                if (g->norm) sum = SPMI_K(normed)(g->norm, j * V_W, c_at[i], sum, n);
                 v_storen(c + j * V_W, sum, n);
             }
         }
@@ -4503,9 +4532,11 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *dy, int64_t row, int64
     }
 }
 
-/* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels are stored (or added); bias may be NULL. */
-static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias, float *to, int64_t row,
-                                int64_t pixel, int rows, int columns, int add)
+/* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels are stored (or added); bias and norm may be
+ * NULL. */
+static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias,
+                                const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int rows, int columns,
+                                int add)
 {
     int64_t c;
     int r, i, j;
@@ -4524,6 +4555,7 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
                 if (i >= rows || j >= columns) continue;
                 q[j] = v_add(q[j], b);
                 if (add) q[j] = v_add(v_get(at, r), q[j]);
+                if (norm) q[j] = SPMI_K(normed)(norm, c, i * row + j * pixel, q[j], r);
                 v_put(at, q[j], r);
             }
         }
@@ -5680,6 +5712,7 @@ static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch
                     r.b = panels + j * kc;
                     r.c = g->c + m0 * g->c_row + n0 + j;
                     r.bias = g->bias && k0 == 0 ? g->bias + n0 + j : NULL;
+                    r.norm = NULL;
                     SPMI_KERNEL(ctx, rows, (&r));
                 }
             }
@@ -5946,6 +5979,17 @@ static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
     return n;
 }
 
+/* The norm of outputs from j on; its residual from float `at` on. */
+static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
+{
+    if (!norm.scale) return norm;
+    norm.mean += j;
+    norm.scale += j;
+    norm.shift += j;
+    if (norm.residual) norm.residual += at;
+    return norm;
+}
+
 /* ---- Winograd tiles ---- */
 
 #define SPMI_WINO 36                     /* components of a tile */
@@ -6004,6 +6048,7 @@ typedef struct spmi_taps_job {
     float *out;
     int64_t out_image, out_row, out_pixel; /* floats between images, rows, pixels of the output */
     const float *packed, *bias;
+    spm_op_norm norm;                    /* its residual lies like `out` */
     int accumulate;
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
@@ -6121,10 +6166,11 @@ static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t e
     int64_t t;
     for (t = first; t < end; t++, m += width) {
         const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
+        const int64_t at = t / picture * job->out_image + y * job->out_row + x * job->out_pixel + j;
+        const spm_op_norm norm = spmi_norm_at(job->norm, j, at);
         SPMI_KERNEL(job->ctx, wino_output,
-                    (n, m, job->m_at, job->bias ? job->bias + j : NULL,
-                     job->out + t / picture * job->out_image + y * job->out_row + x * job->out_pixel + j, job->out_row,
-                     job->out_pixel, (int)SPMI_MIN(4, job->window.h.count - y),
+                    (n, m, job->m_at, job->bias ? job->bias + j : NULL, norm.scale ? &norm : NULL, job->out + at,
+                     job->out_row, job->out_pixel, (int)SPMI_MIN(4, job->window.h.count - y),
                      (int)SPMI_MIN(4, job->window.w.count - x), job->accumulate));
     }
 }
@@ -6264,6 +6310,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
     int64_t row, i, n = 0, t, k0, j, panel;
+    spm_op_norm norm;
     spmi_rows g;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
@@ -6294,6 +6341,8 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.b = spmi_half_from(s->half, job->packed, j * depth + (t * s->run + k0) * g.width);
                 g.c = job->out + j;
                 g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
+                norm = spmi_norm_at(job->norm, j, j);
+                g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
                 spmi_half_rows(ctx, s->half, &g);
             }
         }
@@ -7291,6 +7340,7 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
         job.out = call->out[0].data + g * v.co;
         job.packed = packed + g * spmi_conv_packed_floats(ctx, &v);
         job.bias = bias ? bias + g * v.co : NULL;
+        job.norm = spmi_norm_at(call->norm, g * v.co, g * v.co);
         spmi_taps_run(&job);
     }
 }
@@ -10084,6 +10134,7 @@ typedef struct spmi_plan {
     unsigned char *pinned, *kept, *saved; /* per value: to the end; across segments; read by some backward step */
     unsigned char *replayed; /* per step */
     int *replay_time, *backward_time; /* per step; -1: never */
+    int *behind; /* per step: the batch norm that a convolution waits for, to run with it in one go; else itself */
     int n_buffers;
     /* three buffers per value (value, replay, gradient), then one per step for a gradient that cannot be written in
      * place because its value stands among the inputs twice */
@@ -10105,7 +10156,7 @@ static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
     memset(plan, 0, sizeof *plan);
     plan->n_buffers = 3 * values + steps;
     plan->wanted = (unsigned char *)spmi_alloc_array(program->ctx, 6 * (int64_t)values + 2 * (int64_t)steps, 1);
-    plan->replay_time = (int *)spmi_alloc_array(program->ctx, 2 * (int64_t)steps, sizeof(int));
+    plan->replay_time = (int *)spmi_alloc_array(program->ctx, 3 * (int64_t)steps, sizeof(int));
     plan->buffers = (spmi_buffer *)spmi_alloc_array(program->ctx, plan->n_buffers, sizeof *plan->buffers);
     if (!plan->wanted || !plan->replay_time || !plan->buffers) {
         spmi_plan_free(program->ctx, plan);
@@ -10119,6 +10170,7 @@ static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
     plan->active = plan->saved + values;
     plan->replayed = plan->active + steps;
     plan->backward_time = plan->replay_time + steps;
+    plan->behind = plan->backward_time + steps;
     return 1;
 }
 
@@ -10184,6 +10236,27 @@ static void spmi_plan_segments(const spm_program *program, const unsigned char *
     }
 }
 
+/* Without a backward pass, a convolution whose only reader is a batch norm is computed when that one's turn has come:
+ * then both can be one pass over memory. */
+static void spmi_plan_behind(const spm_program *program, int backward, spmi_plan *plan)
+{
+    int s, t, i;
+    for (s = 0; s < program->n_steps; s++) {
+        const spmi_tape_step *step = &program->steps[s];
+        int readers = 0, norm = s;
+        plan->behind[s] = s;
+        if (backward || step->op != SPM_OP_CONV2D || program->values[step->out].wanted) continue;
+        for (t = s + 1; t < program->n_steps; t++) {
+            for (i = 0; i < program->steps[t].n_in; i++) {
+                if (program->steps[t].in[i] != step->out) continue;
+                readers++;
+                norm = program->steps[t].op == SPM_OP_BATCH_NORM && i == 0 ? t : s;
+            }
+        }
+        if (readers == 1) plan->behind[s] = norm;
+    }
+}
+
 static void spmi_plan_times(const spm_program *program, int backward, spmi_plan *plan)
 {
     int s, end = program->n_steps, first, now = program->n_steps;
@@ -10226,7 +10299,7 @@ static void spmi_plan_step(const spm_program *program, int s, spmi_plan *plan)
         spmi_buffer *first = &plan->buffers[SPMI_BUFFER_VALUE(v)];
         spmi_buffer *second = plan->kept[v] ? first : &plan->buffers[SPMI_BUFFER_REPLAY(v)];
         if (!v || program->values[v].kind != SPMI_VALUE_RESULT) continue;
-        spmi_buffer_use(first, s);
+        spmi_buffer_use(first, plan->behind[s]);
         spmi_buffer_use(second, replay);
         if (saved) spmi_buffer_use(second, back);
         if (plan->pinned[v]) spmi_buffer_use(first, plan->last);
@@ -10350,6 +10423,7 @@ static int spmi_plan_create(const spm_program *program, const unsigned char *wan
     spmi_plan_gradients(program, want, backward, plan);
     spmi_plan_segments(program, want, backward, plan);
     spmi_plan_times(program, backward, plan);
+    spmi_plan_behind(program, backward, plan);
     if (spmi_plan_lives(program, want, n, backward, plan) && spmi_plan_pack(program->ctx, plan)) return 1;
     spmi_plan_free(program->ctx, plan);
     return 0;
@@ -10400,6 +10474,7 @@ struct spm_run {
     uint64_t *packed_version; /* per step: of the model, + 1; 0: the packed weights are stale */
     char *arena, *packed, *scratch;
     size_t packed_bytes, scratch_bytes;
+    float *scale;            /* of a batch norm that is computed with its convolution */
     float *aside;            /* gradients of masked and hooked parameters of one step */
     int64_t aside_count;
     double *partial;         /* of hooks: [SPMI_HOOK_CHUNKS][channels] */
@@ -10435,6 +10510,7 @@ SPMDEF void spm_run_destroy(spm_run *run)
     spmi_free(ctx, run->arena);
     spmi_free(ctx, run->packed);
     spmi_free(ctx, run->scratch);
+    spmi_free(ctx, run->scale);
     spmi_free(ctx, run->aside);
     spmi_free(ctx, run->partial);
     spmi_free(ctx, run->hooks);
@@ -10539,6 +10615,7 @@ SPMDEF spm_run *spm_run_create(spm_model *model, const spm_run_desc *desc, spm_e
     spm_context *ctx = model->ctx;
     const spm_program *program = model->program;
     spm_run *run = (spm_run *)spmi_alloc_zero(ctx, sizeof *run);
+    int64_t channels = 1;
     int s, i;
     if (!run) {
         (void)spmi_fail_memory(ctx, err, "a run");
@@ -10557,7 +10634,12 @@ SPMDEF spm_run *spm_run_create(spm_model *model, const spm_run_desc *desc, spm_e
     run->parameters = (spmi_run_parameter *)spmi_alloc_array(ctx, program->n_parameters, sizeof *run->parameters);
     run->calls = (spm_op_call *)spmi_alloc_array(ctx, program->n_steps, sizeof *run->calls);
     run->packed_version = (uint64_t *)spmi_alloc_array(ctx, program->n_steps, sizeof *run->packed_version);
-    if (!run->values || !run->parameters || !run->calls || !run->packed_version)
+    for (s = 0; s < program->n_values; s++) {
+        const int64_t last = program->values[s].rank > 0 ? program->values[s].shape[0][program->values[s].rank - 1] : 0;
+        if (program->values[s].kind == SPMI_VALUE_RESULT) channels = SPMI_MAX(channels, last);
+    }
+    run->scale = (float *)spmi_alloc_array(ctx, channels, sizeof *run->scale);
+    if (!run->values || !run->parameters || !run->calls || !run->packed_version || !run->scale)
         (void)spmi_fail_memory(ctx, &run->error, "a run");
     if (!run->error.status && !spmi_run_shapes(run, run->desc.max_batch) && !spmi_run_pack_memory(run))
         (void)spmi_run_plan(run);
@@ -10765,16 +10847,64 @@ static void spmi_run_point(spm_run *run, int s, int replay)
     call->scratch = run->scratch;
 }
 
-static void spmi_run_forward_step(spm_run *run, int s, int replay)
+static void spmi_run_step_hooks(spm_run *run, int s, int replay)
 {
     const spmi_tape_step *step = &run->program->steps[s];
     int i;
-    spmi_run_point(run, s, replay);
-    spm_op_forward(run->ctx, step->op, &run->calls[s]);
     for (i = 0; run->n_hooks && i < step->n_out; i++) {
         if (!run->values[step->out + i].hooked) continue;
         spmi_run_hooks(run, step->out + i, run->calls[s].out[i].data, NULL, replay);
     }
+}
+
+static void spmi_run_forward_alone(spm_run *run, int s, int replay)
+{
+    spmi_run_point(run, s, replay);
+    spm_op_forward(run->ctx, run->program->steps[s].op, &run->calls[s]);
+    spmi_run_step_hooks(run, s, replay);
+}
+
+/* Computes batch norm `s` and the convolution that waited for it in one go.  0 if it cannot be: in training, or if
+ * somebody looks at what lies between them; the bits are the same. */
+static int spmi_run_forward_together(spm_run *run, int conv, int s)
+{
+    spm_op_call *call = &run->calls[conv], *norm = &run->calls[s];
+    const int64_t channels = spmi_last(&call->out[0]);
+    const int between = run->program->steps[conv].out;
+    int64_t c;
+    int i;
+    if (run->training || conv < run->first_step || run->values[between].hooked || run->plan.pinned[between]) return 0;
+    spmi_run_point(run, conv, 0);
+    spmi_run_point(run, s, 0);
+    for (c = 0; c < channels; c++) {
+        run->scale[c] = (float)((double)norm->in[1].data[c]
+                                / sqrt((double)norm->in[4].data[c] + (double)norm->attr.eps));
+    }
+    call->norm.mean = norm->in[3].data;
+    call->norm.scale = run->scale;
+    call->norm.shift = norm->in[2].data;
+    call->norm.residual = norm->in[5].data;
+    call->norm.relu = norm->attr.relu;
+    call->out[0].data = norm->out[0].data;
+    spm_op_forward(run->ctx, SPM_OP_CONV2D, call);
+    memset(&call->norm, 0, sizeof call->norm);
+    for (i = 1; i < 3; i++) {
+        memcpy(norm->out[i].data, norm->in[2 + i].data, (size_t)channels * sizeof(float));
+    }
+    spmi_run_step_hooks(run, s, 0);
+    return 1;
+}
+
+static void spmi_run_forward_step(spm_run *run, int s, int replay)
+{
+    const spmi_tape_step *step = &run->program->steps[s];
+    const spmi_tape_value *x = &run->program->values[step->in[0]];
+    if (run->plan.behind[s] != s) return; /* its batch norm calls it */
+    if (step->op == SPM_OP_BATCH_NORM && x->kind == SPMI_VALUE_RESULT && run->plan.behind[x->index] == s) {
+        if (spmi_run_forward_together(run, x->index, s)) return;
+        if (x->index >= run->first_step) spmi_run_forward_alone(run, x->index, replay);
+    }
+    spmi_run_forward_alone(run, s, replay);
 }
 
 /* Renews what was derived from parameters: masked copies; packed weights are marked stale. */

@@ -64,6 +64,7 @@ typedef struct rows_case {
     int64_t rows, taps, k, columns;
     int accumulate, bias;
     float alpha;
+    const spm_op_norm *norm;
 } rows_case;
 
 static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64_t a_count, const float *b,
@@ -74,6 +75,7 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
     int64_t *a_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->rows + SPMI_ROWS_PAD)), i, j;
     int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows),
         *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
+    spm_op_norm norm = SPM_ZERO;
     spmi_rows g;
     spmi_pack_panels(ctx, depth, t->columns, b, t->columns, 1, packed);
     for (i = 0; i < t->taps; i++) tap_at[i] = (i * 37) % 101;
@@ -94,6 +96,8 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
         g.b = packed + j * depth;
         g.c = c + j;
         g.bias = t->bias ? bias + j : NULL;
+        norm = t->norm ? spmi_norm_at(*t->norm, j, j) : norm;
+        g.norm = t->norm ? &norm : NULL;
         SPMI_KERNEL(ctx, rows, (&g));
     }
     free(packed);
@@ -112,7 +116,8 @@ static void check_rows(spm_context *plain, spm_context *ctx)
         int j;
         for (j = 0; j < (int)(sizeof sizes / sizeof *sizes); j++, n++) {
             int64_t count, a_count = 1000;
-            float *a, *b, *bias, *c, *d;
+            float *a, *b, *bias, *c, *d, *vector;
+            spm_op_norm norm = SPM_ZERO;
             t.rows = sizes[j];
             t.columns = columns[i];
             t.taps = n % 5;
@@ -120,10 +125,16 @@ static void check_rows(spm_context *plain, spm_context *ctx)
             t.accumulate = n % 3 == 0;
             t.bias = n % 2;
             t.alpha = n % 4 ? 1.0f : 0.125f;
+            t.norm = n % 5 < 2 ? &norm : NULL;
             count = t.rows * (t.columns + 3);
             a = random_floats(a_count);
             b = random_floats(t.taps * t.k * t.columns);
             bias = random_floats(t.columns);
+            norm.mean = vector = random_floats(3 * t.columns + count);
+            norm.scale = vector + t.columns;
+            norm.shift = vector + 2 * t.columns;
+            norm.residual = n % 10 < 5 ? vector + 3 * t.columns : NULL;
+            norm.relu = n % 3 > 0;
             c = random_floats(count);
             d = (float *)malloc(sizeof(float) * (size_t)count);
             memcpy(d, c, sizeof(float) * (size_t)count);
@@ -133,6 +144,7 @@ static void check_rows(spm_context *plain, spm_context *ctx)
             free(a);
             free(b);
             free(bias);
+            free(vector);
             free(c);
             free(d);
         }

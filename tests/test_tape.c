@@ -1157,6 +1157,64 @@ static void test_runs_on_two_threads(void)
     spm_context_destroy(ctx);
 }
 
+/* A convolution and its batch norm in one pass over memory (runs without backward) give the bits of two passes (runs
+ * with), also in training, with a hook between them, with a kept value between them, and started in the middle. */
+static void test_norms_in_one_go(void)
+{
+    spm_error err = SPM_ZERO;
+    spm_context *ctx = spm_context_create(NULL);
+    static const char nets[][40] = { "resnet18:width=32,stem=cifar", "resnet50:width=8", "resnext50_32x4d:width=16" };
+    int i, k;
+    for (i = 0; i < 3; i++) {
+        spm_arch arch;
+        spm_run_desc desc = SPM_ZERO;
+        float *pixels = (float *)malloc(sizeof(float) * 3 * 3 * 40 * 36), *want;
+        spm_model *model = NULL;
+        spm_run *two, *one;
+        spm_value image, logits, conv = 0;
+        size_t bytes;
+        double sum[512];
+        CHECK_INT(spm_arch_parse(ctx, nets[i], &arch, &err), SPM_OK);
+        arch.height = 40;
+        arch.width_px = 36;
+        model = spm_model_build(ctx, &arch, 3, &err);
+        CHECK(model != NULL);
+        if (!model) return;
+        image = spm_program_find(spm_model_program(model), "image");
+        logits = spm_program_find(spm_model_program(model), "logits");
+        conv = spm_model_parameter(model, spm_model_find_parameter(model, "layer2.0.conv1.weight"))->output;
+        for (k = 0; k < 3 * 3 * 40 * 36; k++) pixels[k] = spm_random_normal(5, 1, (uint64_t)k);
+        desc.max_batch = 3;
+        one = spm_run_create(model, &desc, &err);
+        desc.backward = 1;
+        two = spm_run_create(model, &desc, &err);
+        CHECK(one && two);
+        spm_run_input(one, image, pixels);
+        spm_run_input(two, image, pixels);
+        bytes = sizeof(float) * (size_t)(3 * arch.classes);
+        want = (float *)malloc(bytes);
+        for (k = 0; k < 5; k++) { /* training, evaluation with its statistics, a hook, a kept value, training again */
+            const int training = k == 0 || k == 4;
+            if (k == 2) CHECK_INT(spm_run_hook(one, conv, SPM_HOOK_SUM, 0, sum), SPM_OK);
+            if (k == 3) CHECK_INT(spm_run_keep(one, conv), SPM_OK);
+            memset(sum, 0, sizeof sum);
+            CHECK_INT(spm_run_forward(two, 3, training), SPM_OK);
+            memcpy(want, spm_run_data(two, logits), bytes);
+            CHECK_INT(spm_run_forward(one, 3, training), SPM_OK);
+            CHECK(memcmp(want, spm_run_data(one, logits), bytes) == 0);
+            if (k == 0) CHECK_INT(spm_run_commit_statistics(one, 0.7f), SPM_OK);
+            if (k == 2) CHECK(sum[0] != 0.0 && sum[1] != 0.0);
+            if (k == 3) CHECK(spm_run_data(one, conv) != NULL);
+        }
+        free(want);
+        free(pixels);
+        spm_run_destroy(one);
+        spm_run_destroy(two);
+        spm_model_destroy(model);
+    }
+    spm_context_destroy(ctx);
+}
+
 int main(void)
 {
     TEST(test_gradients_of_all_ops);
@@ -1169,6 +1227,7 @@ int main(void)
     TEST(test_failing_allocations);
     TEST(test_hooks);
     TEST(test_forward_from);
+    TEST(test_norms_in_one_go);
     TEST(test_statistics);
     TEST(test_loss_program);
     TEST(test_calls_out_of_order);
