@@ -4505,6 +4505,7 @@ static void SPMI_K(wino_input)(int64_t n, const float *x, int64_t row, int64_t p
         v_t d[6], t[36], q[6];
         SPMI_UNROLL for (i = 0; i < 6; i++) {
             SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x + i * row + j * pixel + c, r);
+            SPMI_UNROLL for (j = 6; j < 10; j++) SPMI_PREFETCH(x + i * row + j * pixel + c); /* the next tile */
             SPMI_K(wino_bt)(d, 1, t + 6 * i);
         }
         SPMI_UNROLL for (j = 0; j < 6; j++) {
