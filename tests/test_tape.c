@@ -1166,7 +1166,7 @@ static void test_norms_in_one_go(void)
     static const char nets[][40] = { "resnet18:width=32,stem=cifar", "resnet50:width=8", "resnext50_32x4d:width=16" };
     int i, k;
     for (i = 0; i < 3; i++) {
-        spm_arch arch;
+        spm_arch arch = SPM_ZERO;
         spm_run_desc desc = SPM_ZERO;
         float *pixels = (float *)malloc(sizeof(float) * 3 * 3 * 40 * 36), *want;
         spm_model *model = NULL;
@@ -1177,6 +1177,7 @@ static void test_norms_in_one_go(void)
         CHECK_INT(spm_arch_parse(ctx, nets[i], &arch, &err), SPM_OK);
         arch.height = 40;
         arch.width_px = 36;
+        arch.classes = 5;
         model = spm_model_build(ctx, &arch, 3, &err);
         CHECK(model != NULL);
         if (!model) return;
