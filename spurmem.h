@@ -32052,6 +32052,7 @@ static void spmi_report_map_panel(spmi_report *report, const spm_json_value *stu
                            SPMI_MAP_Y(range, drop));
         }
         if (!pass) spmi_text_add(out, "\" />");
+        if (top >= 0 && spmi_report_drop(spm_json_at(units, top), "train", g) < 0.005) top = -1; /* costs nothing */
     }
     if (top >= 0) {
         const spm_json_value *unit = spm_json_at(units, top);
