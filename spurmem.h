@@ -11830,17 +11830,18 @@ static void spmi_arch_from_row(const spmi_arch_row *row, spm_arch *arch)
 /* The row of a name of n letters; NULL if it is not known, with the nearest one's index in *nearest. */
 static const spmi_arch_row *spmi_arch_find(const char *name, size_t n, int *nearest)
 {
-    static const char alias[][2][24] = { { "vit_b_16", "vit_base" }, { "vit_l_16", "vit_large" } };
+    static const char alias[][2][24] = { { "vit_b_16", "vit_base" }, { "vit_l_16", "vit_large" },
+        { "vit_tiny", "deit_tiny" }, { "vit_small", "deit_small" }, { "deit_large", "vit_large" } };
     static const char tail[] = "_patch16_224";
     int i, best = INT_MAX;
+    /* timm's long names */
+    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1;
     for (i = 0; i < SPMI_COUNT(alias); i++) {
         if (strlen(alias[i][0]) == n && memcmp(alias[i][0], name, n) == 0) {
             name = alias[i][1];
             n = strlen(name);
         }
     }
-    /* timm's long names */
-    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1;
     *nearest = 0;
     for (i = 0; i < SPMI_COUNT(spmi_arch_rows); i++) {
         const int distance = spmi_edit_distance(name, n, spmi_arch_rows[i].name);
