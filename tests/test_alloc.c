@@ -488,6 +488,49 @@ static spm_status localize(spm_context *ctx, spm_modify modify, int weights, spm
     return err->status;
 }
 
+/* Every unit's removal the fast way; and the ledger with flip counts and gradient shares. */
+static spm_status job_scan(spm_context *ctx, spm_error *err)
+{
+    spm_dataset *set = open_set(ctx, "birds", err);
+    spm_model *model = set ? loaded(ctx, TINY_VIT, "vit.safetensors", err) : NULL;
+    spm_localize_desc desc = SPM_ZERO;
+    spm_json *json = model ? spm_json_create(ctx) : NULL;
+    desc.reading = tiny_reading();
+    desc.criterion = SPM_CRITERION_EXHAUSTIVE;
+    desc.top[0] = desc.n_top = 1;
+    desc.batch = 4;
+    desc.workers = 1;
+    desc.screen = 0.9;
+    if (model && !json) (void)out_of_memory(err, "json");
+    if (json && !spm_localize(model, set, &desc, json, NULL, err) && !spm_json_finish(json)) (void)out_of_memory(err, "json");
+    spm_json_destroy(json);
+    spm_model_destroy(model);
+    spm_dataset_close(set);
+    return err->status;
+}
+
+static spm_status job_ledger(spm_context *ctx, spm_error *err)
+{
+    spm_dataset *set = open_set(ctx, "birds", err);
+    spm_model *model = set ? loaded(ctx, TINY_VIT, "vit.safetensors", err) : NULL;
+    spm_ledger_desc desc = SPM_ZERO;
+    spm_ledger_row *rows = NULL;
+    spm_gradient_share *shares = NULL;
+    int64_t count = 0;
+    desc.reading = tiny_reading();
+    desc.batch = 4;
+    desc.workers = 1;
+    desc.max_flips = 2;
+    if (model && !spm_ledger(model, set, &desc, &rows, &count, err)) add_to_fingerprint(rows, (size_t)count * sizeof *rows);
+    if (model && !err->status && !spm_gradient_shares(model, set, &desc.reading, SPM_TRAIN, 1, &shares, &count, err))
+        add_to_fingerprint(shares, (size_t)count * sizeof *shares);
+    spm_free(ctx, rows);
+    spm_free(ctx, shares);
+    spm_model_destroy(model);
+    spm_dataset_close(set);
+    return err->status;
+}
+
 static spm_status job_localize_zero(spm_context *ctx, spm_error *err)
 {
     return localize(ctx, SPM_MODIFY_ZERO, 0, err);
@@ -846,6 +889,8 @@ JOB(checkpoint, "w", 1, 200, 100)
 JOB(evaluate, NULL, 4, 200, 100)
 JOB(rank, NULL, 8, 200, 100)
 JOB(localize_zero, NULL, 10, 200, 100)
+JOB(scan, NULL, 10, 60, 60)
+JOB(ledger, NULL, 10, 60, 60)
 JOB(localize_rewind, NULL, 10, 200, 100)
 JOB(localize_weights, NULL, 10, 200, 100)
 JOB(erm, "run", 6, 60, 60)
@@ -885,6 +930,8 @@ int main(void)
     TEST(evaluate_fails);
     TEST(rank_fails);
     TEST(localize_zero_fails);
+    TEST(scan_fails);
+    TEST(ledger_fails);
     TEST(localize_rewind_fails);
     TEST(localize_weights_fails);
     TEST(erm_fails);
