@@ -28777,7 +28777,9 @@ static spm_status spmi_train_memorized(spmi_trainer *t)
         folder = beside;
     }
     path = folder ? spmi_path_join(t->ctx, folder, "state.safetensors") : NULL;
-    if (!path || spmi_path_kind(path) != 1) {
+    if (folder && !path) {
+        status = spmi_fail_memory(t->ctx, t->err, "the history");
+    } else if (!path || spmi_path_kind(path) != 1) {
         status = spmi_fail(t->ctx, t->err, SPM_E_DATA,
                            "%s: holds no run; without group labels the memorized examples are told by the history of "
                            "the run that trained the checkpoint: give its folder with --history",

@@ -1018,10 +1018,18 @@ static void fill_official(const cli *line, spm_train_desc *desc, int intervene)
     if (!line->given[O_LR]) desc->optimizer.lr = intervene ? 2e-4f : 5e-6f;
     if (!line->given[O_PATIENCE]) desc->patience = intervene ? 1 : 3;
     if (!line->given[O_LAMBDA]) desc->lambda = 0.2f;
-    if (!line->given[O_MASK]) desc->mask = SPM_MASK_OFFICIAL;
-    if (!line->given[O_CONTRAST]) desc->contrast = SPM_CONTRAST_OUTPUTS;
-    if (!line->given[O_BN]) desc->bn_shared = 1;
     if (!line->given[O_GROUP_WEIGHTING]) desc->group_weighting = 0;
+}
+
+/* Q8, Q10 and Q11, where the profile or --quirk has a say and the option that they stand for is not given itself. */
+static void fill_quirks(const cli *line, spm_train_desc *desc)
+{
+    unsigned on = quirks(line), said = line->quirk_on | line->quirk_off | on;
+    if ((said & SPM_QUIRK(8)) && !line->given[O_MASK])
+        desc->mask = on & SPM_QUIRK(8) ? SPM_MASK_OFFICIAL : SPM_MASK_CRITICAL;
+    if ((said & SPM_QUIRK(10)) && !line->given[O_CONTRAST])
+        desc->contrast = on & SPM_QUIRK(10) ? SPM_CONTRAST_OUTPUTS : SPM_CONTRAST_FEATURES;
+    if ((said & SPM_QUIRK(11)) && !line->given[O_BN]) desc->bn_shared = (on & SPM_QUIRK(11)) != 0;
 }
 
 /* Options of `train` alone. */
@@ -1115,7 +1123,10 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     if (fill_optimizer(line, desc)) return 2;
     if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy)
         return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
+    if (line->quirk_on & SPM_QUIRK(9))
+        return wrong("--quirk Q9=on: the mask by gradient takes the poorest samples only; leave it out");
     if (is(line, O_PROFILE, "official")) fill_official(line, desc, intervene);
+    fill_quirks(line, desc);
     desc->progress = on_progress;
     desc->on_epoch = on_epoch;
     return 0;
@@ -1675,7 +1686,8 @@ static int run_quirks(cli *line, spm_model *model, spm_dataset *data, const spm_
     }
     spm_json_array_end(json);
     spm_json_object_end(json);
-    if (ok && prints(line)) printf("Q8 to Q11 belong to the intervention: intervene --profile official --quirk Qn=off\n");
+    if (ok && prints(line))
+        printf("Q8, Q10 and Q11 belong to the intervention: intervene --profile official --quirk Q8=off\n");
     if (ok) return finish_json(line, json);
     spm_json_destroy(json);
     return 1;
