@@ -506,10 +506,11 @@ static void published(void)
     char *csv;
     size_t n = 0, room = 11788 * 48 + 200;
     int s, g, k;
-    spm_image one = flat(4, 4, 1, 2, 3);
+    spm_image one;
     NEED_TOOLS();
     csv = (char *)malloc(room);
     if (!csv) return;
+    one = flat(4, 4, 1, 2, 3);
     put_picture(at("counts/a.png"), &one);
     n = (size_t)snprintf(csv, room, "img_id,img_filename,y,split,place,place_filename\n");
     for (s = 0; s < 3; s++)
