@@ -3492,6 +3492,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     float aside[T_MR * T_NV * V_W];
     int64_t t, k, end, left = E_CHAIN;
     int i, j, cut = 0;
+    if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* gcc turns the choice in tile_aside into a load and a select */
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
@@ -3698,6 +3699,7 @@ SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const e_t *a, float *c,
     int64_t t, p, end, left = E_CHAIN;
     int i, j, cut = 0;
     if (!ahead) ahead = c;
+    if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* as in rows_tile */
     SPMI_UNROLL for (i = 0; i < T_OR; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
