@@ -20791,13 +20791,19 @@ static int spmi_data_column(const spm_csv *csv, const char *names)
     return -1;
 }
 
-/* A needed column: its number, or -1 and an error that says which columns there are. */
+/* A needed column: its number, or -1 and an error that says which columns there are, or that two have the name. */
 static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv, const char *what, const char *names,
                                  spm_error *err)
 {
     char have[240] = "";
     size_t used = 0;
     int column = spmi_data_column(csv, names), i;
+    for (i = column + 1; column >= 0 && i < spm_csv_columns(csv); i++) {
+        if (!spmi_string_equal(spm_csv_header(csv, i), spm_csv_header(csv, column))) continue;
+        (void)spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has two columns called %s (%d and %d); rename one of them",
+                        dataset->path, dataset->table, spm_csv_header(csv, i), column + 1, i + 1);
+        return -1;
+    }
     if (column >= 0) return column;
     for (i = 0; i < spm_csv_columns(csv) && used + 8 < sizeof have; i++) {
         int n = spmi_format(have + used, sizeof have - used, "%s%s", i ? ", " : "", spm_csv_header(csv, i));

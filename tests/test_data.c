@@ -774,6 +774,8 @@ static void refusals(void)
     check_refused(ctx, "hollow", SPM_DATA_CIFAR, "hollow", "data_batch_1.bin");
     put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,spot\na.png,0,0,1\n");
     check_refused(ctx, "bad", SPM_DATA_AUTO, "no column for the confounder", "img_filename, y, split, spot");
+    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,place,y\na.png,0,0,1,1\n");
+    check_refused(ctx, "bad", SPM_DATA_AUTO, "two columns called y", "(2 and 5)");
     put(ctx, place(ctx, "bad/metadata.csv"), "picture,y,split,place\na.png,0,0,1\n");
     check_refused(ctx, "bad", SPM_DATA_WATERBIRDS, "img_filename", "picture, y, split, place");
     put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,kind,split,place\na.png,0,0,1\n");
