@@ -1334,11 +1334,11 @@ static void changes_by_chance(void)
     CHECK(spm_image_create(ctx, 32, 32, &image, NULL) == SPM_OK);
     memset(image.pixels, 100, 32 * 32 * 3);
     CHECK(spm_image_encode_png(ctx, &image, &data, &size, NULL) == SPM_OK);
-    CHECK(spm_file_write(ctx, place(ctx, "plain/a.png"), data, size, NULL) == SPM_OK);
+    CHECK(spm_file_write(ctx, place(ctx, "changed/a.png"), data, size, NULL) == SPM_OK);
     spm_free(ctx, data);
     spm_image_free(ctx, &image);
-    put(ctx, place(ctx, "plain/metadata.csv"), "img_filename,y,split,place\na.png,0,0,0\n");
-    set = open_set(ctx, "plain", SPM_DATA_AUTO, &err);
+    put(ctx, place(ctx, "changed/metadata.csv"), "img_filename,y,split,place\na.png,0,0,0\n");
+    set = open_set(ctx, "changed", SPM_DATA_AUTO, &err);
     desc.transform = spm_transform_make(32, 32);
     desc.transform.resize = SPM_RESIZE_EXACT;
     for (i = 0; i < 3; i++) {

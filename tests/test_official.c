@@ -13,8 +13,9 @@ static spm_error last;
 
 static int64_t torch_index(const spm_tensor *t, int64_t i)
 {
-    int64_t in = t->shape[3], kw = t->shape[2], kh = t->shape[1], c = i % in, w, h;
+    int64_t in = t->shape[3], kw = t->shape[2], kh = t->shape[1], c, w, h;
     if (t->rank != 4) return i;
+    c = i % in;
     i /= in;
     w = i % kw;
     h = i / kw % kh;
