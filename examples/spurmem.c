@@ -599,7 +599,6 @@ static int unknown_option(const command *c, const char *name)
     return wrong(text);
 }
 
-/* Fills `line`; 0 done, 2 wrong, -1 help was printed. */
 /* "Q3=on,Q5=off" into the line; 2 and a sentence if it is none. */
 static int read_quirks(cli *line, const char *text)
 {
@@ -620,6 +619,7 @@ static int read_quirks(cli *line, const char *text)
     return wrong(complaint);
 }
 
+/* Fills `line`; 0 done, 2 wrong, -1 help was printed. */
 static int parse(cli *line, int argc, char **argv)
 {
     int i, plain = 0;
