@@ -60,8 +60,8 @@
  *
  * 3. OPERATIONS AND AUTOGRAD
  *    Tensors are dense float arrays, channels last: pictures [N,H,W,C], tokens [N,T,D], convolution weights
- *    [O][KH][KW][I].  An operation (section 08) is a forward and a backward function without any graph.  A *program*
- *    (section 09) records operations once; a *model* adds parameter values; a *run* executes it and owns activations,
+ *    [O][KH][KW][I].  An operation (section OPS) is a forward and a backward function without any graph.  A *program*
+ *    (section TAPE) records operations once; a *model* adds parameter values; a *run* executes it and owns activations,
  *    masks, batch statistics and random stream.  Several runs may share a model: that is how a network is trained
  *    against a copy of itself without some units.  Losses are small programs of their own: read a run's output, bind it
  *    as the loss's input, send the loss's gradient back with spm_run_set_gradient.  Batch norm never updates its
@@ -120,18 +120,27 @@
  *                                                   CONTENTS
  * ================================================================================================================
  * The API and the implementation have the same sections in the same order; a section calls only sections above it.
+ * What a caller need not see has no section in the API (JPEG, for one, stands behind spm_image_decode of IMAGE).
  * Search for the anchor: >>API-NAME finds the declarations, >>NAME the code.
  *
- *   01  >>CORE     status, context, log, allocator, files          11  >>OPTIM    SGD, Adam, AdamW, schedules, clipping
- *   02  >>CPU      feature detection, denormal mode                12  >>IMAGE    inflate, PNG, JPEG, resize, crop
- *   03  >>POOL     threads, parallel-for                           13  >>PACK     JSON, CSV, safetensors, torch, tar
- *   04  >>RNG      counter-based random numbers                    14  >>DATA     data sets, groups, loaders
- *   05  >>KERN     SIMD kernels                                    15  >>CKPT     checkpoints
- *   06  >>GEMM     matrix products, tap convolutions               16  >>EVAL     evaluation, intervals, tests
- *   07  >>TENSOR   tensors                                         17  >>ATTR     attribution: scores of units
- *   08  >>OPS      operations, forward and backward                18  >>LOCAL    localization: change units, measure
- *   09  >>TAPE     autograd: programs, models, runs                19  >>TRAIN    training, the intervention
- *   10  >>NETS     ResNet and ViT                                  20  >>REPORT   the HTML page
+ *   01  >>CORE    status, context, log, memory, files     19  >>TEXT    JSON, CSV
+ *   02  >>CPU     feature detection, denormal mode        20  >>STORE   safetensors
+ *   03  >>POOL    threads, parallel-for                   21  >>TORCH   torch files
+ *   04  >>RNG     counter-based random numbers            22  >>PACK    archives of tensors
+ *   05  >>KERN    SIMD kernels of numbers                 23  >>TAR     tar, idx, npy
+ *   06  >>PIXEL   SIMD kernels of pictures                24  >>DATA    data sets and groups
+ *   07  >>GEMM    matrix products, tap convolutions       25  >>LOAD    transforms, loaders
+ *   08  >>TENSOR  tensors                                 26  >>CKPT    checkpoints
+ *   09  >>CONV    convolution and linear layers           27  >>EVAL    evaluation, intervals, tests
+ *   10  >>OPS     all other operations                    28  >>ATTR    attribution: scores of units
+ *   11  >>TAPE    autograd: programs, models              29  >>LOCAL   change units, measure, controls
+ *   12  >>RUN     autograd: plans, runs                   30  >>SCAN    every unit removed
+ *   13  >>NETS    ResNet and ViT                          31  >>STUDY   grids, layers
+ *   14  >>OPTIM   SGD, Adam, AdamW, schedules             32  >>LEDGER  a row for every example
+ *   15  >>FLATE   inflate, deflate                        33  >>FOLDER  run folders
+ *   16  >>IMAGE   pictures: resize, crop, rotate          34  >>TRAIN   training, the intervention
+ *   17  >>JPEG    JPEG                                    35  >>PANEL   the report's bars and curves
+ *   18  >>PNG     PNG, PPM, any format                    36  >>REPORT  the HTML page
  */
 #ifndef SPMI_PASS
 #ifndef SPURMEM_H
@@ -297,7 +306,7 @@ SPMDEF void spm_random_permutation(uint64_t seed, uint64_t stream, int64_t n, in
 SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b);
 
 /* ================================================================================================================
- * >>API-GEMM  06  the machine's limit
+ * >>API-GEMM  07  the machine's limit
  * ============================================================================================================= */
 
 /* GFLOP/s of fused multiply-adds in registers, on all the context's threads at once with its instruction set: what
@@ -308,7 +317,7 @@ SPMDEF double spm_measure_peak(spm_context *ctx);
 SPMDEF double spm_seconds(void);
 
 /* ================================================================================================================
- * >>API-TENSOR  07  tensors
+ * >>API-TENSOR  08  tensors
  * ============================================================================================================= */
 
 #define SPM_MAX_RANK 4
@@ -333,7 +342,7 @@ SPMDEF char *spm_tensor_shape_text(const spm_tensor *tensor, char *text, size_t 
 SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
 
 /* ================================================================================================================
- * >>API-OPS  08  operations: forward and backward, without a graph
+ * >>API-OPS  10  operations: forward and backward, without a graph
  * ============================================================================================================= */
 
 /* Every operation is called through one struct, spm_op_call, so that one table drives the tape, the gradient check, the
@@ -452,7 +461,7 @@ SPMDEF void spm_op_backward(spm_context *ctx, spm_op op, spm_op_call *call);
 
 
 /* ================================================================================================================
- * >>API-TAPE  09  autograd: programs, models, runs
+ * >>API-TAPE  11  autograd: programs and models
  * ============================================================================================================= */
 
 /* A *program* is a list of operations, recorded once in the order of the calls below.  A *model* is a program and the
@@ -516,7 +525,7 @@ SPMDEF spm_value spm_program_input(spm_program *program, const char *name, int r
 /* A parameter (flags: spm_parameter_flags).  Names are unique within a program; the order is the order of recording. */
 SPMDEF spm_value spm_program_parameter(spm_program *program, const char *name, int rank, const int64_t *shape,
                                        spm_init init, unsigned flags);
-/* Any operation of the table in section 08, by its inputs in that order (0: an optional input that is absent); returns
+/* Any operation of the table in section OPS, by its inputs in that order (0: an optional input that is absent); returns
  * its out[0].  The others, the only ones without a gradient of their own, are had by spm_program_result. */
 SPMDEF spm_value spm_program_op(spm_program *program, spm_op op, const spm_value *in, int n_in,
                                 const spm_op_attr *attr);
@@ -532,7 +541,7 @@ SPMDEF void spm_program_mark(spm_program *program, const char *name, spm_value v
 SPMDEF void spm_program_segment(spm_program *program);
 SPMDEF void spm_program_block(spm_program *program, int block); /* parameters recorded from here belong to this block */
 
-/* convenience recorders: spm_program_op with the attributes of section 08's table */
+/* convenience recorders: spm_program_op with the attributes of section OPS's table */
 SPMDEF spm_value spm_conv2d(spm_program *program, spm_value x, spm_value w, spm_value b, int64_t stride,
                             int64_t padding, int64_t dilation, int64_t groups);
 SPMDEF spm_value spm_linear(spm_program *program, spm_value x, spm_value w, spm_value b);
@@ -593,6 +602,10 @@ SPMDEF uint64_t spm_model_version(const spm_model *model);              /* count
 SPMDEF void spm_model_zero_gradients(spm_model *model);
 /* Finishes gradients: those that no backward pass has written since the last zero become 0. */
 SPMDEF void spm_model_finish_gradients(spm_model *model);
+
+/* ================================================================================================================
+ * >>API-RUN  12  runs of a program
+ * ============================================================================================================= */
 
 /* ---- runs ---- */
 
@@ -680,7 +693,7 @@ SPMDEF void spm_run_clear_hooks(spm_run *run);
 SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call *shapes, uint64_t seed, spm_error *err);
 
 /* ================================================================================================================
- * >>API-NETS  10  ResNet and ViT
+ * >>API-NETS  13  ResNet and ViT
  * ============================================================================================================= */
 
 typedef enum spm_family { SPM_RESNET, SPM_VIT } spm_family;
@@ -735,7 +748,7 @@ SPMDEF const char *spm_arch_name_at(int index); /* the known names, in order; NU
 SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64_t seed, spm_error *err);
 
 /* ================================================================================================================
- * >>API-OPTIM  11  optimizers, schedules, clipping
+ * >>API-OPTIM  14  optimizers, schedules, clipping
  * ============================================================================================================= */
 
 typedef enum spm_optimizer_kind { SPM_ADAM, SPM_ADAMW, SPM_SGD } spm_optimizer_kind;
@@ -802,7 +815,24 @@ SPMDEF float spm_schedule_lr(const spm_schedule *schedule, int64_t epoch);      
 /* after an epoch; only plateau listens */
 SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched);
 /* ================================================================================================================
- * >>API-IMAGE  12  pictures: JPEG, PNG, PPM; resize, crop, flip; deflate
+ * >>API-FLATE  15  inflate, deflate
+ * ============================================================================================================= */
+
+/* Unpacks deflate data (RFC 1951): wrapper 0 bare, 1 zlib (RFC 1950, Adler-32 checked), 2 gzip (RFC 1952, all members,
+ * CRC-32 and sizes checked).  Bytes behind the end of the data are ignored.  *out (free it with spm_free; never NULL on
+ * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.
+ * Memory: at most max_bytes, twice while growing.  Errors: SPM_E_FORMAT with the byte offset, SPM_E_UNSUPPORTED over
+ * the cap, SPM_E_MEMORY.  Tests: test_png.c, fuzz/. */
+SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes,
+                              uint8_t **out, size_t *out_size, spm_error *err);
+/* Packs by deflate: hash chains with lazy matching; blocks stored, of the fixed or of their own Huffman code, whichever
+ * is shortest: about zlib's level 6.  Same wrappers; the same bytes on every machine.  Errors: SPM_E_ARGUMENT,
+ * SPM_E_MEMORY.  Test: test_png.c. */
+SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out,
+                              size_t *out_size, spm_error *err);
+
+/* ================================================================================================================
+ * >>API-IMAGE  16  pictures: JPEG, PNG, PPM; resize, crop, flip, rotate, colours
  * ============================================================================================================= */
 
 /* 8-bit RGB, rows from the top, 3 bytes a pixel, no padding.  Functions that hand out a picture set all three fields
@@ -924,21 +954,8 @@ typedef enum spm_adjust {
 SPMDEF spm_status spm_image_adjust(spm_context *ctx, spm_image *image, spm_adjust what, double factor,
                                    spm_error *err);
 
-/* Unpacks deflate data (RFC 1951): wrapper 0 bare, 1 zlib (RFC 1950, Adler-32 checked), 2 gzip (RFC 1952, all members,
- * CRC-32 and sizes checked).  Bytes behind the end of the data are ignored.  *out (free it with spm_free; never NULL on
- * success) gets *out_size <= max_bytes bytes; 0: SPURMEM_MAX_IMAGE_BYTES.
- * Memory: at most max_bytes, twice while growing.  Errors: SPM_E_FORMAT with the byte offset, SPM_E_UNSUPPORTED over
- * the cap, SPM_E_MEMORY.  Tests: test_png.c, fuzz/. */
-SPMDEF spm_status spm_inflate(spm_context *ctx, const void *data, size_t size, int wrapper, size_t max_bytes,
-                              uint8_t **out, size_t *out_size, spm_error *err);
-/* Packs by deflate: hash chains with lazy matching; blocks stored, of the fixed or of their own Huffman code, whichever
- * is shortest: about zlib's level 6.  Same wrappers; the same bytes on every machine.  Errors: SPM_E_ARGUMENT,
- * SPM_E_MEMORY.  Test: test_png.c. */
-SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, int wrapper, uint8_t **out,
-                              size_t *out_size, spm_error *err);
-
 /* ================================================================================================================
- * >>API-PACK  13  file formats: JSON, CSV, safetensors, torch files, tar, idx, npy
+ * >>API-TEXT  19  file formats: JSON, CSV
  * ============================================================================================================= */
 
 /* Readers trust nothing: every size is checked against the file before memory is taken, and a damaged or hostile file
@@ -1005,6 +1022,10 @@ SPMDEF int spm_csv_column(const spm_csv *csv, const char *name);                
 SPMDEF const char *spm_csv_field(const spm_csv *csv, int64_t row, int column);   /* NULL outside the table */
 /* line of the file, from 1: for error sentences */
 SPMDEF int64_t spm_csv_line(const spm_csv *csv, int64_t row);
+
+/* ================================================================================================================
+ * >>API-PACK  22  archives of tensors: safetensors, torch files
+ * ============================================================================================================= */
 
 /* ---- named tensors of checkpoint files, read: safetensors, torch zip (since 1.6), torch legacy (before 1.6) ---- */
 typedef enum spm_dtype { SPM_DTYPE_NONE, SPM_F32, SPM_F64, SPM_F16, SPM_BF16, SPM_I64, SPM_I32, SPM_I16, SPM_I8,
@@ -1073,6 +1094,10 @@ SPMDEF spm_status spm_archive_commit(spm_archive_writer *writer, spm_error *err)
 /* frees; nothing is left; NULL is fine */
 SPMDEF void spm_archive_abort(spm_archive_writer *writer);
 
+/* ================================================================================================================
+ * >>API-TAR  23  tar, idx, npy
+ * ============================================================================================================= */
+
 /* ---- tar (ustar, GNU and pax long names and sizes), read in place ----
  * Opening reads the headers (checksums are checked) and keeps names, offsets and sizes of the regular files; folders,
  * links and devices are left out.  Names have a leading "./" taken off; of equal names spm_tar_find gives the last. */
@@ -1108,7 +1133,7 @@ SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const flo
 
 
 /* ================================================================================================================
- * >>API-DATA  14  data sets, groups, transforms, loaders
+ * >>API-DATA  24  data sets and their groups
  * ============================================================================================================= */
 
 typedef enum spm_split { SPM_TRAIN, SPM_VAL, SPM_TEST, SPM_SPLITS } spm_split;
@@ -1192,6 +1217,10 @@ SPMDEF spm_status spm_dataset_image(spm_dataset *dataset, int64_t id, spm_image 
 /* Pictures that could not be read so far (skip_bad_images), by rising id, and why; NULL out of range. */
 SPMDEF int64_t spm_dataset_bad_count(const spm_dataset *dataset);
 SPMDEF const char *spm_dataset_bad(const spm_dataset *dataset, int64_t index, int64_t *id);
+
+/* ================================================================================================================
+ * >>API-LOAD  25  transforms, augmentation, loaders
+ * ============================================================================================================= */
 
 /* ---- what happens to a picture on its way to the network ---- */
 
@@ -1282,7 +1311,7 @@ SPMDEF spm_error *spm_loader_error(spm_loader *loader);
 SPMDEF double spm_loader_waited(const spm_loader *loader); /* seconds that next() has waited since start */
 
 /* ================================================================================================================
- * >>API-CKPT  15  checkpoints
+ * >>API-CKPT  26  checkpoints
  * ============================================================================================================= */
 
 /* What a checkpoint says beside its tensors; all of it is in the safetensors metadata of files written here. */
@@ -1327,7 +1356,7 @@ SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const 
 SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to, int64_t *tensors,
                                          spm_error *err);
 /* ================================================================================================================
- * >>API-EVAL  16  evaluation: groups, intervals, tests
+ * >>API-EVAL  27  evaluation: groups, intervals, tests
  * ============================================================================================================= */
 
 /* How a model's outputs are to be read. */
@@ -1406,7 +1435,7 @@ SPMDEF double spm_memory_index(const spm_paired *minority_train, const spm_paire
 #define SPM_QUIRKS_OFFICIAL 0xffeu
 
 /* ================================================================================================================
- * >>API-ATTR  17  attribution: scores of units
+ * >>API-ATTR  28  attribution: scores of units
  * ============================================================================================================= */
 
 /* What is ranked and changed:
@@ -1439,7 +1468,7 @@ typedef struct spm_unit {
  *   CONDUCTANCE          |sum over the line of dL/dz dz| (Dhamdhere et al. 2019), trapezoid rule
  *   SHAPLEY              Neuron Shapley (Ghorbani and Zou 2020): mean over random orders of removal of the fall in the
  *                        mean probability of the true class when it is the unit's turn
- *   EXHAUSTIVE           the fall in accuracy when the unit alone is removed: spm_scan_units of section 18
+ *   EXHAUSTIVE           the fall in accuracy when the unit alone is removed: spm_scan_units of section LOCAL
  *   RANDOM               uniform draws, by seed */
 typedef enum spm_criterion {
     SPM_CRITERION_GRADIENT, SPM_CRITERION_MAGNITUDE, SPM_CRITERION_WEIGHT_GRADIENT, SPM_CRITERION_ACTIVATION,
@@ -1512,7 +1541,7 @@ SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const sp
                                   spm_error *err);
 
 /* ================================================================================================================
- * >>API-LOCAL  18  localization: change units, measure every group
+ * >>API-LOCAL  29  localization: change units, measure every group
  * ============================================================================================================= */
 
 /* What is done to the chosen units or single weights (METHOD 2.5).  zero-unit: the unit's output behind its batch norm
@@ -1640,7 +1669,7 @@ SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, co
                                       spm_error *err);
 
 /* ================================================================================================================
- * >>API-TRAIN  19  training, the intervention, run folders
+ * >>API-TRAIN  34  training, the intervention, run folders
  * ============================================================================================================= */
 
 /* The training methods, with their sources.  Where a method works on groups, `group_labels` = 0 puts (class, memorized)
@@ -1752,7 +1781,7 @@ SPMDEF spm_train_desc spm_train_desc_init(spm_method method);
 SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc, spm_train_result *result, spm_error *err);
 
 /* ================================================================================================================
- * >>API-REPORT  20  the HTML page
+ * >>API-REPORT  36  the HTML page
  * ============================================================================================================= */
 
 typedef struct spm_report_desc {
@@ -3054,7 +3083,7 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
 }
 
 /* ================================================================================================================
- * >>KERN  05  kernels, one body for every instruction set
+ * >>KERN  05  kernels of numbers, one body for every instruction set
  * ----------------------------------------------------------------------------------------------------------------
  * The region between SPMI_PASS marks below is read once per instruction set: the header includes itself with
  * SPMI_PASS set, under a pragma that lets the compiler use that set, and every kernel name gets its suffix from
@@ -3156,7 +3185,7 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
       } while (0)
 #endif
 
-#endif /* implementation, sections 01 to 05 */
+#endif /* implementation, sections 01 to 06 */
 #endif /* !SPMI_PASS */
 
 #ifdef SPMI_PASS /* ---- the kernel region: read once per instruction set ---- */
@@ -4865,6 +4894,10 @@ static void SPMI_K(fma_chains)(int64_t rounds, float *sink)
     sink[1] = (float)(12 * 2 * V_W); /* operations a round */
 }
 
+/* ================================================================================================================
+ * >>PIXEL  06  kernels of pictures: resizing, JPEG decoding
+ * ============================================================================================================= */
+
 /* ---- picture resizing ----
  * Pixels are sums of bytes times 22-bit fixed-point weights in 32-bit integers: every instruction set gives the same
  * bits.  i_t holds I_W integers; i_bytes widens I_W bytes, i_clip divides by 2^22 and stores I_W bytes cut to 0..255,
@@ -5568,7 +5601,7 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #define SPURMEM_IMPLEMENTED
 
 /* ================================================================================================================
- * >>GEMM  06  packing, blocking, matrix products, convolution by taps
+ * >>GEMM  07  packing, blocking, matrix products, convolution by taps
  * ----------------------------------------------------------------------------------------------------------------
  * B (the side that is vectorised) is packed into panels [K][width]; the panels of one matrix lie one behind the other,
  * so the panel that starts at column j starts at float j * K.  Sums over K are cut into blocks by K and the instruction
@@ -6805,7 +6838,7 @@ SPMDEF double spm_seconds(void)
 }
 
 /* ================================================================================================================
- * >>TENSOR  07  shapes, compare, print
+ * >>TENSOR  08  shapes, compare, print
  * ============================================================================================================= */
 
 SPMDEF spm_tensor spm_tensor_make(float *data, int rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3)
@@ -6874,7 +6907,7 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b)
 }
 
 /* ================================================================================================================
- * >>OPS  08  operations: shape checks and work sharing that they have in common
+ * >>CONV  09  what operations have in common; convolution and linear layers
  * ----------------------------------------------------------------------------------------------------------------
  * Each operation X has spmi_X_infer, _forward, _backward, _flops and, where it needs memory, _scratch and _packed;
  * the table at the end of the section makes the public functions of them.  Work is cut into tasks by shape alone, and
@@ -7581,6 +7614,10 @@ static double spmi_linear_flops(const spm_op_call *call, int backward)
 {
     return spmi_conv_flops(call, backward, 1);
 }
+
+/* ================================================================================================================
+ * >>OPS  10  all other operations, and the table of operations
+ * ============================================================================================================= */
 
 /* ---- batch norm --------------------------------------------------------------------------------------------------
  * Rows are the N H W pixels.  y = relu?((x - mean) rstd w + b + r?), rstd = 1 / sqrt(var + eps), mean and var of the
@@ -9276,7 +9313,7 @@ SPMDEF void spm_op_backward(spm_context *ctx, spm_op op, spm_op_call *call)
 
 
 /* ================================================================================================================
- * >>TAPE  09  programs, models, plans, runs, the gradient check
+ * >>TAPE  11  programs and models
  * ============================================================================================================= */
 
 /* ---- programs ---- */
@@ -10109,6 +10146,10 @@ SPMDEF void spm_model_finish_gradients(spm_model *model)
         model->written[i] = 1;
     }
 }
+
+/* ================================================================================================================
+ * >>RUN  12  plans, runs, the gradient check
+ * ============================================================================================================= */
 
 /* ---- plans: who lives when, and where ----------------------------------------------------------------------------
  * Time is a line of steps: the forward pass, then per segment, from the last to the first, the segment's replay and its
@@ -11697,7 +11738,7 @@ SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call 
 }
 
 /* ================================================================================================================
- * >>NETS  10  architectures by name, ResNet and ViT builders
+ * >>NETS  13  architectures by name, ResNet and ViT builders
  * ============================================================================================================= */
 
 /* ---- names ---- */
@@ -12292,7 +12333,7 @@ SPMDEF spm_model *spm_model_build(spm_context *ctx, const spm_arch *arch, uint64
 }
 
 /* ================================================================================================================
- * >>OPTIM  11  optimizers, clipping, schedules
+ * >>OPTIM  14  optimizers, clipping, schedules
  * ============================================================================================================= */
 
 #define SPMI_OPTIM_CHUNK 16384 /* elements per task */
@@ -12633,103 +12674,8 @@ SPMDEF void spm_schedule_observe(spm_schedule *schedule, double watched)
     schedule->bad_epochs = 0;
 }
 /* ================================================================================================================
- * >>IMAGE  12  pictures: memory, resize, crop, flip; deflate; JPEG, PNG, PPM
+ * >>FLATE  15  checksums, inflate, deflate
  * ============================================================================================================= */
-
-/* ---- memory of pictures ---- */
-
-/* Every decoder calls this before it allocates anything: both sides in [1, 2^30) and the RGB picture within the cap
- * (max_bytes; 0: SPURMEM_MAX_IMAGE_BYTES). What passes can be multiplied in int64_t without a further thought. */
-static spm_status spmi_image_check_size(spm_context *ctx, const char *name, int64_t width, int64_t height,
-                                        size_t max_bytes, spm_error *err)
-{
-    const int64_t side = (int64_t)1 << 30;
-    const uint64_t cap = max_bytes ? max_bytes : SPURMEM_MAX_IMAGE_BYTES;
-    if (width < 1 || height < 1) {
-        return spmi_fail(ctx, err, SPM_E_FORMAT,
-                         "%s: a picture of %.0f x %.0f pixels has no content; both sides must be at least 1",
-                         name, (double)width, (double)height);
-    }
-    if (width >= side || height >= side || (uint64_t)(width * height) > cap / 3) {
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
-                         "%s: %.0f x %.0f pixels need more than the cap of %.0f bytes; raise max_bytes (or "
-                         "SPURMEM_MAX_IMAGE_BYTES) if the picture is to be trusted",
-                         name, (double)width, (double)height, (double)cap);
-    }
-    return SPM_OK;
-}
-
-/* spm_image_create under a cap of the caller's (0: SPURMEM_MAX_IMAGE_BYTES); the pixels are not set. */
-static spm_status spmi_image_create(spm_context *ctx, const char *name, int width, int height, size_t max_bytes,
-                                    spm_image *image, spm_error *err)
-{
-    spm_status status;
-    image->pixels = NULL;
-    image->width = image->height = 0;
-    status = spmi_image_check_size(ctx, name, width, height, max_bytes, err);
-    if (status) return status;
-    image->pixels = (uint8_t *)spmi_alloc(ctx, (size_t)width * (size_t)height * 3);
-    if (!image->pixels) {
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %d x %d pixels", name, width, height);
-    }
-    image->width = width;
-    image->height = height;
-    return SPM_OK;
-}
-
-SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err)
-{
-    spm_status status = spmi_image_create(ctx, "picture", width, height, 0, image, err);
-    if (!status) memset(image->pixels, 0, (size_t)width * (size_t)height * 3);
-    return status;
-}
-
-SPMDEF void spm_image_free(spm_context *ctx, spm_image *image)
-{
-    if (!image) return;
-    spmi_free(ctx, image->pixels);
-    image->pixels = NULL;
-    image->width = image->height = 0;
-}
-
-SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x, int y, int width, int height,
-                                 spm_image *result, spm_error *err)
-{
-    spm_image cut = SPM_ZERO;
-    spm_status status;
-    int row;
-    if (x < 0 || y < 0 || width < 1 || height < 1 || x > image->width - width || y > image->height - height) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT,
-                         "crop of %d x %d pixels at (%d, %d) does not lie in the picture of %d x %d",
-                         width, height, x, y, image->width, image->height);
-    }
-    status = spmi_image_create(ctx, "crop", width, height, 0, &cut, err);
-    if (status) return status;
-    for (row = 0; row < height; row++) {
-        memcpy(cut.pixels + (size_t)row * (size_t)width * 3,
-               image->pixels + ((size_t)(y + row) * (size_t)image->width + (size_t)x) * 3, (size_t)width * 3);
-    }
-    *result = cut;
-    return SPM_OK;
-}
-
-SPMDEF void spm_image_flip(spm_image *image)
-{
-    int row;
-    for (row = 0; row < image->height; row++) {
-        uint8_t *left = image->pixels + (size_t)row * (size_t)image->width * 3;
-        uint8_t *right = left + (size_t)image->width * 3 - 3;
-        for (; left < right; left += 3, right -= 3) {
-            uint8_t r = left[0], g = left[1], b = left[2];
-            left[0] = right[0];
-            left[1] = right[1];
-            left[2] = right[2];
-            right[0] = r;
-            right[1] = g;
-            right[2] = b;
-        }
-    }
-}
 
 /* ---- checksums ---- */
 
@@ -13708,6 +13654,105 @@ SPMDEF spm_status spm_deflate(spm_context *ctx, const void *data, size_t size, i
     return spmi_deflate_pack(ctx, data, size, wrapper, 3, out, out_size, err);
 }
 
+/* ================================================================================================================
+ * >>IMAGE  16  pictures: memory, resize, crop, flip, rotate, colours
+ * ============================================================================================================= */
+
+/* ---- memory of pictures ---- */
+
+/* Every decoder calls this before it allocates anything: both sides in [1, 2^30) and the RGB picture within the cap
+ * (max_bytes; 0: SPURMEM_MAX_IMAGE_BYTES). What passes can be multiplied in int64_t without a further thought. */
+static spm_status spmi_image_check_size(spm_context *ctx, const char *name, int64_t width, int64_t height,
+                                        size_t max_bytes, spm_error *err)
+{
+    const int64_t side = (int64_t)1 << 30;
+    const uint64_t cap = max_bytes ? max_bytes : SPURMEM_MAX_IMAGE_BYTES;
+    if (width < 1 || height < 1) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: a picture of %.0f x %.0f pixels has no content; both sides must be at least 1",
+                         name, (double)width, (double)height);
+    }
+    if (width >= side || height >= side || (uint64_t)(width * height) > cap / 3) {
+        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED,
+                         "%s: %.0f x %.0f pixels need more than the cap of %.0f bytes; raise max_bytes (or "
+                         "SPURMEM_MAX_IMAGE_BYTES) if the picture is to be trusted",
+                         name, (double)width, (double)height, (double)cap);
+    }
+    return SPM_OK;
+}
+
+/* spm_image_create under a cap of the caller's (0: SPURMEM_MAX_IMAGE_BYTES); the pixels are not set. */
+static spm_status spmi_image_create(spm_context *ctx, const char *name, int width, int height, size_t max_bytes,
+                                    spm_image *image, spm_error *err)
+{
+    spm_status status;
+    image->pixels = NULL;
+    image->width = image->height = 0;
+    status = spmi_image_check_size(ctx, name, width, height, max_bytes, err);
+    if (status) return status;
+    image->pixels = (uint8_t *)spmi_alloc(ctx, (size_t)width * (size_t)height * 3);
+    if (!image->pixels) {
+        return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %d x %d pixels", name, width, height);
+    }
+    image->width = width;
+    image->height = height;
+    return SPM_OK;
+}
+
+SPMDEF spm_status spm_image_create(spm_context *ctx, int width, int height, spm_image *image, spm_error *err)
+{
+    spm_status status = spmi_image_create(ctx, "picture", width, height, 0, image, err);
+    if (!status) memset(image->pixels, 0, (size_t)width * (size_t)height * 3);
+    return status;
+}
+
+SPMDEF void spm_image_free(spm_context *ctx, spm_image *image)
+{
+    if (!image) return;
+    spmi_free(ctx, image->pixels);
+    image->pixels = NULL;
+    image->width = image->height = 0;
+}
+
+SPMDEF spm_status spm_image_crop(spm_context *ctx, const spm_image *image, int x, int y, int width, int height,
+                                 spm_image *result, spm_error *err)
+{
+    spm_image cut = SPM_ZERO;
+    spm_status status;
+    int row;
+    if (x < 0 || y < 0 || width < 1 || height < 1 || x > image->width - width || y > image->height - height) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT,
+                         "crop of %d x %d pixels at (%d, %d) does not lie in the picture of %d x %d",
+                         width, height, x, y, image->width, image->height);
+    }
+    status = spmi_image_create(ctx, "crop", width, height, 0, &cut, err);
+    if (status) return status;
+    for (row = 0; row < height; row++) {
+        memcpy(cut.pixels + (size_t)row * (size_t)width * 3,
+               image->pixels + ((size_t)(y + row) * (size_t)image->width + (size_t)x) * 3, (size_t)width * 3);
+    }
+    *result = cut;
+    return SPM_OK;
+}
+
+SPMDEF void spm_image_flip(spm_image *image)
+{
+    int row;
+    for (row = 0; row < image->height; row++) {
+        uint8_t *left = image->pixels + (size_t)row * (size_t)image->width * 3;
+        uint8_t *right = left + (size_t)image->width * 3 - 3;
+        for (; left < right; left += 3, right -= 3) {
+            uint8_t r = left[0], g = left[1], b = left[2];
+            left[0] = right[0];
+            left[1] = right[1];
+            left[2] = right[2];
+            right[0] = r;
+            right[1] = g;
+            right[2] = b;
+        }
+    }
+}
+
 /* ---- resize ---- */
 
 /* a * b, rounded: a compiler that fuses multiplication and addition would give other weights than Pillow's. */
@@ -14173,6 +14218,10 @@ SPMDEF spm_status spm_image_adjust(spm_context *ctx, spm_image *image, spm_adjus
     }
     return SPM_OK;
 }
+/* ================================================================================================================
+ * >>JPEG  17  JPEG, decoding and encoding
+ * ============================================================================================================= */
+
 /* ---- JPEG (ITU-T T.81, JFIF) ----------------------------------------------------------------------------------
  * Pixel for pixel what Pillow makes through libjpeg-turbo, also for damaged files: where the standard leaves room, the
  * comments name the choice.  The order below: tables, bit reader, Huffman codes, file segments, block decoding, inverse
@@ -15859,6 +15908,10 @@ SPMDEF spm_status spm_image_encode_jpeg(spm_context *ctx, const spm_image *image
 #undef SPMI_JPEG_DESCALE
 #undef SPMI_JPEG_FAIL
 #undef SPMI_JPEG_LOOK
+/* ================================================================================================================
+ * >>PNG  18  PNG, PPM and PGM; any format
+ * ============================================================================================================= */
+
 /* ---- PNG (ISO/IEC 15948) ---- */
 
 typedef struct spmi_png {
@@ -16604,7 +16657,7 @@ SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_d
 }
 
 /* ================================================================================================================
- * >>PACK  13  file formats: JSON, CSV, safetensors, torch files, tar, idx, npy
+ * >>TEXT  19  numbers as text, JSON, CSV
  * ============================================================================================================= */
 
 /* ---- numbers as text, whatever the locale's decimal point is ---- */
@@ -17418,6 +17471,10 @@ SPMDEF int64_t spm_csv_line(const spm_csv *csv, int64_t row)
     return row >= -1 && row < csv->rows - 1 ? csv->lines[row + 1] : 0;
 }
 
+/* ================================================================================================================
+ * >>STORE  20  what archives share; safetensors
+ * ============================================================================================================= */
+
 /* ---- what the readers of archives and tar files share ---- */
 
 static uint16_t spmi_pack_u16(const uint8_t *at)
@@ -17894,6 +17951,10 @@ static spm_status spmi_safetensors_open(spm_archive *archive, uint64_t length, s
     }
     return spmi_safetensors_overlap(archive, err);
 }
+
+/* ================================================================================================================
+ * >>TORCH  21  torch files: the pickle machine, zip and legacy form
+ * ============================================================================================================= */
 
 /* ---- torch files: the pickle machine ----
  * A closed interpreter of the opcodes that torch.save emits (protocols 2 to 5).  It builds numbers, strings, tuples,
@@ -18906,6 +18967,10 @@ static spm_status spmi_torch_legacy_open(spm_archive *archive, spm_error *err)
     return status;
 }
 
+/* ================================================================================================================
+ * >>PACK  22  archives of tensors: opening, reading with conversion, writing
+ * ============================================================================================================= */
+
 /* ---- archives: opening, finding, reading with conversion ---- */
 
 SPMDEF void spm_archive_close(spm_archive *archive)
@@ -19706,6 +19771,10 @@ SPMDEF spm_status spm_archive_commit(spm_archive_writer *writer, spm_error *err)
 }
 #undef SPMI_ZIP_ALIGN
 
+/* ================================================================================================================
+ * >>TAR  23  tar, idx, npy
+ * ============================================================================================================= */
+
 /* ---- tar ---- */
 
 typedef struct spmi_tar_entry {
@@ -20234,7 +20303,7 @@ SPMDEF spm_status spm_npy_save_f32(spm_context *ctx, const char *path, const flo
 #endif
 
 /* ================================================================================================================
- * >>DATA  14  data sets, groups, transforms, loaders
+ * >>DATA  24  data sets: groups, and a reader for every layout
  * ============================================================================================================= */
 
 /* ---- names of splits, formats and modes ---- */
@@ -21777,6 +21846,10 @@ static spm_status spmi_data_find(spm_dataset *dataset, spm_error *err)
     return SPM_OK;
 }
 
+/* ================================================================================================================
+ * >>LOAD  25  transforms, augmentation, packing, opening, loaders
+ * ============================================================================================================= */
+
 /* ---- transforms: on 8-bit pixels, exactly as torchvision does it on Pillow images ---- */
 
 SPMDEF spm_transform spm_transform_make(int64_t height, int64_t width)
@@ -23317,7 +23390,7 @@ SPMDEF double spm_loader_waited(const spm_loader *loader)
 }
 
 /* ================================================================================================================
- * >>CKPT  15  checkpoints: names and layouts between our models and PyTorch's files
+ * >>CKPT  26  checkpoints: names and layouts between our models and PyTorch's files
  * ============================================================================================================= */
 
 /* ---- a parameter as a file holds it ---- */
@@ -24089,7 +24162,7 @@ SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, con
 #undef SPMI_ARCHIVE_BUFFER
 #undef SPMI_CKPT_WORKERS
 /* ================================================================================================================
- * >>EVAL  16  evaluation: groups, intervals, tests
+ * >>EVAL  27  evaluation: groups, intervals, tests
  * ============================================================================================================= */
 
 SPMDEF void spm_wilson(int64_t correct, int64_t count, double *low, double *high)
@@ -24519,7 +24592,7 @@ SPMDEF void spm_eval_json(spm_json *json, const char *key, const spm_eval *eval)
 }
 
 /* ================================================================================================================
- * >>ATTR  17  attribution: scores of units
+ * >>ATTR  28  attribution: scores of units
  * ============================================================================================================= */
 
 SPMDEF const char *spm_unit_kind_name(spm_unit_kind kind)
@@ -25591,7 +25664,7 @@ SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const sp
 }
 
 /* ================================================================================================================
- * >>LOCAL  18  localization: change units, measure every group
+ * >>LOCAL  29  change units, measure every group, matched controls
  * ============================================================================================================= */
 
 SPMDEF const char *spm_modify_name(spm_modify modify)
@@ -26573,6 +26646,10 @@ static spm_status spmi_study_row(spmi_study *s, const spmi_ranking *r, const spm
     return status;
 }
 
+/* ================================================================================================================
+ * >>SCAN  30  the exhaustive scan: every unit removed and measured
+ * ============================================================================================================= */
+
 /* ---- the exhaustive scan: the removal (zero-unit) of every unit, measured ---- */
 
 /* One unit's removal in one (split, group): predictions lost and gained, and the sum of the losses' changes. */
@@ -27119,6 +27196,10 @@ static void spmi_scan_json(const spmi_scan *scan)
     spm_json_object_end(json);
 }
 
+/* ================================================================================================================
+ * >>STUDY  31  a study: rankings, grids, layers rewound and re-trained
+ * ============================================================================================================= */
+
 /* ---- which rankings, which rows ---- */
 
 static int spmi_study_add_row(const spmi_study *s, spmi_row *rows, int n, spm_modify modify, int64_t top,
@@ -27630,6 +27711,10 @@ SPMDEF spm_status spm_localize(spm_model *model, spm_dataset *dataset, const spm
     return status ? spmi_fail(s.ctx, err, status, "%s", error.text) : SPM_OK;
 }
 
+/* ================================================================================================================
+ * >>LEDGER  32  a row for every training example; gradient accounting
+ * ============================================================================================================= */
+
 /* ---- the ledger ---- */
 
 /* A value whose units are removed example by example. */
@@ -28060,7 +28145,7 @@ SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, co
 }
 
 /* ================================================================================================================
- * >>TRAIN  19  training, the intervention, run folders
+ * >>FOLDER  33  run folders: events, config.json, resume state
  * ============================================================================================================= */
 
 SPMDEF spm_train_desc spm_train_desc_init(spm_method method)
@@ -28711,6 +28796,10 @@ static spm_status spmi_state_load(spmi_trainer *t)
     if (!status && t->desc->log_steps) status = spmi_cut_back(t->ctx, t->desc->log_steps, t->steps_bytes, t->err);
     return status;
 }
+
+/* ================================================================================================================
+ * >>TRAIN  34  training, the intervention
+ * ============================================================================================================= */
 
 /* ---- cells, the history of examples, the order of an epoch ---- */
 
@@ -30676,7 +30765,7 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
 }
 
 /* ================================================================================================================
- * >>REPORT  20  the HTML page
+ * >>PANEL  35  panels of the report: story, bars, curves, Pareto lines
  * ============================================================================================================= */
 
 /* Accuracy of one group; NaN where it is empty or the file says nonsense. */
@@ -31738,6 +31827,10 @@ static void spmi_report_results(spmi_report *report)
     }
     if (any) spmi_text_add(&report->out, "</div></section>\n");
 }
+
+/* ================================================================================================================
+ * >>REPORT  36  panels of localization and maps; the HTML page
+ * ============================================================================================================= */
 
 /* ---- localization ---- */
 
@@ -32866,7 +32959,7 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
     return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
 }
 
-#endif /* implementation, sections 06 to 20 */
+#endif /* implementation, sections 07 to 36 */
 
 /* ================================================================================================================
  * REVISION HISTORY

@@ -1,4 +1,4 @@
-/* Section 17: every criterion against its definition worked out here (central differences, plain sums, exact Shapley
+/* Section ATTR: every criterion against its definition worked out here (central differences, plain sums, exact Shapley
  * values of two heads), completeness of the line integrals, Grad-CAM and attention rollout against their formulas. */
 #include "../spurmem.h"
 #include "test.h"

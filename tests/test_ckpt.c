@@ -1,4 +1,4 @@
-/* Section 15: checkpoints go out and come back bit for bit, foreign names and layouts are understood, and what does not fit
+/* Section CKPT: checkpoints go out and come back bit for bit, foreign names and layouts are understood, and what does not fit
  * is refused by name without touching the model. */
 #include "../spurmem.h"
 #include "test.h"

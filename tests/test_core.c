@@ -1,4 +1,4 @@
-/* Context, allocator, errors, files, threads, random numbers: sections 01 to 04. */
+/* Context, allocator, errors, files, threads, random numbers: sections CORE to RNG. */
 #include "test.h"
 #include "../spurmem.h"
 #include <fenv.h>

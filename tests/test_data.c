@@ -1,4 +1,4 @@
-/* Section 14: every data set format, every error sentence, transforms against Pillow and torchvision, and the promise that
+/* Sections DATA and LOAD: every data set format, every error sentence, transforms against Pillow and torchvision, and the promise that
  * a batch depends on (seed, epoch, example) alone.  All data sets are written here, below a temporary folder. */
 #include "../spurmem.h"
 #include "test.h"

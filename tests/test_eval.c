@@ -1,4 +1,4 @@
-/* Section 16: evaluation.  Formulas against numbers made elsewhere (exact integer arithmetic, roots of the defining
+/* Section EVAL: evaluation.  Formulas against numbers made elsewhere (exact integer arithmetic, roots of the defining
  * equation), metrics against a second, plain computation from the logits, a constant model worked out by hand. */
 #include "../spurmem.h"
 #include "test.h"

@@ -1,4 +1,4 @@
-/* test_jpeg.c - the JPEG decoder and encoder (section 12): the conformance files, golden hashes made with Pillow
+/* test_jpeg.c - the JPEG decoder and encoder (section JPEG): the conformance files, golden hashes made with Pillow
  * (tests/golden/make_jpeg.py), damaged and hostile files, failing memory. */
 #include "../spurmem.h"
 #include "sha256.h"

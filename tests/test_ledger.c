@@ -1,4 +1,4 @@
-/* The ledger and gradient accounting of section 18, each column against what is worked out here. */
+/* The ledger and gradient accounting of section LEDGER, each column against what is worked out here. */
 #include "../spurmem.h"
 #include "test.h"
 #include "tiny.h"

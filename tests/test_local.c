@@ -1,4 +1,4 @@
-/* Sections 17 and 18: rankings against a gradient and norms computed here, every modification against its definition,
+/* Sections ATTR and LOCAL: rankings against a gradient and norms computed here, every modification against its definition,
  * rows of results against a changed model evaluated from the pictures, controls and p-values worked out again. */
 #include "../spurmem.h"
 #include "test.h"

@@ -1,4 +1,4 @@
-/* Section 19: the training methods beside ERM, each on a case whose answer is known: weights, orders, Group DRO's q, JTT's
+/* Section TRAIN: the training methods beside ERM, each on a case whose answer is known: weights, orders, Group DRO's q, JTT's
  * error set, LfF's weights and DFR's and AFR's optimum are worked out here; all of them resume to the same bits. */
 #include "../spurmem.h"
 #include "test.h"

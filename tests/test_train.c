@@ -1,4 +1,4 @@
-/* Section 19: training learns; a step is what METHOD 2.6 writes down (done here with three forwards and gradients by
+/* Section TRAIN: training learns; a step is what METHOD 2.6 writes down (done here with three forwards and gradients by
  * central differences); the same bits for any number of threads and however often a run is cut off and resumed; no
  * allocation in a step; sentences for everything that can be wrong. */
 #if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
