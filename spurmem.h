@@ -435,6 +435,7 @@ typedef struct spm_op_call {
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
     int packed_ready;                /* 0: the weights have changed since `packed` was written; the op sets it to 1 */
+    int statistics_ready;            /* batch_norm: 1: out[1] and out[2] hold what this very call has computed before */
     spm_op_norm norm;                /* conv2d, linear: applied to y before it is stored */
 } spm_op_call;
 
@@ -455,7 +456,9 @@ SPMDEF size_t spm_op_packed(spm_context *ctx, spm_op op, const spm_op_call *call
 SPMDEF double spm_op_flops(spm_op op, const spm_op_call *call, int backward);
 /* out[] from in[]; and d_in[i] = (or +=, by d_in_add) sum d_out * d out[0] / d in[i] for every d_in[i] with data.  No
  * allocation, and no failure once infer has passed.  Same bits for any number of threads.  out[] must not overlap
- * in[], and d_in must overlap neither d_out nor another d_in. */
+ * in[], and d_in must overlap neither d_out nor another d_in; only batch_norm, relu, gelu and add may write d_in over
+ * d_out (one of their inputs, d_in_add = 0).  batch_norm without residual may be given no out[0] for the backward pass: the
+ * ReLU's mask then comes from x. */
 SPMDEF void spm_op_forward(spm_context *ctx, spm_op op, spm_op_call *call);
 SPMDEF void spm_op_backward(spm_context *ctx, spm_op op, spm_op_call *call);
 
@@ -613,6 +616,8 @@ typedef struct spm_run_desc {
     int64_t max_batch;   /* 0: 1 */
     int backward;        /* 1: keeps what the backward pass needs */
     int segments;        /* 1: keeps what crosses segment boundaries only and replays the inside, bit for bit */
+    int keep_norms;      /* 1: keeps the results of batch norms (and their ReLUs and residual sums) for the backward
+                            pass.  0: keeps the convolutions' and computes the norms anew, bit for bit: half the memory */
     uint64_t seed;       /* of dropout and drop path */
 } spm_run_desc;
 
@@ -675,7 +680,7 @@ SPMDEF float *spm_run_buffer(spm_run *run, int parameter); /* the buffer this ru
  * no operation of the pass computes or reads is not reduced.  Set them before forward. */
 typedef enum spm_hook_kind { SPM_HOOK_SUM, SPM_HOOK_SUM_SQUARES, SPM_HOOK_VALUE_GRADIENT } spm_hook_kind;
 SPMDEF spm_status spm_run_hook(spm_run *run, spm_value value, spm_hook_kind kind, int on_gradient, double *out);
-/* Write hook: called on the caller's thread after the result is computed (again when a segment is replayed), may
+/* Write hook: called on the caller's thread after the result is computed (again when its segment is replayed), may
  * change it (ablation); the backward pass takes the change for a constant factor of 1.  It must give the same bits
  * each time. */
 SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(void *user, spm_tensor *value),
@@ -4388,10 +4393,11 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
     }
 }
 
-/* dz = dy, or dy where y > 0 (y given: a ReLU stands behind).  s0[c] = sum dz, s1[c] = sum dz (x - mean) over rows that
- * lie `stride` apart; dz is stored as well if `dz` is given. */
+/* dz = dy, or dy where y > 0 (y, or scale and shift to compute it from x, given: a ReLU stands behind).  s0[c] = sum dz,
+ * s1[c] = sum dz (x - mean) over rows that lie `stride` apart; dz is stored as well if `dz` is given. */
 static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, const float *x, const float *y,
-                                 const float *dy, const float *mean, float *dz, double *s0, double *s1)
+                                 const float *dy, const float *mean, const float *scale, const float *shift, float *dz,
+                                 double *s0, double *s1)
 {
     int64_t c, p, at;
     int r, l;
@@ -4400,6 +4406,7 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
         const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at);
         V_STEP(c, r, width) {
             const v_t center = v_get(mean + c, r);
+            const v_t w = scale ? v_get(scale + c, r) : v_zero(), v = scale ? v_get(shift + c, r) : v_zero();
             v_t a = v_zero(), b = v_zero();
             float lane0[V_W], lane1[V_W];
             for (p = 0; p < m;) {
@@ -4407,11 +4414,13 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
                 v_t a8 = v_zero(), b8 = v_zero();
                 for (; p < end; p++) {
                     const int64_t j = (at + p) * stride + c;
+                    const v_t d = v_sub(v_get(x + j, r), center);
                     v_t g = v_get(dy + j, r);
                     if (y) g = v_select_gt(v_get(y + j, r), v_zero(), g, v_zero());
+                    else if (scale) g = v_select_gt(v_fma(d, w, v), v_zero(), g, v_zero());
                     if (dz) v_put(dz + j, g, r);
                     a8 = v_add(a8, g);
-                    b8 = v_fma(g, v_sub(v_get(x + j, r), center), b8);
+                    b8 = v_fma(g, d, b8);
                 }
                 a = v_add(a, a8);
                 b = v_add(b, b8);
@@ -4426,23 +4435,27 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
     }
 }
 
-/* dx = a dz + b (x - mean) + c per channel (x NULL: b = c = 0); d_residual = dz.  dx, dr may be NULL. */
+/* dx = a dz + b (x - mean) + c per channel (b NULL: b = c = 0); d_residual = dz; dz as above.  dx, dr may be NULL; one of
+ * them may be dy. */
 static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float *y, const float *dy, const float *mean,
-                            const float *a, const float *b, const float *c, float *dx, int dx_add, float *dr,
-                            int dr_add)
+                            const float *scale, const float *shift, const float *a, const float *b, const float *c,
+                            float *dx, int dx_add, float *dr, int dr_add)
 {
     int64_t row, i, j;
     int r;
     for (row = 0; row < rows; row++) {
         V_STEP(i, r, n) {
-            v_t g, d;
+            v_t g, d, from_mean = v_zero();
             j = row * n + i;
             g = v_get(dy + j, r);
+            if (x) from_mean = v_sub(v_get(x + j, r), v_get(mean + i, r));
             if (y) g = v_select_gt(v_get(y + j, r), v_zero(), g, v_zero());
+            else if (scale)
+                g = v_select_gt(v_fma(from_mean, v_get(scale + i, r), v_get(shift + i, r)), v_zero(), g, v_zero());
             if (dr) v_put(dr + j, dr_add ? v_add(g, v_get(dr + j, r)) : g, r);
             if (!dx) continue;
             d = v_mul(g, v_get(a + i, r));
-            if (x) d = v_add(d, v_fma(v_sub(v_get(x + j, r), v_get(mean + i, r)), v_get(b + i, r), v_get(c + i, r)));
+            if (b) d = v_add(d, v_fma(from_mean, v_get(b + i, r), v_get(c + i, r)));
             v_put(dx + j, dx_add ? v_add(d, v_get(dx + j, r)) : d, r);
         }
     }
@@ -7049,7 +7062,7 @@ static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, floa
 /* The common end of many backward passes: d_in[index] = (or +=) s * gradient, if wanted. */
 static void spmi_op_pass_gradient(spm_context *ctx, spm_op_call *call, int index, float s)
 {
-    if (!call->d_in[index].data) return;
+    if (!call->d_in[index].data || (call->d_in[index].data == call->d_out.data && s >= 1.0f)) return;
     spmi_each_run(ctx, SPMI_EACH_SCALE, spm_tensor_count(&call->out[0]), s, call->d_out.data, NULL,
                   call->d_in[index].data, call->d_in_add[index]);
 }
@@ -7633,8 +7646,8 @@ typedef struct spmi_bn {
     int64_t chunk, chunks;        /* rows per partial sum */
     int64_t slab, slabs;          /* channels per partial sum */
     double *part[3];              /* [chunks][channels] each */
-    float *coefficient[3];        /* [channels] each */
-    const float *mean;
+    float *coefficient[4];        /* [channels] each; the last: the forward pass's scale */
+    const float *mean, *scale;    /* scale: backward: if the ReLU's mask is still to be computed from x */
     const float *dz, *y;          /* backward: gradient to read, and y if it still wants the ReLU's mask */
     float *store;                 /* backward, first pass: where dz goes */
     const float *x;
@@ -7663,7 +7676,7 @@ static size_t spmi_bn_plan(spm_context *ctx, const spm_op_call *call, int backwa
         total += bytes;
         if (at) bn->part[i] = (double *)spmi_carve(&at, bytes);
     }
-    for (i = 0; i < 3; i++) {
+    for (i = 0; i < 4; i++) {
         const size_t bytes = spmi_bytes(bn->channels, 1, sizeof(float));
         total += bytes;
         if (at) bn->coefficient[i] = (float *)spmi_carve(&at, bytes);
@@ -7735,18 +7748,31 @@ static void spmi_bn_apply_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(bn->ctx, bn_apply,
                 (n, bn->channels, call->in[0].data + at, call->in[5].data ? call->in[5].data + at : NULL, bn->mean,
-                 bn->coefficient[0], call->in[2].data, call->attr.relu, call->out[0].data + at));
+                 bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at));
+}
+
+/* w / sqrt(var + eps) */
+static void spmi_bn_scale(spmi_bn *bn, const float *var)
+{
+    int64_t c;
+    for (c = 0; c < bn->channels; c++) {
+        bn->coefficient[3][c] = (float)((double)bn->call->in[1].data[c]
+                                        / sqrt((double)var[c] + (double)bn->call->attr.eps));
+    }
+    bn->scale = bn->coefficient[3];
 }
 
 static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
 {
     spmi_bn bn;
     const float *var = call->in[4].data;
-    int64_t c;
     (void)spmi_bn_plan(ctx, call, 0, &bn);
     bn.call = call;
     bn.mean = call->in[3].data;
-    if (call->training) {
+    if (call->statistics_ready) {
+        bn.mean = call->out[1].data;
+        var = call->out[2].data;
+    } else if (call->training) {
         spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn);
         spmi_bn_join_moments(&bn, call->out[1].data, call->out[2].data);
         bn.mean = call->out[1].data;
@@ -7755,9 +7781,7 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         if (call->out[1].data) memcpy(call->out[1].data, call->in[3].data, (size_t)bn.channels * sizeof(float));
         if (call->out[2].data) memcpy(call->out[2].data, call->in[4].data, (size_t)bn.channels * sizeof(float));
     }
-    for (c = 0; c < bn.channels; c++) {
-        bn.coefficient[0][c] = (float)((double)call->in[1].data[c] / sqrt((double)var[c] + (double)call->attr.eps));
-    }
+    spmi_bn_scale(&bn, var);
     spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_apply_task, &bn);
 }
 
@@ -7770,7 +7794,7 @@ static void spmi_bn_sums_task(void *arg, int64_t task, int slot)
     SPMI_KERNEL(bn->ctx, bn_back_sums,
                 (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
                  bn->call->in[0].data + from, bn->y ? bn->y + from : NULL, bn->dz + from, bn->mean + c,
-                 bn->store ? bn->store + from : NULL, bn->part[0] + at, bn->part[1] + at));
+                 bn->scale ? bn->scale + c : NULL, bn->call->in[2].data + c, bn->store ? bn->store + from : NULL, bn->part[0] + at, bn->part[1] + at));
 }
 
 static void spmi_bn_back_task(void *arg, int64_t task, int slot)
@@ -7781,7 +7805,7 @@ static void spmi_bn_back_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(bn->ctx, bn_back,
                 (n, bn->channels, bn->x ? bn->x + at : NULL, bn->y ? bn->y + at : NULL, bn->dz + at, bn->mean,
-                 bn->coefficient[0], bn->coefficient[1], bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
+                 bn->scale, call->in[2].data, bn->coefficient[0], call->training ? bn->coefficient[1] : NULL, bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
                  call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5]));
 }
 
@@ -7799,6 +7823,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
     var = call->out[2].data ? call->out[2].data : call->in[4].data;
     bn.dz = call->d_out.data;
     bn.y = call->attr.relu ? call->out[0].data : NULL;
+    if (call->attr.relu && !bn.y) spmi_bn_scale(&bn, var);
     bn.dx = call->d_in[0].data;
     bn.dr = call->in[5].data ? call->d_in[5].data : NULL;
     sums = dw || db || (bn.dx && call->training);
@@ -7807,7 +7832,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
         spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn);
         if (bn.store) {
             bn.dz = bn.store;
-            bn.y = NULL;
+            bn.y = bn.scale = NULL;
             bn.dr = NULL;
         }
     }
@@ -7826,7 +7851,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
         bn.coefficient[1][c] = (float)(-w * rstd * rstd * rstd * s1 / (double)bn.rows);
         bn.coefficient[2][c] = (float)(-w * rstd * s0 / (double)bn.rows);
     }
-    bn.x = call->training ? call->in[0].data : NULL;
+    bn.x = call->training || bn.scale ? call->in[0].data : NULL;
     if (bn.dx || bn.dr) spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_back_task, &bn);
 }
 
@@ -9168,6 +9193,13 @@ SPMDEF int spm_op_backward_reads(spm_op op, const spm_op_attr *attr, int output,
     return 0;
 }
 
+/* 1 if d_in[input] may be the memory of d_out where nothing is added: both are read and written element by element. */
+static int spmi_op_in_place(spm_op op, int input)
+{
+    return op == SPM_OP_RELU || op == SPM_OP_GELU || op == SPM_OP_ADD
+        || (op == SPM_OP_BATCH_NORM && (input == 0 || input == 5));
+}
+
 /* 1 if the tensor fits into memory with room for what scratch derives from it. */
 static int spmi_op_fits(const spm_tensor *tensor)
 {
@@ -10152,32 +10184,34 @@ SPMDEF void spm_model_finish_gradients(spm_model *model)
  * ============================================================================================================= */
 
 /* ---- plans: who lives when, and where ----------------------------------------------------------------------------
- * Time is a line of steps: the forward pass, then per segment, from the last to the first, the segment's replay and its
- * backward steps.  Every value and every gradient lives from its first writer to its last reader; two that never live
- * at the same time may share memory.  The last segment is not replayed: its values are still there.  Inside the
- * others only what later segments read is kept; the rest has a second, replayed life ("replay" below). */
+ * Time is a line of steps: the forward pass, then the backward steps, from the last to the first, each behind the
+ * replays of what it is the first to read.  Every value and every gradient lives from its first writer to its last
+ * reader; two that never live at the same time may share memory.  A value that is not `kept` is let go after the forward
+ * pass and has a second, replayed life ("replay" below): what lies inside a checkpoint segment, and the results of batch
+ * norms, which one pass over what is there anyway gives again. */
 
 typedef struct spmi_buffer {
     size_t bytes, offset;
     int start, end; /* both included; start > end: not used */
     int id;
+    int same;       /* a gradient that is written over another one: that one's buffer; else -1 */
 } spmi_buffer;
 
 /* What a run asks of a value beyond the program. */
 #define SPMI_WANT_KEEP 1            /* its data and gradient stay */
 #define SPMI_WANT_GRADIENT 2        /* a hook reads its gradient */
 #define SPMI_WANT_VALUE_GRADIENT 4  /* a hook reads both at the same time */
+#define SPMI_WANT_WRITTEN 8         /* a hook changes it: it does not follow from its inputs */
 
 typedef struct spmi_plan {
     size_t bytes;            /* of the arena */
     int last;                /* the end of time */
-    int segments;            /* 1: without replays */
     unsigned char *wanted;   /* per value: its gradient is for somebody outside */
     unsigned char *need, *have; /* per value: its gradient is of use; one can arrive */
     unsigned char *active;   /* per step: can have a backward pass */
-    unsigned char *pinned, *kept, *saved; /* per value: to the end; across segments; read by some backward step */
-    unsigned char *replayed; /* per step */
+    unsigned char *pinned, *kept, *saved; /* per value: to the end; not replayed; read by some backward step */
     int *replay_time, *backward_time; /* per step; -1: never */
+    int *order, *replays; /* the replayed steps by time; per step: how many of them come before its backward pass */
     int *behind; /* per step: the batch norm that a convolution waits for, to run with it in one go; else itself */
     int n_buffers;
     /* three buffers per value (value, replay, gradient), then one per step for a gradient that cannot be written in
@@ -10199,8 +10233,8 @@ static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
     const int values = program->n_values, steps = program->n_steps;
     memset(plan, 0, sizeof *plan);
     plan->n_buffers = 3 * values + steps;
-    plan->wanted = (unsigned char *)spmi_alloc_array(program->ctx, 6 * (int64_t)values + 2 * (int64_t)steps, 1);
-    plan->replay_time = (int *)spmi_alloc_array(program->ctx, 3 * (int64_t)steps, sizeof(int));
+    plan->wanted = (unsigned char *)spmi_alloc_array(program->ctx, 6 * (int64_t)values + steps, 1);
+    plan->replay_time = (int *)spmi_alloc_array(program->ctx, 5 * (int64_t)steps, sizeof(int));
     plan->buffers = (spmi_buffer *)spmi_alloc_array(program->ctx, plan->n_buffers, sizeof *plan->buffers);
     if (!plan->wanted || !plan->replay_time || !plan->buffers) {
         spmi_plan_free(program->ctx, plan);
@@ -10212,9 +10246,10 @@ static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
     plan->kept = plan->pinned + values;
     plan->saved = plan->kept + values;
     plan->active = plan->saved + values;
-    plan->replayed = plan->active + steps;
     plan->backward_time = plan->replay_time + steps;
     plan->behind = plan->backward_time + steps;
+    plan->order = plan->behind + steps;
+    plan->replays = plan->order + steps;
     return 1;
 }
 
@@ -10245,37 +10280,58 @@ static void spmi_plan_gradients(const spm_program *program, const unsigned char 
     }
 }
 
-/* Which values backward steps read, which ones outlive their segment, which steps are replayed. */
-static void spmi_plan_segments(const spm_program *program, const unsigned char *want, int backward, spmi_plan *plan)
+/* 1 if the step's backward pass reads in[index] (output = 0) or out[index].  A batch norm without residual finds its
+ * ReLU's mask from x, unless a hook has changed y. */
+static int spmi_tape_reads(const spmi_tape_step *step, int changed, int output, int index)
 {
-    const int last_segment = program->n_steps ? program->steps[program->n_steps - 1].segment : 0;
+    if (step->op == SPM_OP_BATCH_NORM && output && index == 0 && !step->in[5] && !changed) return 0;
+    return spm_op_backward_reads(step->op, &step->attr, output, index);
+}
+
+/* 1 if one pass over memory gives the operation's result again. */
+static int spmi_tape_cheap(spm_op op)
+{
+    return op == SPM_OP_BATCH_NORM || op == SPM_OP_RELU || op == SPM_OP_ADD || op == SPM_OP_SHORTCUT_A;
+}
+
+/* Which values backward steps read, and which are let go: inside every segment but the last, all that stays inside; in
+ * what is not replayed as a segment, results of cheap operations whose inputs are there anyway or come again themselves,
+ * at most `chain` in a row. */
+static void spmi_plan_kept(const spm_program *program, const unsigned char *want, int backward, int segments, int chain,
+                           spmi_plan *plan)
+{
+    const int last_segment = program->n_steps && segments ? program->steps[program->n_steps - 1].segment : -1;
     int v, s, i;
+    memset(plan->kept, 0, (size_t)program->n_values);
     for (s = 0; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
         for (i = 0; i < step->n_in; i++) {
             v = step->in[i];
-            if (plan->active[s] && spm_op_backward_reads(step->op, &step->attr, 0, i)) plan->saved[v] = 1;
-            if (program->values[v].kind == SPMI_VALUE_RESULT
+            if (plan->active[s] && spmi_tape_reads(step, 0, 0, i)) plan->saved[v] = 1;
+            if (segments && program->values[v].kind == SPMI_VALUE_RESULT
                 && program->steps[program->values[v].index].segment != step->segment) plan->kept[v] = 1;
         }
         for (i = 0; i < step->n_out; i++) {
             v = step->out + i;
-            if (plan->active[s] && spm_op_backward_reads(step->op, &step->attr, 1, i)) plan->saved[v] = 1;
+            if (plan->active[s] && spmi_tape_reads(step, want[v] & SPMI_WANT_WRITTEN, 1, i)) plan->saved[v] = 1;
             if (backward && (want[v] & SPMI_WANT_VALUE_GRADIENT)) plan->saved[v] = 1;
-            if (plan->segments < 2 || step->segment == last_segment || plan->pinned[v]) plan->kept[v] = 1;
+            if (plan->pinned[v]) plan->kept[v] = 1;
         }
     }
-    if (plan->segments < 2) return;
-    for (s = program->n_steps - 1; s >= 0; s--) {
+    for (s = 0; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
-        if (step->segment == last_segment) continue;
-        for (i = 0; i < step->n_out; i++) {
-            v = step->out + i;
-            if (!plan->kept[v] && plan->saved[v]) plan->replayed[s] = 1;
+        int depth = 1; /* replays in a row; of the steps before this one: plan->order */
+        if (segments && step->segment != last_segment) continue;
+        for (i = 0; i < step->n_in; i++) {
+            const spmi_tape_value *x = &program->values[step->in[i]];
+            if (x->kind != SPMI_VALUE_RESULT) continue;
+            if (!plan->kept[step->in[i]]) depth = SPMI_MAX(depth, plan->order[x->index] + 1);
+            else if (!plan->saved[step->in[i]]) depth = INT_MAX;
         }
-        /* what a replayed step reads inside its segment must be replayed as well: `saved` hands that on */
-        for (i = 0; plan->replayed[s] && i < step->n_in; i++) {
-            if (!plan->kept[step->in[i]]) plan->saved[step->in[i]] = 1;
+        plan->order[s] = depth;
+        for (i = 0; i < step->n_out; i++) {
+            if (i || !backward || depth > chain || !spmi_tape_cheap(step->op)
+                || (want[step->out] & SPMI_WANT_WRITTEN)) plan->kept[step->out + i] = 1;
         }
     }
 }
@@ -10301,20 +10357,43 @@ static void spmi_plan_behind(const spm_program *program, int backward, spmi_plan
     }
 }
 
-static void spmi_plan_times(const spm_program *program, int backward, spmi_plan *plan)
+/* The value is wanted for the backward pass: its step is marked (-2) if it must be replayed. Returns the earliest mark. */
+static int spmi_plan_mark(const spm_program *program, int v, int earliest, spmi_plan *plan)
 {
-    int s, end = program->n_steps, first, now = program->n_steps;
+    const spmi_tape_value *value = &program->values[v];
+    if (value->kind != SPMI_VALUE_RESULT || plan->kept[v] || plan->replay_time[value->index] != -1) return earliest;
+    plan->replay_time[value->index] = -2;
+    return SPMI_MIN(earliest, value->index);
+}
+
+/* The times of the backward steps and of the replays before each: of what it reads, and of what that follows from. */
+static void spmi_plan_times(const spm_program *program, const unsigned char *want, int backward, spmi_plan *plan)
+{
+    int s, t, i, now = program->n_steps, n = 0;
     for (s = 0; s < program->n_steps; s++) plan->replay_time[s] = plan->backward_time[s] = -1;
-    while (backward && end > 0) {
-        for (first = end - 1; first > 0 && plan->segments > 1
-             && program->steps[first - 1].segment == program->steps[end - 1].segment; first--) {
+    for (s = program->n_steps - 1; backward && s >= 0; s--) {
+        const spmi_tape_step *step = &program->steps[s];
+        int earliest = s + 1;
+        for (i = 0; i < step->n_in && plan->active[s]; i++) {
+            if (spmi_tape_reads(step, 0, 0, i)) earliest = spmi_plan_mark(program, step->in[i], earliest, plan);
         }
-        if (plan->segments < 2) first = 0;
-        for (s = first; s < end; s++) {
-            if (plan->replayed[s]) plan->replay_time[s] = now++;
+        for (i = 0; i < step->n_out; i++) {
+            if ((plan->active[s] && spmi_tape_reads(step, want[step->out] & SPMI_WANT_WRITTEN, 1, i))
+                || (want[step->out + i] & SPMI_WANT_VALUE_GRADIENT))
+                earliest = spmi_plan_mark(program, step->out + i, earliest, plan);
         }
-        for (s = end - 1; s >= first; s--) plan->backward_time[s] = now++;
-        end = first;
+        for (t = s; t >= earliest; t--) {
+            for (i = 0; plan->replay_time[t] == -2 && i < program->steps[t].n_in; i++) {
+                earliest = spmi_plan_mark(program, program->steps[t].in[i], earliest, plan);
+            }
+        }
+        for (t = earliest; t <= s; t++) {
+            if (plan->replay_time[t] != -2) continue;
+            plan->replay_time[t] = now++;
+            plan->order[n++] = t;
+        }
+        plan->replays[s] = n;
+        plan->backward_time[s] = now++;
     }
     plan->last = now;
 }
@@ -10332,14 +10411,14 @@ static void spmi_buffer_use(spmi_buffer *buffer, int time)
 #define SPMI_BUFFER_TWICE(program, s) (3 * (program)->n_values + (s))
 
 /* The lives of everything that step s reads and writes. */
-static void spmi_plan_step(const spm_program *program, int s, spmi_plan *plan)
+static void spmi_plan_step(const spm_program *program, const unsigned char *want, int s, spmi_plan *plan)
 {
     const spmi_tape_step *step = &program->steps[s];
     const int replay = plan->replay_time[s], back = plan->active[s] ? plan->backward_time[s] : -1;
     int i, j;
     for (i = 0; i < step->n_in + step->n_out; i++) {
         const int is_in = i < step->n_in, v = is_in ? step->in[i] : step->out + i - step->n_in;
-        const int saved = spm_op_backward_reads(step->op, &step->attr, !is_in, is_in ? i : i - step->n_in);
+        const int saved = spmi_tape_reads(step, want[step->out] & SPMI_WANT_WRITTEN, !is_in, is_in ? i : i - step->n_in);
         spmi_buffer *first = &plan->buffers[SPMI_BUFFER_VALUE(v)];
         spmi_buffer *second = plan->kept[v] ? first : &plan->buffers[SPMI_BUFFER_REPLAY(v)];
         if (!v || program->values[v].kind != SPMI_VALUE_RESULT) continue;
@@ -10374,8 +10453,9 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
         plan->buffers[i].start = INT_MAX;
         plan->buffers[i].end = -1;
         plan->buffers[i].id = i;
+        plan->buffers[i].same = -1;
     }
-    for (s = 0; s < program->n_steps; s++) spmi_plan_step(program, s, plan);
+    for (s = 0; s < program->n_steps; s++) spmi_plan_step(program, want, s, plan);
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
         const spm_tensor shape = spmi_tape_shape(program, v, n, NULL);
@@ -10412,6 +10492,28 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
     return 1;
 }
 
+/* Gradients that may be written over the gradient they follow from: where that one's life ends with the step and the
+ * new one's begins.  A batch norm's residual has the first claim: its gradient is the other's, masked. */
+static void spmi_plan_in_place(const spm_program *program, spmi_plan *plan)
+{
+    int s, i, k;
+    for (s = program->n_steps - 1; s >= 0; s--) {
+        const spmi_tape_step *step = &program->steps[s];
+        const int now = plan->backward_time[s];
+        spmi_buffer *from = &plan->buffers[SPMI_BUFFER_GRADIENT(step->out)];
+        if (!plan->active[s] || from->end != now || plan->buffers[SPMI_BUFFER_TWICE(program, s)].end >= 0) continue;
+        for (k = step->n_in - 1; k >= 0; k--) {
+            spmi_buffer *to = &plan->buffers[SPMI_BUFFER_GRADIENT(step->in[k])], *root;
+            i = from->same >= 0 ? from->same : from->id;
+            root = &plan->buffers[i];
+            if (!spmi_op_in_place(step->op, k) || !step->in[k] || to->start != now || to->bytes != from->bytes) continue;
+            to->same = i;
+            root->end = SPMI_MAX(root->end, to->end);
+            break;
+        }
+    }
+}
+
 /* Large ones first; among equals the earlier. */
 static int spmi_buffer_order(const void *a, const void *b)
 {
@@ -10437,7 +10539,7 @@ static int spmi_plan_pack(spm_context *ctx, spmi_plan *plan)
     for (i = 0; good && i < plan->n_buffers; i++) {
         spmi_buffer *buffer = &plan->buffers[i];
         size_t top = 0, best = SIZE_MAX, best_gap = SIZE_MAX;
-        if (buffer->end < 0) continue;
+        if (buffer->end < 0 || buffer->same >= 0) continue;
         for (j = 0; j < n; j++) { /* placed: in the order of offsets */
             const spmi_buffer *other = &plan->buffers[placed[j]];
             if (other->end < buffer->start || other->start > buffer->end) continue;
@@ -10454,23 +10556,52 @@ static int spmi_plan_pack(spm_context *ctx, spmi_plan *plan)
         placed[j] = i;
     }
     if (good) qsort(plan->buffers, (size_t)plan->n_buffers, sizeof *plan->buffers, spmi_buffer_by_id);
+    for (i = 0; good && i < plan->n_buffers; i++) {
+        if (plan->buffers[i].same >= 0) plan->buffers[i].offset = plan->buffers[plan->buffers[i].same].offset;
+    }
     spmi_free(ctx, placed);
     return good;
 }
 
-/* A plan for batches of n; `want` are the run's wishes per value. 0 if memory runs out. */
-static int spmi_plan_create(const spm_program *program, const unsigned char *want, int64_t n, int backward,
-                            int segments, spmi_plan *plan)
+/* A plan for batches of n with at most `chain` cheap replays in a row; `want` are the run's wishes per value. 0 if memory
+ * runs out. */
+static int spmi_plan_try(const spm_program *program, const unsigned char *want, int64_t n, const spm_run_desc *desc,
+                         int chain, spmi_plan *plan)
 {
     if (!spmi_plan_alloc(program, plan)) return 0;
-    plan->segments = backward && segments ? program->segment + 1 : 1;
-    spmi_plan_gradients(program, want, backward, plan);
-    spmi_plan_segments(program, want, backward, plan);
-    spmi_plan_times(program, backward, plan);
-    spmi_plan_behind(program, backward, plan);
-    if (spmi_plan_lives(program, want, n, backward, plan) && spmi_plan_pack(program->ctx, plan)) return 1;
+    spmi_plan_gradients(program, want, desc->backward, plan);
+    spmi_plan_kept(program, want, desc->backward, desc->backward && desc->segments, chain, plan);
+    spmi_plan_times(program, want, desc->backward, plan);
+    spmi_plan_behind(program, desc->backward, plan);
+    if (spmi_plan_lives(program, want, n, desc->backward, plan)) {
+        spmi_plan_in_place(program, plan);
+        if (spmi_plan_pack(program->ctx, plan)) return 1;
+    }
     spmi_plan_free(program->ctx, plan);
     return 0;
+}
+
+/* The smallest of a few plans: long chains of replays let more go, but all of them live again at the same time. */
+static int spmi_plan_create(const spm_program *program, const unsigned char *want, const spm_run_desc *desc,
+                            spmi_plan *plan)
+{
+    static const int chains[] = { 1, 2, 4, INT_MAX - 1 };
+    int i;
+    if (!spmi_plan_try(program, want, desc->max_batch, desc, desc->keep_norms ? 0 : chains[0], plan)) return 0;
+    for (i = 1; i < 4 && desc->backward && !desc->keep_norms; i++) {
+        spmi_plan other;
+        if (!spmi_plan_try(program, want, desc->max_batch, desc, chains[i], &other)) {
+            spmi_plan_free(program->ctx, plan);
+            return 0;
+        }
+        if (other.bytes < plan->bytes) {
+            const spmi_plan larger = *plan;
+            *plan = other;
+            other = larger;
+        }
+        spmi_plan_free(program->ctx, &other);
+    }
+    return 1;
 }
 
 /* ---- runs ---- */
@@ -10571,7 +10702,7 @@ static spm_status spmi_run_plan(spm_run *run)
     char *arena = NULL;
     int v;
     for (v = 0; want && v < program->n_values; v++) want[v] = run->values[v].want;
-    if (want && spmi_plan_create(program, want, run->desc.max_batch, run->desc.backward, run->desc.segments, &plan)) {
+    if (want && spmi_plan_create(program, want, &run->desc, &plan)) {
         if (plan.bytes < SIZE_MAX - SPMI_ALIGN) arena = (char *)spmi_alloc(run->ctx, plan.bytes + SPMI_ALIGN);
         if (!arena) spmi_plan_free(run->ctx, &plan);
     }
@@ -10904,6 +11035,7 @@ static void spmi_run_step_hooks(spm_run *run, int s, int replay)
 static void spmi_run_forward_alone(spm_run *run, int s, int replay)
 {
     spmi_run_point(run, s, replay);
+    run->calls[s].statistics_ready = replay;
     spm_op_forward(run->ctx, run->program->steps[s].op, &run->calls[s]);
     spmi_run_step_hooks(run, s, replay);
 }
@@ -11234,6 +11366,7 @@ static void spmi_run_backward_step(spm_run *run, int s)
     }
     if (!wanted) return;
     spmi_run_point(run, s, 1);
+    if (!spmi_tape_reads(step, out->want & SPMI_WANT_WRITTEN, 1, 0)) call->out[0].data = NULL;
     call->d_out = call->out[0];
     call->d_out.data = out->gradient;
     for (i = 0; i < step->n_in; i++) {
@@ -11261,7 +11394,7 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
     const spm_program *program = run->program;
     spm_status status = SPM_OK;
     unsigned mode;
-    int s, v, first, end = program->n_steps;
+    int s, v, useful, done = 0;
     if (run->state != SPMI_RUN_FORWARD || !run->desc.backward) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                          "a backward pass wants a forward pass before it, in a run made with backward = 1");
@@ -11270,19 +11403,12 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
     if (status) return status;
     mode = spmi_denormals_off();
     spmi_run_needs(run);
-    while (end > run->first_step) { /* one segment: [first, end) */
-        int useful = run->values[program->steps[end - 1].out].need;
-        first = end - 1;
-        while (first > run->first_step
-               && (run->plan.segments < 2 || program->steps[first - 1].segment == program->steps[end - 1].segment)) {
-            first--;
-            useful |= run->values[program->steps[first].out].need;
+    for (useful = run->first_step; useful < program->n_steps && !run->values[program->steps[useful].out].need;) useful++;
+    for (s = program->n_steps - 1; s >= useful; s--) {
+        for (; done < run->plan.replays[s]; done++) {
+            if (run->plan.order[done] >= run->first_step) spmi_run_forward_step(run, run->plan.order[done], 1);
         }
-        for (s = first; s < end && useful; s++) {
-            if (run->plan.replayed[s]) spmi_run_forward_step(run, s, 1);
-        }
-        for (s = end - 1; s >= first; s--) spmi_run_backward_step(run, s);
-        end = first;
+        spmi_run_backward_step(run, s);
     }
     for (v = 1; v < program->n_values && run->n_hooks; v++) {
         if (run->values[v].hooked && run->values[v].written
@@ -11535,7 +11661,7 @@ SPMDEF spm_status spm_run_hook_write(spm_run *run, spm_value value, void (*fn)(v
     hook.kind = -1;
     hook.fn = fn;
     hook.user = user;
-    return spmi_run_add_hook(run, &hook, 0);
+    return spmi_run_add_hook(run, &hook, run->desc.backward ? SPMI_WANT_WRITTEN : 0);
 }
 
 SPMDEF spm_status spm_run_hook_write_gradient(spm_run *run, spm_value value,

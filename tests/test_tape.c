@@ -320,7 +320,16 @@ static int same(const float *a, const float *b, int64_t n)
     return memcmp(a, b, (size_t)n * sizeof(float)) == 0;
 }
 
-/* Memory sharing, and replays of segments, change no bit: against a run in which every value is kept. */
+static void zero_first_channel(void *user, spm_tensor *value)
+{
+    const int64_t channels = value->shape[value->rank - 1], n = spm_tensor_count(value);
+    int64_t i;
+    for (i = 0; i < n; i += channels) value->data[i] = 0;
+    ++*(int *)user;
+}
+
+/* Memory sharing, replays of segments and of batch norms change no bit: against a run in which every value is kept; also
+ * where a hook changes what lies behind the norms (way 4: with norms computed anew, 5: kept). */
 static void test_plans_and_segments_change_nothing(void)
 {
     static const char names[][64] = { "resnet18:width=8,stem=cifar", "resnet50:width=8", "resnet20:width=4",
@@ -330,26 +339,48 @@ static void test_plans_and_segments_change_nothing(void)
         for (training = 0; training < 2; training++) {
             spm_context *ctx = context(2);
             spm_model *model = network(ctx, names[i], 32, 3);
-            float *image = noise(4 * 32 * 32 * 3, 1), *d = noise(12, 2), *got[3] = { NULL, NULL, NULL };
+            float *image = noise(4 * 32 * 32 * 3, 1), *d = noise(12, 2), *got[6] = { NULL, NULL, NULL, NULL, NULL, NULL };
+            size_t bytes[6];
             int64_t total = 0;
-            for (way = 0; way < 3; way++) {
-                spm_run *run = run_of(model, 4, 1, way == 2);
-                if (way == 0) {
-                    for (v = 1; spm_program_shape(spm_model_program(model), v, 1).rank; v++) {
-                        if (i == 0 || v % 7 == 0) (void)spm_run_keep(run, v);
-                        spm_run_error(run)->status = SPM_OK;
-                        spm_run_error(run)->text[0] = 0;
-                    }
+            for (way = 0; way < 6; way++) {
+                spm_run_desc desc;
+                spm_run *run;
+                int calls = 0;
+                memset(&desc, 0, sizeof desc);
+                desc.max_batch = 4;
+                desc.backward = 1;
+                desc.segments = way == 2;
+                desc.keep_norms = way == 3 || way == 5;
+                desc.seed = 11;
+                run = spm_run_create(model, &desc, NULL);
+                CHECK(run != NULL);
+                for (v = 1; spm_program_shape(spm_model_program(model), v, 1).rank; v++) {
+                    if (way == 0 && (i == 0 || v % 7 == 0)) (void)spm_run_keep(run, v);
+                    spm_run_error(run)->status = SPM_OK;
+                    spm_run_error(run)->text[0] = 0;
+                }
+                for (v = 0; way >= 4 && v < spm_model_parameter_count(model); v++) {
+                    const spm_parameter *p = spm_model_parameter(model, v);
+                    if (p->norm_output && p->norm_output != p->output && v % 2 == 0)
+                        CHECK_INT(spm_run_hook_write(run, p->norm_output, zero_first_channel, &calls), SPM_OK);
                 }
                 spm_model_zero_gradients(model);
                 step(run, model, image, d, 4, training);
+                v = calls;
+                spm_model_zero_gradients(model);
+                step(run, model, image, d, 4, training); /* again, in memory that is no longer fresh */
+                CHECK_INT(calls, 2 * v);
+                CHECK((calls > 0) == (way >= 4 && i < 3));
                 spm_model_finish_gradients(model);
                 got[way] = gradients(model, &total);
+                bytes[way] = spm_run_bytes(run);
                 spm_run_destroy(run);
             }
-            CHECK_MSG(same(got[0], got[1], total), names[i]);
-            CHECK_MSG(same(got[1], got[2], total), names[i]);
-            for (way = 0; way < 3; way++) free(got[way]);
+            for (way = 1; way < 4; way++) CHECK_MSG(same(got[0], got[way], total), names[i]);
+            CHECK_MSG(same(got[4], got[5], total), names[i]);
+            CHECK_MSG(same(got[0], got[4], total) == (i >= 3), names[i]);
+            CHECK_MSG(i < 3 ? bytes[1] < bytes[3] : bytes[1] <= bytes[3], names[i]);
+            for (way = 0; way < 6; way++) free(got[way]);
             free(image);
             free(d);
             spm_model_destroy(model);
