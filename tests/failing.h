@@ -2,8 +2,8 @@
  * data sets written into it. */
 #ifndef SPURMEM_TEST_FAILING_H
 #define SPURMEM_TEST_FAILING_H
-#include "../spurmem.h"
 #include "test.h"
+#include "../spurmem.h"
 #include <dirent.h>
 #include <pthread.h>
 #include <sys/stat.h>

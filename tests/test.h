@@ -5,6 +5,9 @@
  * that tests/run.sh adds up.  A test counts as failed when any of its checks failed. */
 #ifndef SPURMEM_TEST_H
 #define SPURMEM_TEST_H
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* lstat and symlink, which -std=c99 hides otherwise */
+#endif
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

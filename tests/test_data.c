@@ -1,7 +1,7 @@
 /* Sections DATA and LOAD: every data set format, every error sentence, transforms against Pillow and torchvision, and the promise that
  * a batch depends on (seed, epoch, example) alone.  All data sets are written here, below a temporary folder. */
-#include "../spurmem.h"
 #include "test.h"
+#include "../spurmem.h"
 #include <stdarg.h>
 #include <stdint.h>
 #include <unistd.h>
