@@ -875,15 +875,16 @@ typedef struct spm_decode_desc {
  * errors.  Test: test_png.c. */
 SPMDEF spm_image_format spm_image_probe(const void *data, size_t size, int *width, int *height);
 
-/* Decodes JPEG, PNG, PPM or PGM to RGB with the bytes of Pillow 9.4's open(...).convert("RGB"): gray is repeated, alpha
+/* Decodes JPEG, PNG, PPM, PGM or PBM to RGB with the bytes of Pillow 9.4's open(...).convert("RGB"): gray is repeated, alpha
  * and tRNS are dropped (not blended), palettes are applied (indices beyond the palette give their number as gray), 1, 2
  * and 4 bits are spread over 0..255, CMYK and YCCK go through Pillow's formula, 16 bits keep their high byte.  The one
  * wanted difference: 16-bit gray is clipped at 255 by Pillow, which turns almost everything white; here it keeps its
  * high byte as well.
  *
- * Damage: JPEG as in Pillow.  PNG: wrong CRCs before the pixels, wrong Adler checksums, missing rows, reserved header
- * values are errors; a wrong CRC of an IDAT chunk whose Adler checksum holds, a missing end behind complete pixels and
- * surplus data are only logged (Pillow does not object either).  GIF, BMP, WebP, Apple's CgBI files: SPM_E_UNSUPPORTED.
+ * Damage: as in Pillow.  PNG: wrong CRCs before the pixels, wrong Adler checksums, missing rows, chunks cut off or with
+ * senseless content (also behind the pixels) are errors; a wrong CRC of an IDAT chunk whose Adler checksum holds, a
+ * missing end behind complete pixels and surplus data are only logged.  golden/make_verdicts.py compares, and lists the
+ * exceptions.  GIF, BMP, WebP, Apple's CgBI files: SPM_E_UNSUPPORTED.
  *
  *   name    stands at the head of error sentences (a path); NULL: "picture"
  *   desc    NULL: all zero
@@ -14580,11 +14581,12 @@ static int spmi_jpeg_read_huffman(spmi_jpeg *d, const uint8_t *p, int length, in
 /* Conditioning of arithmetic coding: of no use here, but judged as libjpeg does. */
 static int spmi_jpeg_read_conditioning(spmi_jpeg *d, const uint8_t *p, int length, int have)
 {
-    for (; have >= 2; p += 2, have -= 2, length -= 2) {
-        if (p[0] > 31 || (p[0] < 16 && (p[1] & 15) > p[1] >> 4)) break;
+    int wrong = 0;
+    for (; have >= 2 && !wrong; p += 2, have -= 2, length -= 2) {
+        wrong = p[0] > 31 || (p[0] < 16 && (p[1] & 15) > p[1] >> 4);
     }
-    if (length > have) d->ended = 1;
-    else if (length != 0)
+    if (length > have && !wrong) d->ended = 1;
+    else if (length != 0 || wrong)
         return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a segment on arithmetic coding is not valid; the file is damaged",
                               d->name);
     return 1;
@@ -14593,7 +14595,7 @@ static int spmi_jpeg_read_conditioning(spmi_jpeg *d, const uint8_t *p, int lengt
 static int spmi_jpeg_read_frame(spmi_jpeg *d, int marker, const uint8_t *p, int length, int have)
 {
     int i;
-    if (have < 6 && length > have) {
+    if (d->end - p < 6) { /* libjpeg reads them all before it looks */
         d->ended = 1;
         return 1;
     }
@@ -14638,7 +14640,7 @@ static int spmi_jpeg_read_frame(spmi_jpeg *d, int marker, const uint8_t *p, int 
 static int spmi_jpeg_read_scan(spmi_jpeg *d, const uint8_t *p, int length, int have)
 {
     int i, j, n = have > 0 ? p[0] : 0;
-    if (have < 1 && length > have) {
+    if (p == d->end) {
         d->ended = 1;
         return 1;
     }
@@ -14747,6 +14749,10 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
             if (!spmi_jpeg_read_conditioning(d, p, length, have)) return 0;
         } else if (marker <= 0xcf) {
             if (!spmi_jpeg_read_frame(d, marker, p, length, have)) return 0;
+        } else if (!d->scans && have < 7 && (marker == 0xe0 ? have >= 4 && memcmp(p, "JFIF", 4) == 0
+                   : marker == 0xee && have >= 5 && memcmp(p, "Adobe", 5) == 0)) { /* Pillow wants the version in it */
+            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a %s segment of %d bytes is too short; the file is damaged",
+                                  d->name, marker == 0xe0 ? "JFIF" : "Adobe", length);
         } else if (marker == 0xe0) {
             if (have >= 14 && memcmp(p, "JFIF\0", 5) == 0) d->seen_jfif = 1;
         } else if (marker == 0xee) {
@@ -15589,7 +15595,7 @@ static int spmi_jpeg_waits_for_more(spmi_jpeg *d, const uint8_t *scan)
         if (d->restart_interval && d->restart_left == 0) {
             spmi_jpeg_restart(d);
             pace.at = d->in.at;
-            pace.left = 0;
+            pace.left = d->marker ? INT_MAX / 2 : 0; /* a marker of later: zeros up to it */
         }
         if (d->restart_interval) d->restart_left--;
         for (;;) {
@@ -16049,10 +16055,14 @@ typedef struct spmi_png {
     size_t first;          /* offset of the first IDAT chunk */
     size_t idat_bytes;     /* of all IDAT chunks together */
     size_t bad_crc;        /* offset of an IDAT chunk whose CRC does not match, or 0 */
+    size_t tail;           /* behind the last IDAT chunk */
+    const uint8_t *palette;
+    size_t palette_count;
     int64_t width, height;
-    int depth, color, interlaced, idat_count, palette_count;
+    int depth, color, interlaced, idat_count;
     int cut;               /* the file ends inside the IDAT chunks */
-    uint8_t palette[256][3];
+    uint32_t frames, sequence; /* of an animation: frames (0: none), the next chunk's number */
+    int has_frame;
 } spmi_png;
 
 /* Adam7: first column and row of each pass and the steps; the last line is a picture without interlacing. */
@@ -16083,121 +16093,181 @@ static int spmi_png_channels(int color)
     return color == 2 ? 3 : color == 4 ? 2 : color == 6 ? 4 : 1;
 }
 
-static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t length, size_t at)
+static spm_status spmi_png_fail(const spmi_png *png, size_t at, const char *why)
 {
-    int depth, color, known;
-    if (length < 13) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk IHDR at byte %.0f: it has %.0f bytes instead of "
-                         "13; the file is damaged",
-                         png->name, (double)at, (double)length);
-    }
-    png->width = spmi_load32_big(body);
-    png->height = spmi_load32_big(body + 4);
-    png->depth = depth = body[8];
-    png->color = color = body[9];
-    png->interlaced = body[12];
+    return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
+                     "%s: chunk %.4s at byte %.0f: %s; the file is cut off or damaged", png->name,
+                     (const char *)png->data + at + 4, (double)at, why);
+}
+
+static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t at)
+{
+    const int depth = body[8], color = body[9];
+    int known = 0;
     if (color == 2 || color == 4 || color == 6) known = depth == 8 || depth == 16;
     else if (depth == 8 || depth == 16) known = color == 0 || (color == 3 && depth == 8);
     else known = (depth == 1 || depth == 2 || depth == 4) && (color == 0 || color == 3);
-    if (!known || body[10] != 0 || body[11] != 0 || png->interlaced > 1) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
-                         "%s: chunk IHDR at byte %.0f: colour type %d with %d bits, compression %d, filter %d, "
-                         "interlacing %d do not exist in PNG; the file is damaged",
-                         png->name, (double)at, color, depth, body[10], body[11], png->interlaced);
-    }
-    return SPM_OK;
+    png->width = spmi_load32_big(body);
+    png->height = spmi_load32_big(body + 4);
+    png->depth = depth;
+    png->color = color;
+    if (body[12]) png->interlaced = 1;
+    return known ? SPM_OK : spmi_png_fail(png, at, "no such colour type with so many bits exists in PNG");
 }
 
-/* Walks the chunks up to the last IDAT and a little beyond.  As in Pillow, a wrong CRC before the pixels is an error,
- * also in a chunk nobody needs; unknown chunks are stepped over; what follows the pixels is not judged but for a chunk
- * that the file cuts off.  A wrong CRC of the pixels is only noted: their own Adler checksum decides. */
+/* Behind the next zero byte, or NULL. */
+static const uint8_t *spmi_png_past(const uint8_t *p, const uint8_t *end)
+{
+    p = p && p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL;
+    return p ? p + 1 : NULL;
+}
+
+/* What Pillow objects to in a chunk whatever its checksum, also where the pixels do not need it; NULL: nothing. */
+static const char *spmi_png_objection(spmi_png *png, const uint8_t *chunk, size_t length)
+{
+    static const char least[7][6] = { "gAMA\4", "sRGB\1", "pHYs\11", "acTL\10", "fcTL\32", "fdAT\4", "IHDR\15" };
+    const uint8_t *body = chunk + 8, *end = body + length, *packed = NULL;
+    const int is_frame = spmi_png_is(chunk, "fcTL");
+    int i;
+    for (i = 0; i < 7; i++) if (spmi_png_is(chunk, least[i]) && length < (size_t)least[i][4]) return "it is too short";
+    if (spmi_png_is(chunk, "tRNS") && length < (png->color == 0 ? 2u : png->color == 2 ? 6u : 0u)) {
+        return "it is too short";
+    }
+    if (spmi_png_is(chunk, "cHRM") && length % 4) return "its length is not a multiple of 4";
+    if (spmi_png_is(chunk, "IHDR") && body[11]) return "its filter method does not exist";
+    if (spmi_png_is(chunk, "acTL")) {
+        const uint32_t frames = spmi_load32_big(body);
+        if (png->frames) png->frames = 0;
+        else if (frames <= 0x80000000u) png->frames = frames;
+    }
+    if (is_frame || spmi_png_is(chunk, "fdAT")) {
+        if (spmi_load32_big(body) != png->sequence || (!is_frame && !png->sequence)) return "its number is out of turn";
+        png->sequence++;
+    }
+    if (is_frame) {
+        const int64_t w = spmi_load32_big(body + 4), h = spmi_load32_big(body + 8);
+        if (w + spmi_load32_big(body + 12) > png->width || h + spmi_load32_big(body + 16) > png->height) {
+            return "its frame reaches beyond the picture";
+        }
+        png->has_frame = 1;
+    }
+    if (spmi_png_is(chunk, "iCCP")) {
+        packed = spmi_png_past(body, end);
+        if (!packed) return "its name has no end";
+        packed++;
+    }
+    else if (spmi_png_is(chunk, "zTXt")) {
+        packed = spmi_png_past(body, end);
+        if (packed && packed < end && *packed++) return "its compression method does not exist";
+    }
+    else if (spmi_png_is(chunk, "iTXt")) {
+        packed = spmi_png_past(body, end);
+        packed = packed && end - packed > 2 && packed[0] && !packed[1] ? packed + 2 : NULL;
+        packed = spmi_png_past(spmi_png_past(packed, end), end);
+    }
+    if (packed && packed < end) { /* a bomb beside the pixels */
+        spm_error err = SPM_ZERO;
+        uint8_t *text;
+        size_t size;
+        const spm_status status = spm_inflate(png->ctx, packed, (size_t)(end - packed), 1, (size_t)1 << 20, &text, &size,
+                                              &err);
+        spmi_free(png->ctx, text);
+        if (status == SPM_E_UNSUPPORTED) return "it unpacks to more than 1 MiB";
+    }
+    return NULL;
+}
+
+/* 1 if a chunk with a possible name begins at `at`. */
+static int spmi_png_begins(const spmi_png *png, size_t at)
+{
+    const uint8_t *name = png->data + at + 4;
+    int i;
+    if (at > png->size || png->size - at < 8) return 0;
+    for (i = 0; i < 4; i++) {
+        if (!((name[i] >= 'a' && name[i] <= 'z') || (name[i] >= 'A' && name[i] <= 'Z')
+              || (name[i] >= '0' && name[i] <= '9') || name[i] == '_')) return 0;
+    }
+    return 1;
+}
+
+static int spmi_png_crc_holds(const spmi_png *png, size_t at, size_t length)
+{
+    const uint8_t *chunk = png->data + at;
+    return png->size - at >= length + 12 && spmi_crc32(0, chunk + 4, length + 4) == spmi_load32_big(chunk + 8 + length);
+}
+
+/* Walks the chunks up to the last IDAT.  As in Pillow, a wrong CRC before the pixels is an error, also in a chunk
+ * nobody needs; unknown chunks are stepped over; the last IHDR and PLTE count.  A wrong CRC of the pixels is only
+ * noted: their own Adler checksum decides; and whether they are complete is seen when they are unpacked. */
 static spm_status spmi_png_chunks(spmi_png *png)
 {
     const uint8_t *data = png->data;
-    size_t at = 8;
-    int seen_header = 0, after = 0;
-    for (;;) {
-        const uint8_t *chunk = data + at;
-        size_t length, rest = png->size - at;
-        int i, is_idat, critical = 1;
+    size_t at = 8, length;
+    int more = 1;
+    for (;; at += length + 12) {
+        const char *why;
         spm_status status = SPM_OK;
-        if (rest < 8) break;
-        length = spmi_load32_big(chunk);
-        for (i = 4; i < 8; i++) {
-            critical = critical && ((chunk[i] >= 'a' && chunk[i] <= 'z') || (chunk[i] >= 'A' && chunk[i] <= 'Z')
-                                    || (chunk[i] >= '0' && chunk[i] <= '9') || chunk[i] == '_');
+        if (png->size - at < 8 || spmi_png_is(data + at, "IEND")) {
+            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: the file ends at byte %.0f without an IDAT chunk, "
+                             "so it has no pixels; it is cut off or damaged",
+                             png->name, (double)at);
         }
-        if (!critical) {
-            if (png->idat_count) break;
+        if (!spmi_png_begins(png, at)) {
             return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: byte %.0f: a chunk's name should stand here; the "
                              "file is damaged",
                              png->name, (double)at);
         }
-        if (png->idat_count && spmi_png_is(chunk, "IEND")) break;
-        is_idat = spmi_png_is(chunk, "IDAT");
-        /* whether the pixels are complete is seen when they are unpacked */
-        if (length > rest - 8 && is_idat && !after) {
-            png->cut = 1;
-            length = rest - 8;
-            if (!png->idat_count++) png->first = at;
-            png->idat_bytes += length;
-            break;
-        }
-        if (length > rest - 8) {
-            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
-                             "%s: chunk %.4s at byte %.0f: it claims %.0f bytes, the file has %.0f more; the file is "
-                             "cut off or damaged",
-                             png->name, (const char *)chunk + 4, (double)at, (double)length, (double)(rest - 8));
-        }
-        if (png->idat_count && !is_idat) after = 1;
-        if (spmi_png_is(chunk, "IEND")) break;
-        if (!after) {
-            int matches = length + 12 <= rest;
-            if (matches) matches = spmi_crc32(0, chunk + 4, length + 4) == spmi_load32_big(chunk + 8 + length);
-            if (!matches && is_idat && !png->bad_crc) png->bad_crc = at;
-            if (!matches && !is_idat) {
-                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk %.4s at byte %.0f: CRC does not match; "
-                                 "the file is damaged",
-                                 png->name, (const char *)chunk + 4, (double)at);
-            }
-        }
-        if (spmi_png_is(chunk, "CgBI")) {
+        if (spmi_png_is(data + at, "IDAT")) break;
+        length = spmi_load32_big(data + at);
+        if (length > png->size - at - 8) return spmi_png_fail(png, at, "it claims more bytes than the file has");
+        if (spmi_png_is(data + at, "CgBI")) {
             return spmi_fail(png->ctx, png->err, SPM_E_UNSUPPORTED,
                              "%s: chunk CgBI at byte %.0f: this is Apple's private variant of PNG; convert it to a "
                              "standard PNG",
                              png->name, (double)at);
         }
-        if (!after && seen_header == spmi_png_is(chunk, "IHDR")) {
-            return spmi_fail(png->ctx, png->err, SPM_E_FORMAT,
-                             "%s: chunk %.4s at byte %.0f: the first chunk, and no other, must be IHDR; the file is "
-                             "damaged",
-                             png->name, (const char *)chunk + 4, (double)at);
-        }
-        if (is_idat && !after) {
-            if (!png->idat_count++) png->first = at;
-            png->idat_bytes += length;
-        }
-        else if (!seen_header) {
-            status = spmi_png_header(png, chunk + 8, length, at);
-            seen_header = 1;
-        }
-        else if (spmi_png_is(chunk, "PLTE") && !png->idat_count && png->color == 3) {
-            if (length > 768) {
-                return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: chunk PLTE at byte %.0f: %.0f bytes are more "
-                                 "than 256 colours; the file is damaged",
-                                 png->name, (double)at, (double)length);
-            }
-            png->palette_count = (int)(length / 3);
-            if (length >= 3) memcpy(png->palette, chunk + 8, length / 3 * 3);
-        }
+        why = spmi_png_objection(png, data + at, length);
+        if (!why && !spmi_png_crc_holds(png, at, length)) why = "CRC does not match";
+        if (why) return spmi_png_fail(png, at, why);
+        if (spmi_png_is(data + at, "IHDR")) status = spmi_png_header(png, data + at + 8, at);
         if (status) return status;
-        if (length + 12 > rest) break;
-        at += length + 12;
+        if (spmi_png_is(data + at, "PLTE") && png->color == 3) {
+            png->palette = data + at + 8;
+            png->palette_count = length / 3;
+        }
     }
-    if (!png->idat_count) {
-        return spmi_fail(png->ctx, png->err, SPM_E_FORMAT, "%s: the file ends at byte %.0f without an IDAT chunk, so "
-                         "it has no pixels; it is cut off or damaged",
-                         png->name, (double)at);
+    if (!png->depth) return spmi_png_fail(png, at, "the pixels come before IHDR");
+    if (png->palette_count > 256) return spmi_png_fail(png, at, "the palette before it has more than 256 colours");
+    png->first = at;
+    while (more) {
+        length = spmi_load32_big(data + at);
+        png->cut = length > png->size - at - 8;
+        if (png->cut) length = png->size - at - 8;
+        if (!png->bad_crc && !spmi_png_crc_holds(png, at, length)) png->bad_crc = at;
+        png->idat_count++;
+        png->idat_bytes += length;
+        at = png->size - at >= length + 12 ? at + length + 12 : png->size;
+        more = spmi_png_begins(png, at) && spmi_png_is(data + at, "IDAT");
+    }
+    png->tail = at;
+    return SPM_OK;
+}
+
+/* The chunks behind the pixels, whose CRCs Pillow does not look at: but it reads them, up to IEND, to the next frame of
+ * an animation, or to what cannot be a chunk. */
+static spm_status spmi_png_check_tail(spmi_png *png)
+{
+    const int animated = png->frames && png->frames + !png->has_frame > 1;
+    size_t at = png->tail, length;
+    for (; spmi_png_begins(png, at); at += length + 12) {
+        const uint8_t *chunk = png->data + at;
+        const char *why = NULL;
+        length = spmi_load32_big(chunk);
+        if (spmi_png_is(chunk, "IEND") || (animated && spmi_png_is(chunk, "fcTL"))) break;
+        if (length > png->size - at - 8) why = "it claims more bytes than the file has";
+        else why = spmi_png_objection(png, chunk, length);
+        if (why) return spmi_png_fail(png, at, why);
+        if (length + 12 > png->size - at) break;
     }
     return SPM_OK;
 }
@@ -16265,7 +16335,7 @@ static int spmi_png_unfilter(int filter, uint8_t *row, const uint8_t *above, int
 
 /* One row of `n` pixels to RGB: 16-bit samples keep their high byte, alpha is left out, small gray samples are spread
  * over 0..255, palette entries beyond PLTE are a gray ramp (Pillow's default palette). */
-static void spmi_png_convert(const spmi_png *png, const uint8_t *row, int64_t n, uint8_t *rgb)
+static void spmi_png_convert(const spmi_png *png, const uint8_t *palette, const uint8_t *row, int64_t n, uint8_t *rgb)
 {
     const int bytes = png->depth == 16 ? 2 : 1;
     const int step = spmi_png_channels(png->color) * bytes;
@@ -16275,11 +16345,11 @@ static void spmi_png_convert(const spmi_png *png, const uint8_t *row, int64_t n,
         for (i = 0; i < n; i++, rgb += 3) {
             int64_t bit = i * depth;
             int value = row[bit >> 3] >> (8 - depth - (int)(bit & 7)) & most;
-            if (png->color == 3) memcpy(rgb, png->palette[value], 3);
+            if (png->color == 3) memcpy(rgb, palette + 3 * value, 3);
             else memset(rgb, value * factor, 3);
         }
     }
-    else if (png->color == 3) for (i = 0; i < n; i++) memcpy(rgb + 3 * i, png->palette[row[i]], 3);
+    else if (png->color == 3) for (i = 0; i < n; i++) memcpy(rgb + 3 * i, palette + 3 * row[i], 3);
     else if (png->color == 2 && bytes == 1) memcpy(rgb, row, (size_t)n * 3);
     else if (png->color & 2) {
         for (i = 0; i < n; i++, row += step, rgb += 3) {
@@ -16296,7 +16366,10 @@ static void spmi_png_convert(const spmi_png *png, const uint8_t *row, int64_t n,
 /* Unfilters `raw` and writes the picture; `line` holds one RGB row and one raw row of zeros. */
 static spm_status spmi_png_pixels(spmi_png *png, uint8_t *raw, uint8_t *line, uint8_t *pixels)
 {
-    int pass, step = SPMI_MAX(1, spmi_png_channels(png->color) * png->depth / 8);
+    int pass, step = SPMI_MAX(1, spmi_png_channels(png->color) * png->depth / 8), i;
+    uint8_t palette[768];
+    for (i = 0; i < 256; i++) memset(palette + 3 * i, i, 3);
+    if (png->palette_count) memcpy(palette, png->palette, 3 * png->palette_count);
     for (pass = png->interlaced ? 0 : 7; pass < (png->interlaced ? 7 : 8); pass++) {
         const uint8_t *p = spmi_png_passes[pass], *above = line + png->width * 3;
         int64_t w = spmi_png_pass_size(png->width, p[0], p[2]), h = spmi_png_pass_size(png->height, p[1], p[3]);
@@ -16310,14 +16383,71 @@ static spm_status spmi_png_pixels(spmi_png *png, uint8_t *raw, uint8_t *line, ui
                                  png->name, (double)png->first, (double)(p[1] + y * p[3]), raw[0]);
             }
             if (p[2] == 1) {
-                spmi_png_convert(png, raw + 1, w, to);
+                spmi_png_convert(png, palette, raw + 1, w, to);
                 continue;
             }
-            spmi_png_convert(png, raw + 1, w, line);
+            spmi_png_convert(png, palette, raw + 1, w, line);
             for (x = 0; x < w; x++) memcpy(to + x * p[2] * 3, line + x * 3, 3);
         }
     }
     return SPM_OK;
+}
+
+/* Pillow reads the pixels in pieces: a piece ends with its chunk, or after 64 KiB.  The offset in the joined data where
+ * piece k ends, and the number of its chunk; 0 where there are fewer pieces. */
+static size_t spmi_png_piece(const spmi_png *png, size_t k, int *chunk)
+{
+    size_t at = png->first, used = 0;
+    for (*chunk = 0; *chunk < png->idat_count; ++*chunk) {
+        const size_t claim = spmi_load32_big(png->data + at), length = SPMI_MIN(claim, png->idat_bytes - used);
+        const size_t pieces = (length + 65535) / 65536;
+        if (k < pieces) return used + SPMI_MIN(length, (k + 1) * 65536);
+        k -= pieces;
+        used += length;
+        at += length + 12;
+    }
+    return 0;
+}
+
+/* Unpacks the first `size` bytes of the joined data into at most `room`. */
+static spmi_inflate_result spmi_png_inflate(spmi_inflater *s, size_t size, size_t room)
+{
+    s->at = s->used = 0;
+    s->bits = 0;
+    s->count = 0;
+    s->size = size;
+    s->capacity = s->limit = room;
+    return spmi_inflate_stream(s, 1);
+}
+
+/* As in Pillow, the piece in which the last row ends is the last one looked at: what is wrong with later ones does not
+ * matter, only that their chunks are there; and some byte must be unread when the last row begins. */
+static spmi_inflate_result spmi_png_stop_early(spmi_png *png, spmi_inflater *s, size_t raw_bytes, size_t last_row)
+{
+    size_t low = 0, high = png->idat_bytes / 65536 + (size_t)png->idat_count, end;
+    int chunk;
+    while (low < high) { /* the first piece with which all rows are there */
+        const size_t k = low + (high - low) / 2;
+        end = spmi_png_piece(png, k, &chunk);
+        if (!end) high = k;
+        else {
+            (void)spmi_png_inflate(s, end, raw_bytes);
+            if (s->used == raw_bytes) high = k;
+            else low = k + 1;
+        }
+    }
+    end = spmi_png_piece(png, low, &chunk);
+    if (!end) return SPMI_INFLATE_CUT;
+    if (last_row < raw_bytes && spmi_png_inflate(s, end, raw_bytes - last_row) == SPMI_INFLATE_FULL
+        && s->at - (size_t)(s->count >> 3) == end) {
+        end = spmi_png_piece(png, low + 1, &chunk);
+        if (!end) return SPMI_INFLATE_CUT;
+    }
+    if (png->cut && chunk + 1 < png->idat_count) {
+        s->used = 0;
+        return SPMI_INFLATE_CUT;
+    }
+    return spmi_png_inflate(s, end, raw_bytes);
 }
 
 /* Unpacks the IDAT chunks into `raw`, which has exactly the room that the header asks for; `last_row`: bytes of the row
@@ -16326,43 +16456,32 @@ static spm_status spmi_png_unpack(spmi_png *png, uint8_t *raw, size_t raw_bytes,
 {
     spmi_inflater *s = (spmi_inflater *)spmi_alloc_zero(png->ctx, sizeof *s);
     uint8_t *joined = NULL;
+    const uint8_t *chunk = png->data + png->first;
     spmi_inflate_result result;
-    size_t filled;
-    if (!s) return spmi_fail_memory(png->ctx, png->err, png->name);
-    s->in = png->data + png->first + 8;
-    if (png->idat_count > 1) { /* the deflate data runs through all of them */
-        const uint8_t *chunk = png->data + png->first;
-        size_t used = 0;
-        int i;
-        joined = (uint8_t *)spmi_alloc(png->ctx, png->idat_bytes + 1);
-        if (!joined) {
-            spmi_free(png->ctx, s);
-            return spmi_fail_memory(png->ctx, png->err, png->name);
-        }
-        for (i = 0; i < png->idat_count; i++) {
-            size_t length = SPMI_MIN((size_t)spmi_load32_big(chunk), png->idat_bytes - used);
-            memcpy(joined + used, chunk + 8, length);
-            used += length;
-            if (i + 1 < png->idat_count) chunk += length + 12;
-        }
-        s->in = joined;
+    size_t filled, used = 0;
+    int i;
+    if (s && png->idat_count > 1) joined = (uint8_t *)spmi_alloc(png->ctx, png->idat_bytes + 1);
+    if (!s || (png->idat_count > 1 && !joined)) {
+        spmi_free(png->ctx, s);
+        return spmi_fail_memory(png->ctx, png->err, png->name);
     }
-    s->size = png->idat_bytes;
+    for (i = 0; joined && i < png->idat_count; i++) { /* the deflate data runs through all of them */
+        size_t length = SPMI_MIN((size_t)spmi_load32_big(chunk), png->idat_bytes - used);
+        memcpy(joined + used, chunk + 8, length);
+        used += length;
+        if (i + 1 < png->idat_count) chunk += length + 12;
+    }
+    s->in = joined ? joined : chunk + 8;
     s->out = raw;
-    s->capacity = s->limit = raw_bytes;
-    result = spmi_inflate_stream(s, 1);
-    filled = s->used;
-    if (result == SPMI_INFLATE_CUT && filled == raw_bytes && last_row < raw_bytes && !allow_truncated) {
-        /* as in Pillow, some byte must be unread when the last row is begun */
-        s->at = s->used = 0;
-        s->bits = 0;
-        s->count = 0;
-        s->capacity = s->limit = raw_bytes - last_row;
-        if (spmi_inflate_stream(s, 1) == SPMI_INFLATE_FULL && s->at - (size_t)(s->count >> 3) == s->size)
-            filled = raw_bytes - last_row;
+    result = spmi_png_inflate(s, png->idat_bytes, raw_bytes);
+    if (!allow_truncated && s->used == raw_bytes && (png->cut || (result && result != SPMI_INFLATE_FULL))) {
+        result = spmi_png_stop_early(png, s, raw_bytes, last_row);
     }
+    filled = s->used;
     spmi_free(png->ctx, joined);
     spmi_free(png->ctx, s);
+    /* nobody asks where a copy beyond the last row would come from */
+    if (result == SPMI_INFLATE_DISTANCE && filled == raw_bytes) result = SPMI_INFLATE_FULL;
     if (filled == raw_bytes && (!result || result == SPMI_INFLATE_FULL || result == SPMI_INFLATE_CUT)) {
         const char *what = result == SPMI_INFLATE_FULL ? "it holds more than the picture"
                          : result == SPMI_INFLATE_CUT ? "its checksum is cut off" : "CRC does not match";
@@ -16391,13 +16510,11 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
     size_t cap = desc->max_bytes ? desc->max_bytes : SPURMEM_MAX_IMAGE_BYTES;
     int64_t raw_bytes, line_bytes, last_row = 0;
     spm_status status;
-    int i;
     png.ctx = ctx;
     png.name = name;
     png.err = err;
     png.data = data;
     png.size = size;
-    for (i = 0; i < 256; i++) memset(png.palette[i], i, 3);
     status = spmi_png_chunks(&png);
     if (!status) status = spmi_image_check_size(ctx, name, png.width, png.height, cap, err);
     if (status) return status;
@@ -16425,6 +16542,7 @@ static spm_status spmi_png_decode(spm_context *ctx, const char *name, const uint
                            (double)png.width, (double)png.height);
     }
     if (!status) status = spmi_png_unpack(&png, raw, (size_t)raw_bytes, (size_t)last_row, desc->allow_truncated);
+    if (!status && !desc->allow_truncated) status = spmi_png_check_tail(&png);
     if (!status) {
         pixels = (uint8_t *)spmi_alloc(ctx, (size_t)(png.width * png.height) * 3);
         if (!pixels) {
@@ -16575,21 +16693,29 @@ static int spmi_ppm_space(int c)
     return c == ' ' || (c >= 9 && c <= 13);
 }
 
-/* The next decimal number, white space and comments before it skipped; -1 where there is none below 2^30. */
+/* The next byte, without comments ('#' to the end of its line); -1 at the end. */
+static int spmi_ppm_next(spmi_ppm *ppm)
+{
+    while (ppm->at < ppm->size) {
+        int c = ppm->data[ppm->at++];
+        if (c != '#') return c;
+        do c = ppm->at < ppm->size ? ppm->data[ppm->at++] : '\n'; while (c != '\n' && c != '\r');
+    }
+    return -1;
+}
+
+/* The next decimal number, and the white space that ends it; -1 where there is none of at most 10 digits.  A comment
+ * does not end it (so in netpbm, and in Pillow). */
 static int64_t spmi_ppm_number(spmi_ppm *ppm)
 {
-    int64_t value = -1;
-    while (ppm->at < ppm->size) {
-        int c = ppm->data[ppm->at];
-        if (c == '#') while (ppm->at < ppm->size && ppm->data[ppm->at] != '\n' && ppm->data[ppm->at] != '\r') ppm->at++;
-        else if (spmi_ppm_space(c)) ppm->at++;
-        else break;
+    int64_t value = 0;
+    int digits = 0, c = spmi_ppm_next(ppm);
+    while (spmi_ppm_space(c)) c = spmi_ppm_next(ppm);
+    for (; c >= '0' && c <= '9' && digits <= 10; digits++) {
+        value = value * 10 + (c - '0');
+        c = spmi_ppm_next(ppm);
     }
-    for (; ppm->at < ppm->size && ppm->data[ppm->at] >= '0' && ppm->data[ppm->at] <= '9'; ppm->at++) {
-        value = (value < 0 ? 0 : value * 10) + (ppm->data[ppm->at] - '0');
-        if (value >= (int64_t)1 << 30) return -1;
-    }
-    return value;
+    return digits && digits <= 10 && (c < 0 || spmi_ppm_space(c)) ? value : -1;
 }
 
 static int spmi_ppm_probe(const uint8_t *data, size_t size, int *width, int *height)
@@ -16602,67 +16728,66 @@ static int spmi_ppm_probe(const uint8_t *data, size_t size, int *width, int *hei
     ppm.at = 2;
     w = spmi_ppm_number(&ppm);
     h = spmi_ppm_number(&ppm);
-    *width = w > 0 && h > 0 ? (int)w : 0;
-    *height = w > 0 && h > 0 ? (int)h : 0;
+    if (w < 1 || h < 1 || w > INT_MAX || h > INT_MAX) w = h = 0;
+    *width = (int)w;
+    *height = (int)h;
     return 1;
 }
 
-/* P5, P6 (binary) and P2, P3 (plain), gray and RGB, maxval up to 65535.  Samples are scaled to 0..255 and rounded half
- * to even, as Pillow does for RGB. */
+/* P4, P5, P6 (binary) and P1, P2, P3 (plain): one bit, gray and RGB, maxval up to 65535.  Samples are scaled to 0..255
+ * and rounded half to even, as Pillow does for RGB. */
 static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint8_t *data, size_t size,
                                   const spm_decode_desc *desc, spm_image *image, spm_error *err)
 {
     spmi_ppm ppm = SPM_ZERO;
-    int64_t width, height, most, i, samples, step;
-    const int kind = data[1] - '0', channels = kind == 3 || kind == 6 ? 3 : 1, plain = kind < 4;
-    uint8_t *pixels;
+    int64_t width, height, most = 1, i, samples, need;
+    const int kind = data[1] - '0', channels = kind == 3 || kind == 6 ? 3 : 1, plain = kind < 4, bits = kind % 3 == 1;
     spm_status status;
-    if (kind == 1 || kind == 4) {
-        return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: a one-bit netpbm picture (P%d) is not read; convert it to "
-                         "PGM, PNG or JPEG", name, kind);
-    }
     ppm.data = data;
     ppm.size = size;
     ppm.at = 2;
     width = spmi_ppm_number(&ppm);
     height = spmi_ppm_number(&ppm);
-    most = spmi_ppm_number(&ppm);
-    if (width < 0 || height < 0 || most < 1 || most > 65535 || ppm.at >= size || !spmi_ppm_space(data[ppm.at])) {
-        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: the header of a P%d picture should give width, "
-                         "height and a largest value up to 65535; the file is damaged",
-                         name, (double)ppm.at, kind);
+    if (!bits) most = spmi_ppm_number(&ppm);
+    if (width < 0 || height < 0 || most < 1 || most > 65535) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: the header of a P%d picture should give width%s; the "
+                         "file is damaged",
+                         name, (double)ppm.at, kind, bits ? " and height" : ", height and a largest value up to 65535");
     }
-    ppm.at++;
     status = spmi_image_check_size(ctx, name, width, height, desc->max_bytes, err);
     if (status) return status;
     samples = width * height * channels;
-    step = plain ? 1 : most > 255 ? 2 : 1; /* a plain sample has a digit at least */
-    if (samples * step > (int64_t)(size - ppm.at) && !desc->allow_truncated) {
+    need = kind == 4 ? (width + 7) / 8 * height : plain || most < 256 ? samples : 2 * samples; /* plain: a digit each */
+    if (need > (int64_t)(size - ppm.at) && !desc->allow_truncated) {
         return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: %.0f x %.0f pixels need at least %.0f bytes after the header, "
                          "the file has %.0f; it is cut off",
-                         name, (double)width, (double)height, (double)(samples * step), (double)(size - ppm.at));
+                         name, (double)width, (double)height, (double)need, (double)(size - ppm.at));
     }
-    pixels = (uint8_t *)spmi_alloc_zero(ctx, (size_t)(width * height) * 3);
-    if (!pixels) {
-        return spmi_fail(ctx, err, SPM_E_MEMORY, "%s: out of memory for %.0f x %.0f pixels", name, (double)width,
-                         (double)height);
-    }
+    status = spmi_image_create(ctx, name, (int)width, (int)height, desc->max_bytes, image, err);
+    if (status) return status;
+    memset(image->pixels, 0, (size_t)(width * height) * 3);
     for (i = 0; i < samples; i++) {
         int64_t value, twice;
         if (plain) {
-            value = spmi_ppm_number(&ppm);
-            if ((value < 0 && !(desc->allow_truncated && ppm.at >= size)) || value > most) {
-                spmi_free(ctx, pixels);
+            if (bits) {
+                int c = spmi_ppm_next(&ppm);
+                while (spmi_ppm_space(c)) c = spmi_ppm_next(&ppm);
+                value = c == '0' ? 1 : c == '1' ? 0 : -1;
+            }
+            else value = spmi_ppm_number(&ppm);
+            if (value < 0 && desc->allow_truncated && ppm.at >= size) break;
+            if (value < 0 || value > most) {
+                spm_image_free(ctx, image);
                 return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: sample %.0f of %.0f is not a number from 0 "
                                  "to %.0f; the file is cut off or damaged",
                                  name, (double)ppm.at, (double)i, (double)samples, (double)most);
             }
-            if (value < 0) break;
         }
         else {
-            if (size - ppm.at < (size_t)step) break; /* allow_truncated */
-            value = step == 2 ? data[ppm.at] << 8 | data[ppm.at + 1] : data[ppm.at];
-            ppm.at += (size_t)step;
+            const int64_t byte = bits ? i / width * ((width + 7) / 8) + i % width / 8 : most > 255 ? 2 * i : i;
+            const uint8_t *p = data + ppm.at + byte;
+            if (byte + (most > 255) >= (int64_t)(size - ppm.at)) break; /* allow_truncated */
+            value = bits ? ~p[0] >> (7 - i % width % 8) & 1 : most > 255 ? p[0] << 8 | p[1] : p[0];
             value = SPMI_MIN(value, most);
         }
         if (most != 255) {
@@ -16670,12 +16795,9 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
             value = twice / (2 * most);
             if (twice % (2 * most) == 0 && (value & 1)) value--;
         }
-        if (channels == 3) pixels[i] = (uint8_t)value;
-        else memset(pixels + 3 * i, (int)value, 3);
+        if (channels == 3) image->pixels[i] = (uint8_t)value;
+        else memset(image->pixels + 3 * i, (int)value, 3);
     }
-    image->pixels = pixels;
-    image->width = (int)width;
-    image->height = (int)height;
     return SPM_OK;
 }
 
@@ -16763,8 +16885,8 @@ SPMDEF spm_status spm_image_decode(spm_context *ctx, const char *name, const voi
     case SPM_IMAGE_UNKNOWN: break;
     }
     if (!size) return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: the file is empty", name);
-    return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its first bytes are those of no picture known here; JPEG, PNG, PPM "
-                     "and PGM are read", name);
+    return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: its first bytes are those of no picture known here; JPEG, PNG, PPM, "
+                     "PGM and PBM are read", name);
 }
 
 SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_decode_desc *desc, spm_image *image,
