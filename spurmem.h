@@ -3408,6 +3408,7 @@ SPMI_INLINE float SPMI_K(sum)(v_t v)
  * to c, of a pair's the second first, each with one rounding. */
 #if SPMI_PASS == 5
   #define E_PAIR 2
+  #define E_LINE (2 * SPMI_LINE)
   #define E_CHAIN 1024 /* rounding to bf16 has cost more digits by then */
   #define e_t uint16_t
   #define e_v __m512i
@@ -3423,6 +3424,7 @@ static inline int32_t spmi_load_pair(const uint16_t *p)
 }
 #else
   #define E_PAIR 1
+  #define E_LINE SPMI_LINE
   #define E_CHAIN SPMI_TILE_CHAIN
   #define e_t float
   #define e_v v_t
@@ -3531,9 +3533,10 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
-    if (g->accumulate) {
-        for (i = 0; i < mr && i < used; i++) {
-            for (j = 0; j < nv; j++) SPMI_PREFETCH(g->c + c_at[i] + j * V_W);
+    for (i = 0; i < mr && i < used; i++) { /* what the end of the tile reads or writes */
+        for (j = 0; j < nv * V_W; j += SPMI_LINE) {
+            SPMI_PREFETCH(g->c + c_at[i] + j);
+            if (g->norm && g->norm->residual) SPMI_PREFETCH(g->norm->residual + c_at[i] + j);
         }
     }
     for (t = 0; t < g->taps; t++) {
@@ -3542,6 +3545,9 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         for (k = 0; k < g->k;) {
             end = SPMI_MIN(g->k, k + left);
             left -= end - k;
+            for (i = mr; i < 2 * mr && i < used; i++) { /* the next tile's rows: short runs, which no processor foresees */
+                for (j = (int)k; j < end; j += E_LINE) SPMI_PREFETCH_L2(x + a_at[i] + j);
+            }
             for (; k < end; k += E_PAIR) {
                 e_v bv[T_NV];
                 SPMI_UNROLL for (j = 0; j < nv; j++) bv[j] = e_load(b + j * V_W * E_PAIR);
@@ -5569,6 +5575,7 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #endif /* all but the bf16 pass */
 #undef T_OR
 #undef E_PAIR
+#undef E_LINE
 #undef E_CHAIN
 #undef e_t
 #undef e_v
