@@ -49,7 +49,7 @@ demo: $(BUILD)/synth_birds $(BUILD)/repair
 # Stopped, it goes on where it was: finished runs are kept in build/study-quick or build/study-full.
 STUDY = full
 study: $(BUILD)/synth_birds $(BUILD)/study $(BUILD)/data.stamp
-	@[ -f $(BUILD)/study-birds/metadata.csv ] || $(BUILD)/synth_birds --out $(BUILD)/study-birds --quiet
+	@[ -f $(BUILD)/study-birds/metadata.csv ] || $(BUILD)/synth_birds --out $(BUILD)/study-birds --val 1000 --test 2000 --quiet
 	$(BUILD)/study $(BUILD)/study-$(STUDY) $(BUILD)/study-birds $(BUILD)/data $(STUDY)
 
 test: $(TOOLS) $(TESTS) $(BUILD)/data.stamp

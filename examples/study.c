@@ -1,18 +1,21 @@
 /* study.c - the study behind the README's tables: does training against the memory of minority groups help, against which
  * baselines, and are the masked units the reason?
  *
- *     study OUT BIRDS DATA quick|full [THREADS]
+ *     study OUT BIRDS DATA quick|full [threads=N] [sets=A,B] [nets=A,B] [methods=A,B] [seeds=A-B] [finished=1]
  *
  * OUT gets a run folder per data set, network, seed and method, results.json and table.md.  BIRDS is what synth_birds has
  * drawn; DATA holds dominoes/ and celeba/ (a set that is not there is left out, which is said).  A second call goes on where
  * the first one ended.  `make study` and `make study STUDY=quick` run it.
  *
- * Protocol, fixed before the numbers were looked at: plain training without augmentation until every training picture is
- * known by heart; from that checkpoint every method gets the same epochs, rate (3e-3, Adam, cosine), batch and
- * augmentation, and its last epoch is what counts.  All numbers are of the test split.  A group is a majority one unless it
- * has less than half of its class's largest group; `majority` is the mean accuracy of these.  Any method may be mixed with
- * the checkpoint it started from, logit by logit, each over its spread: `line` has all shares, `tuned` the share with the
- * best worst group among those that cost the majority at most a point, both on the validation split. */
+ * Protocol: plain training without augmentation until every training picture is known by heart; from that checkpoint every
+ * method gets the same epochs, rate (Adam, cosine), batch and augmentation, and its last epoch is what counts.  All numbers
+ * are of the test split.  A group is a majority one unless it has less than half of its class's largest group; `majority`
+ * is the mean accuracy of these.
+ *
+ * Every method has a Pareto line: its logits mixed with those of the start, each over its spread.  The two families with a
+ * power of the group weights, the intervention and plain reweighting, go from the start to power 1/3 and from there to
+ * power 1.  At each level (the majority may change by +4 ... -10 points against the start) the validation split chooses the
+ * point of the line with the best worst group among those that keep the level; the test split measures it. */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
   #define _XOPEN_SOURCE 700 /* symlink, realpath */
 #endif
@@ -26,7 +29,7 @@
   #include <unistd.h>
 #endif
 
-enum { SHARES = 21, MAX_GROUPS = 4, MAX_ROWS = 2000 };
+enum { STEPS = 20, POINTS = 2 * STEPS + 1, LEVELS = 7, MAX_GROUPS = 4, MAX_ROWS = 2000 };
 
 typedef struct picture_set {
     char name[12];
@@ -39,16 +42,37 @@ static const picture_set sets[] = { { "dominoes", 64, 32, SPM_RESIZE_NONE, SPM_A
                                     { "birds", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_PAPER },
                                     { "celeba", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_LIGHT } };
 static const char nets[][64] = { "resnet18:width=16", "vit:patch=8,dim=64,depth=4,heads=4,mlp=2" };
+static const char net_names[][8] = { "resnet", "vit" };
 enum { N_SETS = 3, N_NETS = 2 };
 
+/* Levels of the Pareto table: the least change of the majority's accuracy, in points. */
+static const int levels[LEVELS] = { 4, 2, 0, -1, -2, -5, -10 };
+
+/* In the order they are run in: what others are measured from comes first. */
 typedef enum method {
-    START, FURTHER, REWEIGHT, GROUP_DRO, JTT, DFR, INTERVENE, LABEL_FREE, RANDOM_MASK, OFFICIAL_MASK, NO_MASK, CE_ONLY,
-    NTX_ONLY, METHODS
+    START, FURTHER, CE_ONLY, REWEIGHT, GROUP_DRO, JTT, DFR, INTERVENE, INTERVENE_FULL, LABEL_FREE, RANDOM_MASK, NO_MASK,
+    OFFICIAL_MASK, NTX_ONLY, METHODS
 } method;
-static const char method_names[METHODS][64] = {
-    "ERM, the start", "ERM, further (augmentation)", "reweight", "Group DRO", "JTT", "DFR (last layer)",
-    "intervention", "intervention, label-free", "- random masks", "- smallest weights masked", "- no masks",
-    "- CE only (no masks, no contrast)", "- NTX only"
+typedef struct method_info {
+    char folder[16], name[64];
+    spm_method kind;
+    method via; /* the Pareto line goes from the start over this one; START: straight */
+} method_info;
+static const method_info methods[METHODS] = {
+    { "start", "ERM, the start", SPM_METHOD_ERM, START },
+    { "further", "ERM, further (augmentation)", SPM_METHOD_ERM, START },
+    { "ce-only", "reweight, power 1/3 (CE only)", SPM_METHOD_REWEIGHT, START },
+    { "reweight", "reweight, power 1", SPM_METHOD_REWEIGHT, CE_ONLY },
+    { "groupdro", "Group DRO", SPM_METHOD_GROUPDRO, START },
+    { "jtt", "JTT", SPM_METHOD_JTT, START },
+    { "dfr", "DFR (last layer)", SPM_METHOD_DFR, START },
+    { "intervene", "intervention, power 1/3", SPM_METHOD_INTERVENE, START },
+    { "intervene-1", "intervention, power 1", SPM_METHOD_INTERVENE, INTERVENE },
+    { "label-free", "intervention, label-free", SPM_METHOD_INTERVENE, START },
+    { "random-mask", "- random masks", SPM_METHOD_INTERVENE, START },
+    { "no-mask", "- no masks", SPM_METHOD_INTERVENE, START },
+    { "official-mask", "- smallest weights masked", SPM_METHOD_INTERVENE, START },
+    { "ntx-only", "- NTX only", SPM_METHOD_INTERVENE, START }
 };
 
 typedef struct point {
@@ -59,15 +83,17 @@ typedef struct row {
     int set, net, method;
     int seed, groups;
     int64_t right[MAX_GROUPS], count[MAX_GROUPS];
-    point line[SHARES];      /* share 0: the start; the last: the method */
-    int tuned;               /* index into line */
+    int points;              /* of the line: STEPS + 1, or twice the steps over another method */
+    point line[POINTS];      /* 0: the start; the last: the method */
     double seconds;
 } row;
 
 typedef struct study {
     spm_context *ctx;
     const char *out, *birds, *data;
-    int quick, n_rows;
+    int quick, n_rows, finished; /* finished: nothing is trained, what is there is gathered */
+    const char *only_sets, *only_nets, *only_methods; /* names between commas; NULL: all */
+    int first_seed, last_seed;
     row rows[MAX_ROWS];
     spm_error err;
 } study;
@@ -133,14 +159,27 @@ static int partition_celeba(study *s, const char *from, const char *to, int seed
     return (int)i;
 }
 
+static void set_path(const study *s, int set, char *path, size_t size)
+{
+    if (set == 1)
+        snprintf(path, size, "%s", s->birds);
+    else
+        snprintf(path, size, "%s/%s", s->data, sets[set].name);
+}
+
+static int set_exists(const study *s, int set)
+{
+    char path[1000], table[1100];
+    set_path(s, set, path, sizeof path);
+    snprintf(table, sizeof table, "%s/%s", path, set == 2 ? "list_attr_celeba.txt" : "metadata.csv");
+    return exists(table);
+}
+
 static spm_dataset *open_set(study *s, int set, int seed)
 {
     spm_dataset_desc opening = SPM_ZERO;
-    char path[1000], table[1100], own[1000];
-    snprintf(path, sizeof path, "%s", s->birds);
-    if (set != 1) snprintf(path, sizeof path, "%s/%s", s->data, sets[set].name);
-    snprintf(table, sizeof table, "%s/%s", path, set == 2 ? "list_attr_celeba.txt" : "metadata.csv");
-    if (!exists(table)) return NULL;
+    char path[1000], own[1000];
+    set_path(s, set, path, sizeof path);
     if (set == 2) {
         snprintf(own, sizeof own, "%s/celeba-partition-%d", s->out, seed);
         if (!partition_celeba(s, path, own, seed)) return NULL;
@@ -154,10 +193,7 @@ static spm_dataset *open_set(study *s, int set, int seed)
 
 static void folder(const study *s, char *path, size_t size, int set, int net, int seed, int m, const char *file)
 {
-    static const char short_names[METHODS][16] = { "start", "further", "reweight", "groupdro", "jtt", "dfr", "intervene",
-                                                   "label-free", "random-mask", "official-mask", "no-mask", "ce-only",
-                                                   "ntx-only" };
-    snprintf(path, size, "%s/%s-%s-%d/%s%s%s", s->out, sets[set].name, net ? "vit" : "resnet", seed, short_names[m],
+    snprintf(path, size, "%s/%s-%s-%d/%s%s%s", s->out, sets[set].name, net_names[net], seed, methods[m].folder,
              *file ? "/" : "", file);
 }
 
@@ -215,13 +251,8 @@ static int train_start(study *s, spm_dataset *data, int set, int net, int seed)
 
 static int train_method(study *s, spm_dataset *data, int set, int net, int seed, int m)
 {
-    static const spm_method kinds[METHODS] = {
-        SPM_METHOD_ERM, SPM_METHOD_ERM, SPM_METHOD_REWEIGHT, SPM_METHOD_GROUPDRO, SPM_METHOD_JTT, SPM_METHOD_DFR,
-        SPM_METHOD_INTERVENE, SPM_METHOD_INTERVENE, SPM_METHOD_INTERVENE, SPM_METHOD_INTERVENE, SPM_METHOD_INTERVENE,
-        SPM_METHOD_REWEIGHT, SPM_METHOD_INTERVENE
-    };
     char run[1000], start[1000], first[1000];
-    spm_train_desc desc = settings(s, data, kinds[m], set, net, seed);
+    spm_train_desc desc = settings(s, data, methods[m].kind, set, net, seed);
     folder(s, run, sizeof run, set, net, seed, m, "");
     folder(s, start, sizeof start, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
@@ -231,12 +262,14 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     desc.schedule = SPM_SCHEDULE_COSINE;
     desc.augment = sets[set].augment;
     desc.epoch_examples = spm_dataset_split_size(data, SPM_TRAIN);
+    if (desc.epoch_examples > 4000) desc.epoch_examples = 4000;
     if (m == JTT) {
         desc.identify = first;
         desc.upweight = 20;
     }
-    if (m >= INTERVENE) { /* both branches learn; groups weigh (n / (groups n_g))^(1/3) */
+    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL) /* (n / (groups n_g))^(1/3) */
         desc.weight_power = 0.3333f;
+    if (m >= INTERVENE) { /* both branches learn */
         desc.lambda = 10.0f;
         desc.prune_fraction = 0.05;
         desc.cross_entropy_pruned = 1;
@@ -313,48 +346,117 @@ static void mixed(const spm_dataset *data, const spm_eval *a, const spm_eval *b,
     *of_majority /= majorities ? majorities : 1;
 }
 
-static void measure(const spm_dataset *data, const spm_eval start[2], const spm_eval now[2], row *r)
+/* The Pareto line: logits mixed, each over its spread, from the start to the method, or over another method to it. */
+static void measure(const spm_dataset *data, const spm_eval start[2], const spm_eval *via, const spm_eval now[2], row *r)
 {
-    double a = spread(&start[0]), b = spread(&now[0]), best = -1.0;
     int k;
     r->groups = start[0].n_groups;
-    for (k = 0; k < SHARES; k++) {
+    r->points = via ? POINTS : STEPS + 1;
+    for (k = 0; k < r->points; k++) {
+        const spm_eval *a = k > STEPS ? via : start, *b = via && k <= STEPS ? via : now;
         point *p = &r->line[k];
-        double share = (double)k / (SHARES - 1);
-        mixed(data, &start[0], &now[0], share, a, b, &p->val_wga, &p->val_majority, NULL, NULL);
-        mixed(data, &start[1], &now[1], share, a, b, &p->wga, &p->majority, r->right, r->count);
-        if (p->val_majority >= r->line[0].val_majority - 0.01 - 1e-9 && p->val_wga > best) {
-            best = p->val_wga;
-            r->tuned = k;
-        }
+        double share = (double)(k > STEPS ? k - STEPS : k) / STEPS, over_a = spread(a), over_b = spread(b);
+        mixed(data, &a[0], &b[0], share, over_a, over_b, &p->val_wga, &p->val_majority, NULL, NULL);
+        mixed(data, &a[1], &b[1], share, over_a, over_b, &p->wga, &p->majority, r->right, r->count);
     }
+}
+
+/* The point of the line that the validation split likes best among those that keep the majority to the level; -1: none. */
+static int at_level(const row *r, int level)
+{
+    int k, best = -1;
+    for (k = 0; k < r->points; k++) {
+        if (r->line[k].val_majority < r->line[0].val_majority + 0.01 * level - 1e-9) continue;
+        if (best < 0 || r->line[k].val_wga > r->line[best].val_wga) best = k;
+    }
+    return best;
+}
+
+/* A finished row lies in its run folder, so that a later call need not measure it again. */
+static int row_write(study *s, const char *path, const row *r)
+{
+    char text[8000];
+    int k, n = snprintf(text, sizeof text, "%d %d %.17g\n", r->groups, r->points, r->seconds);
+    for (k = 0; k < MAX_GROUPS; k++) {
+        n += snprintf(text + n, sizeof text - (size_t)n, "%lld %lld\n", (long long)r->right[k], (long long)r->count[k]);
+    }
+    for (k = 0; k < r->points; k++) {
+        const point *p = &r->line[k];
+        n += snprintf(text + n, sizeof text - (size_t)n, "%.17g %.17g %.17g %.17g\n", p->wga, p->majority, p->val_wga,
+                      p->val_majority);
+    }
+    return spm_file_write(s->ctx, path, text, (size_t)n, &s->err) == SPM_OK;
+}
+
+static int row_read(const char *path, row *r)
+{
+    FILE *f = fopen(path, "r");
+    int k, ok = f && fscanf(f, "%d %d %lf", &r->groups, &r->points, &r->seconds) == 3 && r->points <= POINTS
+                && r->points > 0 && r->groups <= MAX_GROUPS;
+    for (k = 0; ok && k < MAX_GROUPS; k++) {
+        long long right, count;
+        ok = fscanf(f, "%lld %lld", &right, &count) == 2;
+        r->right[k] = ok ? right : 0;
+        r->count[k] = ok ? count : 0;
+    }
+    for (k = 0; ok && k < r->points; k++) {
+        point *p = &r->line[k];
+        ok = fscanf(f, "%lf %lf %lf %lf", &p->wga, &p->majority, &p->val_wga, &p->val_majority) == 4;
+    }
+    if (f) fclose(f);
+    return ok;
 }
 
 /* ---- results ---- */
 
+/* Sums over the seeds of a data set, network and method; differences are from the start of the same seed. */
+typedef struct mean {
+    double n, sum, squares;
+} mean;
+
 typedef struct sums {
-    double n, gain, gain2, wga, change, change2, tuned, tuned2, tuned_change, seconds;
+    mean wga, gain, change;
+    mean level_gain[LEVELS], level_change[LEVELS]; /* where the validation split finds a point in every seed */
+    mean ahead[LEVELS];                            /* of the intervention before this method, seed by seed */
+    double seconds;
     int64_t right[MAX_GROUPS], count[MAX_GROUPS];
 } sums;
+
+static void take(mean *m, double value)
+{
+    m->n += 1.0;
+    m->sum += value;
+    m->squares += value * value;
+}
+
+static const row *find_row(const study *s, int set, int net, int seed, int m)
+{
+    int i;
+    for (i = 0; i < s->n_rows; i++) {
+        const row *r = &s->rows[i];
+        if (r->set == set && r->net == net && r->seed == seed && r->method == m) return r;
+    }
+    return NULL;
+}
 
 static sums summary(const study *s, int set, int net, int m)
 {
     sums t = SPM_ZERO;
-    int i, g;
+    int i, g, k, mine, its;
     for (i = 0; i < s->n_rows; i++) {
-        const row *r = &s->rows[i];
-        const point *end = &r->line[SHARES - 1], *at = &r->line[r->tuned];
-        double gain = end->wga - r->line[0].wga, change = end->majority - r->line[0].majority;
+        const row *r = &s->rows[i], *ours = find_row(s, set, net, r->seed, INTERVENE_FULL);
+        const point *start = &r->line[0], *end = &r->line[r->points - 1];
         if (r->set != set || r->net != net || r->method != m) continue;
-        t.n += 1.0;
-        t.wga += end->wga;
-        t.gain += gain;
-        t.gain2 += gain * gain;
-        t.change += change;
-        t.change2 += change * change;
-        t.tuned += at->wga - r->line[0].wga;
-        t.tuned2 += (at->wga - r->line[0].wga) * (at->wga - r->line[0].wga);
-        t.tuned_change += at->majority - r->line[0].majority;
+        take(&t.wga, end->wga);
+        take(&t.gain, end->wga - start->wga);
+        take(&t.change, end->majority - start->majority);
+        for (k = 0; k < LEVELS; k++) {
+            if ((its = at_level(r, levels[k])) < 0) continue;
+            take(&t.level_gain[k], r->line[its].wga - start->wga);
+            take(&t.level_change[k], r->line[its].majority - start->majority);
+            mine = ours ? at_level(ours, levels[k]) : -1;
+            if (mine >= 0) take(&t.ahead[k], ours->line[mine].wga - r->line[its].wga);
+        }
         t.seconds += r->seconds;
         for (g = 0; g < r->groups; g++) {
             t.right[g] += r->right[g];
@@ -364,14 +466,19 @@ static sums summary(const study *s, int set, int net, int m)
     return t;
 }
 
+static double mean_of(mean m)
+{
+    return m.n > 0.0 ? m.sum / m.n : (double)NAN;
+}
+
 /* Half the 95 % interval of a mean by Student's t; NaN for one seed. */
-static double half_interval(double n, double sum, double squares)
+static double half_interval(mean m)
 {
     static const double quantile[9] = { 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262 };
     double variance;
-    if (n < 2.0) return (double)NAN;
-    variance = (squares - sum * sum / n) / (n - 1.0);
-    return quantile[n > 10.0 ? 8 : (int)n - 2] * sqrt((variance > 0.0 ? variance : 0.0) / n);
+    if (m.n < 2.0) return (double)NAN;
+    variance = (m.squares - m.sum * m.sum / m.n) / (m.n - 1.0);
+    return quantile[m.n > 10.0 ? 8 : (int)m.n - 2] * sqrt((variance > 0.0 ? variance : 0.0) / m.n);
 }
 
 static void row_json(const row *r, spm_json *json)
@@ -380,10 +487,9 @@ static void row_json(const row *r, spm_json *json)
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "set", sets[r->set].name);
     spm_json_string(json, "arch", nets[r->net]);
-    spm_json_string(json, "method", method_names[r->method]);
+    spm_json_string(json, "method", methods[r->method].name);
     spm_json_int(json, "seed", r->seed);
     spm_json_number(json, "seconds", r->seconds);
-    spm_json_number(json, "tuned_share", (double)r->tuned / (SHARES - 1));
     spm_json_array_begin(json, "test_groups");
     for (g = 0; g < r->groups; g++) {
         double low, high;
@@ -398,10 +504,10 @@ static void row_json(const row *r, spm_json *json)
         spm_json_object_end(json);
     }
     spm_json_array_end(json);
-    spm_json_array_begin(json, "line"); /* the Pareto line: shares 0, .05 ... 1 of the method's logits */
-    for (k = 0; k < SHARES; k++) {
+    spm_json_array_begin(json, "line"); /* shares 0 to 1: start to method; or to another method, and 1 to 2: from there */
+    for (k = 0; k < r->points; k++) {
         spm_json_object_begin(json, NULL);
-        spm_json_number(json, "share", (double)k / (SHARES - 1));
+        spm_json_number(json, "share", (double)k / STEPS);
         spm_json_number(json, "worst_group_accuracy", r->line[k].wga);
         spm_json_number(json, "majority_accuracy", r->line[k].majority);
         spm_json_number(json, "val_worst_group_accuracy", r->line[k].val_wga);
@@ -412,14 +518,22 @@ static void row_json(const row *r, spm_json *json)
     spm_json_object_end(json);
 }
 
+static void mean_json(spm_json *json, const char *name, mean m)
+{
+    char half[64];
+    snprintf(half, sizeof half, "%s_ci95_half", name);
+    spm_json_number(json, name, mean_of(m));
+    spm_json_number(json, half, half_interval(m));
+}
+
 static void summary_json(const study *s, spm_json *json)
 {
-    int set, net, m, g;
+    int set, net, m, g, k;
     spm_json_array_begin(json, "summary");
     for (set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) for (m = 0; m < METHODS; m++) {
         sums t = summary(s, set, net, m);
         double pooled = 2.0, low = 0.0, high = 0.0;
-        if (t.n < 1.0) continue;
+        if (t.wga.n < 1.0) continue;
         for (g = 0; g < MAX_GROUPS; g++) {
             double accuracy = t.count[g] ? (double)t.right[g] / (double)t.count[g] : 2.0;
             if (accuracy >= pooled) continue;
@@ -429,35 +543,43 @@ static void summary_json(const study *s, spm_json *json)
         spm_json_object_begin(json, NULL);
         spm_json_string(json, "set", sets[set].name);
         spm_json_string(json, "arch", nets[net]);
-        spm_json_string(json, "method", method_names[m]);
-        spm_json_int(json, "seeds", (int64_t)t.n);
-        spm_json_number(json, "worst_group_accuracy", t.wga / t.n);
+        spm_json_string(json, "method", methods[m].name);
+        spm_json_int(json, "seeds", (int64_t)t.wga.n);
+        mean_json(json, "worst_group_accuracy", t.wga);
         spm_json_number(json, "worst_group_pooled", pooled);
         spm_json_array_begin(json, "worst_group_pooled_ci95");
         spm_json_number(json, NULL, low);
         spm_json_number(json, NULL, high);
         spm_json_array_end(json);
-        spm_json_number(json, "gain", t.gain / t.n);
-        spm_json_number(json, "gain_ci95_half", half_interval(t.n, t.gain, t.gain2));
-        spm_json_number(json, "majority_change", t.change / t.n);
-        spm_json_number(json, "majority_change_ci95_half", half_interval(t.n, t.change, t.change2));
-        spm_json_number(json, "tuned_gain", t.tuned / t.n);
-        spm_json_number(json, "tuned_gain_ci95_half", half_interval(t.n, t.tuned, t.tuned2));
-        spm_json_number(json, "tuned_majority_change", t.tuned_change / t.n);
-        spm_json_number(json, "seconds", t.seconds / t.n);
+        mean_json(json, "gain", t.gain);
+        mean_json(json, "majority_change", t.change);
+        spm_json_array_begin(json, "pareto"); /* chosen on the validation split, measured on the test split */
+        for (k = 0; k < LEVELS; k++) {
+            if (t.level_gain[k].n < t.wga.n) continue;
+            spm_json_object_begin(json, NULL);
+            spm_json_int(json, "least_majority_change_points", levels[k]);
+            mean_json(json, "gain", t.level_gain[k]);
+            mean_json(json, "majority_change", t.level_change[k]);
+            if (t.ahead[k].n == t.wga.n) mean_json(json, "intervention_ahead", t.ahead[k]);
+            spm_json_object_end(json);
+        }
+        spm_json_array_end(json);
+        spm_json_number(json, "seconds", t.seconds / t.wga.n);
         spm_json_object_end(json);
     }
     spm_json_array_end(json);
 }
 
-/* "+24.1 +- 3.0" in points. */
-static void points(char *text, size_t size, double n, double sum, double squares)
+/* "+24.1 +- 3.0" in points, or "-" for what some seed lacks. */
+static void print_points(FILE *f, mean m, double seeds)
 {
-    double half = half_interval(n, sum, squares);
-    if (half == half)
-        snprintf(text, size, "%+.1f +- %.1f", 100.0 * sum / n, 100.0 * half);
+    double half = half_interval(m);
+    if (m.n < seeds)
+        fprintf(f, " - |");
+    else if (half == half)
+        fprintf(f, " %+.1f +- %.1f |", 100.0 * mean_of(m), 100.0 * half);
     else
-        snprintf(text, size, "%+.1f", 100.0 * sum / n);
+        fprintf(f, " %+.1f |", 100.0 * mean_of(m));
 }
 
 static void table_text(const study *s, FILE *f)
@@ -465,39 +587,49 @@ static void table_text(const study *s, FILE *f)
     int set, net, m, k;
     for (set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
         sums start = summary(s, set, net, START);
-        if (start.n < 1.0) continue;
-        fprintf(f, "**%s, %s** (seeds: %d; ERM: worst group %.1f)\n\n", sets[set].name, nets[net], (int)start.n,
-                100.0 * start.wga / start.n);
-        fprintf(f, "| method | worst group | gain | majority | mixed with the start: gain | majority |\n");
-        fprintf(f, "|---|---|---|---|---|---|\n");
+        char worst[16];
+        if (start.wga.n < 1.0) continue;
+        percent(worst, sizeof worst, mean_of(start.wga));
+        fprintf(f, "**%s, %s** (ERM: worst group %s)\n\n| method | seeds | gain | majority |", sets[set].name,
+                nets[net], worst);
+        for (k = 0; k < LEVELS; k++) fprintf(f, " %+d |", levels[k]);
+        fprintf(f, "\n|---|---|---|---|");
+        for (k = 0; k < LEVELS; k++) fprintf(f, "---|");
         for (m = FURTHER; m < METHODS; m++) {
             sums t = summary(s, set, net, m);
-            char worst[16], gain[40], change[40], tuned[40];
-            if (t.n < 1.0) continue;
-            percent(worst, sizeof worst, t.wga / t.n);
-            points(gain, sizeof gain, t.n, t.gain, t.gain2);
-            points(change, sizeof change, t.n, t.change, t.change2);
-            points(tuned, sizeof tuned, t.n, t.tuned, t.tuned2);
-            fprintf(f, "| %s | %s | %s | %s | %s | %+.1f |\n", method_names[m], worst, gain, change, tuned,
-                    100.0 * t.tuned_change / t.n);
+            if (t.wga.n < 1.0) continue;
+            fprintf(f, "\n| %s | %d |", methods[m].name, (int)t.wga.n);
+            print_points(f, t.gain, t.wga.n);
+            print_points(f, t.change, t.wga.n);
+            for (k = 0; k < LEVELS; k++) print_points(f, t.level_gain[k], t.wga.n);
         }
-        fprintf(f, "\n");
+        fprintf(f, "\n\n| the intervention, power 1, ahead of |");
+        for (k = 0; k < LEVELS; k++) fprintf(f, " %+d |", levels[k]);
+        fprintf(f, "\n|---|");
+        for (k = 0; k < LEVELS; k++) fprintf(f, "---|");
+        for (m = FURTHER; m < METHODS; m++) {
+            sums t = summary(s, set, net, m);
+            if (t.wga.n < 1.0 || m == INTERVENE_FULL) continue;
+            fprintf(f, "\n| %s |", methods[m].name);
+            for (k = 0; k < LEVELS; k++) print_points(f, t.ahead[k], t.wga.n);
+        }
+        fprintf(f, "\n\n");
     }
-    fprintf(f, "| mean over the sets above | gain | majority | mixed: gain | majority |\n|---|---|---|---|---|\n");
+    fprintf(f, "| mean over the sets above | sets | gain | majority | at -1: gain | majority |\n|---|---|---|---|---|---|\n");
     for (m = FURTHER; m < METHODS; m++) {
-        double gain = 0.0, change = 0.0, tuned = 0.0, tuned_change = 0.0;
+        double all[4] = { 0.0, 0.0, 0.0, 0.0 };
         for (k = 0, set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
             sums t = summary(s, set, net, m);
-            if (t.n < 1.0) continue;
-            gain += t.gain / t.n;
-            change += t.change / t.n;
-            tuned += t.tuned / t.n;
-            tuned_change += t.tuned_change / t.n;
+            if (t.wga.n < 1.0) continue;
+            all[0] += mean_of(t.gain);
+            all[1] += mean_of(t.change);
+            all[2] += mean_of(t.level_gain[3]);
+            all[3] += mean_of(t.level_change[3]);
             k++;
         }
         if (k) {
-            fprintf(f, "| %s | %+.1f | %+.1f | %+.1f | %+.1f |\n", method_names[m], 100.0 * gain / k, 100.0 * change / k,
-                    100.0 * tuned / k, 100.0 * tuned_change / k);
+            fprintf(f, "| %s | %d | %+.1f | %+.1f | %+.1f | %+.1f |\n", methods[m].name, k, 100.0 * all[0] / k,
+                    100.0 * all[1] / k, 100.0 * all[2] / k, 100.0 * all[3] / k);
         }
     }
 }
@@ -533,61 +665,109 @@ static int write_results(study *s)
 
 /* ---- all of it ---- */
 
+/* 1 if `name` is among the names between commas; all are where there are none. */
+static int chosen(const char *names, const char *name)
+{
+    size_t n = strlen(name);
+    const char *at;
+    for (at = names; at; at = strchr(at, ',')) {
+        at += *at == ',';
+        if (strncmp(at, name, n) == 0 && (at[n] == ',' || !at[n])) return 1;
+    }
+    return names == NULL;
+}
+
+/* The evaluations of a method's checkpoint, made when they are first asked for. */
+static const spm_eval *evaluated(study *s, spm_dataset *data, int set, int net, int seed, int m,
+                                 spm_eval evals[METHODS][2])
+{
+    char file[1000];
+    folder(s, file, sizeof file, set, net, seed, m, "last.safetensors");
+    return evals[m][0].count > 0 || evaluate(s, data, file, evals[m]) ? evals[m] : NULL;
+}
+
 /* One data set, network and seed: the start, then every method from it. */
 static int block(study *s, int set, int net, int seed)
 {
-    spm_dataset *data = open_set(s, set, seed);
-    spm_eval start[2], now[2];
+    spm_dataset *data = NULL;
+    spm_eval evals[METHODS][2];
     char file[1000];
-    int m, ok = data != NULL;
-    memset(start, 0, sizeof start);
+    int m, k, ok = 1;
+    memset(evals, 0, sizeof evals);
     for (m = START; ok && m < METHODS && s->n_rows < MAX_ROWS; m++) {
         row *r = &s->rows[s->n_rows];
         double begun = spm_seconds();
-        if (s->quick && m == OFFICIAL_MASK) continue;
+        method via = methods[m].via;
         memset(r, 0, sizeof *r);
-        memset(now, 0, sizeof now);
-        ok = m == START ? train_start(s, data, set, net, seed) : train_method(s, data, set, net, seed, m);
-        folder(s, file, sizeof file, set, net, seed, m, "last.safetensors");
-        ok = ok && evaluate(s, data, file, m == START ? start : now);
-        if (!ok) break;
+        folder(s, file, sizeof file, set, net, seed, m, "row.txt");
+        if (!row_read(file, r)) {
+            const spm_eval *start = NULL, *now = NULL, *over = NULL;
+            if (s->finished || (s->quick && (m == OFFICIAL_MASK || m == NTX_ONLY))
+                || (m != START && !chosen(s->only_methods, methods[m].folder)))
+                continue;
+            if (!data) data = open_set(s, set, seed);
+            ok = data && (m == START ? train_start(s, data, set, net, seed) : train_method(s, data, set, net, seed, m));
+            if (ok) start = evaluated(s, data, set, net, seed, START, evals);
+            if (start) now = evaluated(s, data, set, net, seed, m, evals);
+            if (now && via != START) over = evaluated(s, data, set, net, seed, via, evals);
+            ok = now && (over || via == START);
+            if (!ok) break;
+            r->seconds = spm_seconds() - begun;
+            measure(data, start, over, now, r);
+            ok = row_write(s, file, r);
+        }
         r->set = set;
         r->net = net;
         r->seed = seed;
         r->method = m;
-        r->seconds = spm_seconds() - begun;
-        measure(data, start, m == START ? start : now, r);
-        progress_clear();
-        fprintf(stderr, "%-8s %-6s seed %d  %-34s worst group %5.1f (%+5.1f)  majority %5.1f (%+5.1f)  %.0f s\n",
-                sets[set].name, net ? "vit" : "resnet", seed, method_names[m], 100.0 * r->line[SHARES - 1].wga,
-                100.0 * (r->line[SHARES - 1].wga - r->line[0].wga), 100.0 * r->line[SHARES - 1].majority,
-                100.0 * (r->line[SHARES - 1].majority - r->line[0].majority), r->seconds);
         s->n_rows++;
-        spm_eval_free(s->ctx, &now[0]);
-        spm_eval_free(s->ctx, &now[1]);
-        ok = write_results(s);
+        progress_clear();
+        fprintf(stderr, "%-8s %-6s seed %d  %-29s worst group %5.1f (%+5.1f)  majority %5.1f (%+5.1f)  %.0f s\n",
+                sets[set].name, net_names[net], seed, methods[m].name, 100.0 * r->line[r->points - 1].wga,
+                100.0 * (r->line[r->points - 1].wga - r->line[0].wga), 100.0 * r->line[r->points - 1].majority,
+                100.0 * (r->line[r->points - 1].majority - r->line[0].majority), r->seconds);
+        if (!s->finished) ok = write_results(s);
     }
-    spm_eval_free(s->ctx, &start[0]);
-    spm_eval_free(s->ctx, &start[1]);
+    for (m = 0; m < METHODS; m++) {
+        for (k = 0; k < 2; k++) spm_eval_free(s->ctx, &evals[m][k]);
+    }
     spm_dataset_close(data);
     return ok;
+}
+
+static int usage(void)
+{
+    fprintf(stderr, "usage: study OUT BIRDS DATA quick|full [threads=N] [sets=A,B] [nets=A,B] [methods=A,B] [seeds=A-B]"
+                    " [finished=1]\n"
+                    "sets: dominoes, birds, celeba; nets: resnet, vit; methods: the names of their run folders\n"
+                    "finished=1 trains nothing and gathers what is there\n");
+    return 2;
 }
 
 int main(int argc, char **argv)
 {
     static study s;
     spm_context_desc desc = SPM_ZERO;
-    int set, net, seed, ok = 1;
-    if (argc < 5 || (strcmp(argv[4], "quick") != 0 && strcmp(argv[4], "full") != 0)) {
-        fprintf(stderr, "usage: study OUT BIRDS DATA quick|full [THREADS]\n");
-        return 2;
-    }
+    int set, net, seed, i, ok = 1;
+    if (argc < 5 || (strcmp(argv[4], "quick") != 0 && strcmp(argv[4], "full") != 0)) return usage();
     s.out = argv[1];
     s.birds = argv[2];
     s.data = argv[3];
     s.quick = strcmp(argv[4], "quick") == 0;
-    desc.threads = argc > 5 ? atoi(argv[5]) : 0;
+    s.first_seed = 1;
+    s.last_seed = s.quick ? 1 : 5;
+    if (s.quick) s.only_nets = "resnet";
     desc.log = on_log;
+    for (i = 5; i < argc; i++) {
+        const char *value = strchr(argv[i], '=');
+        value = value ? value + 1 : "";
+        if (strncmp(argv[i], "threads=", 8) == 0) desc.threads = atoi(value);
+        else if (strncmp(argv[i], "sets=", 5) == 0) s.only_sets = value;
+        else if (strncmp(argv[i], "nets=", 5) == 0) s.only_nets = value;
+        else if (strncmp(argv[i], "methods=", 8) == 0) s.only_methods = value;
+        else if (strcmp(argv[i], "finished=1") == 0) s.finished = 1;
+        else if (sscanf(argv[i], "seeds=%d-%d", &s.first_seed, &s.last_seed) != 2) return usage();
+    }
     s.ctx = spm_context_create(&desc);
     if (!s.ctx) {
         fprintf(stderr, "study: no context: this machine lacks the instruction set in SPURMEM_ISA\n");
@@ -596,19 +776,20 @@ int main(int argc, char **argv)
     catch_interrupts();
     progress_quiet = !stderr_is_terminal();
     (void)spm_directory_create(s.ctx, s.out, &s.err);
-    for (seed = 1; ok && seed <= (s.quick ? 1 : 5); seed++) {
-        for (net = 0; ok && net < (s.quick ? 1 : N_NETS); net++) {
-            for (set = 0; ok && set < (s.quick ? 2 : N_SETS); set++) {
-                spm_dataset *data = open_set(&s, set, seed);
-                ok = !stopped(&s);
-                if (!data && ok && seed == 1 && net == 0)
-                    fprintf(stderr, "%s: not there, left out\n", sets[set].name);
-                spm_dataset_close(data);
-                if (data) ok = block(&s, set, net, seed) && !stopped(&s);
+    for (seed = s.first_seed; ok && seed <= s.last_seed; seed++) {
+        for (net = 0; ok && net < N_NETS; net++) {
+            for (set = 0; ok && set < N_SETS; set++) {
+                if (!chosen(s.only_nets, net_names[net]) || !chosen(s.only_sets, sets[set].name)) continue;
+                if (!set_exists(&s, set)) {
+                    if (seed == s.first_seed) fprintf(stderr, "%s: not there, left out\n", sets[set].name);
+                    continue;
+                }
+                ok = block(&s, set, net, seed) && !stopped(&s);
             }
         }
     }
     progress_clear();
+    if (ok) ok = write_results(&s);
     if (ok) {
         table_text(&s, stdout);
         printf("\n%s/results.json has every run\n", s.out);
