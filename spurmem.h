@@ -1504,9 +1504,11 @@ typedef struct spm_attr_desc {
     /* SHAPLEY: an order ends where the value is chance + truncation (full - chance); 0: .1; a network that is no better
      * than chance from the start has no such end */
     double truncation;
-    uint64_t seed;             /* RANDOM, SHAPLEY */
+    uint64_t seed;             /* RANDOM, SHAPLEY, augment */
     spm_attr_report *report;   /* filled if not NULL */
     int group;                 /* -1: all groups together */
+    int surest;                /* 1: samples are those with the highest probability instead (quirk Q9) */
+    spm_augment augment;       /* how the samples are seen; its chances come from `seed` */
     int skip_downsample;       /* quirk Q3 for magnitude */
     int convolutions_only;     /* official ranks 4-D weights only */
     int workers;
@@ -1704,7 +1706,12 @@ typedef enum spm_method {
 } spm_method;
 SPMDEF int spm_method_parse(const char *name, spm_method *method); /* 1 if `name` is a method's */
 SPMDEF const char *spm_method_name(spm_method method);             /* "erm", "reweight" ... */
-typedef enum spm_mask_kind { SPM_MASK_CRITICAL, SPM_MASK_OFFICIAL, SPM_MASK_RANDOM, SPM_MASK_NONE } spm_mask_kind;
+/* What the pruned branch lacks: the units that its minority cells' rankings name (METHOD.md 2.2); the smallest weights
+ * (quirk Q8); the published code's option, by the gradient of the 200 training pictures, augmented, that the network is
+ * least sure of: that share of all channels of convolutions, that share of the other layers' single weights; random units */
+typedef enum spm_mask_kind {
+    SPM_MASK_CRITICAL, SPM_MASK_OFFICIAL, SPM_MASK_RANDOM, SPM_MASK_NONE, SPM_MASK_GRADIENT
+} spm_mask_kind;
 typedef enum spm_contrast { SPM_CONTRAST_FEATURES, SPM_CONTRAST_OUTPUTS, SPM_CONTRAST_NONE } spm_contrast;
 typedef enum spm_select { SPM_SELECT_WGA, SPM_SELECT_ACCURACY, SPM_SELECT_LAST } spm_select;
 /* What happens to the chosen units: off in the pruned branch; scaled there by `damp`; or left out of training. */
@@ -1747,6 +1754,8 @@ typedef struct spm_train_desc {
     double prune_fraction;
     int cross_entropy;             /* --ce on|off */
     int cross_entropy_pruned;      /* 1: the pruned branch's outputs get the cross-entropy as well */
+    int64_t mask_samples;          /* masks critical, gradient: of so many pictures (of a cell); 0: 200 */
+    int mask_surest;               /* mask gradient: of those that it is surest of (quirk Q9) */
     int bn_shared;                 /* 1: all forwards commit to the same running statistics (Q11) */
     int group_labels;              /* 1: minority groups are known; 0: memorized examples are found by the model's history */
     int official;                  /* profile: every quirk of METHOD.md */
@@ -25153,7 +25162,9 @@ static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *d
     for (i = 0; i < eval->count; i++) {
         if (desc->group >= 0 && eval->group[i] != desc->group) continue;
         all[n].id = eval->example[i];
-        all[n++].probability = eval->probability[i * eval->n_classes + eval->y[i]];
+        all[n].probability = eval->probability[i * eval->n_classes + eval->y[i]];
+        if (desc->surest) all[n].probability = -all[n].probability;
+        n++;
     }
     qsort(all, (size_t)n, sizeof *all, spmi_candidate_order);
     *count = SPMI_MIN(n, wanted);
@@ -25235,6 +25246,8 @@ static spm_status spmi_pass_open(spmi_pass *pass, spm_model *model, spm_dataset 
     loading.batch = running.max_batch = SPMI_MIN(n, batch > 0 ? batch : 32);
     loading.split = desc->split;
     loading.workers = desc->workers;
+    loading.augment = desc->augment;
+    loading.seed = desc->seed;
     running.backward = backward;
     pass->loader = spm_loader_create(dataset, &loading, err);
     pass->run = pass->loader ? spm_run_create(model, &running, err) : NULL;
@@ -28455,6 +28468,7 @@ static const char *spmi_mask_name(spm_mask_kind mask)
     case SPM_MASK_CRITICAL: return "critical";
     case SPM_MASK_OFFICIAL: return "official";
     case SPM_MASK_RANDOM: return "random";
+    case SPM_MASK_GRADIENT: return "gradient";
     case SPM_MASK_NONE: break;
     }
     return "none";
@@ -28753,6 +28767,8 @@ static spm_status spmi_train_config(spmi_trainer *t)
     if (d->method == SPM_METHOD_GROUPDRO) {
         spm_json_number(json, "dro_step", (double)d->dro_step);
         spm_json_number(json, "dro_adjust", (double)d->dro_adjust);
+    } else if (d->method == SPM_METHOD_REWEIGHT) {
+        spm_json_number(json, "weight_power", (double)d->weight_power);
     } else if (d->method == SPM_METHOD_JTT) {
         spm_json_bool(json, "identify_given", d->identify != NULL);
         spm_json_int(json, "identify_epochs", t->first_epoch);
@@ -28773,6 +28789,8 @@ static spm_status spmi_train_config(spmi_trainer *t)
         spm_json_number(json, "lambda", (double)d->lambda);
         spm_json_number(json, "prune_fraction", d->prune_fraction);
         spm_json_string(json, "mask", spmi_mask_name(d->mask));
+        if (d->mask == SPM_MASK_GRADIENT) spm_json_bool(json, "mask_surest", d->mask_surest);
+        spm_json_int(json, "mask_samples", d->mask_samples);
         spm_json_string(json, "criterion", spm_criterion_name(d->criterion));
         spm_json_string(json, "contrast",
                         d->contrast == SPM_CONTRAST_FEATURES  ? "features"
@@ -29391,6 +29409,77 @@ static spm_status spmi_mask_official(spmi_trainer *t)
     return SPM_OK;
 }
 
+/* Masks the share with the largest gradients, exactly, ties by order: of the convolutions' channels, by norm, or of the
+ * other layers' single weights. */
+static spm_status spmi_mask_steepest(spmi_trainer *t, int singly)
+{
+    int i, pass, count = spm_model_parameter_count(t->model);
+    int64_t n = 0, above = 0, ties = 0, u, at = 0;
+    float *score = NULL, *sorted = NULL, threshold = 0.0f;
+    spm_status status = SPM_OK;
+    for (pass = 0; !status && pass < 3; pass++, at = 0) { /* counts, scores, masks */
+        for (i = 0; !status && i < count; i++) {
+            const spm_parameter *p = spm_model_parameter(t->model, i);
+            int64_t units = singly ? spm_tensor_count(&p->value) : p->value.shape[0];
+            if (!spmi_official_prunable(p) || singly != (p->value.rank != 4)) continue;
+            for (u = 0; !status && pass == 1 && u < units; u++) {
+                int64_t row = spm_tensor_count(&p->value) / units, j;
+                double sum = 0.0;
+                for (j = u * row; j < (u + 1) * row; j++) sum += (double)p->gradient[j] * (double)p->gradient[j];
+                score[at + u] = sorted[at + u] = (float)sqrt(sum);
+            }
+            for (u = 0; !status && pass == 2 && u < units; u++) {
+                spm_unit unit = SPM_ZERO;
+                if (score[at + u] < threshold || (!(score[at + u] > threshold) && ties-- <= 0)) continue;
+                unit.parameter = i;
+                unit.channel = u;
+                if (!singly)
+                    status = spmi_mask_unit(t, &unit);
+                else if (spmi_mask_of(t, i))
+                    t->keep[i][u] = 0.0f;
+                else
+                    status = SPM_E_MEMORY;
+            }
+            at += units;
+        }
+        if (pass == 0) {
+            n = at;
+            score = (float *)spmi_alloc_array(t->ctx, 2 * SPMI_MAX(n, 1), sizeof *score);
+            if (!score) status = spmi_fail_memory(t->ctx, t->err, "the mask");
+            sorted = score ? score + n : NULL;
+        } else if (pass == 1 && n > 0) {
+            int64_t wanted = SPMI_MIN((int64_t)ceil(t->desc->prune_fraction * (double)n), n);
+            qsort(sorted, (size_t)n, sizeof *sorted, spmi_float_order);
+            threshold = wanted ? sorted[n - wanted] : FLT_MAX;
+            for (u = 0; u < n; u++) above += score[u] > threshold;
+            ties = wanted - above;
+        }
+    }
+    spmi_free(t->ctx, score);
+    return status;
+}
+
+static spm_status spmi_mask_gradient(spmi_trainer *t)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    int64_t *ids = NULL, used = 0;
+    int singly;
+    spm_status status;
+    attr.reading = t->desc->reading;
+    attr.split = SPM_TRAIN;
+    attr.group = -1;
+    attr.workers = t->desc->workers;
+    attr.samples = t->desc->mask_samples;
+    attr.surest = t->desc->mask_surest;
+    attr.augment = t->desc->augment;
+    attr.seed = spm_random_key(t->desc->seed, 0x73746570u, (uint64_t)t->epoch);
+    status = spmi_attr_choose(t->model, t->dataset, &attr, NULL, &ids, &used, t->err);
+    if (!status) status = spmi_attr_gradient(t->model, t->dataset, &attr, ids, used, t->err);
+    for (singly = 0; !status && singly < 2; singly++) status = spmi_mask_steepest(t, singly);
+    spmi_free(t->ctx, ids);
+    return status;
+}
+
 /* The critical units: each minority cell's ranking (METHOD.md 2.2) takes its next unit in turn until the share is
  * reached.  Where no cell is a minority, the ranking comes from all examples. */
 static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
@@ -29407,6 +29496,7 @@ static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
     evaluation.batch = t->desc->batch;
     evaluation.workers = t->desc->workers;
     attr.criterion = t->desc->criterion;
+    attr.samples = t->desc->mask_samples;
     attr.seed = t->desc->seed;
     lists = (spm_unit **)spmi_alloc_array(t->ctx, t->cells + 1, sizeof *lists);
     if (!lists) return spmi_fail_memory(t->ctx, t->err, "the mask");
@@ -29535,6 +29625,8 @@ static spm_status spmi_mask_build(spmi_trainer *t)
         status = spmi_mask_random(t, units, wanted);
     else if (d->mask == SPM_MASK_CRITICAL)
         status = spmi_mask_critical(t, wanted);
+    else if (d->mask == SPM_MASK_GRADIENT)
+        status = spmi_mask_gradient(t);
     return status ? status : spmi_mask_apply(t);
 }
 

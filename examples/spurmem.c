@@ -287,7 +287,7 @@ static const option options[] = {
     { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
     { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01",
       "intervention: share of units (official: weights) masked" },
-    { O_MASK, LEARN, 'c', "mask", "critical|official|random|none", "critical",
+    { O_MASK, LEARN, 'c', "mask", "critical|gradient|official|random|none", "critical",
       "intervention: what the pruned branch masks" },
     { O_CONTRAST, LEARN, 'c', "contrast", "features|outputs|none", "features", "intervention: what is contrasted" },
     { O_CE, LEARN, 'c', "ce", "on|off", "on", "intervention: cross-entropy of the dense branch" },
@@ -1021,12 +1021,14 @@ static void fill_official(const cli *line, spm_train_desc *desc, int intervene)
     if (!line->given[O_GROUP_WEIGHTING]) desc->group_weighting = 0;
 }
 
-/* Q8, Q10 and Q11, where the profile or --quirk has a say and the option that they stand for is not given itself. */
+/* Q8 to Q11, where the profile or --quirk has a say and the option that they stand for is not given itself. */
 static void fill_quirks(const cli *line, spm_train_desc *desc)
 {
     unsigned on = quirks(line), said = line->quirk_on | line->quirk_off | on;
     if ((said & SPM_QUIRK(8)) && !line->given[O_MASK])
         desc->mask = on & SPM_QUIRK(8) ? SPM_MASK_OFFICIAL : SPM_MASK_CRITICAL;
+    if ((line->quirk_on & SPM_QUIRK(9)) && !line->given[O_MASK]) desc->mask = SPM_MASK_GRADIENT;
+    desc->mask_surest = (on & SPM_QUIRK(9)) != 0;
     if ((said & SPM_QUIRK(10)) && !line->given[O_CONTRAST])
         desc->contrast = on & SPM_QUIRK(10) ? SPM_CONTRAST_OUTPUTS : SPM_CONTRAST_FEATURES;
     if ((said & SPM_QUIRK(11)) && !line->given[O_BN]) desc->bn_shared = (on & SPM_QUIRK(11)) != 0;
@@ -1094,6 +1096,7 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->mask = is(line, O_MASK, "critical")   ? SPM_MASK_CRITICAL
                  : is(line, O_MASK, "official") ? SPM_MASK_OFFICIAL
                  : is(line, O_MASK, "random")   ? SPM_MASK_RANDOM
+                 : is(line, O_MASK, "gradient") ? SPM_MASK_GRADIENT
                                                 : SPM_MASK_NONE;
     desc->contrast = is(line, O_CONTRAST, "features")  ? SPM_CONTRAST_FEATURES
                      : is(line, O_CONTRAST, "outputs") ? SPM_CONTRAST_OUTPUTS
@@ -1123,8 +1126,6 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     if (fill_optimizer(line, desc)) return 2;
     if (intervene && desc->contrast == SPM_CONTRAST_NONE && !desc->cross_entropy)
         return wrong("--contrast none and --ce off leave no loss to train on; switch one of them on");
-    if (line->quirk_on & SPM_QUIRK(9))
-        return wrong("--quirk Q9=on: the mask by gradient takes the poorest samples only; leave it out");
     if (is(line, O_PROFILE, "official")) fill_official(line, desc, intervene);
     fill_quirks(line, desc);
     desc->progress = on_progress;
@@ -1687,7 +1688,7 @@ static int run_quirks(cli *line, spm_model *model, spm_dataset *data, const spm_
     spm_json_array_end(json);
     spm_json_object_end(json);
     if (ok && prints(line))
-        printf("Q8, Q10 and Q11 belong to the intervention: intervene --profile official --quirk Q8=off\n");
+        printf("Q8 to Q11 belong to the intervention: intervene --profile official --quirk Q8=off\n");
     if (ok) return finish_json(line, json);
     spm_json_destroy(json);
     return 1;

@@ -243,7 +243,6 @@ static void test_wrong_lines(void)
     FAILS(2, "--epochs", "train --epochs");
     FAILS(2, "--epochs 2x", "train --epochs 2x");
     FAILS(2, "--json needs a value", "eval --json= " MODEL);
-    FAILS(2, "Q9=on", "intervene --data birds --out r --quirk Q9=on --checkpoint m.safetensors");
     FAILS(2, "--epochs 0", "train --data birds --out r --epochs 0");
     FAILS(2, "--batch 0", "train --data birds --out r --batch=0");
     FAILS(2, "--batch 99999999999999", "eval --batch 99999999999999 " MODEL);
@@ -1132,6 +1131,10 @@ static void test_official(void)
     CHECK_STR(string(object, "mask"), "critical");
     CHECK_STR(string(object, "contrast"), "features");
     CHECK_STR(string(object, "bn"), "separate");
+    RUNS(0, "intervene --profile official --quirk Q9=on --data birds --checkpoint paper/last.safetensors --out paper_q9 --max-steps 1 --quiet");
+    object = parse_file("paper_q9/config.json");
+    CHECK_STR(string(object, "mask"), "gradient");
+    CHECK_INT(whole(object, "mask_surest"), 1);
     RUNS(0, "predict --checkpoint paper_fixed/last.safetensors " BIRD);
     check_prediction(out, BIRD, 1);
 }

@@ -457,6 +457,39 @@ static void plain_critical_mask(spm_model *model, spm_dataset *set, const spm_tr
     spm_free(ctx, units[1]);
 }
 
+/* The published code's option: the share with the largest gradients of all examples' poorest (Q9: surest) ones. */
+static void plain_gradient_mask(spm_model *model, spm_dataset *set, const spm_train_desc *desc, spm_run *pruned)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    spm_unit *units = NULL;
+    float *keep[256];
+    int64_t count = 0, used, i, j;
+    int k;
+    memset(keep, 0, sizeof keep);
+    attr.reading = desc->reading;
+    attr.group = -1;
+    attr.samples = desc->mask_samples;
+    attr.surest = desc->mask_surest;
+    attr.convolutions_only = 1;
+    CHECK(spm_rank_units(model, set, &attr, NULL, &units, &count, &used, NULL) == SPM_OK);
+    CHECK_INT(used, desc->mask_samples);
+    for (i = 0; i < (int64_t)ceil(desc->prune_fraction * (double)count); i++) {
+        const spm_parameter *p = spm_model_parameter(model, units[i].parameter);
+        int64_t total = spm_tensor_count(&p->value), row = total / p->value.shape[0];
+        float **mask = &keep[units[i].parameter];
+        if (!*mask) {
+            *mask = (float *)malloc((size_t)total * sizeof(float));
+            for (j = 0; j < total; j++) (*mask)[j] = 1.0f;
+        }
+        for (j = 0; j < row; j++) (*mask)[units[i].channel * row + j] = 0.0f;
+    }
+    for (k = 0; k < 256; k++) {
+        if (keep[k]) CHECK(spm_run_set_mask(pruned, k, keep[k]) == SPM_OK);
+        free(keep[k]);
+    }
+    spm_free(spm_dataset_context(set), units);
+}
+
 typedef struct plain_losses {
     double total, ce, ce_pruned, ntxent;
 } plain_losses;
@@ -563,6 +596,7 @@ static void check_steps(bench *b, spm_train_desc *desc, const char *name)
     if (!desc->bn_shared) (void)spm_run_own_buffers(pruned, 1);
     if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_OFFICIAL) plain_official_mask(mine, pruned, desc->prune_fraction);
     if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_CRITICAL) plain_critical_mask(mine, b->set, desc, pruned);
+    if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_GRADIENT) plain_gradient_mask(mine, b->set, desc, pruned);
     for (step = 0; step < 2; step++) losses[step] = plain_step(mine, dense, pruned, b, desc, ids + 8 * step, 8);
     CHECK(spm_checkpoint_load(trained, tiny_path(name, "last.safetensors"), 0, NULL) == SPM_OK);
     for (step = 0; step < 2; step++) {
@@ -641,6 +675,61 @@ static void steps_of_the_official_profile(void)
     desc.prune_fraction = 0.01;
     desc.bn_shared = 0;
     check_steps(&b, &desc, "step_official");
+    bench_close(&b);
+}
+
+/* The mask by gradient, the right way and the published code's (Q9); in a ViT single weights, exactly that share. */
+static void steps_of_the_gradient_mask(void)
+{
+    bench b = bench_open(2);
+    spm_train_desc desc = small_run(b.ctx, SPM_METHOD_INTERVENE);
+    spm_model *start;
+    spm_attr_desc attr = SPM_ZERO;
+    spm_unit *units = NULL;
+    spm_archive *state;
+    char file[900];
+    int64_t count = 0, used, i, singles = 0, off = 0, wanted;
+    float *mask = NULL;
+    desc.mask = SPM_MASK_GRADIENT;
+    desc.mask_samples = 8;
+    check_steps(&b, &desc, "step_gradient");
+    desc.mask_surest = 1;
+    check_steps(&b, &desc, "step_gradient");
+    desc.arch = tiny_arch(b.ctx, "vit:patch=4,dim=16,depth=2,heads=2,mlp=2");
+    start = spm_model_build(b.ctx, &desc.arch, 5, NULL);
+    snprintf(file, sizeof file, "%s", tiny_path("start.safetensors", ""));
+    CHECK(start && spm_checkpoint_save(start, file, NULL, NULL) == SPM_OK);
+    desc.checkpoint = file;
+    desc.max_steps = 1;
+    check_trained(&b, &desc, fresh("step_gradient"));
+    attr.reading = desc.reading;
+    attr.group = -1;
+    attr.samples = 8;
+    attr.surest = 1;
+    attr.kind = SPM_UNIT_WEIGHT;
+    CHECK(spm_rank_units(start, b.set, &attr, NULL, &units, &count, &used, NULL) == SPM_OK);
+    for (i = 0; i < count; i++) singles += spm_model_parameter(start, units[i].parameter)->value.rank == 2;
+    wanted = (int64_t)ceil(0.05 * (double)singles);
+    CHECK(wanted > 100);
+    state = spm_archive_open(b.ctx, tiny_path("step_gradient", "state.safetensors"), NULL);
+    CHECK(state != NULL);
+    for (i = 0; state && i < count && wanted > 0; i++) {
+        const spm_parameter *p = spm_model_parameter(start, units[i].parameter);
+        const spm_archive_tensor *t;
+        char name[300];
+        if (p->value.rank != 2) continue;
+        snprintf(name, sizeof name, "mask.%s", p->name);
+        t = spm_archive_find(state, name);
+        CHECK(t != NULL);
+        mask = (float *)malloc((size_t)spm_tensor_count(&p->value) * sizeof(float));
+        if (t && spm_archive_read_f32(state, t, mask, NULL) == SPM_OK) off += mask[units[i].channel] == 0.0f;
+        free(mask);
+        wanted--;
+    }
+    CHECK_INT(off, (int64_t)ceil(0.05 * (double)singles));
+    spm_archive_close(state);
+    spm_free(b.ctx, units);
+    spm_model_destroy(start);
     bench_close(&b);
 }
 
@@ -1276,6 +1365,7 @@ int main(void)
     TEST(steps_of_erm);
     TEST(steps_of_the_sound_profile);
     TEST(steps_of_the_official_profile);
+    TEST(steps_of_the_gradient_mask);
     TEST(steps_of_ablations);
     TEST(random_mask);
     TEST(clip_and_schedules);
