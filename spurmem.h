@@ -1706,11 +1706,17 @@ typedef enum spm_method {
 } spm_method;
 SPMDEF int spm_method_parse(const char *name, spm_method *method); /* 1 if `name` is a method's */
 SPMDEF const char *spm_method_name(spm_method method);             /* "erm", "reweight" ... */
-/* What the pruned branch lacks: the units that its minority cells' rankings name (METHOD.md 2.2); the smallest weights
- * (quirk Q8); the published code's option, by the gradient of the 200 training pictures, augmented, that the network is
- * least sure of: that share of all channels of convolutions, that share of the other layers' single weights; random units */
+/* What the pruned branch lacks:
+ *   critical  the units first in the minority cells' rankings (METHOD.md 2.2).  Gradients are largest at the stem, which
+ *             every group needs
+ *   memory    the units that the minority cells need and the others do not: ranked by the score divided by the mean score
+ *             over the majority cells
+ *   official  the smallest weights (quirk Q8)
+ *   gradient  the published code's option: by the gradient of the 200 training pictures, augmented, that the network is
+ *             least sure of: that share of all channels of convolutions, that share of the other layers' single weights
+ *   random    as many units by chance */
 typedef enum spm_mask_kind {
-    SPM_MASK_CRITICAL, SPM_MASK_OFFICIAL, SPM_MASK_RANDOM, SPM_MASK_NONE, SPM_MASK_GRADIENT
+    SPM_MASK_CRITICAL, SPM_MASK_OFFICIAL, SPM_MASK_RANDOM, SPM_MASK_NONE, SPM_MASK_GRADIENT, SPM_MASK_MEMORY
 } spm_mask_kind;
 typedef enum spm_contrast { SPM_CONTRAST_FEATURES, SPM_CONTRAST_OUTPUTS, SPM_CONTRAST_NONE } spm_contrast;
 typedef enum spm_select { SPM_SELECT_WGA, SPM_SELECT_ACCURACY, SPM_SELECT_LAST } spm_select;
@@ -1791,7 +1797,8 @@ SPMDEF spm_train_desc spm_train_desc_init(spm_method method);
 /* Trains into desc->out: config.json, metrics.jsonl, history.csv (per training example: epochs in which it was wrong,
  * the first in which it was right, how often it was forgotten), best.safetensors, last.safetensors, resume state.
  * The same bits for any number of threads, and for a resumed and an unbroken run.  A loss or a gradient that is no finite
- * number ends it (SPM_E_NUMERIC names step and layer); last.safetensors then holds the values before that step.
+ * number ends it (SPM_E_NUMERIC names step and layer); last.safetensors then holds the values before that step.  A new run
+ * that fails in its first epoch leaves nothing to resume: the same folder may begin another.
  * Tests: test_train.c, test_methods.c. */
 SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_train_desc *desc, spm_train_result *result, spm_error *err);
 
@@ -28469,6 +28476,7 @@ static const char *spmi_mask_name(spm_mask_kind mask)
     case SPM_MASK_OFFICIAL: return "official";
     case SPM_MASK_RANDOM: return "random";
     case SPM_MASK_GRADIENT: return "gradient";
+    case SPM_MASK_MEMORY: return "memory";
     case SPM_MASK_NONE: break;
     }
     return "none";
@@ -28525,6 +28533,7 @@ typedef struct spmi_trainer {
     double loop_seconds, waited; /* in training loops; of them waiting for the loader */
     int64_t images_done;       /* by this call, for the progress report */
     int stopped, masked;       /* masked: this run makes masks */
+    int begun;                 /* this call has made the folder a run's */
 } spmi_trainer;
 
 /* ---- TensorBoard events: records of (length, checksum, protocol-buffer message, checksum) ---- */
@@ -29480,24 +29489,68 @@ static spm_status spmi_mask_gradient(spmi_trainer *t)
     return status;
 }
 
-/* The critical units: each minority cell's ranking (METHOD.md 2.2) takes its next unit in turn until the share is
- * reached.  Where no cell is a minority, the ranking comes from all examples. */
-static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
+/* The ranking of a cell's examples. */
+static spm_status spmi_mask_rank(spmi_trainer *t, const spm_eval *eval, int cell, spm_unit **units, int64_t *count)
 {
     spm_attr_desc attr = SPM_ZERO;
+    int64_t used;
+    attr.reading = t->desc->reading;
+    attr.split = SPM_TRAIN;
+    attr.workers = t->desc->workers;
+    attr.criterion = t->desc->criterion;
+    attr.samples = t->desc->mask_samples;
+    attr.seed = t->desc->seed;
+    attr.group = cell;
+    return spm_rank_units(t->model, t->dataset, &attr, eval, units, count, &used, t->err);
+}
+
+/* Mask memory: divides every score by the unit's mean score over the majority cells, and sorts anew. */
+static spm_status spmi_mask_specific(spmi_trainer *t, const spm_eval *eval, spm_unit **lists, int n, int64_t count)
+{
+    int64_t *first = (int64_t *)spmi_alloc_array(t->ctx, t->model->n_parameters + 1, sizeof *first), i, size = 0;
+    double *majority = NULL;
+    spm_status status = SPM_OK;
+    int g, majorities = 0;
+    for (g = 0; first && g < t->model->n_parameters; g++) {
+        first[g] = size;
+        size += t->model->parameters[g].value.shape[0];
+    }
+    majority = first ? (double *)spmi_alloc_array(t->ctx, SPMI_MAX(size, 1), sizeof *majority) : NULL;
+    if (!majority) status = spmi_fail_memory(t->ctx, t->err, "the mask");
+    for (g = 0; !status && g < t->cells; g++) {
+        spm_unit *units = NULL;
+        if (t->cell_start[g + 1] == t->cell_start[g] || spmi_is_minority_cell(t, g)) continue;
+        status = spmi_mask_rank(t, eval, g, &units, &count);
+        for (i = 0; !status && i < count; i++) majority[first[units[i].parameter] + units[i].channel] += units[i].score;
+        spm_free(t->ctx, units);
+        majorities++;
+    }
+    for (g = 0; !status && majorities && g < n; g++) {
+        for (i = 0; i < count; i++) {
+            double of_majority = majority[first[lists[g][i].parameter] + lists[g][i].channel] / (double)majorities;
+            lists[g][i].score /= SPMI_MAX(of_majority, 1e-30);
+        }
+        qsort(lists[g], (size_t)count, sizeof **lists, spmi_unit_order);
+    }
+    spmi_free(t->ctx, majority);
+    spmi_free(t->ctx, first);
+    return status;
+}
+
+/* Each minority cell's ranking (METHOD.md 2.2) takes its next unit in turn until the share is reached.  Where no cell is
+ * a minority, the ranking comes from all examples. */
+static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
+{
     spm_eval eval;
     spm_eval_desc evaluation = SPM_ZERO;
     spm_status status;
     spm_unit **lists;
-    int64_t count = 0, used, i, taken = 0;
+    int64_t count = 0, i, taken = 0;
     int g, n = 0;
-    evaluation.reading = attr.reading = t->desc->reading;
-    evaluation.split = attr.split = SPM_TRAIN;
+    evaluation.reading = t->desc->reading;
+    evaluation.split = SPM_TRAIN;
     evaluation.batch = t->desc->batch;
     evaluation.workers = t->desc->workers;
-    attr.criterion = t->desc->criterion;
-    attr.samples = t->desc->mask_samples;
-    attr.seed = t->desc->seed;
     lists = (spm_unit **)spmi_alloc_array(t->ctx, t->cells + 1, sizeof *lists);
     if (!lists) return spmi_fail_memory(t->ctx, t->err, "the mask");
     status = spm_evaluate(t->model, t->dataset, &evaluation, &eval, t->err);
@@ -29508,15 +29561,14 @@ static spm_status spmi_mask_critical(spmi_trainer *t, int64_t wanted)
     for (i = 0; i < eval.count; i++) eval.group[i] = (int32_t)t->table[SPMI_TABLE_CELL][eval.example[i]];
     for (g = 0; !status && g < t->cells; g++) {
         if (!spmi_is_minority_cell(t, g)) continue;
-        attr.group = g;
-        status = spm_rank_units(t->model, t->dataset, &attr, &eval, &lists[n], &count, &used, t->err);
-        if (!status) n++;
+        status = spmi_mask_rank(t, &eval, g, &lists[n], &count);
+        n += !status;
     }
     if (!status && n == 0) {
-        attr.group = -1;
-        status = spm_rank_units(t->model, t->dataset, &attr, &eval, &lists[n], &count, &used, t->err);
-        if (!status) n++;
-    }
+        status = spmi_mask_rank(t, &eval, -1, &lists[n], &count);
+        n += !status;
+    } else if (!status && t->desc->mask == SPM_MASK_MEMORY)
+        status = spmi_mask_specific(t, &eval, lists, n, count);
     for (i = 0; !status && i < count && taken < wanted; i++) {
         for (g = 0; !status && g < n && taken < wanted; g++) {
             const spm_unit *unit = &lists[g][i];
@@ -29623,7 +29675,7 @@ static spm_status spmi_mask_build(spmi_trainer *t)
         status = spmi_mask_official(t);
     else if (d->mask == SPM_MASK_RANDOM)
         status = spmi_mask_random(t, units, wanted);
-    else if (d->mask == SPM_MASK_CRITICAL)
+    else if (d->mask == SPM_MASK_CRITICAL || d->mask == SPM_MASK_MEMORY)
         status = spmi_mask_critical(t, wanted);
     else if (d->mask == SPM_MASK_GRADIENT)
         status = spmi_mask_gradient(t);
@@ -29974,7 +30026,7 @@ static spm_status spmi_train_step(spmi_trainer *t, const spm_batch *batch, float
         t->err = err;
         return spmi_fail(t->ctx, t->err, SPM_E_NUMERIC,
                          "step %ld of epoch %ld: the %s is not a finite number (%s); lower --lr or set --clip; %s",
-                         (long)t->step + 1, (long)t->epoch, fabs(loss.total) <= DBL_MAX ? "gradient" : "loss", where,
+                         (long)t->step + 1, (long)t->epoch + 1, fabs(loss.total) <= DBL_MAX ? "gradient" : "loss", where,
                          finite || t->epoch > 0 ? "last.safetensors is the last good checkpoint"
                                                 : "no step before it left a checkpoint");
     }
@@ -31009,6 +31061,7 @@ static spm_status spmi_train_folder(spmi_trainer *t)
         /* config.json comes last: it is what says that the folder holds a run, so a run that has it can be resumed */
         if (!status) status = spmi_state_save(t);
         if (!status) status = spm_file_write(t->ctx, config, t->config.data, t->config.length, t->err);
+        t->begun = !status;
     }
     if (!status && t->desc->log_steps) {
         t->steps = fopen(t->desc->log_steps, t->desc->resume ? "ab" : "wb");
@@ -31019,6 +31072,18 @@ static spm_status spmi_train_folder(spmi_trainer *t)
     spmi_free(t->ctx, config);
     spmi_free(t->ctx, state);
     return status;
+}
+
+/* A new run that failed in its first epoch has nothing to resume: the same --out may start another one. */
+static void spmi_train_forget(spmi_trainer *t)
+{
+    static const char names[2][20] = { "config.json", "state.safetensors" };
+    int i;
+    for (i = 0; i < 2; i++) {
+        char *path = spmi_path_join(t->ctx, t->desc->out, names[i]);
+        if (path) (void)remove(path);
+        spmi_free(t->ctx, path);
+    }
 }
 
 static void spmi_train_free(spmi_trainer *t)
@@ -31098,6 +31163,7 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
         if (!status) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
     }
     if (!status && !t.stopped && spmi_retrains(desc) && !t.retrained) status = spmi_train_retrain(&t);
+    if (status && t.begun && t.epoch == 0) spmi_train_forget(&t);
     result->epochs = t.epoch;
     result->steps = t.step;
     result->best_epoch = t.best_epoch;

@@ -287,7 +287,7 @@ static const option options[] = {
     { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
     { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01",
       "intervention: share of units (official: weights) masked" },
-    { O_MASK, LEARN, 'c', "mask", "critical|gradient|official|random|none", "critical",
+    { O_MASK, LEARN, 'c', "mask", "critical|memory|gradient|official|random|none", "critical",
       "intervention: what the pruned branch masks" },
     { O_CONTRAST, LEARN, 'c', "contrast", "features|outputs|none", "features", "intervention: what is contrasted" },
     { O_CE, LEARN, 'c', "ce", "on|off", "on", "intervention: cross-entropy of the dense branch" },
@@ -1097,6 +1097,7 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
                  : is(line, O_MASK, "official") ? SPM_MASK_OFFICIAL
                  : is(line, O_MASK, "random")   ? SPM_MASK_RANDOM
                  : is(line, O_MASK, "gradient") ? SPM_MASK_GRADIENT
+                 : is(line, O_MASK, "memory")   ? SPM_MASK_MEMORY
                                                 : SPM_MASK_NONE;
     desc->contrast = is(line, O_CONTRAST, "features")  ? SPM_CONTRAST_FEATURES
                      : is(line, O_CONTRAST, "outputs") ? SPM_CONTRAST_OUTPUTS

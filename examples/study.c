@@ -257,7 +257,7 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     folder(s, start, sizeof start, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
     desc.checkpoint = start;
-    desc.epochs = 20;
+    desc.epochs = 10;
     desc.optimizer.lr = net ? 1e-3f : 3e-3f;
     desc.schedule = SPM_SCHEDULE_COSINE;
     desc.augment = sets[set].augment;

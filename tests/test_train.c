@@ -417,6 +417,41 @@ static void plain_official_mask(spm_model *model, spm_run *pruned, double fracti
     free(v);
 }
 
+/* The ranking for mask memory: every score is divided by its mean over the majority groups 0 and 3: what the minority alone needs. */
+static spm_unit *plain_memory_ranking(spm_model *model, spm_dataset *set, const spm_train_desc *desc, int group)
+{
+    spm_unit *units[3] = { NULL, NULL, NULL };
+    int64_t count = 0, used, i, j, k;
+    int m;
+    for (m = 0; m < 3; m++) {
+        spm_attr_desc attr = SPM_ZERO;
+        attr.reading = desc->reading;
+        attr.criterion = desc->criterion;
+        attr.group = m == 0 ? group : m == 1 ? 0 : 3;
+        CHECK(spm_rank_units(model, set, &attr, NULL, &units[m], &count, &used, NULL) == SPM_OK);
+    }
+    for (i = 0; i < count; i++) {
+        double sum = 0.0;
+        for (m = 1; m < 3; m++) {
+            for (j = 0; j < count; j++) {
+                if (units[m][j].parameter == units[0][i].parameter && units[m][j].channel == units[0][i].channel) sum += units[m][j].score;
+            }
+        }
+        units[0][i].score /= sum / 2.0;
+    }
+    for (i = 0; i < count; i++) { /* sorted by selection */
+        for (j = k = i; j < count; j++) {
+            if (units[0][j].score > units[0][k].score) k = j;
+        }
+        units[1][0] = units[0][i];
+        units[0][i] = units[0][k];
+        units[0][k] = units[1][0];
+    }
+    spm_free(spm_dataset_context(set), units[1]);
+    spm_free(spm_dataset_context(set), units[2]);
+    return units[0];
+}
+
 /* The rankings of the minority groups 1 and 2 take turns until ceil(f * units) are off. */
 static void plain_critical_mask(spm_model *model, spm_dataset *set, const spm_train_desc *desc, spm_run *pruned)
 {
@@ -432,6 +467,9 @@ static void plain_critical_mask(spm_model *model, spm_dataset *set, const spm_tr
         attr.criterion = desc->criterion;
         attr.group = g + 1;
         CHECK(spm_rank_units(model, set, &attr, NULL, &units[g], &count, &used, NULL) == SPM_OK);
+        if (desc->mask != SPM_MASK_MEMORY) continue;
+        spm_free(ctx, units[g]);
+        units[g] = plain_memory_ranking(model, set, desc, g + 1);
     }
     wanted = (int64_t)ceil(desc->prune_fraction * (double)count);
     for (i = 0; i < count; i++) {
@@ -595,7 +633,7 @@ static void check_steps(bench *b, spm_train_desc *desc, const char *name)
     pruned = spm_run_create(mine, &running, NULL);
     if (!desc->bn_shared) (void)spm_run_own_buffers(pruned, 1);
     if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_OFFICIAL) plain_official_mask(mine, pruned, desc->prune_fraction);
-    if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_CRITICAL) plain_critical_mask(mine, b->set, desc, pruned);
+    if (desc->method == SPM_METHOD_INTERVENE && (desc->mask == SPM_MASK_CRITICAL || desc->mask == SPM_MASK_MEMORY)) plain_critical_mask(mine, b->set, desc, pruned);
     if (desc->method == SPM_METHOD_INTERVENE && desc->mask == SPM_MASK_GRADIENT) plain_gradient_mask(mine, b->set, desc, pruned);
     for (step = 0; step < 2; step++) losses[step] = plain_step(mine, dense, pruned, b, desc, ids + 8 * step, 8);
     CHECK(spm_checkpoint_load(trained, tiny_path(name, "last.safetensors"), 0, NULL) == SPM_OK);
@@ -650,6 +688,9 @@ static void steps_of_the_sound_profile(void)
     desc.cross_entropy_pruned = 1;
     desc.lambda = 0.7f;
     check_steps(&b, &desc, "step_sound");
+    desc.mask = SPM_MASK_MEMORY;
+    check_steps(&b, &desc, "step_sound");
+    desc.mask = SPM_MASK_CRITICAL;
     desc.group_weighting = 0;
     desc.cross_entropy_pruned = 0;
     desc.bn_shared = 1;
@@ -1279,6 +1320,19 @@ static void diverged(void)
     CHECK_INT(count_lines("nan", "metrics.jsonl"), 3);
     free(before);
     free(after);
+    desc = small_run(b.ctx, SPM_METHOD_ERM); /* in the first epoch: the folder may begin another run */
+    desc.epochs = 1;
+    desc.optimizer.kind = SPM_SGD;
+    desc.optimizer.lr = 1e30f;
+    CHECK_INT(train(&b, &desc, fresh("nan")), SPM_E_NUMERIC);
+    CHECK(strstr(last.text, "of epoch 1") && strstr(last.text, "first in"));
+    CHECK(!file_exists("nan", "config.json") && !file_exists("nan", "state.safetensors"));
+    desc.optimizer.lr = 1e-3f;
+    desc.resume = 1;
+    CHECK_INT(train(&b, &desc, "nan"), SPM_E_STATE);
+    CHECK(strstr(last.text, "leave --resume out"));
+    desc.resume = 0;
+    check_trained(&b, &desc, "nan");
     bench_close(&b);
 }
 
