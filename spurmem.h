@@ -80,7 +80,7 @@
  * 6. EVALUATION, LOCALIZATION
  *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes
  *    the highest-ranked ones and measures every group before and after, next to matched controls: the same change of
- *    other units of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).
+ *    other units (single weights) of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).
  *    Units are chosen on one split and reported on others; results say which.
  *
  * 7. TRAINING AND THE INTERVENTION
@@ -1597,7 +1597,7 @@ typedef struct spm_localize_desc {
     const char *rewind_file[SPM_LOCALIZE_REWINDS]; /* checkpoints for rewind and layer-rewind, the first NULL ends them */
     spm_arch rewind_arch;      /* their architecture, where the file does not say */
     int64_t repeats;           /* 0: 1 (noise, reinit: 10) */
-    int64_t controls;          /* matched controls for the rows of the largest top; 0: none (the tool: 19) */
+    int64_t controls;          /* matched controls for the rows of the largest top or fraction; 0: none (the tool: 19) */
     int64_t samples, batch;
     int64_t steps, permutations; /* of spm_attr_desc */
     double truncation;
@@ -26519,6 +26519,29 @@ static spm_status spmi_tally_room(const spmi_study *s, spmi_tally *tally)
     return SPM_OK;
 }
 
+/* Measures one control and takes its drops in. */
+static spm_status spmi_control_measure(spmi_study *s, const spmi_trial *other, const spm_eval *evals, spmi_tally *tally)
+{
+    spm_eval control[SPM_SPLITS];
+    int i, g;
+    spm_status status = spmi_tally_room(s, tally);
+    if (!status) status = spmi_study_measure(s, other, control);
+    if (status) return status;
+    for (i = 0; i < s->n_reported; i++) {
+        spmi_probe *probe = &s->probes[s->reported[i]];
+        for (g = 0; g < s->n_groups; g++) {
+            double drop = spmi_accuracy_drop(probe, &control[s->reported[i]], g);
+            int cell = s->reported[i] * s->n_groups + g;
+            tally->drop_sum[cell] += drop;
+            tally->drops[tally->n * SPM_SPLITS * s->n_groups + cell] = drop;
+            tally->at_least[cell] += drop >= spmi_accuracy_drop(probe, &evals[s->reported[i]], g);
+        }
+    }
+    tally->n++;
+    for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &control[i]);
+    return SPM_OK;
+}
+
 /* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
  * within the same parameter. Where a layer has fewer neighbours than controls are wanted, further laps pair them up
  * differently (unit i moves on by i places a lap); a single unit has as many controls as neighbours. */
@@ -26539,9 +26562,8 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, co
         if (trial->count == 1) wanted = SPMI_MIN(wanted, counts[u]);
     }
     for (j = 0; !status && j < wanted; j++) {
-        spm_eval control[SPM_SPLITS];
         spmi_trial other = *trial;
-        int i, g, complete = 1;
+        int complete = 1;
         for (u = 0; u < trial->count && complete; u++) {
             const spm_unit *mine = candidates + u * (widest + 1);
             int64_t at = (j + u * (j / counts[u])) % counts[u], tried;
@@ -26554,21 +26576,7 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, co
         if (!complete) break;
         other.units = chosen;
         other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)j);
-        status = spmi_tally_room(s, tally);
-        if (!status) status = spmi_study_measure(s, &other, control);
-        if (status) break;
-        for (i = 0; i < s->n_reported; i++) {
-            spmi_probe *probe = &s->probes[s->reported[i]];
-            for (g = 0; g < s->n_groups; g++) {
-                double drop = spmi_accuracy_drop(probe, &control[s->reported[i]], g);
-                int cell = s->reported[i] * s->n_groups + g;
-                tally->drop_sum[cell] += drop;
-                tally->drops[tally->n * SPM_SPLITS * s->n_groups + cell] = drop;
-                tally->at_least[cell] += drop >= spmi_accuracy_drop(probe, &evals[s->reported[i]], g);
-            }
-        }
-        tally->n++;
-        for (i = 0; i < SPM_SPLITS; i++) spm_eval_free(s->ctx, &control[i]);
+        status = spmi_control_measure(s, &other, evals, tally);
     }
     spmi_free(s->ctx, candidates);
     spmi_free(s->ctx, chosen);
@@ -26677,6 +26685,107 @@ static int64_t spmi_select_weights(spmi_study *s, const spmi_ranking *r, const s
         }
     }
     return selected;
+}
+
+/* A weight on the way to its controls. */
+typedef struct spmi_near {
+    float size;
+    int64_t index;
+} spmi_near;
+
+static int spmi_near_order(const void *a, const void *b)
+{
+    const spmi_near *x = (const spmi_near *)a, *y = (const spmi_near *)b;
+    if (x->size < y->size || x->size > y->size) return x->size < y->size ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+/* The free place that the steps to[] lead to. */
+static int64_t spmi_free_place(int64_t *to, int64_t at)
+{
+    while (to[at] != at) {
+        to[at] = to[to[at]];
+        at = to[at];
+    }
+    return at;
+}
+
+/* Picks, for the selected weights of one parameter, those of `wanted` controls: picks[j * stride + k]; no weight serves
+ * twice.  Control j gives every selected weight the nearest in magnitude that is left.  Returns how many controls are
+ * complete, or -1 if memory ran out; adds the sum of their gaps to gaps[j]. */
+static int64_t spmi_near_picks(const spmi_study *s, int parameter, int64_t wanted, int64_t *picks, int64_t stride, double *gaps)
+{
+    int64_t n = spm_tensor_count(&s->model->parameters[parameter].value), i, j, k, complete = 0;
+    const float *w = s->saved.values + s->saved.offset[parameter];
+    const uint8_t *mask = s->mask[parameter];
+    spmi_near *sorted = (spmi_near *)spmi_alloc_array(s->ctx, n, sizeof *sorted);
+    int64_t *left = (int64_t *)spmi_alloc_array(s->ctx, 2 * (n + 2), sizeof *left), *right = left + n + 2;
+    if (!sorted || !left) complete = -1;
+    for (i = 0; !complete && i < n; i++) {
+        sorted[i].size = fabsf(w[i]);
+        sorted[i].index = i;
+    }
+    if (!complete) qsort(sorted, (size_t)n, sizeof *sorted, spmi_near_order);
+    for (i = 0; !complete && i < n + 2; i++) { /* place i is sorted[i - 1]; 0 and n + 1 are the ends */
+        int taken = i > 0 && i <= n && mask[sorted[i - 1].index];
+        left[i] = i - taken;
+        right[i] = i + taken;
+    }
+    for (j = 0; complete == j && j < wanted; j++) {
+        for (i = 1, k = 0; i <= n; i++) {
+            int64_t low, high, pick;
+            double below, above;
+            if (!mask[sorted[i - 1].index]) continue;
+            low = spmi_free_place(left, i);
+            high = spmi_free_place(right, i);
+            if (low == 0 && high == n + 1) break;
+            below = low ? (double)sorted[i - 1].size - (double)sorted[low - 1].size : HUGE_VAL;
+            above = high <= n ? (double)sorted[high - 1].size - (double)sorted[i - 1].size : HUGE_VAL;
+            pick = below <= above ? low : high;
+            left[pick] = pick - 1;
+            right[pick] = pick + 1;
+            picks[j * stride + k++] = sorted[pick - 1].index;
+            gaps[j] += SPMI_MIN(below, above);
+        }
+        complete += i > n;
+    }
+    spmi_free(s->ctx, sorted);
+    spmi_free(s->ctx, left);
+    return complete;
+}
+
+/* The matched controls of single weights: the same change of as many others of each parameter, nearest in magnitude. */
+static spm_status spmi_weight_controls(spmi_study *s, const spmi_trial *trial, const spm_eval *evals, spmi_tally *tally)
+{
+    int64_t wanted = trial->count ? s->desc->controls : 0, at, j, k, *picks, *counts;
+    double *gaps = (double *)spmi_alloc_array(s->ctx, SPMI_MAX(wanted, 1), sizeof *gaps);
+    int i, n = s->model->n_parameters;
+    spm_status status = SPM_OK;
+    picks = (int64_t *)spmi_alloc_array(s->ctx, SPMI_MAX(wanted, 1) * SPMI_MAX(trial->count, 1), sizeof *picks);
+    counts = (int64_t *)spmi_alloc_array(s->ctx, n, sizeof *counts);
+    if (!gaps || !picks || !counts) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+    for (i = 0, at = 0; !status && i < n; i++) {
+        int64_t size = spm_tensor_count(&s->model->parameters[i].value);
+        for (j = 0; s->mask[i] && j < size; j++) counts[i] += s->mask[i][j];
+        if (!counts[i] || !wanted) continue;
+        wanted = spmi_near_picks(s, i, wanted, picks + at, trial->count, gaps);
+        if (wanted < 0) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+        at += counts[i];
+    }
+    for (j = 0; !status && j < wanted; j++) {
+        spmi_trial other = *trial;
+        status = spmi_masks_clear(s);
+        for (i = 0, at = j * trial->count; !status && i < n; at += counts[i++]) {
+            for (k = 0; k < counts[i]; k++) s->mask[i][picks[at + k]] = 1;
+        }
+        other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)j);
+        if (!status) status = spmi_control_measure(s, &other, evals, tally);
+        tally->gap += gaps[j] / (double)trial->count;
+    }
+    spmi_free(s->ctx, gaps);
+    spmi_free(s->ctx, picks);
+    spmi_free(s->ctx, counts);
+    return status;
 }
 
 /* ---- output ---- */
@@ -26892,7 +27001,9 @@ static spm_status spmi_study_row(spmi_study *s, const spmi_ranking *r, const spm
         }
         status = spmi_study_measure(s, &trial, evals);
         if (status) break;
-        if (row->controls && k == 0) status = spmi_study_controls(s, &trial, evals, &tally);
+        if (row->controls && k == 0)
+            status = trial.units ? spmi_study_controls(s, &trial, evals, &tally)
+                                 : spmi_weight_controls(s, &trial, evals, &tally);
         spmi_row_head(s, r, row);
         spm_json_int(s->json, "repeat", k);
         spm_json_int(s->json, "changed", trial.count);
@@ -27507,7 +27618,7 @@ static int spmi_study_grid(const spmi_study *s, const spmi_ranking *r, spmi_row 
         int64_t top = weights ? -1 : k;
         double fraction = weights ? fractions[k - 1] : 0.0;
         n = spmi_study_add_row(s, rows, n, zero, top, fraction, 0.0);
-        rows[n - 1].controls = !weights && s->desc->controls > 0 && k <= 3;
+        rows[n - 1].controls = s->desc->controls > 0 && k <= 3;
         if (k > 3) continue;
         for (v = 0; v < 3; v++) n = spmi_study_add_row(s, rows, n, SPM_MODIFY_NOISE, top, fraction, stds[v]);
         for (v = 0; v < (r->criterion == SPM_CRITERION_MAGNITUDE && !weights ? 6 : 3); v++) {
@@ -27535,8 +27646,10 @@ static int spmi_study_rows(const spmi_study *s, const spmi_ranking *r, spmi_row 
     int n_sizes = weights ? (d->n_fraction ? d->n_fraction : 3) : d->n_top ? d->n_top : 3;
     int rewinds = d->modify == SPM_MODIFY_REWIND || d->modify == SPM_MODIFY_LAYER_REWIND ? s->n_rewind : 1;
     int64_t largest = 0;
+    double most = 0.0;
     if (d->grid) return spmi_study_grid(s, r, rows);
     for (k = 0; k < n_sizes && !weights; k++) largest = SPMI_MAX(largest, d->n_top ? d->top[k] : k + 1);
+    for (k = 0; k < n_sizes && weights; k++) most = SPMI_MAX(most, d->n_fraction ? d->fraction[k] : fractions[k]);
     for (k = 0; k < n_sizes; k++) {
         int64_t top = weights ? -1 : d->n_top ? d->top[k] : k + 1;
         double fraction = !weights ? 0.0 : d->n_fraction ? d->fraction[k] : fractions[k];
@@ -27544,7 +27657,7 @@ static int spmi_study_rows(const spmi_study *s, const spmi_ranking *r, spmi_row 
             for (w = 0; w < rewinds; w++) {
                 n = spmi_study_add_row(s, rows, n, d->modify, top, fraction, noisy && d->n_std ? d->std[v] : 0.01);
                 rows[n - 1].rewind = w;
-                rows[n - 1].controls = !weights && d->controls > 0 && top == largest;
+                rows[n - 1].controls = d->controls > 0 && (weights ? fraction >= most : top == largest);
             }
         }
     }
@@ -32331,11 +32444,13 @@ static void spmi_report_strips(spmi_report *report, const spm_json_value *study,
     spmi_text *out = &report->out;
     const spm_json_value *splits = spm_json_get(row, "splits"), *ranking = spmi_report_ranking(study, row),
                          *units = spm_json_get(ranking, "units");
-    int64_t group = spmi_field_int(row, "group", -1), top = spmi_field_int(row, "top", 0), u, s, g;
+    int64_t group = spmi_field_int(row, "group", -1), top = spmi_field_int(row, "top", -1), u, s, g;
     spmi_html_in(out, "<div class=group><h4>", spmi_field(study, "criterion"), "");
     if (group >= 0)
         spmi_html_in(out, ", ranked for <q>", spmi_report_group_name(report, group), "</q>");
     spmi_text_add(out, ": without <code>");
+    if (top < 0)
+        spmi_text_addf(out, "%ld single weights", (long)spmi_field_int(row, "changed", 0));
     for (u = 0; u < SPMI_MIN(SPMI_MIN(top, spm_json_length(units)), 10); u++) {
         if (u) spmi_text_add(out, "</code>, <code>");
         spmi_report_unit(out, spm_json_at(units, u));

@@ -262,7 +262,7 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     desc.schedule = SPM_SCHEDULE_COSINE;
     desc.augment = sets[set].augment;
     desc.epoch_examples = spm_dataset_split_size(data, SPM_TRAIN);
-    if (desc.epoch_examples > 4000) desc.epoch_examples = 4000;
+    if (desc.epoch_examples > 4000) desc.epoch_examples /= 2;
     if (m == JTT) {
         desc.identify = first;
         desc.upweight = 20;
@@ -271,7 +271,8 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
         desc.weight_power = 0.3333f;
     if (m >= INTERVENE) { /* both branches learn */
         desc.lambda = 10.0f;
-        desc.prune_fraction = 0.05;
+        desc.mask = SPM_MASK_MEMORY;
+        desc.prune_fraction = 0.2;
         desc.cross_entropy_pruned = 1;
         desc.group_labels = m != LABEL_FREE;
     }
@@ -703,7 +704,7 @@ static int block(study *s, int set, int net, int seed)
         if (!row_read(file, r)) {
             const spm_eval *start = NULL, *now = NULL, *over = NULL;
             if (s->finished || (s->quick && (m == OFFICIAL_MASK || m == NTX_ONLY))
-                || (m != START && !chosen(s->only_methods, methods[m].folder)))
+                || !chosen(s->only_methods, methods[m].folder) || (m != START && !find_row(s, set, net, seed, START)))
                 continue;
             if (!data) data = open_set(s, set, seed);
             ok = data && (m == START ? train_start(s, data, set, net, seed) : train_method(s, data, set, net, seed, m));
@@ -726,7 +727,7 @@ static int block(study *s, int set, int net, int seed)
                 sets[set].name, net_names[net], seed, methods[m].name, 100.0 * r->line[r->points - 1].wga,
                 100.0 * (r->line[r->points - 1].wga - r->line[0].wga), 100.0 * r->line[r->points - 1].majority,
                 100.0 * (r->line[r->points - 1].majority - r->line[0].majority), r->seconds);
-        if (!s->finished) ok = write_results(s);
+        if (!s->finished && !s->only_methods) ok = write_results(s); /* parts may run side by side */
     }
     for (m = 0; m < METHODS; m++) {
         for (k = 0; k < 2; k++) spm_eval_free(s->ctx, &evals[m][k]);
@@ -789,11 +790,11 @@ int main(int argc, char **argv)
         }
     }
     progress_clear();
-    if (ok) ok = write_results(&s);
-    if (ok) {
+    if (ok && !s.only_methods) ok = write_results(&s);
+    if (ok && !s.only_methods) {
         table_text(&s, stdout);
         printf("\n%s/results.json has every run\n", s.out);
-    } else
+    } else if (!ok)
         fprintf(stderr, "study: %s\n", s.err.status ? s.err.text : "stopped; the same command goes on");
     spm_context_destroy(s.ctx);
     return ok ? 0 : 1;

@@ -960,6 +960,90 @@ static void single_weights(void)
     bench_close(&b);
 }
 
+/* Controls of single weights: as many others of every parameter, each selected one's nearest in magnitude that is left. */
+static void controls_of_single_weights(void)
+{
+    enum { WANTED = 3 };
+    bench b = bench_open("resnet18:width=2,stem=cifar", 2);
+    spm_localize_desc desc = weight_study(&b, 0.01, 1, 0);
+    int count = spm_model_parameter_count(b.model), i, c, g;
+    float **all = save_all(b.model), *sorted, t;
+    int64_t n = 0, at = 0, j, k, m, chosen = 0;
+    double gap = 0.0, drops[WANTED][4];
+    spm_json_value *root;
+    const spm_json_value *row, *controls;
+    spm_eval before;
+    char **used = (char **)calloc((size_t)count, sizeof *used);
+    for (i = 0; i < count; i++) n += ranked(spm_model_parameter(b.model, i)) ? spm_tensor_count(&spm_model_parameter(b.model, i)->value) : 0;
+    sorted = (float *)malloc((size_t)n * sizeof *sorted);
+    for (i = 0; i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(b.model, i);
+        for (j = 0; ranked(p) && j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
+    }
+    qsort(sorted, (size_t)n, sizeof *sorted, float_order);
+    t = sorted[(int64_t)ceil(0.01 * (double)n) - 1];
+    before = evaluated(&b, SPM_TEST);
+    for (c = 0; c < WANTED; c++) {
+        spm_eval after;
+        for (i = 0; i < count; i++) { /* from the smallest selected weight up, each takes the smallest unused one above */
+            spm_parameter *p = spm_model_parameter(b.model, i);
+            int64_t size = spm_tensor_count(&p->value), picks = 0;
+            if (!ranked(p)) continue;
+            if (!used[i]) used[i] = (char *)calloc((size_t)size, 1);
+            for (j = 0; j < size; j++) picks += fabsf(all[i][j]) <= t;
+            if (c == 0) chosen += picks;
+            for (m = 0; m < picks; m++) {
+                float mine = 0.0f, last_mine = -1.0f;
+                for (k = 0; k <= m; k++) { /* the m-th smallest selected one */
+                    for (j = 0, mine = 1e9f; j < size; j++) {
+                        if (fabsf(all[i][j]) <= t && fabsf(all[i][j]) > last_mine && fabsf(all[i][j]) < mine) mine = fabsf(all[i][j]);
+                    }
+                    last_mine = mine;
+                }
+                for (j = 0, k = -1; j < size; j++) {
+                    if (used[i][j] || fabsf(all[i][j]) <= t) continue;
+                    if (k < 0 || fabsf(all[i][j]) < fabsf(all[i][k])) k = j;
+                }
+                CHECK(k >= 0);
+                if (k < 0) continue;
+                used[i][k] = 1;
+                p->value.data[k] = 0.0f;
+                gap += (double)fabsf(all[i][k]) - (double)mine;
+            }
+        }
+        spm_model_touch(b.model);
+        after = evaluated(&b, SPM_TEST);
+        for (g = 0; g < 4; g++) drops[c][g] = before.groups[g].accuracy - after.groups[g].accuracy;
+        spm_eval_free(b.ctx, &after);
+        restore_all(b.model, all, 0);
+    }
+    desc.controls = WANTED;
+    root = study(&b, &desc);
+    row = spm_json_at(spm_json_get(root, "results"), 0);
+    controls = spm_json_get(row, "controls");
+    CHECK_INT(spm_json_as_int(spm_json_get(row, "changed"), -1), chosen);
+    CHECK_INT(spm_json_length(controls), 8);
+    for (j = 0; j < spm_json_length(controls); j++) {
+        const spm_json_value *entry = spm_json_at(controls, j), *list = spm_json_get(entry, "drops");
+        if (strcmp(spm_json_as_string(spm_json_get(entry, "split"), ""), "test") != 0) continue;
+        g = (int)spm_json_as_int(spm_json_get(entry, "group"), 0);
+        CHECK_INT(spm_json_length(list), WANTED);
+        for (c = 0; c < WANTED; c++) CHECK_NEAR(spm_json_as_number(spm_json_at(list, c), -9.0), drops[c][g], 1e-9);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "mean_norm_gap"), -1.0), gap / (double)(WANTED * chosen), 1e-7);
+    }
+    spm_json_free(b.ctx, root);
+    desc.fraction[0] = 0.6; /* fewer are left than there are selected ones */
+    root = study(&b, &desc);
+    CHECK_INT(spm_json_length(spm_json_get(spm_json_at(spm_json_get(root, "results"), 0), "controls")), 0);
+    spm_json_free(b.ctx, root);
+    spm_eval_free(b.ctx, &before);
+    for (i = 0; i < count; i++) free(used[i]);
+    free(used);
+    free(sorted);
+    restore_all(b.model, all, 1);
+    bench_close(&b);
+}
+
 /* Quirk Q6: noise on single weights is uniform, so a tiny network's weights never fall by it. */
 static void uniform_noise(void)
 {
@@ -1310,6 +1394,7 @@ int main(void)
     TEST(every_modification);
     TEST(controls_of_one_unit);
     TEST(number_of_controls);
+    TEST(controls_of_single_weights);
     TEST(rules_and_sentences);
     TEST(single_weights);
     TEST(uniform_noise);

@@ -46,9 +46,11 @@ static void study(void)
     CHECK_INT(spm_json_length(runs), 12);
     CHECK_INT(spm_json_length(summary), 12);
     for (i = 0; i < spm_json_length(runs); i++) {
-        const spm_json_value *r = spm_json_at(runs, i), *line = spm_json_get(r, "line"), *end = spm_json_at(line, 20);
+        const spm_json_value *r = spm_json_at(runs, i), *line = spm_json_get(r, "line"), *end = spm_json_at(line, spm_json_length(line) - 1);
         double worst = 2.0;
-        CHECK_INT(spm_json_length(line), 21);
+        int over = strstr(spm_json_as_string(spm_json_get(r, "method"), ""), "power 1") != NULL
+                   && !strstr(spm_json_as_string(spm_json_get(r, "method"), ""), "1/3");
+        CHECK_INT(spm_json_length(line), over ? 41 : 21); /* the power's line goes over power 1/3 */
         CHECK_STR(spm_json_as_string(spm_json_get(r, "set"), ""), "birds");
         for (k = 0; k < 4; k++) {
             const spm_json_value *g = spm_json_at(spm_json_get(r, "test_groups"), k);
@@ -60,15 +62,30 @@ static void study(void)
     }
     for (i = 0; i < spm_json_length(summary); i++) { /* means over the seeds, against the start of each */
         const spm_json_value *s = spm_json_at(summary, i);
-        const spm_json_value *line = spm_json_get(spm_json_at(runs, i), "line");
+        const spm_json_value *line = spm_json_get(spm_json_at(runs, i), "line"), *pareto = spm_json_get(s, "pareto");
+        double start = number(spm_json_at(line, 0), "worst_group_accuracy"), start_val = number(spm_json_at(line, 0), "val_majority_accuracy");
+        int64_t n = spm_json_length(line);
         CHECK_INT(spm_json_as_int(spm_json_get(s, "seeds"), 0), 1);
-        CHECK_NEAR(number(s, "gain"), number(spm_json_at(line, 20), "worst_group_accuracy") - number(spm_json_at(line, 0), "worst_group_accuracy"), 1e-8);
+        CHECK_NEAR(number(s, "gain"), number(spm_json_at(line, n - 1), "worst_group_accuracy") - start, 1e-8);
+        CHECK(spm_json_length(pareto) >= 5); /* at 0 and below the start itself is there */
+        for (k = 0; k < spm_json_length(pareto); k++) { /* the validation split chooses, the test split is told */
+            const spm_json_value *level = spm_json_at(pareto, k);
+            int64_t j, best = -1;
+            for (j = 0; j < n; j++) {
+                if (number(spm_json_at(line, j), "val_majority_accuracy") < start_val + number(level, "least_majority_change_points") / 100.0 - 1e-9) continue;
+                if (best < 0 || number(spm_json_at(line, j), "val_worst_group_accuracy") > number(spm_json_at(line, best), "val_worst_group_accuracy")) best = j;
+            }
+            CHECK_NEAR(number(level, "gain"), number(spm_json_at(line, best), "worst_group_accuracy") - start, 1e-8);
+        }
     }
     CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere quick > %s/test_study/again 2> /dev/null"), 0);
     CHECK_INT(run("cmp -s %s/test_study/table %s/test_study/again"), 0);
     again = read_results(ctx);
     CHECK_INT(spm_json_length(spm_json_get(again, "runs")), 12);
+    CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere quick finished=1 > %s/test_study/again 2> /dev/null"), 0);
+    CHECK_INT(run("cmp -s %s/test_study/table %s/test_study/again"), 0);
     CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere slow > /dev/null 2> %s/test_study/again"), 512);
+    CHECK_INT(run("%s/study %s/test_study/out %s/test_study/birds /nowhere quick seed=3 > /dev/null 2> %s/test_study/again"), 512);
     spm_json_free(ctx, first);
     spm_json_free(ctx, again);
     spm_context_destroy(ctx);
