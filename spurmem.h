@@ -644,7 +644,7 @@ SPMDEF spm_status spm_run_forward(spm_run *run, int64_t n, int training);
  * what is bound; a write hook of it is not called. */
 SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n, int training);
 /* Keeps any value, and its gradient, readable until the next forward.  Plans the run's memory anew (call it once,
- * before forward); the value then counts as an output for the functions below. */
+ * before forward); the value then counts as an output for the functions below.  Of an input, only the gradient is had. */
 SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value);
 /* Data of inputs, parameters (masked if they are), outputs and kept values, after forward; NULL for any other. */
 SPMDEF float *spm_run_data(spm_run *run, spm_value value);
@@ -1530,11 +1530,15 @@ SPMDEF spm_status spm_rank_units(spm_model *model, spm_dataset *dataset, const s
  *   GRADCAM   relu(sum_c mean_positions(d logit / d A_c) A_c), A what the global pool reads (Selvaraju et al. 2017)
  *   ROLLOUT   row of the class token in the product over blocks of (mean over heads of attention + identity) / 2
  *             (Abnar and Zuidema 2020)
- *   AUTO      gradcam for ResNets, rollout for ViTs */
-typedef enum spm_map_kind { SPM_MAP_AUTO, SPM_MAP_GRADCAM, SPM_MAP_ROLLOUT } spm_map_kind;
+ *   AUTO      gradcam for ResNets, rollout for ViTs
+ *   INTEGRATED  pixel by pixel: |sum over the colours of (x - x0) times the mean of d logit / dx on the straight line from
+ *             x0, the mean colour, to x| (Sundararajan et al. 2017); 32 steps, midpoint rule; signed sums add up to
+ *             logit(x) - logit(x0).  As many passes as steps */
+typedef enum spm_map_kind { SPM_MAP_AUTO, SPM_MAP_GRADCAM, SPM_MAP_ROLLOUT, SPM_MAP_INTEGRATED } spm_map_kind;
 typedef struct spm_map {
     float *values;             /* [height][width], 0 or more; spm_free */
-    int64_t height, width;     /* of the last feature map, or of the grid of patches */
+    int64_t height, width;     /* of the last feature map, of the grid of patches, or of the input */
+    double sum, difference;    /* INTEGRATED: the signed sum, and logit(x) - logit(x0) that it should be; else 0 */
     int class_index;           /* the class it explains, in class order (rollout: the predicted one) */
 } spm_map;
 
@@ -11249,7 +11253,7 @@ SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value)
 SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
 {
     spm_status status;
-    if (!spmi_run_has(run, value) || run->program->values[value].kind != SPMI_VALUE_RESULT)
+    if (!spmi_run_has(run, value) || run->program->values[value].kind == SPMI_VALUE_PARAMETER)
         return spmi_run_no_value(run, value, "spm_run_keep");
     if (spmi_run_kept(run, value)) return SPM_OK;
     run->values[value].want |= SPMI_WANT_KEEP;
@@ -25821,6 +25825,47 @@ static int spmi_map_keep_attention(spm_run *run, spm_value *probs, int most)
     return n;
 }
 
+/* Integrated gradients of the logits weighted by `row` (1 at the class), from the mean colour, which is 0. */
+static spm_status spmi_map_integrated(spm_run *run, spm_value image, spm_value logits, const float *pixels, const float *row,
+                                      int classes, spm_map *map)
+{
+    enum { STEPS = 32 };
+    spm_tensor shape = spm_program_shape(run->program, image, 1);
+    int64_t n = spm_tensor_count(&shape), channels = shape.shape[3], i, c;
+    float *at = (float *)spmi_alloc_array(run->ctx, n, sizeof *at);
+    double *sum = (double *)spmi_alloc_array(run->ctx, n, sizeof *sum);
+    int k;
+    spm_status status = SPM_OK;
+    map->height = shape.shape[1];
+    map->width = shape.shape[2];
+    map->values = (float *)spmi_alloc_array(run->ctx, n / channels, sizeof(float));
+    if (!at || !sum || !map->values) status = spmi_fail_memory(run->ctx, &run->error, "a map");
+    for (k = -1; !status && k <= STEPS; k++) { /* the line's ends only for their logits */
+        double share = k < 0 ? 0.0 : k == STEPS ? 1.0 : ((double)k + 0.5) / STEPS;
+        const float *g;
+        for (i = 0; i < n; i++) at[i] = (float)(share * (double)pixels[i]);
+        status = spm_run_input(run, image, at);
+        if (!status) status = spm_run_forward(run, 1, 0);
+        for (c = 0; !status && (k < 0 || k == STEPS) && c < classes; c++)
+            map->difference += (k < 0 ? -1.0 : 1.0) * (double)row[c] * (double)spm_run_data(run, logits)[c];
+        if (status || k < 0 || k == STEPS) continue;
+        spm_model_zero_gradients(run->model);
+        status = spm_run_set_gradient(run, logits, row);
+        if (!status) status = spm_run_backward(run);
+        g = status ? NULL : spm_run_gradient(run, image);
+        for (i = 0; g && i < n; i++) sum[i] += (double)g[i] / STEPS;
+    }
+    for (i = 0; !status && i < n; i += channels) {
+        double pixel = 0.0;
+        for (c = 0; c < channels; c++) pixel += (double)pixels[i + c] * sum[i + c];
+        map->values[i / channels] = (float)fabs(pixel);
+        map->sum += pixel;
+    }
+    spmi_free(run->ctx, at);
+    spmi_free(run->ctx, sum);
+    return status;
+}
+
 SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, const float *pixels, int class_index,
                               spm_map_kind kind, spm_map *map, spm_error *err)
 {
@@ -25835,7 +25880,7 @@ SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, cons
     spm_status status = SPM_OK;
     memset(map, 0, sizeof *map);
     if (kind == SPM_MAP_AUTO) kind = shape.rank == 4 ? SPM_MAP_GRADCAM : SPM_MAP_ROLLOUT;
-    if ((kind == SPM_MAP_GRADCAM) != (shape.rank == 4)) {
+    if (kind != SPM_MAP_INTEGRATED && (kind == SPM_MAP_GRADCAM) != (shape.rank == 4)) {
         return spmi_fail(model->ctx, err, SPM_E_UNSUPPORTED, "%s",
                          kind == SPM_MAP_GRADCAM ? "Grad-CAM needs a feature map before the pool, which a transformer "
                                                    "has not; use attention rollout"
@@ -25846,7 +25891,7 @@ SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, cons
         return spmi_fail(model->ctx, err, SPM_E_ARGUMENT, "class %d does not exist; the model has classes 0 to %d",
                          class_index, classes - 1);
     }
-    running.backward = kind == SPM_MAP_GRADCAM;
+    running.backward = kind != SPM_MAP_ROLLOUT;
     run = spm_run_create(model, &running, err);
     if (!run) return err ? err->status : spm_context_status(model->ctx);
     if (kind == SPM_MAP_ROLLOUT) {
@@ -25858,7 +25903,7 @@ SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, cons
         }
         blocks = spmi_map_keep_attention(run, probs, 256);
         if (blocks <= 0) status = spm_run_error(run)->status ? spm_run_error(run)->status : SPM_E_UNSUPPORTED;
-    } else if (spm_run_keep(run, last))
+    } else if (spm_run_keep(run, kind == SPM_MAP_GRADCAM ? last : image))
         status = spm_run_error(run)->status;
     row = (float *)spmi_alloc_array(model->ctx, classes, sizeof *row);
     if (!status && !row) status = spmi_fail_memory(model->ctx, &run->error, "a map");
@@ -25868,16 +25913,20 @@ SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, cons
         int predicted = spm_classify(reading, spm_run_data(run, logits), classes, row);
         map->class_index = class_index < 0 || kind == SPM_MAP_ROLLOUT ? predicted : class_index;
     }
-    if (!status && kind == SPM_MAP_GRADCAM) {
+    if (!status && kind != SPM_MAP_ROLLOUT) {
         memset(row, 0, (size_t)classes * sizeof *row);
         column = reading->label_reversed ? classes - 1 - map->class_index : map->class_index;
         row[column] = 1.0f;
         spm_model_zero_gradients(model);
-        status = spm_run_set_gradient(run, logits, row);
+        if (kind == SPM_MAP_GRADCAM) status = spm_run_set_gradient(run, logits, row);
+    }
+    if (!status && kind == SPM_MAP_GRADCAM) {
         if (!status) status = spm_run_backward(run);
         if (!status) status = spmi_map_gradcam(run, last, spm_run_gradient(run, last), map);
-    } else if (!status)
+    } else if (!status && kind == SPM_MAP_ROLLOUT)
         status = spmi_map_rollout(run, probs, blocks, map);
+    else if (!status)
+        status = spmi_map_integrated(run, image, logits, pixels, row, classes, map);
     if (status) {
         status = spmi_fail(model->ctx, err, status, "%s", run->error.text);
         spmi_free(model->ctx, map->values);

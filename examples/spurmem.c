@@ -185,6 +185,7 @@ typedef enum option_id {
     O_REPORT_SPLITS,
     O_ALLOW_SAME_SPLIT,
     O_GRADCAM,
+    O_MAP,
     O_MAP_CLASS,
     O_OUT_DIR,
     O_AS,
@@ -367,8 +368,10 @@ static const option options[] = {
     { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL,
       "report val or test although units were chosen on it" },
     { O_GRADCAM, PREDICT, 's', "gradcam", "DIR", NULL,
-      "write DIR/NAME.png: where the network looked (ViT: attention rollout) over the picture as it sees it" },
-    { O_MAP_CLASS, PREDICT, 'i', "map-class", "C", "-1", "class that Grad-CAM explains; -1: the predicted one" },
+      "write DIR/NAME.png: where the network looked, over the picture as it sees it, and DIR/index.json" },
+    { O_MAP, PREDICT, 'c', "map", "auto|gradcam|rollout|integrated-gradients", "auto",
+      "what is drawn; auto: Grad-CAM, of a ViT attention rollout; integrated-gradients: pixel by pixel" },
+    { O_MAP_CLASS, PREDICT, 'i', "map-class", "C", "-1", "class that the map explains; -1: the predicted one" },
     { O_OUT_DIR, DECODE, 's', "out-dir", "DIR", NULL, "folder for the decoded pictures" },
     { O_AS, DECODE, 'c', "as", "png|jpg|ppm|pgm", "png", "their format" },
     { O_QUALITY, DECODE, 'i', "quality", "N", "75", "jpg: 1 to 100" },
@@ -2063,15 +2066,19 @@ static int outputs_clash(cli *line, const char *dir, const char *extension)
 
 /* The map of a picture that the network has just seen, over that picture, at 256 pixels or more, as DIR/NAME.png. */
 static int write_map(cli *line, spm_model *model, const spm_reading *reading, const float *pixels, const char *file,
-                     const spm_image *picture, spm_error *err)
+                     const spm_image *picture, spm_map *explained, spm_error *err)
 {
     spm_map map = SPM_ZERO;
+    spm_map_kind kind = is(line, O_MAP, "gradcam")                ? SPM_MAP_GRADCAM
+                        : is(line, O_MAP, "rollout")              ? SPM_MAP_ROLLOUT
+                        : is(line, O_MAP, "integrated-gradients") ? SPM_MAP_INTEGRATED
+                                                                  : SPM_MAP_AUTO;
     spm_image large = SPM_ZERO, overlay = SPM_ZERO;
     char path[4096];
     uint8_t *bytes = NULL;
     size_t size = 0;
     int side = picture->width < picture->height ? picture->width : picture->height, by = side < 256 ? 255 / side + 1 : 1;
-    spm_status status = spm_explain(model, reading, pixels, (int)integer(line, O_MAP_CLASS), SPM_MAP_AUTO, &map, err);
+    spm_status status = spm_explain(model, reading, pixels, (int)integer(line, O_MAP_CLASS), kind, &map, err);
     output_name(path, sizeof path, line->value[O_GRADCAM], file, "png");
     if (!status)
         status = spm_image_resize(line->ctx, picture, picture->width * by, picture->height * by, SPM_FILTER_BILINEAR,
@@ -2081,13 +2088,33 @@ static int write_map(cli *line, spm_model *model, const spm_reading *reading, co
     if (!status) status = spm_file_write(line->ctx, path, bytes, size, err);
     spm_free(line->ctx, bytes);
     spm_free(line->ctx, map.values);
+    map.values = NULL;
+    *explained = map;
     spm_image_free(line->ctx, &large);
     spm_image_free(line->ctx, &overlay);
     return status == SPM_OK;
 }
 
+/* An element of DIR/index.json, as the report reads it. */
+static void index_picture(spm_json *index, const cli *line, const char *file, const spm_map *map, const char *class_name,
+                          const char *map_class, double probability)
+{
+    char path[4096];
+    output_name(path, sizeof path, ".", file, "png");
+    spm_json_object_begin(index, NULL);
+    spm_json_string(index, "file", path + 2);
+    spm_json_string(index, "source", file);
+    spm_json_string(index, "class_name", class_name);
+    spm_json_number(index, "probability", probability);
+    spm_json_string(index, "map", line->value[O_MAP]);
+    spm_json_string(index, "map_class_name", map_class);
+    spm_json_int(index, "map_height", map->height);
+    spm_json_int(index, "map_width", map->width);
+    spm_json_object_end(index);
+}
+
 /* One line on stdout; with --json - only the element of the object. */
-static int predict_one(cli *line, spm_json *all, spm_run *run, spm_model *model, const spm_reading *reading,
+static int predict_one(cli *line, spm_json *all, spm_json *index, spm_run *run, spm_model *model, const spm_reading *reading,
                        const char *names, const char *file, float *pixels, float *probabilities, int classes,
                        spm_error *err)
 {
@@ -2095,12 +2122,13 @@ static int predict_one(cli *line, spm_json *all, spm_run *run, spm_model *model,
     spm_image ready = SPM_ZERO;
     const float *logits;
     const char *text;
-    char name[128];
+    char name[128], of_map[128];
+    spm_map map = SPM_ZERO;
     spm_json *json;
     int c, best, ok;
     if (load_picture(line, file, &reading->transform, &ready, err)) return 0;
     spm_transform_normalize(&reading->transform, &ready, pixels);
-    ok = !line->value[O_GRADCAM] || write_map(line, model, reading, pixels, file, &ready, err);
+    ok = !line->value[O_GRADCAM] || write_map(line, model, reading, pixels, file, &ready, &map, err);
     spm_image_free(line->ctx, &ready);
     if (!ok) return 0;
     if (spm_run_input(run, spm_program_find(program, "image"), pixels) || spm_run_forward(run, 1, 0)) {
@@ -2111,6 +2139,8 @@ static int predict_one(cli *line, spm_json *all, spm_run *run, spm_model *model,
     best = spm_classify(reading, logits, classes, probabilities);
     json = spm_json_create(line->ctx);
     class_name(names, best, name, sizeof name);
+    class_name(names, map.class_index, of_map, sizeof of_map);
+    if (line->value[O_GRADCAM]) index_picture(index, line, file, &map, name, of_map, (double)probabilities[best]);
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "file", file);
     spm_json_int(json, "class", best);
@@ -2143,7 +2173,7 @@ static int run_predict(cli *line)
     spm_checkpoint_info info;
     spm_model *model;
     spm_run *run = NULL;
-    spm_json *json;
+    spm_json *json, *index;
     float *pixels = NULL, *probabilities = NULL;
     int i, rc = 0;
     if (!required(line, O_CHECKPOINT)) return 2;
@@ -2162,16 +2192,29 @@ static int run_predict(cli *line)
         if (rc && !err.status) snprintf(err.text, sizeof err.text, "out of memory for one picture");
     }
     json = spm_json_create(line->ctx);
+    index = spm_json_create(line->ctx);
+    spm_json_object_begin(index, NULL);
+    spm_json_array_begin(index, "pictures");
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "command", "predict");
     spm_json_array_begin(json, "predictions");
     for (i = 0; !rc && i < line->operands && !interrupted; i++) {
-        if (!predict_one(line, json, run, model, &reading, info.class_names, line->operand[i],
+        if (!predict_one(line, json, index, run, model, &reading, info.class_names, line->operand[i],
                          pixels, probabilities, (int)arch.classes, &err))
             rc = 1;
     }
     spm_json_array_end(json);
     spm_json_object_end(json);
+    spm_json_array_end(index);
+    spm_json_object_end(index);
+    if (!rc && !interrupted && line->value[O_GRADCAM]) {
+        const char *text = spm_json_finish(index);
+        char path[4096];
+        snprintf(path, sizeof path, "%s/index.json", line->value[O_GRADCAM]);
+        if (!text) snprintf(err.text, sizeof err.text, "out of memory for %.100s", path);
+        if (!text || spm_file_write(line->ctx, path, text, strlen(text), &err)) rc = 1;
+    }
+    spm_json_destroy(index);
     if (!rc && interrupted) {
         rc = stopped("predict", i, line->operands);
         spm_json_destroy(json);

@@ -406,6 +406,44 @@ static void rollout(void)
     bench_close(&b);
 }
 
+/* Pixel by pixel: the signed sum is the logit's difference; a pixel's value by central differences along the line. */
+static void integrated(void)
+{
+    int k;
+    for (k = 0; k < 2; k++) {
+        bench b = bench_open(k ? VIT : TINY_ARCH, 1);
+        const spm_program *program = spm_model_program(b.model);
+        spm_value image = spm_program_find(program, "image"), logits = spm_program_find(program, "logits");
+        static float pixels[TINY_SIZE * TINY_SIZE * 3], at[TINY_SIZE * TINY_SIZE * 3];
+        spm_run *run = spm_run_create(b.model, NULL, NULL);
+        spm_map map;
+        double probe = 0.0;
+        int i, c, step, side;
+        tiny_pixels(b.set, &b.reading, 3, pixels);
+        CHECK_INT(spm_explain(b.model, &b.reading, pixels, 1, SPM_MAP_INTEGRATED, &map, NULL), SPM_OK);
+        CHECK(map.height == TINY_SIZE && map.width == TINY_SIZE && map.class_index == 1);
+        CHECK(fabs(map.difference) > 1e-3);
+        CHECK_NEAR(map.sum, map.difference, (k ? 0.02 : 0.15) * fabs(map.difference) + 1e-4); /* ReLUs bend the line */
+        for (step = 0; step < 32; step++) { /* one pixel by central differences along the line */
+            for (c = 0; c < 3; c++) {
+                double two[2];
+                for (side = 0; side < 2; side++) {
+                    for (i = 0; i < TINY_SIZE * TINY_SIZE * 3; i++) at[i] = pixels[i] * (float)((step + 0.5) / 32.0);
+                    at[(5 * TINY_SIZE + 9) * 3 + c] += side ? 2e-2f : -2e-2f;
+                    (void)spm_run_input(run, image, at);
+                    CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+                    two[side] = (double)spm_run_data(run, logits)[1];
+                }
+                probe += (two[1] - two[0]) / 4e-2 / 32.0 * (double)pixels[(5 * TINY_SIZE + 9) * 3 + c];
+            }
+        }
+        CHECK_NEAR(map.values[5 * TINY_SIZE + 9], fabs(probe), 0.05 * fabs(probe) + 1e-4);
+        spm_free(b.ctx, map.values);
+        spm_run_destroy(run);
+        bench_close(&b);
+    }
+}
+
 static void overlay(void)
 {
     spm_context *ctx = tiny_context(1);
@@ -446,6 +484,7 @@ int main(void)
     TEST(sentences);
     TEST(gradcam);
     TEST(rollout);
+    TEST(integrated);
     TEST(overlay);
     return TEST_END;
 }

@@ -939,7 +939,8 @@ static void test_calls_out_of_order(void)
     refused(run, spm_run_input(run, 0, picture), SPM_E_ARGUMENT, "spm_run_input");
     refused(run, spm_run_input(run, 100000, picture), SPM_E_ARGUMENT, "spm_run_input");
     refused(run, spm_run_input(run, spm_model_parameter(model, 0)->id, picture), SPM_E_ARGUMENT, "spm_run_input");
-    refused(run, spm_run_keep(run, image), SPM_E_ARGUMENT, "spm_run_keep");
+    refused(run, spm_run_keep(run, spm_model_parameter(model, 0)->id), SPM_E_ARGUMENT, "spm_run_keep");
+    CHECK_INT(spm_run_keep(run, image), SPM_OK); /* of an input, its gradient */
     refused(run, spm_run_keep(run, -1), SPM_E_ARGUMENT, "spm_run_keep");
     refused(run, spm_run_forward_from(run, 0, 2, 0), SPM_E_ARGUMENT, "spm_run_forward_from");
     refused(run, spm_run_forward_from(run, block, 2, 0), SPM_E_STATE, "is not bound");
