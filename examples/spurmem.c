@@ -974,7 +974,9 @@ static spm_model *open_model(cli *line, int data_classes, spm_arch *arch, spm_re
 {
     spm_model *model;
     if (resolve_model(line, data_classes, arch, reading, err)) return NULL;
-    model = spm_model_build(line->ctx, arch, (uint64_t)integer(line, O_SEED), err);
+    /* only a head that the file lacks keeps its first values */
+    model = spm_model_build(line->ctx, arch, is_on(line, O_ALLOW_PARTIAL) ? (uint64_t)integer(line, O_SEED) : SPM_NO_SEED,
+                            err);
     if (model && spm_checkpoint_load(model, line->value[O_CHECKPOINT], is_on(line, O_ALLOW_PARTIAL), err)) {
         spm_model_destroy(model);
         model = NULL;
