@@ -1547,7 +1547,8 @@ typedef struct spm_map {
  * for a class it does not have.  Test: test_attr.c. */
 SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, const float *pixels, int class_index,
                               spm_map_kind kind, spm_map *map, spm_error *err);
-/* Lays a map over a picture of any size: bilinear, divided by its largest value, in a palette whose lightness rises with
+/* Lays a map over a picture of any size: bilinear, divided by its largest value (of 1,024 cells or more: the value that 1 %
+ * exceed, the rest is cut), in a palette whose lightness rises with
  * the value; where the map is 0 the picture shows in gray.  `overlay` is new.  Test: test_attr.c. */
 SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const spm_image *picture, spm_image *overlay,
                                   spm_error *err);
@@ -24522,21 +24523,38 @@ SPMDEF double spm_memory_index(const spm_paired *minority_train, const spm_paire
     return index;
 }
 
-SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int classes, float *probabilities)
+/* The column that a class has among the outputs, and the class of a column. */
+static int spmi_column(const spm_reading *reading, int classes, int y)
+{
+    return reading->label_reversed ? classes - 1 - y : y;
+}
+
+/* The sum of exp(row - top), top the largest. */
+static double spmi_exp_sum(const float *row, int classes, double *top)
 {
     double sum = 0.0;
-    float top = logits[0];
+    int c;
+    *top = (double)row[0];
+    for (c = 1; c < classes; c++) *top = SPMI_MAX(*top, (double)row[c]);
+    for (c = 0; c < classes; c++) sum += exp((double)row[c] - *top);
+    return sum;
+}
+
+/* Cross-entropy of one row of outputs. */
+static double spmi_row_loss(const float *row, int classes, int column)
+{
+    double top, sum = spmi_exp_sum(row, classes, &top);
+    return top + log(sum) - (double)row[column];
+}
+
+SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int classes, float *probabilities)
+{
+    double top, sum = spmi_exp_sum(logits, classes, &top);
     int c, best = 0;
-    for (c = 1; c < classes; c++) top = SPMI_MAX(top, logits[c]);
-    for (c = 0; c < classes; c++) sum += exp((double)logits[c] - (double)top);
-    for (c = 0; c < classes; c++) {
-        int column = reading->label_reversed ? classes - 1 - c : c;
-        probabilities[c] = (float)(exp((double)logits[column] - (double)top) / sum);
-    }
+    for (c = 0; c < classes; c++)
+        probabilities[c] = (float)(exp((double)logits[spmi_column(reading, classes, c)] - top) / sum);
     for (c = 1; c < classes; c++) { /* by logits: probabilities can tie where logits do not */
-        int column = reading->label_reversed ? classes - 1 - c : c,
-            held = reading->label_reversed ? classes - 1 - best : best;
-        if (logits[column] > logits[held]) best = c;
+        if (logits[spmi_column(reading, classes, c)] > logits[spmi_column(reading, classes, best)]) best = c;
     }
     return best;
 }
@@ -24545,15 +24563,9 @@ SPMDEF int spm_classify(const spm_reading *reading, const float *logits, int cla
 static double spmi_example_loss(const spm_reading *reading, const float *logits, const float *probabilities,
                                 int classes, int y)
 {
-    double top, sum = 0.0;
+    double sum = 0.0;
     int c;
-    if (!reading->softmax_head) {
-        int column = reading->label_reversed ? classes - 1 - y : y;
-        top = (double)logits[0];
-        for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)logits[c]);
-        for (c = 0; c < classes; c++) sum += exp((double)logits[c] - top);
-        return top + log(sum) - (double)logits[column];
-    }
+    if (!reading->softmax_head) return spmi_row_loss(logits, classes, spmi_column(reading, classes, y));
     for (c = 0; c < classes; c++) sum += exp((double)probabilities[c]);
     return log(sum) - (double)probabilities[y];
 }
@@ -24616,7 +24628,7 @@ static spm_status spmi_eval_finite(spm_context *ctx, spm_split split, int64_t id
 static void spmi_eval_add(spm_eval *eval, const spm_reading *reading, int64_t id, int y, int group, const float *logits)
 {
     int64_t i = eval->count++;
-    int classes = eval->n_classes, column = reading->label_reversed ? classes - 1 - y : y, c;
+    int classes = eval->n_classes, column = spmi_column(reading, classes, y), c;
     float *probability = eval->probability + i * classes, rival = -FLT_MAX;
     eval->example[i] = id;
     eval->y[i] = y;
@@ -25218,10 +25230,8 @@ static spm_status spmi_attr_samples(spm_dataset *dataset, const spm_attr_desc *d
 static double spmi_attr_loss_gradient(const spm_reading *reading, const float *outputs, int classes, int y,
                                       float weight, float *gradient)
 {
-    int column = reading->label_reversed ? classes - 1 - y : y, c;
-    double sum = 0.0, top = (double)outputs[0];
-    for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)outputs[c]);
-    for (c = 0; c < classes; c++) sum += exp((double)outputs[c] - top);
+    int column = spmi_column(reading, classes, y), c;
+    double top, sum = spmi_exp_sum(outputs, classes, &top);
     for (c = 0; c < classes; c++) {
         gradient[c] = weight * (float)(exp((double)outputs[c] - top) / sum - (c == column ? 1.0 : 0.0));
     }
@@ -25935,7 +25945,7 @@ SPMDEF spm_status spm_explain(spm_model *model, const spm_reading *reading, cons
     }
     if (!status && kind != SPM_MAP_ROLLOUT) {
         memset(row, 0, (size_t)classes * sizeof *row);
-        column = reading->label_reversed ? classes - 1 - map->class_index : map->class_index;
+        column = spmi_column(reading, classes, map->class_index);
         row[column] = 1.0f;
         spm_model_zero_gradients(model);
         if (kind == SPM_MAP_GRADCAM) status = spm_run_set_gradient(run, logits, row);
@@ -25974,6 +25984,27 @@ static double spmi_map_at(const spm_map *map, double y, double x)
            + fy * ((1.0 - fx) * (double)map->values[r1 * map->width + c] + fx * (double)map->values[r1 * map->width + c1]);
 }
 
+static int spmi_float_order(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* The value that shows as the brightest: the largest; of a map of single pixels the one that 1 % exceed. */
+static double spmi_map_top(const spm_map *map, spm_context *ctx)
+{
+    int64_t n = map->height * map->width, i;
+    float *sorted = n >= 1024 ? (float *)spmi_alloc_array(ctx, n, sizeof *sorted) : NULL;
+    double top = 0.0;
+    for (i = 0; i < n; i++) top = SPMI_MAX(top, (double)map->values[i]);
+    if (!sorted) return top;
+    memcpy(sorted, map->values, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, spmi_float_order);
+    if (sorted[n - 1 - n / 100] > 0.0f) top = (double)sorted[n - 1 - n / 100];
+    spmi_free(ctx, sorted);
+    return top;
+}
+
 SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const spm_image *picture, spm_image *overlay,
                                   spm_error *err)
 {
@@ -25981,12 +26012,11 @@ SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const sp
     static const unsigned char palette[6][3] = { { 20, 11, 52 },  { 101, 21, 110 }, { 181, 50, 90 },
                                                  { 237, 105, 37 }, { 251, 180, 26 }, { 252, 255, 164 } };
     double top = 0.0;
-    int64_t i;
     int y, x, k;
     if (!map->values || map->height < 1 || map->width < 1)
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "there is no map to lay over a picture");
     if (spm_image_create(ctx, picture->width, picture->height, overlay, err)) return err ? err->status : SPM_E_MEMORY;
-    for (i = 0; i < map->height * map->width; i++) top = SPMI_MAX(top, (double)map->values[i]);
+    top = spmi_map_top(map, ctx);
     for (y = 0; y < picture->height; y++) {
         for (x = 0; x < picture->width; x++) {
             const uint8_t *from = picture->pixels + ((size_t)y * (size_t)picture->width + (size_t)x) * 3;
@@ -25996,7 +26026,7 @@ SPMDEF spm_status spm_map_overlay(spm_context *ctx, const spm_map *map, const sp
                                                    ((double)x + 0.5) * (double)map->width / picture->width - 0.5)
                                            / top
                                      : 0.0,
-                   place = SPMI_MIN(value, 0.99999) * 5.0, share = 0.7 * sqrt(value);
+                   place = SPMI_MIN(value, 0.99999) * 5.0, share = 0.7 * sqrt(SPMI_MIN(value, 1.0));
             int cell = (int)place;
             for (k = 0; k < 3; k++) {
                 double colour = palette[cell][k] + (place - cell) * (palette[cell + 1][k] - palette[cell][k]);
@@ -26654,12 +26684,6 @@ static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, co
 }
 
 /* ---- single weights ---- */
-
-static int spmi_float_order(const void *a, const void *b)
-{
-    float x = *(const float *)a, y = *(const float *)b;
-    return x < y ? -1 : x > y;
-}
 
 /* Scores every weight that may be selected. */
 static spm_status spmi_rank_weights(spmi_study *s, const spm_attr_desc *attr, spmi_ranking *r)
@@ -28338,7 +28362,7 @@ static spm_status spmi_flips_count(spmi_flips *f, spmi_pass *pass, int64_t activ
 static double spmi_self_influence(const spm_reading *reading, const float *logits, int classes, int y,
                                   const float *features, int64_t width, float *scratch)
 {
-    int column = reading->label_reversed ? classes - 1 - y : y, c, passes;
+    int column = spmi_column(reading, classes, y), c, passes;
     double squares = 1.0, norm = 0.0, dot = 0.0;
     int64_t i;
     for (i = 0; i < width; i++) squares += (double)features[i] * (double)features[i];
@@ -28348,11 +28372,9 @@ static double spmi_self_influence(const spm_reading *reading, const float *logit
         return norm * squares;
     }
     for (passes = 0; passes < 2; passes++) { /* Q1: probabilities q, then r = softmax(q) - target, through the softmax */
-        double top = -DBL_MAX, sum = 0.0;
         const float *from = passes ? scratch : logits;
         float *to = scratch + passes * classes;
-        for (c = 0; c < classes; c++) top = SPMI_MAX(top, (double)from[c]);
-        for (c = 0; c < classes; c++) sum += exp((double)from[c] - top);
+        double top, sum = spmi_exp_sum(from, classes, &top);
         for (c = 0; c < classes; c++) to[c] = (float)(exp((double)from[c] - top) / sum);
     }
     scratch[classes + column] -= 1.0f;
@@ -28453,7 +28475,7 @@ static spm_status spmi_ledger_pass(spm_model *model, spm_dataset *dataset, const
         for (i = 0; !status && i < pass.batch.count; i++) {
             const float *out = spm_run_data(pass.run, logits) + i * pass.classes;
             spm_ledger_row *row = &rows[*count + i];
-            int y = pass.batch.y[i], column = desc->reading.label_reversed ? pass.classes - 1 - y : y, c;
+            int y = pass.batch.y[i], column = spmi_column(&desc->reading, pass.classes, y), c;
             double rival = -DBL_MAX;
             status = spmi_eval_finite(ctx, desc->split, pass.batch.id[i], out, pass.classes, err);
             row->id = pass.batch.id[i];
@@ -29160,11 +29182,40 @@ static spm_status spmi_state_walk_all(spmi_trainer *t, spmi_state_walk *walk)
     return status;
 }
 
-static void spmi_state_number(spm_archive_writer *writer, const char *key, double value)
+/* Writes or reads a number of the state; returns what it is now. */
+static double spmi_state_number(const spmi_state_walk *walk, const char *key, double value)
 {
     char text[40];
+    const char *found = walk->what == 2 ? spm_archive_metadata(walk->archive, key) : NULL;
+    if (walk->what == 2) return found ? strtod(found, NULL) : 0.0;
     (void)spmi_format(text, sizeof text, "%.17g", value);
-    spm_archive_add_metadata(writer, key, text);
+    spm_archive_add_metadata(walk->writer, key, text);
+    return value;
+}
+
+static int64_t spmi_state_whole(const spmi_state_walk *walk, const char *key, int64_t value)
+{
+    return (int64_t)spmi_state_number(walk, key, (double)value);
+}
+
+static void spmi_state_numbers(spmi_trainer *t, const spmi_state_walk *walk)
+{
+    t->epoch = spmi_state_whole(walk, "epoch", t->epoch);
+    t->position = spmi_state_whole(walk, "position", t->position);
+    t->step = spmi_state_whole(walk, "step", t->step);
+    spm_optimizer_set_steps(t->optimizer, spmi_state_whole(walk, "optimizer_steps", spm_optimizer_steps(t->optimizer)));
+    t->identified = (int)spmi_state_whole(walk, "identified", t->identified);
+    t->retrained = (int)spmi_state_whole(walk, "retrained", t->retrained);
+    t->loss_sum = spmi_state_number(walk, "loss_sum", t->loss_sum);
+    t->images = spmi_state_number(walk, "images", t->images);
+    t->best_score = spmi_state_number(walk, "best_score", t->best_score);
+    t->best_epoch = spmi_state_whole(walk, "best_epoch", t->best_epoch);
+    t->schedule.best = spmi_state_number(walk, "schedule_best", t->schedule.best);
+    t->schedule.bad_epochs = spmi_state_whole(walk, "schedule_bad_epochs", t->schedule.bad_epochs);
+    t->schedule.scale = (float)spmi_state_number(walk, "schedule_scale", (double)t->schedule.scale);
+    t->metrics_bytes = spmi_state_whole(walk, "metrics_bytes", t->metrics_bytes);
+    t->events_bytes = spmi_state_whole(walk, "events_bytes", t->events_bytes);
+    t->steps_bytes = spmi_state_whole(walk, "steps_bytes", t->steps_bytes);
 }
 
 static spm_status spmi_state_save(spmi_trainer *t)
@@ -29181,22 +29232,7 @@ static spm_status spmi_state_save(spmi_trainer *t)
     walk.writer = spm_archive_create(t->ctx, path, SPM_ARCHIVE_SAFETENSORS, t->err);
     spmi_free(t->ctx, path);
     if (!walk.writer) return SPM_E_IO;
-    spmi_state_number(walk.writer, "epoch", (double)t->epoch);
-    spmi_state_number(walk.writer, "position", (double)t->position);
-    spmi_state_number(walk.writer, "step", (double)t->step);
-    spmi_state_number(walk.writer, "optimizer_steps", (double)spm_optimizer_steps(t->optimizer));
-    spmi_state_number(walk.writer, "identified", (double)t->identified);
-    spmi_state_number(walk.writer, "retrained", (double)t->retrained);
-    spmi_state_number(walk.writer, "loss_sum", t->loss_sum);
-    spmi_state_number(walk.writer, "images", t->images);
-    spmi_state_number(walk.writer, "best_score", t->best_score);
-    spmi_state_number(walk.writer, "best_epoch", (double)t->best_epoch);
-    spmi_state_number(walk.writer, "schedule_best", t->schedule.best);
-    spmi_state_number(walk.writer, "schedule_bad_epochs", (double)t->schedule.bad_epochs);
-    spmi_state_number(walk.writer, "schedule_scale", (double)t->schedule.scale);
-    spmi_state_number(walk.writer, "metrics_bytes", (double)t->metrics_bytes);
-    spmi_state_number(walk.writer, "events_bytes", (double)t->events_bytes);
-    spmi_state_number(walk.writer, "steps_bytes", (double)t->steps_bytes);
+    spmi_state_numbers(t, &walk);
     status = spmi_state_walk_all(t, &walk);
     walk.what = 1;
     if (!status) status = spmi_state_walk_all(t, &walk);
@@ -29207,17 +29243,12 @@ static spm_status spmi_state_save(spmi_trainer *t)
     return spm_archive_commit(walk.writer, t->err);
 }
 
-static double spmi_state_get(const spm_archive *archive, const char *key)
-{
-    const char *text = spm_archive_metadata(archive, key);
-    return text ? strtod(text, NULL) : 0.0;
-}
-
 static spm_status spmi_state_load(spmi_trainer *t)
 {
     spmi_state_walk walk = SPM_ZERO;
     char *path = spmi_train_path(t, "state.safetensors");
     spm_status status;
+    int i;
     if (!path) return SPM_E_MEMORY;
     walk.what = 2;
     walk.archive = spm_archive_open(t->ctx, path, t->err);
@@ -29225,36 +29256,16 @@ static spm_status spmi_state_load(spmi_trainer *t)
         spmi_free(t->ctx, path);
         return SPM_E_IO;
     }
-    t->epoch = (int64_t)spmi_state_get(walk.archive, "epoch");
-    t->position = (int64_t)spmi_state_get(walk.archive, "position");
-    t->step = (int64_t)spmi_state_get(walk.archive, "step");
-    t->identified = (int)spmi_state_get(walk.archive, "identified");
-    t->retrained = (int)spmi_state_get(walk.archive, "retrained");
-    t->loss_sum = spmi_state_get(walk.archive, "loss_sum");
-    t->images = spmi_state_get(walk.archive, "images");
-    t->best_score = spmi_state_get(walk.archive, "best_score");
-    t->best_epoch = (int64_t)spmi_state_get(walk.archive, "best_epoch");
-    t->schedule.best = spmi_state_get(walk.archive, "schedule_best");
-    t->schedule.bad_epochs = (int64_t)spmi_state_get(walk.archive, "schedule_bad_epochs");
-    t->schedule.scale = (float)spmi_state_get(walk.archive, "schedule_scale");
-    t->metrics_bytes = (int64_t)spmi_state_get(walk.archive, "metrics_bytes");
-    t->events_bytes = (int64_t)spmi_state_get(walk.archive, "events_bytes");
-    t->steps_bytes = (int64_t)spmi_state_get(walk.archive, "steps_bytes");
-    spm_optimizer_set_steps(t->optimizer, (int64_t)spmi_state_get(walk.archive, "optimizer_steps"));
+    spmi_state_numbers(t, &walk);
     if (t->biased) spm_optimizer_set_steps(t->biased_optimizer, spm_optimizer_steps(t->optimizer));
     status = spmi_state_walk_all(t, &walk);
     spm_archive_close(walk.archive);
     spmi_free(t->ctx, path);
     spm_model_touch(t->model);
     if (t->biased) spm_model_touch(t->biased);
-    if (!status) {
-        path = spmi_train_path(t, "metrics.jsonl");
-        status = path ? spmi_cut_back(t->ctx, path, t->metrics_bytes, t->err) : SPM_E_MEMORY;
-        spmi_free(t->ctx, path);
-    }
-    if (!status) {
-        path = spmi_train_path(t, SPMI_EVENTS_NAME);
-        status = path ? spmi_cut_back(t->ctx, path, t->events_bytes, t->err) : SPM_E_MEMORY;
+    for (i = 0; !status && i < 2; i++) {
+        path = spmi_train_path(t, i ? SPMI_EVENTS_NAME : "metrics.jsonl");
+        status = path ? spmi_cut_back(t->ctx, path, i ? t->events_bytes : t->metrics_bytes, t->err) : SPM_E_MEMORY;
         spmi_free(t->ctx, path);
     }
     if (!status && t->desc->log_steps) status = spmi_cut_back(t->ctx, t->desc->log_steps, t->steps_bytes, t->err);
@@ -29267,21 +29278,11 @@ static spm_status spmi_state_load(spmi_trainer *t)
 
 /* ---- cells, the history of examples, the order of an epoch ---- */
 
-/* A minority group: less than half of its class's largest group, and not empty. */
-static int spmi_is_minority(const spm_dataset *dataset, int group)
-{
-    int confounders = spm_dataset_confounders(dataset), y = group / confounders, a;
-    int64_t count = spm_dataset_group_count(dataset, SPM_TRAIN, group), largest = 0;
-    for (a = 0; a < confounders; a++)
-        largest = SPMI_MAX(largest, spm_dataset_group_count(dataset, SPM_TRAIN, y * confounders + a));
-    return count > 0 && 2 * count < largest;
-}
-
-/* The same for a cell; without group labels, cells are (class, memorized). */
+/* A cell of a minority group; without group labels, cells are (class, memorized). */
 static int spmi_is_minority_cell(const spmi_trainer *t, int cell)
 {
     if (!t->desc->group_labels) return (cell & 1) && t->cell_start[cell + 1] > t->cell_start[cell];
-    return !t->desc->by_class && spmi_is_minority(t->dataset, cell);
+    return !t->desc->by_class && spm_group_is_minority(t->dataset, cell);
 }
 
 static int spmi_held_out(const spmi_trainer *t, int64_t id)
@@ -29491,7 +29492,7 @@ static void spmi_train_history(spmi_trainer *t, const spm_batch *batch, const fl
     for (i = 0; i < batch->count; i++) {
         const float *row = outputs + i * t->classes;
         int64_t id = batch->id[i];
-        int column = t->desc->reading.label_reversed ? t->classes - 1 - batch->y[i] : batch->y[i], c, right = 1;
+        int column = spmi_column(&t->desc->reading, t->classes, batch->y[i]), c, right = 1;
         for (c = 0; c < t->classes; c++) right &= c == column || row[c] < row[column];
         if (!right) t->table[SPMI_TABLE_WRONG][id] += 1.0f;
         if (right && t->table[SPMI_TABLE_FIRST][id] < 0.0f) t->table[SPMI_TABLE_FIRST][id] = (float)t->epoch;
@@ -29871,28 +29872,13 @@ static spm_status spmi_run_failed(spmi_trainer *t, spm_run *run)
     return spmi_fail(t->ctx, t->err, spm_run_error(run)->status, "%s", spm_run_error(run)->text);
 }
 
-/* Cross-entropy of one row of outputs. */
-static double spmi_row_loss(const float *row, int classes, int column)
-{
-    double top = (double)row[0], sum = 0.0;
-    int c;
-    for (c = 1; c < classes; c++) top = SPMI_MAX(top, (double)row[c]);
-    for (c = 0; c < classes; c++) sum += exp((double)row[c] - top);
-    return top + log(sum) - (double)row[column];
-}
-
-static int spmi_column(const spmi_trainer *t, int y)
-{
-    return t->desc->reading.label_reversed ? t->classes - 1 - y : y;
-}
-
 /* One-hot targets in column order, and example weights that sum to 1 (or to the cells' shares). */
 static void spmi_train_targets(spmi_trainer *t, const spm_batch *batch)
 {
     int64_t i;
     memset(t->target, 0, (size_t)(batch->count * t->classes) * sizeof(float));
     for (i = 0; i < batch->count; i++) {
-        t->target[i * t->classes + spmi_column(t, batch->y[i])] = 1.0f;
+        t->target[i * t->classes + spmi_column(&t->desc->reading, t->classes, batch->y[i])] = 1.0f;
         t->weight[i] = t->cell_weight[(int)t->table[SPMI_TABLE_CELL][batch->id[i]]] / (float)batch->count;
     }
 }
@@ -29908,7 +29894,7 @@ static void spmi_train_dro(spmi_trainer *t, const spm_batch *batch, const float 
         double loss = 0.0;
         for (i = 0; i < batch->count; i++) {
             if ((int)t->table[SPMI_TABLE_CELL][batch->id[i]] != c) continue;
-            loss += spmi_row_loss(outputs + i * t->classes, t->classes, spmi_column(t, batch->y[i]));
+            loss += spmi_row_loss(outputs + i * t->classes, t->classes, spmi_column(&t->desc->reading, t->classes, batch->y[i]));
             count++;
         }
         if (count) loss /= (double)count;
@@ -29972,7 +29958,7 @@ static spm_status spmi_train_lff(spmi_trainer *t, const spm_batch *batch, const 
         return spmi_run_failed(t, t->biased_run);
     rows = spm_run_data(t->biased_run, t->outputs);
     for (i = 0; i < batch->count; i++) {
-        int column = spmi_column(t, batch->y[i]);
+        int column = spmi_column(&t->desc->reading, t->classes, batch->y[i]);
         double loss = spmi_row_loss(rows + i * t->classes, t->classes, column);
         t->weight[i] = (float)((double)d->gce * exp(-(double)d->gce * loss) / (double)batch->count);
         id = batch->id[i];
@@ -30555,7 +30541,7 @@ static spm_status spmi_features_read(spmi_trainer *t, spm_split split, const int
             double *x = f->x + f->n * f->dim;
             for (j = 0; j < f->dim - 1; j++) x[j] = (double)rows[i * (f->dim - 1) + j];
             x[f->dim - 1] = 1.0;
-            f->column[f->n] = spmi_column(t, batch.y[i]);
+            f->column[f->n] = spmi_column(&t->desc->reading, t->classes, batch.y[i]);
             f->group[f->n] = batch.group[i];
         }
     }
@@ -30964,7 +30950,7 @@ static spm_status spmi_retrain_line(spmi_trainer *t, spmi_retrain *r, double spr
             if (f->n == 0) continue;
             worst = spmi_head_worst(t, f, r->fit, accuracy);
             for (g = 0; g < t->n_groups; g++) {
-                if (!(accuracy[g] >= 0.0) || spmi_is_minority(t->dataset, g)) continue;
+                if (!(accuracy[g] >= 0.0) || spm_group_is_minority(t->dataset, g)) continue;
                 majority += accuracy[g];
                 majorities++;
             }
@@ -32069,14 +32055,26 @@ static void spmi_report_panel(spmi_report *report, int r, int g)
     spmi_text_add(out, "</svg></figure>\n");
 }
 
+/* How often a run was measured: a point is no curve. */
+static int spmi_report_measured(const spmi_report_run *run)
+{
+    int64_t k;
+    int n = 0;
+    for (k = 0; k < run->n_lines; k++) n += spmi_string_equal(spmi_field(run->lines[k], "split"), "train");
+    return n;
+}
+
 static void spmi_report_curves(spmi_report *report)
 {
     spmi_text *out = &report->out;
-    int r, i, n = SPMI_MIN(report->n_groups, SPMI_REPORT_GROUPS);
+    int r, i, n = SPMI_MIN(report->n_groups, SPMI_REPORT_GROUPS), any = 0;
+    for (r = 0; r < report->n_runs; r++) any |= spmi_report_measured(&report->runs[r]) > 1;
+    if (!any) return;
     spmi_text_addf(out, "<section id=curves><h2>How it came about: accuracy over epochs</h2>\n<p>Dashed: training "
                         "pictures. Solid: new pictures (%s). The shaded area between them is memorization.%s</p>\n",
                    report->split, report->n_runs > 1 ? " Dotted: where the first run ended." : "");
     for (r = 0; r < report->n_runs; r++) {
+        if (spmi_report_measured(&report->runs[r]) < 2) continue;
         spmi_html_in(out, "<h3>", report->runs[r].label, "</h3>\n<div class=panels>\n");
         for (i = 0; i < n; i++) spmi_report_panel(report, r, report->order[i]);
         spmi_text_add(out, "</div>\n");
@@ -32258,7 +32256,8 @@ static spm_status spmi_report_pareto(spmi_report *report)
                             "height=%.0f role=img><title>Worst-group accuracy against the mean accuracy of the "
                             "majority "
                             "groups</title>\n",
-                       report->split, report->study ? " Hollow marks: the study's results." : "", SPMI_PARETO_HEIGHT);
+                       report->split, points.at[points.count - 1].run < 0 ? " Hollow marks: the study's results." : "",
+                       SPMI_PARETO_HEIGHT);
         spmi_report_pareto_axes(out, &points);
         for (i = 0; i < points.count; i++) {
             const spmi_report_point *p = &points.at[i], *next = i + 1 < points.count ? p + 1 : p;
@@ -32416,8 +32415,8 @@ static void spmi_report_results(spmi_report *report)
         if (!any++)
             spmi_text_add(&report->out, "<section id=study><h2>The study: every method from the same start</h2>\n<p>Worst "
                                         "group against the mean of the majority groups, test split, mean over seeds. A line "
-                                        "mixes the start&rsquo;s logits with the method&rsquo;s; its mark is the method "
-                                        "alone. Right and up is better.</p>\n<div class=studies>\n");
+                                        "mixes the start&rsquo;s logits with the method&rsquo;s (power 1: by way of power "
+                                        "1/3); its mark is the method alone. Right and up is better.</p>\n<div class=studies>\n");
         spmi_report_study_panel(report, runs, i);
     }
     if (any) spmi_text_add(&report->out, "</div></section>\n");
@@ -33037,12 +33036,17 @@ static spm_status spmi_report_pictures(spmi_report *report)
     }
     if (!pictures) return SPM_OK;
     n = SPMI_MIN(spm_json_length(pictures), SPMI_REPORT_PICTURES);
-    spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>Grad-CAM: the warmer a place, the more "
-                       "it speaks for the class that the network names; gray places say nothing. Minority pictures in "
+    spmi_text_add(out, "<section id=gradcam><h2>What the network looks at</h2>\n<p>");
+    spmi_text_add(out, spmi_string_equal(spmi_field(spm_json_at(pictures, 0), "map"), "integrated-gradients")
+                           ? "Integrated gradients, pixel by pixel, because the last feature map has fewer than 16 cells: the "
+                             "brighter a pixel, the more it moves the logit of the class that the network names. "
+                           : "Grad-CAM: the warmer a place, the more it speaks for the class that the network names; gray "
+                             "places say nothing. ");
+    spmi_text_add(out, "Minority pictures in "
                        "the data set&rsquo;s order, none picked by hand: training pictures that the first run has right, "
                        "test pictures that it has wrong.");
     i = spmi_field_int(spm_json_at(pictures, 0), "map_height", 0);
-    if (i > 0)
+    if (i > 0 && i < 64)
         spmi_text_addf(out, " The map has %ld by %ld cells.", (long)i,
                        (long)spmi_field_int(spm_json_at(pictures, 0), "map_width", 0));
     spmi_text_add(out, "</p>\n<div class=cams>\n");
@@ -33092,6 +33096,7 @@ typedef struct spmi_drawer {
     spm_reading reading;
     float *pixels, *probabilities;
     int64_t map_height, map_width;
+    int by_pixels;          /* 1: the last map was integrated gradients */
     int classes, predicted; /* of the last picture */
     spm_image seen;         /* the last picture, as the network saw it */
     spm_error *err;
@@ -33194,9 +33199,14 @@ static spm_status spmi_drawer_write(spmi_drawer *d, const char *folder, const ch
     }
     if (!status && overlaid) {
         status = spm_explain(d->model, &d->reading, d->pixels, -1, SPM_MAP_AUTO, &map, d->err);
+        if (!status && map.height * map.width < 16) { /* too coarse to say anything */
+            spm_free(d->ctx, map.values);
+            status = spm_explain(d->model, &d->reading, d->pixels, -1, SPM_MAP_INTEGRATED, &map, d->err);
+        }
         if (!status) status = spm_map_overlay(d->ctx, &map, &large, &overlay, d->err);
         d->map_height = map.height;
         d->map_width = map.width;
+        d->by_pixels = map.height == d->seen.height;
     }
     if (!status) status = spm_image_encode_jpeg(d->ctx, overlaid ? &overlay : &large, 90, 1, &bytes, &size, d->err);
     if (!status) status = spm_file_write(d->ctx, path, bytes, size, d->err);
@@ -33269,6 +33279,7 @@ static spm_status spmi_draw_run(spmi_drawer *d, const char *run, const int64_t *
         spm_json_string(json, "class_name", spm_dataset_class_name(d->dataset, d->predicted));
         spm_json_number(json, "probability", (double)d->probabilities[d->predicted]);
         spm_json_bool(json, "correct", d->predicted == example->y);
+        spm_json_string(json, "map", d->by_pixels ? "integrated-gradients" : "auto");
         spm_json_int(json, "map_height", d->map_height);
         spm_json_int(json, "map_width", d->map_width);
         spm_json_object_end(json);
@@ -33439,7 +33450,7 @@ static void spmi_report_style(spmi_text *out)
         ".control{fill:var(--paper);fill-opacity:.4;stroke:var(--soft);stroke-width:1.3}\n"
         ".units{fill:none;stroke:var(--soft);stroke-width:4;stroke-linecap:round;opacity:.35}\n"
         "figure{margin:0}.panels figcaption{font-size:.9rem;font-weight:600}.panels figure{max-width:22rem}\n"
-        ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(15.5rem,1fr));gap:.8rem 1.2rem}\n");
+        ".panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(14.5rem,1fr));gap:.8rem 1.2rem}\n");
     spmi_text_add(
         out,
         ".panels.small{grid-template-columns:repeat(auto-fill,minmax(12.5rem,1fr))}\n"
@@ -33470,7 +33481,7 @@ static void spmi_report_style(spmi_text *out)
         ".val small{display:block;line-height:1.1}.scroll table{font-size:.82rem}th,td{padding:.28rem .45rem}\n"
         "caption{max-width:calc(100vw - 2rem)}}\n"
         "@page{margin:14mm}@media print{body{font-size:10.5pt;max-width:none;padding:0}nav{display:none}\n"
-        "section{margin-top:1.4rem}h2,h3,h4,section>p{break-after:avoid}.keep{break-inside:avoid}\n"
+        "section{margin-top:1.4rem}h2,h3,h4,section>p{break-after:avoid}.keep,section>p{break-inside:avoid}\n"
         "figure,tr,.group,.card,.bar{break-inside:avoid}\n"
         ".scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:.18rem .4rem}\n"
         ".panels{grid-template-columns:repeat(4,1fr)}.panels.small{grid-template-columns:repeat(5,1fr)}\n"
@@ -33501,8 +33512,9 @@ static void spmi_report_marks(spmi_text *out)
 static void spmi_report_head(spmi_report *report, const char *title)
 {
     spmi_text *out = &report->out;
-    int r, studies = 0, pictures = 0, gradients = 0;
+    int r, studies = 0, pictures = 0, gradients = 0, curves = 0;
     for (r = 0; r < report->n_runs; r++) {
+        curves |= spmi_report_measured(&report->runs[r]) > 1;
         studies |= report->runs[r].localize != NULL;
         gradients |= report->runs[r].gradients != NULL;
         pictures |= report->runs[r].gradcam != NULL;
@@ -33515,7 +33527,9 @@ static void spmi_report_head(spmi_report *report, const char *title)
     spmi_report_marks(out);
     spmi_html_in(out, "<header><h1>", title, "</h1>\n");
     spmi_report_story(report);
-    spmi_text_add(out, "<nav><a href=\"#groups\">groups</a> <a href=\"#curves\">curves</a> <a href=\"#pareto\">cost</a>");
+    spmi_text_add(out, "<nav><a href=\"#groups\">groups</a>");
+    if (curves) spmi_text_add(out, " <a href=\"#curves\">curves</a>");
+    spmi_text_add(out, " <a href=\"#pareto\">cost</a>");
     if (studies) spmi_text_add(out, " <a href=\"#memory\">where it sits</a>");
     if (gradients) spmi_text_add(out, " <a href=\"#gradients\">gradients</a>");
     if (pictures) spmi_text_add(out, " <a href=\"#gradcam\">Grad-CAM</a>");

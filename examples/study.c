@@ -69,10 +69,10 @@ static const method_info methods[METHODS] = {
     { "intervene", "intervention, power 1/3", SPM_METHOD_INTERVENE, START },
     { "intervene-1", "intervention, power 1", SPM_METHOD_INTERVENE, INTERVENE },
     { "label-free", "intervention, label-free", SPM_METHOD_INTERVENE, START },
-    { "random-mask", "- random masks", SPM_METHOD_INTERVENE, START },
-    { "no-mask", "- no masks", SPM_METHOD_INTERVENE, START },
-    { "official-mask", "- smallest weights masked", SPM_METHOD_INTERVENE, START },
-    { "ntx-only", "- NTX only", SPM_METHOD_INTERVENE, START }
+    { "random-mask", "intervention, random masks", SPM_METHOD_INTERVENE, START },
+    { "no-mask", "intervention, no masks", SPM_METHOD_INTERVENE, START },
+    { "official-mask", "intervention, smallest weights masked", SPM_METHOD_INTERVENE, START },
+    { "ntx-only", "intervention, contrast alone", SPM_METHOD_INTERVENE, START }
 };
 
 typedef struct point {
@@ -303,16 +303,6 @@ static int evaluate(study *s, spm_dataset *data, const char *file, spm_eval eval
     return ok;
 }
 
-static int majority(const spm_dataset *data, int group)
-{
-    int64_t of_class = 0, n = spm_dataset_group_count(data, SPM_TRAIN, group);
-    int g, confounders = spm_dataset_confounders(data), first = group / confounders * confounders;
-    for (g = first; g < first + confounders; g++) {
-        if (spm_dataset_group_count(data, SPM_TRAIN, g) > of_class) of_class = spm_dataset_group_count(data, SPM_TRAIN, g);
-    }
-    return 2 * n >= of_class;
-}
-
 static double spread(const spm_eval *e)
 {
     double sum = 0.0;
@@ -340,7 +330,7 @@ static void mixed(const spm_dataset *data, const spm_eval *a, const spm_eval *b,
         if (count) count[g] = n[g];
         if (!n[g]) continue;
         if (accuracy < *wga) *wga = accuracy;
-        if (!majority(data, g)) continue;
+        if (spm_group_is_minority(data, g)) continue;
         *of_majority += accuracy;
         majorities++;
     }
@@ -723,7 +713,7 @@ static int block(study *s, int set, int net, int seed)
         r->method = m;
         s->n_rows++;
         progress_clear();
-        fprintf(stderr, "%-8s %-6s seed %d  %-29s worst group %5.1f (%+5.1f)  majority %5.1f (%+5.1f)  %.0f s\n",
+        fprintf(stderr, "%-8s %-6s seed %d  %-37s worst group %5.1f (%+5.1f)  majority %5.1f (%+5.1f)  %.0f s\n",
                 sets[set].name, net_names[net], seed, methods[m].name, 100.0 * r->line[r->points - 1].wga,
                 100.0 * (r->line[r->points - 1].wga - r->line[0].wga), 100.0 * r->line[r->points - 1].majority,
                 100.0 * (r->line[r->points - 1].majority - r->line[0].majority), r->seconds);
