@@ -80,8 +80,8 @@
  * 6. EVALUATION, LOCALIZATION
  *    spm_evaluate gives accuracies per group with Wilson intervals.  spm_rank_units scores units, spm_localize changes
  *    the highest-ranked ones and measures every group before and after, next to matched controls: the same change of
- *    other units (single weights) of the same parameter, nearest in norm, with p = (1 + controls with at least that drop) / (n + 1).
- *    Units are chosen on one split and reported on others; results say which.
+ *    other units (or single weights) of the same parameter, nearest in norm, with p = (1 + controls with at least that
+ *    drop) / (n + 1).  Units are chosen on one split and reported on others; results say which.
  *
  * 7. TRAINING AND THE INTERVENTION
  *    spm_train writes a run folder: config.json, metrics.jsonl (a line per epoch and split), history.csv (what was
@@ -89,7 +89,7 @@
  *    goes on to the same bits.  The methods of the field stand beside ERM (spm_method): reweighting, resampling,
  *    subsampling, Group DRO, JTT, LfF, DFR, AFR and example-tied dropout.
  *    SPM_METHOD_INTERVENE starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the
- *    pruned one lacks the critical units (or has them damped); their features are pulled together (NT-Xent), and the
+ *    pruned one lacks the critical units (spm_mask_kind has other choices; or has them damped); their features are pulled together (NT-Xent), and the
  *    dense branch keeps its cross-entropy, in which groups weigh (n / (groups n_g))^weight_power.  The power moves the
  *    result along its Pareto line: 1 treats all groups alike, 0 is plain training.
  *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
