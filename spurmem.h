@@ -12864,8 +12864,14 @@ static uint32_t spmi_load32_big(const uint8_t *p)
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
-static uint64_t spmi_load64_big(const uint8_t *p)
+SPMI_INLINE uint64_t spmi_load64_big(const uint8_t *p)
 {
+#if defined(__GNUC__) && !defined(__TINYC__) && defined(__ORDER_LITTLE_ENDIAN__) \
+    && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    uint64_t v;
+    memcpy(&v, p, 8);
+    return __builtin_bswap64(v);
+#endif
     return (uint64_t)spmi_load32_big(p) << 32 | spmi_load32_big(p + 4);
 }
 
@@ -14451,8 +14457,9 @@ typedef enum spmi_jpeg_up {
 } spmi_jpeg_up;
 
 /* A Huffman code as the file gives it, and the tables made from it when a scan first uses it.
- * An entry of `look` (0: code longer than SPMI_JPEG_LOOK bits) is n | run << 8 | size << 12 | (n + size) << 16: a code
- * of n bits that `size` bits of value follow. */
+ * An entry of `look` (0: code longer than SPMI_JPEG_LOOK bits) is n + size | run << 8 | size << 12 | x << 16: a code of n
+ * bits that `size` bits of value follow; x is the value where they lie within the SPMI_JPEG_LOOK bits (then bit 7 is
+ * set), else n. */
 typedef struct spmi_jpeg_huffman {
     uint32_t look[1 << SPMI_JPEG_LOOK];
     uint32_t limit[17];  /* codes of at most n bits, left-aligned in 16, are below limit[n] */
@@ -14897,7 +14904,7 @@ SPMI_INLINE int spmi_jpeg_take(spmi_jpeg_bits *in, int n)
 
 static inline uint32_t spmi_jpeg_entry(uint32_t symbol, uint32_t n)
 {
-    return n | symbol >> 4 << 8 | (symbol & 15) << 12 | (n + (symbol & 15)) << 16;
+    return (n + (symbol & 15)) | symbol >> 4 << 8 | (symbol & 15) << 12 | n << 16;
 }
 
 /* Makes the lookup tables of a code. */
@@ -14914,14 +14921,22 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
     for (n = 1; n <= 16; n++) {
         h->offset[n] = next - (int)code;
         for (i = 0; i < h->bits[n]; i++, code++, next++) {
-            uint32_t at, last;
+            uint32_t at, last, entry, v;
+            int size;
             if (is_dc && h->values[next] > 15)
                 return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has a wrong DC symbol; the file is "
                                       "damaged", d->name);
             if (n > SPMI_JPEG_LOOK || code >> n) continue;
+            entry = spmi_jpeg_entry(h->values[next], (uint32_t)n);
             at = code << (SPMI_JPEG_LOOK - n);
             last = at + (1u << (SPMI_JPEG_LOOK - n));
-            for (; at < last; at++) h->look[at] = spmi_jpeg_entry(h->values[next], (uint32_t)n);
+            size = h->values[next] & 15;
+            if (n + size > SPMI_JPEG_LOOK) for (; at < last; at++) h->look[at] = entry;
+            for (v = 0; at < last; v++) {
+                const uint32_t end = at + (1u << (SPMI_JPEG_LOOK - n - size)), full = 1u << size;
+                entry = (entry & 0xffff) | 0x80 | (v < full / 2 ? v + 1 - full : v) << 16;
+                while (at < end) h->look[at++] = entry;
+            }
         }
         if (h->bits[n] && code >= 1u << n)
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has more codes than fit; the file is damaged",
@@ -14948,30 +14963,32 @@ static uint32_t spmi_jpeg_long_code(const spmi_jpeg_huffman *h, uint64_t bits)
 SPMI_INLINE uint32_t spmi_jpeg_code(spmi_jpeg *d, spmi_jpeg_bits *in, const spmi_jpeg_huffman *h)
 {
     uint32_t entry;
+    int n;
     spmi_jpeg_refill(d, in);
     entry = h->look[in->bits >> (64 - SPMI_JPEG_LOOK)];
     if (!entry) entry = spmi_jpeg_long_code(h, in->bits);
-    in->bits <<= entry & 255;
-    in->count -= (int)(entry & 255);
+    n = (int)(entry & 31) - ((int)(entry >> 12) & 15);
+    in->bits <<= n;
+    in->count -= n;
     return entry;
 }
 
-/* The next code with its value, which is set where the entry's size is not 0: `size` bits stand for -(2^size - 1) ..
+/* The next code with its value: `size` bits stand for -(2^size - 1) ..
  * -2^(size-1), 2^(size-1) .. 2^size - 1.  Their sign is a toss-up: no branch. */
 SPMI_INLINE uint32_t spmi_jpeg_symbol(spmi_jpeg *d, spmi_jpeg_bits *in, const spmi_jpeg_huffman *h, int *value)
 {
     uint32_t entry;
-    int size;
     spmi_jpeg_refill(d, in);
     entry = h->look[in->bits >> (64 - SPMI_JPEG_LOOK)];
     if (!entry) entry = spmi_jpeg_long_code(h, in->bits);
-    size = (int)(entry >> 12) & 15;
-    if (size) {
-        const uint64_t bits = in->bits << (entry & 31);
-        *value = (int)(bits >> (64 - size)) + (int)(((uint32_t)(bits >> 63) - 1) & (1u - (1u << size)));
+    *value = (int16_t)(entry >> 16);
+    if (!(entry & 0x80)) {
+        const int size = (int)(entry >> 12) & 15;
+        const uint64_t bits = in->bits << (entry >> 16);
+        *value = size ? (int)(bits >> (64 - size)) + (int)(((uint32_t)(bits >> 63) - 1) & (1u - (1u << size))) : 0;
     }
-    in->bits <<= entry >> 16;
-    in->count -= (int)(entry >> 16);
+    in->bits <<= entry & 31;
+    in->count -= (int)(entry & 31);
     return entry;
 }
 
@@ -15534,6 +15551,7 @@ static void spmi_jpeg_decode_mcu_row(spmi_jpeg *d, int mcu_row)
 {
     int16_t block[64];
     int column, i, x, y;
+    memset(block, 0, sizeof block);
     for (column = 0; column < d->mcus_wide; column++) {
         if (d->restart_interval && d->restart_left == 0) spmi_jpeg_restart(d);
         if (d->restart_interval) d->restart_left--;
@@ -15543,10 +15561,10 @@ static void spmi_jpeg_decode_mcu_row(spmi_jpeg *d, int mcu_row)
                 uint8_t *out = c->rows + (size_t)(1 + y * c->size) * c->stride + (size_t)(column * c->h * c->size);
                 for (x = 0; x < c->h; x++, out += c->size) {
                     int last = 0;
-                    memset(block, 0, sizeof block);
                     if (!d->starved) last = spmi_jpeg_block(d, c, block);
                     if ((int64_t)column * c->h + x < c->blocks_wide && (int64_t)mcu_row * c->v + y < c->blocks_high)
                         spmi_jpeg_idct(d->ctx, c, block, last, out);
+                    memset(block, 0, last ? sizeof block : sizeof *block); /* often only the first one is set */
                 }
             }
         }
@@ -15615,7 +15633,7 @@ static int spmi_jpeg_pace_mcu(spmi_jpeg *d, spmi_jpeg_pace *pace)
                 int value = 0;
                 uint32_t entry = spmi_jpeg_symbol(d, &d->in, k ? &d->ac[c->ac_index] : &d->dc[c->dc_index], &value);
                 size = (int)(entry >> 12) & 15;
-                if (!spmi_jpeg_pace_step(pace, (int)(entry & 255), size)) return 0;
+                if (!spmi_jpeg_pace_step(pace, (int)(entry & 31) - size, size)) return 0;
                 if (!k) continue;
                 if (!size && (entry >> 8 & 15) != 15) break;
                 k += (int)(entry >> 8) & 15;
@@ -16159,7 +16177,7 @@ static spm_status spmi_png_header(spmi_png *png, const uint8_t *body, size_t at)
     png->height = spmi_load32_big(body + 4);
     png->depth = depth;
     png->color = color;
-    if (body[12]) png->interlaced = 1;
+    png->interlaced = body[12] != 0;
     return known ? SPM_OK : spmi_png_fail(png, at, "no such colour type with so many bits exists in PNG");
 }
 
@@ -16245,7 +16263,7 @@ static int spmi_png_crc_holds(const spmi_png *png, size_t at, size_t length)
 }
 
 /* Walks the chunks up to the last IDAT.  As in Pillow, a wrong CRC before the pixels is an error, also in a chunk
- * nobody needs; unknown chunks are stepped over; the last IHDR and PLTE count.  A wrong CRC of the pixels is only
+ * nobody needs; unknown chunks are stepped over; the last PLTE counts.  A wrong CRC of the pixels is only
  * noted: their own Adler checksum decides; and whether they are complete is seen when they are unpacked. */
 static spm_status spmi_png_chunks(spmi_png *png)
 {
@@ -16273,6 +16291,9 @@ static spm_status spmi_png_chunks(spmi_png *png)
                              "%s: chunk CgBI at byte %.0f: this is Apple's private variant of PNG; convert it to a "
                              "standard PNG",
                              png->name, (double)at);
+        }
+        if (!png->depth != spmi_png_is(data + at, "IHDR")) {
+            return spmi_png_fail(png, at, "the first chunk, and no other, must be IHDR");
         }
         why = spmi_png_objection(png, data + at, length);
         if (!why && !spmi_png_crc_holds(png, at, length)) why = "CRC does not match";

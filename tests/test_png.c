@@ -442,10 +442,10 @@ static void png_damage(void)
         chunk(&g, "IDAT", "x", 1);
         CHECK(strstr(verdict(&g, NULL), "chunk IDAT at byte 8: the pixels come before IHDR"));
         begin(&g);
-        header(&g, 4, 4, 8, 2, 0); /* of several headers the last counts, as in Pillow */
-        header(&g, 5, 0, 8, 2, 0);
+        header(&g, 4, 4, 8, 2, 0);
+        header(&g, 5, 5, 8, 2, 0); /* the size that a probe gives must be the picture's */
         chunk(&g, "IDAT", "x", 1);
-        CHECK(strstr(verdict(&g, NULL), "5 x 0"));
+        CHECK(strstr(verdict(&g, NULL), "chunk IHDR at byte 33: the first chunk, and no other"));
         begin(&g);
         header(&g, 4, 4, 8, 2, 0);
         chunk(&g, "IEND", NULL, 0);
@@ -696,7 +696,7 @@ static void verdicts_of_pillow(void)
     CHECK_INT(wrong, 0);
     CHECK_INT(at, size);
     CHECK_INT(files, 190);
-    CHECK(cuts > 40000 && accepted > 1000);
+    CHECK(cuts > 30000 && accepted > 1000);
 }
 
 /* The file above is what Pillow says: run again where there is a Python with Pillow 9.4. */

@@ -2,10 +2,13 @@
 """Speed of the picture section against Pillow: one thread each, picture by picture in turn in one process; of every
 picture the best of all rounds counts, so that other load on the machine disturbs little.
 
-usage: decode.py [--isa avx2] [--rounds 15] PICTURE...        (needs Pillow and numpy; builds the header with `cc -O2`)
+usage: decode.py [--isa avx2] [--rounds 15] PICTURE...        (needs Pillow and numpy; builds the header with `cc -O2`,
+       unless SPURMEM_LIBRARY names a shared library made so)
 
 Prints for each group of pictures (by ending of the name behind the last underscore, else "all"): images/s of both for
-decoding, and for decode + resize to 256 x 256 + centre crop to 224 x 224 + normalise to float."""
+decoding, for decoding at 1/2, 1/4 and 1/8 (Pillow's draft), and for decode + resize to 256 x 256 + centre crop to
+224 x 224 + normalise to float; where stb_image.h is installed (Debian's libstb-dev), decoding beside it, compiled scalar
+(STBI_NO_SIMD) with the same `cc -O2`."""
 import argparse, collections, ctypes as C, io, os, subprocess, tempfile, time
 import numpy as np
 import PIL
@@ -27,7 +30,28 @@ class Transform(C.Structure):
                 ("resize", C.c_int)]
 
 
+class Decoding(C.Structure):
+    _fields_ = [("max_bytes", C.c_size_t), ("apply_exif", C.c_int), ("allow_truncated", C.c_int), ("scale", C.c_int)]
+
+
+def build_stb():
+    """stb_image as a judge, or None where it is not installed."""
+    folder = tempfile.mkdtemp()
+    source, library = os.path.join(folder, "stb.c"), os.path.join(folder, "stb.so")
+    with open(source, "w") as file:
+        file.write("#define STB_IMAGE_IMPLEMENTATION\n#define STBI_NO_SIMD\n#include <stb/stb_image.h>\n")
+    made = subprocess.run([os.environ.get("CC", "cc"), "-O2", "-fPIC", "-shared", "-w", "-o", library, source, "-lm"],
+                          stderr=subprocess.DEVNULL)
+    if made.returncode:
+        return None
+    lib = C.CDLL(library)
+    lib.stbi_load_from_memory.restype = C.c_void_p
+    return lib
+
+
 def build():
+    if "SPURMEM_LIBRARY" in os.environ:
+        return C.CDLL(os.environ["SPURMEM_LIBRARY"])
     folder = tempfile.mkdtemp()
     library = os.path.join(folder, "spurmem.so")
     subprocess.run([os.environ.get("CC", "cc"), "-O2", "-fPIC", "-shared", "-I", ROOT, "-o", library,
@@ -59,17 +83,25 @@ def main():
     mean, std = np.array([.485, .456, .406], np.float32), np.array([.229, .224, .225], np.float32)
     error = Error()
 
-    def ours(data, image):
-        if lib.spm_image_decode(ctx, b"picture", data, C.c_size_t(len(data)), None, C.byref(image), C.byref(error)):
+    def ours(data, image, scale=1):
+        how = Decoding(scale=scale)
+        if lib.spm_image_decode(ctx, b"picture", data, C.c_size_t(len(data)), C.byref(how), C.byref(image), C.byref(error)):
             raise SystemExit(error.text.decode())
 
-    def decode_ours(data):
+    def decode_ours(data, scale=1):
         image = Picture()
-        ours(data, image)
+        ours(data, image, scale)
         lib.spm_image_free(ctx, C.byref(image))
 
-    def decode_pillow(data):
-        Image.open(io.BytesIO(data)).load()
+    def decode_pillow(data, scale=1):
+        image = Image.open(io.BytesIO(data))
+        if scale > 1:
+            image.draft("RGB", (image.size[0] // scale, image.size[1] // scale))
+        image.load()
+
+    def decode_stb(data):
+        w, h, n = C.c_int(), C.c_int(), C.c_int()
+        stb.stbi_image_free(C.c_void_p(stb.stbi_load_from_memory(data, len(data), C.byref(w), C.byref(h), C.byref(n), 3)))
 
     def ready_ours(data):
         image, ready = Picture(), Picture()
@@ -90,14 +122,19 @@ def main():
             groups.setdefault(name.rsplit("_", 1)[1] if "_" in name else "all", []).append(file.read())
     print("Pillow %s, libjpeg-turbo %s; spurmem on %s" % (PIL.__version__, features.version("libjpeg_turbo"),
           lib.spm_isa_name(lib.spm_context_isa(ctx)).decode()))
+    rows = [("decode", decode_ours, decode_pillow, "Pillow"), ("pipeline", ready_ours, ready_pillow, "Pillow")]
+    rows += [("1/%d" % k, lambda d, k=k: decode_ours(d, k), lambda d, k=k: decode_pillow(d, k), "Pillow") for k in (2, 4, 8)]
+    stb = build_stb()
+    if stb:
+        rows.append(("decode", decode_ours, decode_stb, "stb_image"))
     for name, files in groups.items():
-        for title, mine, theirs in (("decode", decode_ours, decode_pillow), ("pipeline", ready_ours, ready_pillow)):
+        for title, mine, theirs, judge in rows:
             best = [[1e9, 1e9] for _ in files]
             for _ in range(line.rounds):
                 for i, data in enumerate(files):
                     best[i] = [min(best[i][0], seconds(mine, data)), min(best[i][1], seconds(theirs, data))]
             a, b = (sum(pair[k] for pair in best) / len(files) for k in (0, 1))
-            print("%-10s %-9s %7.1f images/s, Pillow %7.1f, ratio %.2f" % (name, title, 1 / a, 1 / b, b / a))
+            print("%-10s %-9s %7.1f images/s, %s %7.1f, ratio %.2f" % (name, title, 1 / a, judge, 1 / b, b / a))
 
 
 main()
