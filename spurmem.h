@@ -21162,6 +21162,15 @@ static spm_status spmi_data_fail(const spm_dataset *dataset, spm_error *err, int
 
 /* ---- metadata.csv ---- */
 
+/* Appends a word to the list of an error sentence, as far as it fits. */
+static void spmi_data_list(char *have, size_t size, const char *word)
+{
+    const size_t used = strlen(have);
+    if (used + 8 >= size) return;
+    (void)spmi_format(have + used, size - used, "%s%s", used ? ", " : "", word);
+    if (strlen(have) + 1 == size) memcpy(have + size - 5, " ...", 5);
+}
+
 /* The first of the names (separated by '|') that the table has as a column; -1 if none. */
 static int spmi_data_column(const spm_csv *csv, const char *names)
 {
@@ -21182,7 +21191,6 @@ static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv,
                                  spm_error *err)
 {
     char have[240] = "";
-    size_t used = 0;
     int column = spmi_data_column(csv, names), i;
     for (i = column + 1; column >= 0 && i < spm_csv_columns(csv); i++) {
         if (!spmi_string_equal(spm_csv_header(csv, i), spm_csv_header(csv, column))) continue;
@@ -21191,11 +21199,7 @@ static int spmi_data_need_column(const spm_dataset *dataset, const spm_csv *csv,
         return -1;
     }
     if (column >= 0) return column;
-    for (i = 0; i < spm_csv_columns(csv) && used + 8 < sizeof have; i++) {
-        int n = spmi_format(have + used, sizeof have - used, "%s%s", i ? ", " : "", spm_csv_header(csv, i));
-        used += n > 0 ? (size_t)n : 0;
-    }
-    if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
+    for (i = 0; i < spm_csv_columns(csv); i++) spmi_data_list(have, sizeof have, spm_csv_header(csv, i));
     (void)spmi_fail(dataset->ctx, err, SPM_E_DATA,
                     "%s: %s has no column for the %s (%s); it has: %s; rename one of them", dataset->path,
                     dataset->table, what, names, have);
@@ -21330,7 +21334,8 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
         spm_split part = SPM_TRAIN;
         int64_t line = spm_csv_line(csv, row);
         const char *name = spm_csv_field(csv, row, file);
-        while (name[0] == '.' && name[1] == '/') name += 2;
+        char *slash;
+        while (name[0] == '.' && (name[1] == '/' || name[1] == '\\')) name += 2;
         if (!name[0]) {
             status = spmi_data_fail(dataset, err, line, "%s is empty; name the picture's file",
                                     spm_csv_header(csv, file));
@@ -21347,7 +21352,11 @@ static spm_status spmi_data_read_csv(spm_dataset *dataset, const spm_csv *csv, s
                                         "split is \"%.40s\"; it is one of 0, 1, 2, train, val, test", text);
             }
         }
-        if (!status) spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
+        if (status) break;
+        spmi_data_row_add(rows, name, y_value, a_value, split >= 0 ? (int)part : -1, line);
+        if (rows->names.failed) break;
+        slash = rows->names.data + spmi_data_row_at(rows, row)->name; /* a table that was written on Windows */
+        while ((slash = strchr(slash, '\\')) != NULL) *slash = '/';
     }
     spmi_free(dataset->ctx, y_names);
     spmi_free(dataset->ctx, a_names);
@@ -21419,7 +21428,6 @@ static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words 
                                    spm_error *err)
 {
     char have[300] = "";
-    size_t used = 0;
     int i;
     for (i = 0; i < header->words; i++) {
         if (spmi_string_equal(header->word[i], name)) {
@@ -21427,11 +21435,7 @@ static spm_status spmi_celeba_find(const spm_dataset *dataset, const spmi_words 
             return SPM_OK;
         }
     }
-    for (i = 0; i < header->words && used + 8 < sizeof have; i++) {
-        int n = spmi_format(have + used, sizeof have - used, "%s%s", i ? ", " : "", header->word[i]);
-        used += n > 0 ? (size_t)n : 0;
-    }
-    if (used >= sizeof have) memcpy(have + sizeof have - 5, " ...", 5);
+    for (i = 0; i < header->words; i++) spmi_data_list(have, sizeof have, header->word[i]);
     return spmi_fail(dataset->ctx, err, SPM_E_DATA, "%s: %s has no attribute \"%.60s\"; it has: %s", dataset->path,
                      dataset->table, name, have);
 }

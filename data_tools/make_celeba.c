@@ -176,8 +176,6 @@ static int run(tool *t, spm_context *ctx)
 int main(int argc, char **argv)
 {
     tool t;
-    spm_context *ctx;
-    int status;
     memset(&t, 0, sizeof t);
     t.name = "make_celeba";
     t.about = "usage: make_celeba --celeba DIR [options]\n\n"
@@ -186,10 +184,5 @@ int main(int argc, char **argv)
               "(spurmem --data CELEBA --target NAME --confounder NAME needs no table.)\n";
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    ctx = spm_context_create(NULL);
-    status = ctx ? run(&t, ctx) : tool_fail(&t, "out of memory");
-    spm_context_destroy(ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

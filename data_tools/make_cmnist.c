@@ -123,7 +123,7 @@ static int fill_split(cmnist *c, int split, long first, long n, double correlati
     return status ? tool_fail(c->t, "out of memory") : 0;
 }
 
-static int run(cmnist *c, spm_context *ctx)
+static int write_set(cmnist *c, spm_context *ctx)
 {
     tool *t = c->t;
     tool_set set;
@@ -163,31 +163,32 @@ static int run(cmnist *c, spm_context *ctx)
         first += n[s];
     }
     if (status) return status;
-    memset(&set, 0, sizeof set);
-    set.t = t;
-    set.ctx = ctx;
-    set.out = tool_value(t, OUT);
+    set = tool_set_make(t, ctx, tool_value(t, OUT), c->items, n[0] + n[1] + n[2], make, c);
     set.classes = set.confounders = c->classes;
     set.class_names = two ? "digit 0-4\ndigit 5-9\n" : "digit 0-1\ndigit 2-3\ndigit 4-5\ndigit 6-7\ndigit 8-9\n";
     set.confounder_names = two ? "red\ngreen\n" : "red\nlime\nspring\nblue\nviolet\n";
-    set.items = c->items;
-    set.count = n[0] + n[1] + n[2];
-    set.make = make;
-    set.user = c;
     snprintf(made, sizeof made, "{\"tool\":\"make_cmnist\",\"variant\":\"%s\",\"difficulty\":\"%s\",\"seed\":%.0f,"
              "\"correlation\":%g,\"label_noise\":%g}\n", tool_value(t, VARIANT), two ? "" : tool_value(t, DIFFICULTY),
              tool_number(t, SEED), correlation, noise);
     return tool_write_set(&set, "make_cmnist.json", made, tool_on(t, FORCE));
 }
 
+static int run(tool *t, spm_context *ctx)
+{
+    cmnist c;
+    int status;
+    memset(&c, 0, sizeof c);
+    c.t = t;
+    status = write_set(&c, ctx);
+    free(c.items);
+    spm_dataset_close(c.digits);
+    return status;
+}
+
 int main(int argc, char **argv)
 {
     tool t;
-    cmnist c;
-    spm_context *ctx;
-    int status;
     memset(&t, 0, sizeof t);
-    memset(&c, 0, sizeof c);
     t.name = "make_cmnist";
     t.about = "usage: make_cmnist --mnist DIR --out DIR [options]\n\n"
               "Makes coloured MNIST in the Waterbirds layout: y the class, place the colour.\n";
@@ -200,13 +201,5 @@ int main(int argc, char **argv)
               "spurmem train --data DIR --arch resnet20 --image-size 28 --resize none --out RUN\n";
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    c.t = &t;
-    ctx = spm_context_create(NULL);
-    status = ctx ? run(&c, ctx) : tool_fail(&t, "out of memory");
-    free(c.items);
-    spm_dataset_close(c.digits);
-    spm_context_destroy(ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

@@ -150,7 +150,7 @@ static int fill_split(dominoes *d, int split, long first, long n, const long ski
     return status;
 }
 
-static int run(dominoes *d, spm_context *ctx)
+static int write_set(dominoes *d, spm_context *ctx)
 {
     tool *t = d->t;
     tool_set set;
@@ -182,11 +182,7 @@ static int run(dominoes *d, spm_context *ctx)
         first += n[s];
     }
     if (!d->items || status) return status ? status : tool_fail(t, "out of memory");
-    memset(&set, 0, sizeof set);
-    set.t = t;
-    set.ctx = ctx;
-    set.out = tool_value(t, OUT);
-    set.classes = set.confounders = 2;
+    set = tool_set_make(t, ctx, tool_value(t, OUT), d->items, n[0] + n[1] + n[2], make, d);
     set.quality = (int)tool_whole(t, QUALITY);
     if (fashion && !*classes)
         snprintf(names[0], sizeof names[0], "dress\ncoat\n");
@@ -198,24 +194,29 @@ static int run(dominoes *d, spm_context *ctx)
     snprintf(names[1], sizeof names[1], "digit %d\ndigit %d\n", d->digit[0], d->digit[1]);
     set.class_names = names[0];
     set.confounder_names = names[1];
-    set.items = d->items;
-    set.count = n[0] + n[1] + n[2];
-    set.make = make;
-    set.user = d;
     snprintf(made, sizeof made, "{\"tool\":\"make_dominoes\",\"seed\":%.0f,\"correlation\":%g,\"classes\":[%d,%d],"
              "\"digits\":[%d,%d],\"train\":%ld,\"val\":%ld,\"test\":%ld}\n", tool_number(t, SEED),
              tool_number(t, CORRELATION), d->class_of[0], d->class_of[1], d->digit[0], d->digit[1], n[0], n[1], n[2]);
     return tool_write_set(&set, "make_dominoes.json", made, tool_on(t, FORCE));
 }
 
+static int run(tool *t, spm_context *ctx)
+{
+    dominoes d;
+    int status;
+    memset(&d, 0, sizeof d);
+    d.t = t;
+    status = write_set(&d, ctx);
+    free(d.items);
+    spm_dataset_close(d.objects);
+    spm_dataset_close(d.digits);
+    return status;
+}
+
 int main(int argc, char **argv)
 {
     tool t;
-    dominoes d;
-    spm_context *ctx;
-    int status;
     memset(&t, 0, sizeof t);
-    memset(&d, 0, sizeof d);
     t.name = "make_dominoes";
     t.about = "usage: make_dominoes --mnist DIR --objects DIR --out DIR [options]\n\n"
               "Makes Dominoes, 64 high x 32 wide: above an MNIST digit (the confounder), below a CIFAR-10 or\n"
@@ -224,14 +225,5 @@ int main(int argc, char **argv)
               "spurmem train --data DIR --arch resnet18:width=16,stem=cifar --image-size 64x32 --resize none --out RUN\n";
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    d.t = &t;
-    ctx = spm_context_create(NULL);
-    status = ctx ? run(&d, ctx) : tool_fail(&t, "out of memory");
-    free(d.items);
-    spm_dataset_close(d.objects);
-    spm_dataset_close(d.digits);
-    spm_context_destroy(ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

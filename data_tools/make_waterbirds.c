@@ -36,7 +36,8 @@ static const char categories[4][2][24] = {
     { "l/lake/natural", "lake-natural" },
 };
 
-/* Species (parts of CUB's folder names) that live on water: seabirds, then waterfowl. */
+/* Species (parts of CUB's folder names) that live on water: seabirds, then waterfowl.  The published set looks for the
+ * same parts, so that western and eastern species (a pewee, a meadowlark, a towhee) are terns there, and here. */
 static const char water_birds[][16] = {
     "albatross", "auklet", "cormorant", "frigatebird", "fulmar", "gull", "jaeger", "kittiwake", "pelican", "puffin",
     "tern", "gadwall", "grebe", "mallard", "merganser", "guillemot", "pacific_loon"
@@ -154,13 +155,15 @@ static int draw_groups(waterbirds *w)
     for (i = 0; !status && i < w->count; i++)
         if (w->items[i].split == 0) member[n++] = i;
     if (!status) spm_random_permutation(seed, 1, n, order);
-    for (k = 0; !status && k < (long)floor(fraction * (double)n + 0.5); k++) w->items[member[order[k]]].split = 1;
+    for (k = 0; !status && k < (long)rint(fraction * (double)n); k++) w->items[member[order[k]]].split = 1;
     for (s = 0; !status && s < 3; s++) {
         for (y = 0; !status && y < 2; y++) {
+            double share = s ? 0.5 : tool_number(w->t, CORRELATION), water; /* as published: rounded on water, half to even */
             for (i = n = 0; i < w->count; i++)
                 if (w->items[i].split == s && w->items[i].y == y) member[n++] = i;
-            status = !tool_draw_confounders(w->items, member, n, y, 2, s ? 0.5 : tool_number(w->t, CORRELATION), seed,
-                                            10u + 2u * (uint64_t)s + (uint64_t)y);
+            water = rint((y ? share : 1 - share) * (double)n);
+            share = n ? (y ? water : (double)n - water) / (double)n : 0;
+            status = !tool_draw_confounders(w->items, member, n, y, 2, share, seed, 10u + 2u * (uint64_t)s + (uint64_t)y);
         }
     }
     free(member);
@@ -411,7 +414,7 @@ static void make(void *user, const tool_item *item, long index, spm_image *image
     spm_image_free(w->ctx, &ground);
 }
 
-static int run(waterbirds *w)
+static int write_set(waterbirds *w)
 {
     tool_set set;
     char made[500];
@@ -427,30 +430,32 @@ static int run(waterbirds *w)
         snprintf(w->items[i].file, sizeof w->items[i].file, "%.*s.%s", dot ? (int)(dot - name) : (int)strlen(name), name,
                  tool_value(w->t, FORMAT));
     }
-    memset(&set, 0, sizeof set);
-    set.t = w->t;
-    set.ctx = w->ctx;
-    set.out = tool_value(w->t, OUT);
-    set.classes = set.confounders = 2;
+    set = tool_set_make(w->t, w->ctx, tool_value(w->t, OUT), w->items, w->count, make, w);
     set.quality = (int)tool_whole(w->t, QUALITY);
     set.half_chroma = 1;
-    set.items = w->items;
-    set.count = w->count;
-    set.make = make;
-    set.user = w;
     snprintf(made, sizeof made, "{\"tool\":\"make_waterbirds\",\"seed\":%.0f,\"correlation\":%g,\"val_fraction\":%g,"
              "\"like\":%s}\n", tool_number(w->t, SEED), tool_number(w->t, CORRELATION),
              tool_number(w->t, VAL_FRACTION), *tool_value(w->t, LIKE) ? "true" : "false");
     return tool_write_set(&set, "make_waterbirds.json", made, tool_on(w->t, FORCE));
 }
 
+static int run(tool *t, spm_context *ctx)
+{
+    waterbirds w;
+    int status;
+    memset(&w, 0, sizeof w);
+    w.t = t;
+    w.ctx = ctx;
+    status = write_set(&w);
+    free(w.items);
+    free(w.source);
+    return status;
+}
+
 int main(int argc, char **argv)
 {
     tool t;
-    waterbirds w;
-    int status;
     memset(&t, 0, sizeof t);
-    memset(&w, 0, sizeof w);
     t.name = "make_waterbirds";
     t.about = "usage: make_waterbirds --cub DIR --places DIR --out DIR [options]\n\n"
               "Makes Waterbirds from CUB-200-2011, its segmentations and Places365: birds cut out and put on land or water.\n";
@@ -461,13 +466,5 @@ int main(int argc, char **argv)
               "fetch.sh says where the archives are.\n";
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    w.t = &t;
-    w.ctx = spm_context_create(NULL);
-    status = w.ctx ? run(&w) : tool_fail(&t, "out of memory");
-    free(w.items);
-    free(w.source);
-    spm_context_destroy(w.ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

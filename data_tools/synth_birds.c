@@ -808,28 +808,25 @@ static int fill_split(work *w, int split, long first, long n)
     return 1;
 }
 
-static int run(work *w)
+static int write_set(work *w)
 {
     tool *t = w->t;
     tool_set set;
-    long n[SPLITS], first = 0;
+    long n[SPLITS], first = 0, count = 0;
     char made[512];
     int split;
-    memset(&set, 0, sizeof set);
-    for (split = 0; split < SPLITS; split++) set.count += n[split] = tool_whole(t, TRAIN + split);
-    w->items = (tool_item *)calloc((size_t)set.count, sizeof *w->items);
+    for (split = 0; split < SPLITS; split++) count += n[split] = tool_whole(t, TRAIN + split);
+    if (!count) {
+        tool_fail(t, "--train, --val and --test are all 0: there is nothing to draw");
+        return 2;
+    }
+    w->items = (tool_item *)calloc((size_t)count, sizeof *w->items);
     for (split = 0; split < SPLITS; split++) {
         if (!w->items || !fill_split(w, split, first, n[split])) return tool_fail(t, "out of memory");
         first += n[split];
     }
-    set.t = t;
-    set.ctx = w->ctx;
-    set.out = tool_value(t, OUT);
-    set.classes = set.confounders = 2;
+    set = tool_set_make(t, w->ctx, tool_value(t, OUT), w->items, count, make, w);
     set.quality = (int)tool_whole(t, QUALITY);
-    set.items = w->items;
-    set.make = make;
-    set.user = w;
     snprintf(made, sizeof made, "{\"tool\":\"synth_birds\",\"version\":1,\"seed\":%.0f,\"size\":%ld,\"quality\":%d,"
              "\"correlation\":%.6g,\"difficulty\":%.6g,\"train\":%ld,\"val\":%ld,\"test\":%ld}\n",
              tool_number(t, SEED), tool_whole(t, SIZE), set.quality, tool_number(t, CORRELATION),
@@ -837,13 +834,22 @@ static int run(work *w)
     return tool_write_set(&set, "synth_birds.json", made, tool_on(t, FORCE));
 }
 
+static int run(tool *t, spm_context *ctx)
+{
+    work w;
+    int status;
+    memset(&w, 0, sizeof w);
+    w.t = t;
+    w.ctx = ctx;
+    status = write_set(&w);
+    free(w.items);
+    return status;
+}
+
 int main(int argc, char **argv)
 {
     tool t;
-    work w;
-    int status;
     memset(&t, 0, sizeof t);
-    memset(&w, 0, sizeof w);
     t.name = "synth_birds";
     t.about = "usage: synth_birds --out DIR [options]\n\n"
               "Draws a data set of bird pictures (JPEG) in the Waterbirds layout: landbirds and waterbirds on land and\n"
@@ -853,16 +859,5 @@ int main(int argc, char **argv)
               "  y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train, 1 val, 2 test.\n";
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    if (tool_whole(&t, TRAIN) + tool_whole(&t, VAL) + tool_whole(&t, TEST) == 0) {
-        tool_fail(&t, "--train, --val and --test are all 0: there is nothing to draw");
-        return 2;
-    }
-    w.t = &t;
-    w.ctx = spm_context_create(NULL);
-    status = w.ctx ? run(&w) : tool_fail(&t, "out of memory");
-    free(w.items);
-    spm_context_destroy(w.ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

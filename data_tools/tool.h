@@ -204,6 +204,18 @@ static inline int tool_parse(tool *t, int argc, char **argv)
     return 0;
 }
 
+/* What every main does: reads the command line and runs the tool with a context.  The exit status. */
+static inline int tool_main(tool *t, int argc, char **argv, int (*run)(tool *t, spm_context *ctx))
+{
+    spm_context *ctx;
+    int status = tool_parse(t, argc, argv);
+    if (status) return status < 0 ? 0 : status;
+    ctx = spm_context_create(NULL);
+    status = ctx ? run(t, ctx) : tool_fail(t, "out of memory");
+    spm_context_destroy(ctx);
+    return status;
+}
+
 static inline const char *tool_value(const tool *t, int option) { return t->value[option]; }
 static inline double tool_number(const tool *t, int option) { return strtod(t->value[option], NULL); }
 static inline long tool_whole(const tool *t, int option) { return (long)tool_number(t, option); }
@@ -304,6 +316,23 @@ typedef struct tool_set {
     size_t size[TOOL_BATCH];
     spm_error error[TOOL_BATCH];
 } tool_set;
+
+/* A set to be written below `out`, with two classes and two confounders; the caller changes what is otherwise. */
+static inline tool_set tool_set_make(tool *t, spm_context *ctx, const char *out, const tool_item *items, long count,
+                                     tool_make_fn make, void *user)
+{
+    tool_set set;
+    memset(&set, 0, sizeof set);
+    set.t = t;
+    set.ctx = ctx;
+    set.out = out;
+    set.classes = set.confounders = 2;
+    set.items = items;
+    set.count = count;
+    set.make = make;
+    set.user = user;
+    return set;
+}
 
 static inline int tool_path(const tool_set *set, const char *name, char *path, size_t size)
 {

@@ -158,8 +158,6 @@ static int run(tool *t, spm_context *ctx)
 int main(int argc, char **argv)
 {
     tool t;
-    spm_context *ctx;
-    int status;
     memset(&t, 0, sizeof t);
     t.name = "verify";
     t.about = "usage: verify DATA [options]\n\n"
@@ -168,10 +166,5 @@ int main(int argc, char **argv)
     t.options = options;
     t.count = (int)(sizeof options / sizeof options[0]);
     t.operand = 1;
-    status = tool_parse(&t, argc, argv);
-    if (status) return status < 0 ? 0 : status;
-    ctx = spm_context_create(NULL);
-    status = ctx ? run(&t, ctx) : tool_fail(&t, "out of memory");
-    spm_context_destroy(ctx);
-    return status;
+    return tool_main(&t, argc, argv, run);
 }

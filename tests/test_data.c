@@ -224,6 +224,18 @@ static void metadata(void)
     CHECK(set && spm_dataset_example(set, 3)->split == SPM_TEST);
     CHECK_STR(set ? spm_dataset_group_name(set, 11) : NULL, "label=2, a=3");
     spm_dataset_close(set);
+    /* a table that was written on Windows */
+    put_picture(ctx, place(ctx, "win/a/b/1.png"), 1, 9, 7);
+    put(ctx, place(ctx, "win/metadata.csv"), "img_filename,y,place,split\r\na\\b\\1.png,0,0,0\r\n.\\a\\b\\1.png,1,0,1\r\n");
+    set = open_set(ctx, "win", SPM_DATA_AUTO, &err);
+    CHECK_STR(err.text, "");
+    for (i = 0; set && i < 2; i++) {
+        spm_image image = SPM_ZERO;
+        CHECK_STR(spm_dataset_example(set, i)->file, "a/b/1.png");
+        CHECK(spm_dataset_image(set, i, &image, &err) == SPM_OK && image.width == 9 && image.height == 7);
+        spm_image_free(ctx, &image);
+    }
+    spm_dataset_close(set);
     /* a column "group" that holds y * K + a */
     put(ctx, place(ctx, "group/metadata.csv"), "filename,y,group,split\nx.png,0,0,0\ny.png,0,1,1\nz.png,1,2,2\nw.png,1,3,2\n");
     set = open_set(ctx, "group", SPM_DATA_AUTO, &err);
@@ -443,7 +455,8 @@ static void blocks(void)
     spm_error err;
     spm_dataset *set;
     spm_image image = SPM_ZERO;
-    static uint8_t x[16 + 3 * 20], y[8 + 3], cifar[2 * 3073];
+    static uint8_t x[16 + 3 * 20], y[8 + 3], cifar[2 * 3073], cifar100[3 * 3074];
+    char names[901];
     uint8_t *packed = NULL;
     size_t size = 0;
     int i;
@@ -484,6 +497,32 @@ static void blocks(void)
     spm_dataset_close(set);
     CHECK(spm_file_write(ctx, place(ctx, "cifar/cifar-10-batches-bin/test_batch.bin"), cifar, 3000, NULL) == SPM_OK);
     check_refused(ctx, "cifar", SPM_DATA_AUTO, "test_batch.bin", "3000 bytes");
+    /* CIFAR-100: two labels a record (superclass, class), found by looking and by name */
+    for (i = 0; i < (int)sizeof cifar100; i++) cifar100[i] = (uint8_t)(i * 7);
+    memcpy(cifar100, "\x13\x63", 2);
+    memcpy(cifar100 + 3074, "\x04\x00", 2);
+    memcpy(cifar100 + 2 * 3074, "\x0b\x2a", 2);
+    CHECK(spm_file_write(ctx, place(ctx, "c100/cifar-100-binary/train.bin"), cifar100, sizeof cifar100, NULL) == SPM_OK);
+    CHECK(spm_file_write(ctx, place(ctx, "c100/cifar-100-binary/test.bin"), cifar100 + 3074, 2 * 3074, NULL) == SPM_OK);
+    for (i = 0; i < 100; i++) snprintf(names + 9 * i, sizeof names - 9 * (size_t)i, "class_%02d\n", i);
+    put(ctx, place(ctx, "c100/cifar-100-binary/fine_label_names.txt"), names);
+    for (i = 0; i < 2; i++) {
+        set = open_set(ctx, "c100", i ? SPM_DATA_CIFAR : SPM_DATA_AUTO, &err);
+        CHECK_STR(err.text, "");
+        CHECK(set && spm_dataset_format(set) == SPM_DATA_CIFAR && spm_dataset_size(set) == 5
+              && spm_dataset_classes(set) == 100 && spm_dataset_confounders(set) == 1);
+        CHECK(set && spm_dataset_split_size(set, SPM_TRAIN) == 3 && spm_dataset_split_size(set, SPM_TEST) == 2);
+        CHECK(set && spm_dataset_example(set, 0)->y == 99 && spm_dataset_example(set, 1)->y == 0
+              && spm_dataset_example(set, 4)->y == 42 && spm_dataset_example(set, 4)->split == SPM_TEST);
+        CHECK_STR(set ? spm_dataset_class_name(set, 42) : NULL, "class_42");
+        CHECK(set && spm_dataset_image(set, 4, &image, &err) == SPM_OK && image.width == 32 && image.height == 32);
+        CHECK(image.pixels && image.pixels[3 * 33] == cifar100[2 * 3074 + 2 + 33]
+              && image.pixels[3 * 33 + 1] == cifar100[2 * 3074 + 2 + 1024 + 33]);
+        spm_image_free(ctx, &image);
+        spm_dataset_close(set);
+    }
+    CHECK(spm_file_write(ctx, place(ctx, "c100/cifar-100-binary/train.bin"), cifar100, 3 * 3073, NULL) == SPM_OK);
+    check_refused(ctx, "c100", SPM_DATA_AUTO, "train.bin", "not a multiple of 3074");
     spm_context_destroy(ctx);
 }
 

@@ -1,6 +1,7 @@
 /* fuzz_checkpoint.c - any bytes as a checkpoint: what it says about itself, and loading it into a small ViT and a small
- * ResNet, which must be as before when that fails.  The bytes pass through a file in the working folder. */
+ * ResNet, which must be as before when that fails.  The bytes pass through a file without a name. */
 #include "fuzz.h"
+#include "fuzz_file.h"
 
 static double sum_of(spm_model *model)
 {
@@ -17,14 +18,12 @@ static double sum_of(spm_model *model)
 FUZZ_BODY(ctx, data, size)
 {
     static const char archs[2][64] = { "vit:patch=4,dim=4,depth=1,heads=2,mlp=1", "resnet18:width=1,stem=cifar" };
-    static const char path[] = "fuzz_checkpoint.tmp";
+    char path[64];
     spm_checkpoint_info info;
     spm_error err = SPM_ZERO;
-    FILE *file = fopen(path, "wb");
     int i;
-    if (!file) abort();
-    if (size && fwrite(data, 1, size, file) != size) abort();
-    fclose(file);
+    fuzz_file_open(path, sizeof path);
+    fuzz_file_add(data, size);
     if (spm_checkpoint_inspect(ctx, path, &info, &err) && (!err.text[0] || info.has_arch)) abort();
     for (i = 0; i < 2; i++) {
         spm_arch arch = SPM_ZERO;

@@ -4,16 +4,7 @@
  * 2 to 5 stand in a tar file.  Everything that the data set says is read, and its first pictures. */
 #define FUZZ_MEMORY (24u << 20) /* 65,536 groups have names */
 #include "fuzz.h"
-#include <fcntl.h>
-
-static int file = -1;
-static size_t used;
-
-static void add(const void *bytes, size_t size)
-{
-    if (size && pwrite(file, bytes, size, (off_t)used) != (ssize_t)size) abort();
-    used += size;
-}
+#include "fuzz_file.h"
 
 static void add_tar(const char *name, const void *bytes, size_t size)
 {
@@ -27,9 +18,9 @@ static void add_tar(const char *name, const void *bytes, size_t size)
     head[156] = '0';
     for (i = 0; i < 512; i++) sum += (unsigned char)head[i];
     snprintf(head + 148, 8, "%06o", sum);
-    add(head, sizeof head);
-    add(bytes, size);
-    add(zero, (512 - size % 512) % 512);
+    fuzz_file_add(head, sizeof head);
+    fuzz_file_add(bytes, size);
+    fuzz_file_add(zero, (512 - size % 512) % 512);
 }
 
 static void add_packed(const uint8_t *index, size_t size)
@@ -37,15 +28,15 @@ static void add_packed(const uint8_t *index, size_t size)
     uint8_t ends[32] = { 0 }, pictures[256];
     memset(pictures, 7, sizeof pictures);
     memcpy(ends, SPMI_PACKED_MAGIC, 8);
-    add(ends, sizeof ends);
-    add(pictures, sizeof pictures);
+    fuzz_file_add(ends, sizeof ends);
+    fuzz_file_add(pictures, sizeof pictures);
     memset(ends, 0, sizeof ends);
-    spmi_pack_put(ends, used, 8);
+    spmi_pack_put(ends, fuzz_file_used, 8);
     spmi_pack_put(ends + 8, size, 8);
     spmi_pack_put(ends + 16, spmi_crc32(0, index, size), 4);
     memcpy(ends + 24, SPMI_PACKED_MAGIC, 8);
-    add(index, size);
-    add(ends, sizeof ends);
+    fuzz_file_add(index, size);
+    fuzz_file_add(ends, sizeof ends);
 }
 
 /* Writes the file that the input stands for. */
@@ -54,15 +45,13 @@ static void build(const uint8_t *data, size_t size)
     static const char zeros[1024], attributes[] = "list_attr_celeba.txt", partition[] = "list_eval_partition.txt";
     const uint8_t *rest = data + 1, *cut;
     size_t n = size - 1, first;
-    used = 0;
-    if (ftruncate(file, 0) != 0) abort();
     cut = n ? (const uint8_t *)memchr(rest, 0xFF, n) : NULL;
     first = cut ? (size_t)(cut - rest) : n;
     switch (data[0] % 6) {
     case 0: add_packed(rest, n); return;
     case 1:
-        add(SPMI_PACKED_MAGIC, 8);
-        add(rest, n);
+        fuzz_file_add(SPMI_PACKED_MAGIC, 8);
+        fuzz_file_add(rest, n);
         return;
     case 2: add_tar("x/metadata.csv", rest, n); break;
     case 3:
@@ -75,7 +64,7 @@ static void build(const uint8_t *data, size_t size)
         break;
     default: add_tar("data_batch_1.bin", rest, n); break;
     }
-    add(zeros, sizeof zeros);
+    fuzz_file_add(zeros, sizeof zeros);
 }
 
 FUZZ_BODY(ctx, data, size)
@@ -88,15 +77,8 @@ FUZZ_BODY(ctx, data, size)
     int s, g, all = 0;
     size_t sum = 0;
     if (!size) return;
-    if (file < 0) { /* in memory where the system has such a folder; its name is given up at once */
-        char name[64];
-        snprintf(name, sizeof name, "/dev/shm/fuzz_dataset_%ld", (long)getpid());
-        file = open(name, O_RDWR | O_CREAT, 0600);
-        if (file < 0) abort();
-        unlink(name);
-    }
+    fuzz_file_open(path, sizeof path);
     build(data, size);
-    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
     desc.path = path;
     desc.cache_bytes = 1;
     set = spm_dataset_open(ctx, &desc, &err);
