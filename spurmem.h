@@ -16292,7 +16292,7 @@ static spm_status spmi_png_chunks(spmi_png *png)
                              "standard PNG",
                              png->name, (double)at);
         }
-        if (!png->depth != spmi_png_is(data + at, "IHDR")) {
+        if ((png->depth == 0) != spmi_png_is(data + at, "IHDR")) {
             return spmi_png_fail(png, at, "the first chunk, and no other, must be IHDR");
         }
         why = spmi_png_objection(png, data + at, length);
