@@ -89,9 +89,10 @@
  *    goes on to the same bits.  The methods of the field stand beside ERM (spm_method): reweighting, resampling,
  *    subsampling, Group DRO, JTT, LfF, DFR, AFR and example-tied dropout.
  *    SPM_METHOD_INTERVENE starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the
- *    pruned one lacks the critical units (spm_mask_kind has other choices; or has them damped); their features are pulled together (NT-Xent), and the
- *    dense branch keeps its cross-entropy, in which groups weigh (n / (groups n_g))^weight_power.  The power moves the
- *    result along its Pareto line: 1 treats all groups alike, 0 is plain training.
+ *    pruned one lacks the critical units (or has them damped; spm_mask_kind has other choices); their features are pulled
+ *    together (NT-Xent), and the dense branch keeps its cross-entropy, in which groups weigh
+ *    (n / (groups n_g))^weight_power.  The power moves the result along its Pareto line: 1 treats all groups alike, 0 is
+ *    plain training.
  *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
  *    Without group labels, (class, memorized) takes the place of groups: the run that trained the checkpoint has
  *    counted in how many epochs it was wrong about each training example, and within a class Otsu's threshold parts

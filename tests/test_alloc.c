@@ -465,7 +465,7 @@ static spm_status localize(spm_context *ctx, spm_modify modify, int weights, spm
     desc.reading = tiny_reading();
     desc.groups = groups;
     desc.n_groups = 2;
-    desc.controls = weights ? 0 : 2;
+    desc.controls = 2;
     desc.samples = 2;
     desc.batch = 4;
     desc.workers = 1;
@@ -623,9 +623,28 @@ static spm_status job_frozen(spm_context *ctx, spm_error *err)
     desc.checkpoint = in_scratch("vit.safetensors");
     desc.history = in_scratch("whole");
     desc.group_labels = 0;
+    desc.mask = SPM_MASK_MEMORY;
     desc.mask_mode = SPM_MASK_MODE_FREEZE;
     desc.anchor = 1.0f;
     return train(ctx, &desc, err);
+}
+
+/* The mask by gradient of the published code; and a map of integrated gradients. */
+static spm_status job_gradient_mask(spm_context *ctx, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
+    static float pixels[64 * 64 * 3];
+    spm_model *model;
+    spm_map map = SPM_ZERO;
+    wipe(desc.out, 0);
+    desc.mask = SPM_MASK_GRADIENT;
+    if (train(ctx, &desc, err)) return err->status;
+    model = loaded(ctx, TINY_VIT, "vit.safetensors", err);
+    if (model && !spm_explain(model, &desc.reading, pixels, 0, SPM_MAP_INTEGRATED, &map, err))
+        add_to_fingerprint(map.values, (size_t)(map.height * map.width) * sizeof *map.values);
+    spm_free(ctx, map.values);
+    spm_model_destroy(model);
+    return err->status;
 }
 
 static void copy_folder(const char *from, const char *to)
@@ -900,6 +919,7 @@ JOB(jtt, "run", 8, 60, 60)
 JOB(lff, "run", 8, 60, 60)
 JOB(frozen, "run", 8, 60, 60)
 JOB(official, "run", 6, 40, 40)
+JOB(gradient_mask, "run", 6, 40, 40)
 JOB(resume, "run", 8, 100, 100)
 JOB(report, "w", 0, 200, 100)
 
@@ -941,6 +961,7 @@ int main(void)
     TEST(lff_fails);
     TEST(frozen_fails);
     TEST(official_fails);
+    TEST(gradient_mask_fails);
     TEST(resume_fails);
     TEST(report_fails);
     scratch_end();
