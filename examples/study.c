@@ -406,7 +406,7 @@ typedef struct mean {
 } mean;
 
 typedef struct sums {
-    mean wga, gain, change;
+    mean wga, kept, gain, change; /* kept: accuracy of the majority */
     mean level_gain[LEVELS], level_change[LEVELS]; /* where the validation split finds a point in every seed */
     mean ahead[LEVELS];                            /* of the intervention before this method, seed by seed */
     double seconds;
@@ -439,6 +439,7 @@ static sums summary(const study *s, int set, int net, int m)
         const point *start = &r->line[0], *end = &r->line[r->points - 1];
         if (r->set != set || r->net != net || r->method != m) continue;
         take(&t.wga, end->wga);
+        take(&t.kept, end->majority);
         take(&t.gain, end->wga - start->wga);
         take(&t.change, end->majority - start->majority);
         for (k = 0; k < LEVELS; k++) {
@@ -542,6 +543,7 @@ static void summary_json(const study *s, spm_json *json)
         spm_json_number(json, NULL, low);
         spm_json_number(json, NULL, high);
         spm_json_array_end(json);
+        mean_json(json, "majority_accuracy", t.kept);
         mean_json(json, "gain", t.gain);
         mean_json(json, "majority_change", t.change);
         spm_json_array_begin(json, "pareto"); /* chosen on the validation split, measured on the test split */
@@ -551,7 +553,7 @@ static void summary_json(const study *s, spm_json *json)
             spm_json_int(json, "least_majority_change_points", levels[k]);
             mean_json(json, "gain", t.level_gain[k]);
             mean_json(json, "majority_change", t.level_change[k]);
-            if (t.ahead[k].n == t.wga.n) mean_json(json, "intervention_ahead", t.ahead[k]);
+            if (t.ahead[k].n > 0.0) mean_json(json, "intervention_ahead", t.ahead[k]);
             spm_json_object_end(json);
         }
         spm_json_array_end(json);
@@ -573,40 +575,56 @@ static void print_points(FILE *f, mean m, double seeds)
         fprintf(f, " %+.1f |", 100.0 * mean_of(m));
 }
 
+/* How far the intervention's line is ahead of a method's at a level, over every set, network and seed that has both. */
+static mean pooled_lead(const study *s, int m, int level)
+{
+    mean lead = SPM_ZERO;
+    int i;
+    for (i = 0; i < s->n_rows; i++) {
+        const row *r = &s->rows[i], *ours = find_row(s, r->set, r->net, r->seed, INTERVENE_FULL);
+        int its = r->method == m ? at_level(r, level) : -1, mine = ours && its >= 0 ? at_level(ours, level) : -1;
+        if (mine >= 0) take(&lead, ours->line[mine].wga - r->line[its].wga);
+    }
+    return lead;
+}
+
+/* The tables of the README.  Behind gain and change of the method itself: the gain at three levels of the Pareto line, and
+ * how far ahead of it the intervention's line is there. */
 static void table_text(const study *s, FILE *f)
 {
+    enum { SHOWN = 3 };
+    static const int shown[SHOWN] = { 2, 3, 5 };
     int set, net, m, k;
     for (set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
         sums start = summary(s, set, net, START);
-        char worst[16];
+        char worst[16], kept[16];
         if (start.wga.n < 1.0) continue;
         percent(worst, sizeof worst, mean_of(start.wga));
-        fprintf(f, "**%s, %s** (ERM: worst group %s)\n\n| method | seeds | gain | majority |", sets[set].name,
-                nets[net], worst);
-        for (k = 0; k < LEVELS; k++) fprintf(f, " %+d |", levels[k]);
-        fprintf(f, "\n|---|---|---|---|");
-        for (k = 0; k < LEVELS; k++) fprintf(f, "---|");
+        percent(kept, sizeof kept, mean_of(start.kept));
+        fprintf(f, "**%s, %s** (the start: worst group %s, majority %s)\n\n| method | seeds | gain | majority |", sets[set].name,
+                nets[net], worst, kept);
+        for (k = 0; k < SHOWN; k++) fprintf(f, " gain at %d |", levels[shown[k]]);
+        for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
+        fprintf(f, "\n|---|---|---|---|---|---|---|---|---|");
         for (m = FURTHER; m < METHODS; m++) {
             sums t = summary(s, set, net, m);
             if (t.wga.n < 1.0) continue;
             fprintf(f, "\n| %s | %d |", methods[m].name, (int)t.wga.n);
             print_points(f, t.gain, t.wga.n);
             print_points(f, t.change, t.wga.n);
-            for (k = 0; k < LEVELS; k++) print_points(f, t.level_gain[k], t.wga.n);
-        }
-        fprintf(f, "\n\n| the intervention, power 1, ahead of |");
-        for (k = 0; k < LEVELS; k++) fprintf(f, " %+d |", levels[k]);
-        fprintf(f, "\n|---|");
-        for (k = 0; k < LEVELS; k++) fprintf(f, "---|");
-        for (m = FURTHER; m < METHODS; m++) {
-            sums t = summary(s, set, net, m);
-            if (t.wga.n < 1.0 || m == INTERVENE_FULL) continue;
-            fprintf(f, "\n| %s |", methods[m].name);
-            for (k = 0; k < LEVELS; k++) print_points(f, t.ahead[k], t.wga.n);
+            for (k = 0; k < SHOWN; k++) print_points(f, t.level_gain[shown[k]], t.wga.n);
+            for (k = 1; k < SHOWN; k++) {
+                if (m == INTERVENE_FULL)
+                    fprintf(f, " |");
+                else
+                    print_points(f, t.ahead[shown[k]], 1.0);
+            }
         }
         fprintf(f, "\n\n");
     }
-    fprintf(f, "| mean over the sets above | sets | gain | majority | at -1: gain | majority |\n|---|---|---|---|---|---|\n");
+    fprintf(f, "| mean over the sets above | sets | gain | majority | at -1: gain | majority |");
+    for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
+    fprintf(f, "\n|---|---|---|---|---|---|---|---|\n");
     for (m = FURTHER; m < METHODS; m++) {
         double all[4] = { 0.0, 0.0, 0.0, 0.0 };
         for (k = 0, set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
@@ -618,10 +636,16 @@ static void table_text(const study *s, FILE *f)
             all[3] += mean_of(t.level_change[3]);
             k++;
         }
-        if (k) {
-            fprintf(f, "| %s | %d | %+.1f | %+.1f | %+.1f | %+.1f |\n", methods[m].name, k, 100.0 * all[0] / k,
-                    100.0 * all[1] / k, 100.0 * all[2] / k, 100.0 * all[3] / k);
+        if (!k) continue;
+        fprintf(f, "| %s | %d | %+.1f | %+.1f | %+.1f | %+.1f |", methods[m].name, k, 100.0 * all[0] / k,
+                100.0 * all[1] / k, 100.0 * all[2] / k, 100.0 * all[3] / k);
+        for (k = 1; k < SHOWN; k++) { /* over all sets and seeds at once */
+            if (m == INTERVENE_FULL)
+                fprintf(f, " |");
+            else
+                print_points(f, pooled_lead(s, m, levels[shown[k]]), 1.0);
         }
+        fprintf(f, "\n");
     }
 }
 
