@@ -7559,7 +7559,6 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
     const spmi_conv v = spmi_conv_of(ctx, call, linear);
     float *db = call->n_in > 2 && call->in[2].data ? call->d_in[2].data : NULL;
     int64_t g;
-    if (call->d_in[0].data) spmi_conv_backward_data(ctx, &v, call);
     if (call->d_in[1].data || db) {
         spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
         float *dw = call->d_in[1].data, *wide = (float *)call->scratch;
@@ -7576,6 +7575,8 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
         }
         if (dw && v.joined > 1) spmi_conv_narrow(&v, wide, call->d_in[1].data, call->d_in_add[1]);
     }
+    /* last: what comes next reads dx, and x has just been replayed */
+    if (call->d_in[0].data) spmi_conv_backward_data(ctx, &v, call);
 }
 
 /* ---- what the table of operations asks ---- */
@@ -7691,7 +7692,9 @@ typedef struct spmi_bn {
     int64_t slab, slabs;          /* channels per partial sum */
     double *part[3];              /* [chunks][channels] each */
     float *coefficient[4];        /* [channels] each; the last: the forward pass's scale */
-    const float *mean, *scale;    /* scale: backward: if the ReLU's mask is still to be computed from x */
+    const float *mean, *var;
+    const float *scale;           /* backward: if the ReLU's mask is still to be computed from x */
+    int sums;                     /* backward: the first pass was made */
     const float *dz, *y;          /* backward: gradient to read, and y if it still wants the ReLU's mask */
     float *store;                 /* backward, first pass: where dz goes */
     const float *x;
@@ -7754,10 +7757,12 @@ static spm_status spmi_batch_norm_infer(spm_context *ctx, spm_op_call *call, spm
     return SPM_OK;
 }
 
+/* The last rows come first: they were written last, so that they are still near; what the pass behind begins with is read
+ * last.  The same in the backward pass. */
 static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
-    const int64_t chunk = task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
+    const int64_t chunk = bn->chunks - 1 - task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
     const int64_t at = chunk * bn->channels + c;
     (void)slot;
     SPMI_KERNEL(bn->ctx, channel_moments,
@@ -7765,22 +7770,29 @@ static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
                  bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at, bn->part[2] + at));
 }
 
+#define SPMI_BN_JOIN 16 /* channels whose partial sums are joined by one task */
+
 /* Joins the chunks' moments, in their order, around the first chunk's base. */
-static void spmi_bn_join_moments(const spmi_bn *bn, float *mean, float *var)
+static void spmi_bn_join_task(void *arg, int64_t task, int slot)
 {
-    const double rows = (double)bn->rows;
+    const spmi_bn *bn = (const spmi_bn *)arg;
+    const int64_t c0 = task * SPMI_BN_JOIN, n = SPMI_MIN((int64_t)SPMI_BN_JOIN, bn->channels - c0);
+    const double rows = (double)bn->rows, *base = bn->part[0] + c0;
+    double s1[SPMI_BN_JOIN] = { 0.0 }, s2[SPMI_BN_JOIN] = { 0.0 };
     int64_t c, k;
-    for (c = 0; c < bn->channels; c++) {
-        const double base = bn->part[0][c];
-        double s1 = 0.0, s2 = 0.0;
-        for (k = 0; k < bn->chunks; k++) {
-            const int64_t at = k * bn->channels + c;
-            const double n = (double)SPMI_MIN(bn->chunk, bn->rows - k * bn->chunk), shift = bn->part[0][at] - base;
-            s1 += bn->part[1][at] + n * shift;
-            s2 += bn->part[2][at] + shift * (2.0 * bn->part[1][at] + n * shift);
+    (void)slot;
+    for (k = 0; k < bn->chunks; k++) {
+        const double m = (double)SPMI_MIN(bn->chunk, bn->rows - k * bn->chunk);
+        for (c = 0; c < n; c++) {
+            const int64_t at = k * bn->channels + c0 + c;
+            const double shift = bn->part[0][at] - base[c];
+            s1[c] += bn->part[1][at] + m * shift;
+            s2[c] += bn->part[2][at] + shift * (2.0 * bn->part[1][at] + m * shift);
         }
-        mean[c] = (float)(base + s1 / rows);
-        var[c] = (float)SPMI_MAX(0.0, (s2 - s1 * s1 / rows) / rows);
+    }
+    for (c = 0; c < n; c++) {
+        bn->call->out[1].data[c0 + c] = (float)(base[c] + s1[c] / rows);
+        bn->call->out[2].data[c0 + c] = (float)SPMI_MAX(0.0, (s2[c] - s1[c] * s1[c] / rows) / rows);
     }
 }
 
@@ -7818,7 +7830,7 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         var = call->out[2].data;
     } else if (call->training) {
         spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn);
-        spmi_bn_join_moments(&bn, call->out[1].data, call->out[2].data);
+        spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_task, &bn);
         bn.mean = call->out[1].data;
         var = call->out[2].data;
     } else {
@@ -7832,7 +7844,7 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
 static void spmi_bn_sums_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
-    const int64_t chunk = task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
+    const int64_t chunk = bn->chunks - 1 - task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
     const int64_t at = chunk * bn->channels + c, from = row * bn->channels + c;
     (void)slot;
     SPMI_KERNEL(bn->ctx, bn_back_sums,
@@ -7853,25 +7865,48 @@ static void spmi_bn_back_task(void *arg, int64_t task, int slot)
                  call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5]));
 }
 
+/* Joins the chunks' sums, in their order: the gradients of w and b, and the coefficients of dx. */
+static void spmi_bn_join_sums_task(void *arg, int64_t task, int slot)
+{
+    const spmi_bn *bn = (const spmi_bn *)arg;
+    const spm_op_call *call = bn->call;
+    const int64_t c0 = task * SPMI_BN_JOIN, n = SPMI_MIN((int64_t)SPMI_BN_JOIN, bn->channels - c0);
+    float *dw = call->d_in[1].data, *db = call->d_in[2].data;
+    double s0[SPMI_BN_JOIN] = { 0.0 }, s1[SPMI_BN_JOIN] = { 0.0 };
+    int64_t c, k;
+    (void)slot;
+    for (k = 0; k < (bn->sums ? bn->chunks : 0); k++) {
+        for (c = 0; c < n; c++) {
+            s0[c] += bn->part[0][k * bn->channels + c0 + c];
+            s1[c] += bn->part[1][k * bn->channels + c0 + c];
+        }
+    }
+    for (c = c0; c < c0 + n; c++) {
+        const double rstd = 1.0 / sqrt((double)bn->var[c] + (double)call->attr.eps), w = (double)call->in[1].data[c];
+        const double a = s0[c - c0], b = s1[c - c0];
+        if (bn->sums && dw) dw[c] = (float)(rstd * b + (call->d_in_add[1] ? (double)dw[c] : 0.0));
+        if (bn->sums && db) db[c] = (float)(a + (call->d_in_add[2] ? (double)db[c] : 0.0));
+        bn->coefficient[0][c] = (float)(w * rstd);
+        bn->coefficient[1][c] = (float)(-w * rstd * rstd * rstd * b / (double)bn->rows);
+        bn->coefficient[2][c] = (float)(-w * rstd * a / (double)bn->rows);
+    }
+}
+
 /* Two passes over the data; the first one stores dz where a residual wants it, and the second reads it from there. */
 static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_bn bn;
-    const float *var;
-    float *dw = call->d_in[1].data, *db = call->d_in[2].data;
-    int64_t c, k;
-    int sums;
     (void)spmi_bn_plan(ctx, call, 1, &bn);
     bn.call = call;
     bn.mean = call->out[1].data ? call->out[1].data : call->in[3].data;
-    var = call->out[2].data ? call->out[2].data : call->in[4].data;
+    bn.var = call->out[2].data ? call->out[2].data : call->in[4].data;
     bn.dz = call->d_out.data;
     bn.y = call->attr.relu ? call->out[0].data : NULL;
-    if (call->attr.relu && !bn.y) spmi_bn_scale(&bn, var);
+    if (call->attr.relu && !bn.y) spmi_bn_scale(&bn, bn.var);
     bn.dx = call->d_in[0].data;
     bn.dr = call->in[5].data ? call->d_in[5].data : NULL;
-    sums = dw || db || (bn.dx && call->training);
-    if (sums) {
+    bn.sums = call->d_in[1].data || call->d_in[2].data || (bn.dx && call->training);
+    if (bn.sums) {
         if (bn.dr && !call->d_in_add[5]) bn.store = bn.dr;
         spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn);
         if (bn.store) {
@@ -7880,21 +7915,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
             bn.dr = NULL;
         }
     }
-    for (c = 0; c < bn.channels; c++) {
-        const double rstd = 1.0 / sqrt((double)var[c] + (double)call->attr.eps), w = (double)call->in[1].data[c];
-        double s0 = 0.0, s1 = 0.0;
-        if (sums) {
-            for (k = 0; k < bn.chunks; k++) {
-                s0 += bn.part[0][k * bn.channels + c];
-                s1 += bn.part[1][k * bn.channels + c];
-            }
-            if (dw) dw[c] = (float)(rstd * s1 + (call->d_in_add[1] ? (double)dw[c] : 0.0));
-            if (db) db[c] = (float)(s0 + (call->d_in_add[2] ? (double)db[c] : 0.0));
-        }
-        bn.coefficient[0][c] = (float)(w * rstd);
-        bn.coefficient[1][c] = (float)(-w * rstd * rstd * rstd * s1 / (double)bn.rows);
-        bn.coefficient[2][c] = (float)(-w * rstd * s0 / (double)bn.rows);
-    }
+    spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_sums_task, &bn);
     bn.x = call->training || bn.scale ? call->in[0].data : NULL;
     if (bn.dx || bn.dr) spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_back_task, &bn);
 }
