@@ -15031,7 +15031,15 @@ static int spmi_jpeg_block(spmi_jpeg *d, spmi_jpeg_component *c, int16_t *block)
     spmi_jpeg_bits in = d->in;
     int k, last = 0;
     block[0] = (int16_t)spmi_jpeg_dc(d, &in, c);
-    for (k = 1; k < 64; k++) {
+    for (k = 1; k < 64 && c->size == 1; k++) { /* only the mean is wanted: the rest is stepped over */
+        const uint32_t entry = spmi_jpeg_code(d, &in, h);
+        const int size = (int)(entry >> 12) & 15;
+        in.bits <<= size;
+        in.count -= size;
+        k += (int)(entry >> 8) & 15;
+        if (!size && (entry & 0xf00) != 0xf00) break;
+    }
+    for (k = c->size == 1 ? 64 : 1; k < 64; k++) {
         int value = 0;
         const uint32_t entry = spmi_jpeg_symbol(d, &in, h, &value);
         k += (int)(entry >> 8) & 15;
@@ -20693,16 +20701,17 @@ SPMDEF const char *spm_data_format_name(spm_data_format format)
     return "unknown";
 }
 
-SPMDEF int spm_data_format_parse(const char *name, spm_data_format *format)
-{
-    int i;
-    for (i = SPM_DATA_AUTO; i <= SPM_DATA_PACKED; i++) {
-        if (!spmi_string_equal(name, spm_data_format_name((spm_data_format)i))) continue;
-        *format = (spm_data_format)i;
-        return 1;
+/* Finds the value of an enum (from 0 to `last`) by its name. */
+#define SPMI_DATA_PARSE(function, type, last, name_of) \
+    SPMDEF int function(const char *name, type *value) \
+    { \
+        int i; \
+        for (i = 0; i <= (int)(last) && !spmi_string_equal(name, name_of((type)i)); i++) continue; \
+        if (i <= (int)(last)) *value = (type)i; \
+        return i <= (int)(last); \
     }
-    return 0;
-}
+
+SPMI_DATA_PARSE(spm_data_format_parse, spm_data_format, SPM_DATA_PACKED, spm_data_format_name)
 
 SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode)
 {
@@ -20715,16 +20724,7 @@ SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode)
     return "unknown";
 }
 
-SPMDEF int spm_resize_mode_parse(const char *name, spm_resize_mode *mode)
-{
-    int i;
-    for (i = SPM_RESIZE_PAPER; i <= SPM_RESIZE_NONE; i++) {
-        if (!spmi_string_equal(name, spm_resize_mode_name((spm_resize_mode)i))) continue;
-        *mode = (spm_resize_mode)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_DATA_PARSE(spm_resize_mode_parse, spm_resize_mode, SPM_RESIZE_NONE, spm_resize_mode_name)
 
 SPMDEF const char *spm_augment_name(spm_augment augment)
 {
@@ -20736,16 +20736,8 @@ SPMDEF const char *spm_augment_name(spm_augment augment)
     return "unknown";
 }
 
-SPMDEF int spm_augment_parse(const char *name, spm_augment *augment)
-{
-    int i;
-    for (i = SPM_AUGMENT_NONE; i <= SPM_AUGMENT_PAPER; i++) {
-        if (!spmi_string_equal(name, spm_augment_name((spm_augment)i))) continue;
-        *augment = (spm_augment)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_DATA_PARSE(spm_augment_parse, spm_augment, SPM_AUGMENT_PAPER, spm_augment_name)
+#undef SPMI_DATA_PARSE
 
 /* ---- the data set ---- */
 
