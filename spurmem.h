@@ -14559,6 +14559,11 @@ typedef struct spmi_jpeg {
 
 #define SPMI_JPEG_FAIL(d, code, ...) ((d)->status = spmi_fail((d)->ctx, (d)->err, code, __VA_ARGS__), 0)
 
+static int spmi_jpeg_bad(spmi_jpeg *d, const char *what)
+{
+    return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: %s; the file is damaged", d->name, what);
+}
+
 /* ---- segments ---- */
 
 /* The next marker's code; a file that ends instead counts as ended with an end-of-image marker. */
@@ -14616,8 +14621,7 @@ static int spmi_jpeg_read_quant(spmi_jpeg *d, const uint8_t *p, int length, int 
     }
     if (length > have) d->ended = 1;
     else if (length != 0)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a quantization table has the wrong length; the file is damaged",
-                              d->name);
+        return spmi_jpeg_bad(d, "a quantization table has the wrong length");
     return 1;
 }
 
@@ -14650,8 +14654,7 @@ static int spmi_jpeg_read_huffman(spmi_jpeg *d, const uint8_t *p, int length, in
     }
     if (length > have) d->ended = 1;
     else if (length != 0)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has the wrong length; the file is damaged",
-                              d->name);
+        return spmi_jpeg_bad(d, "a Huffman table has the wrong length");
     return 1;
 }
 
@@ -14664,8 +14667,7 @@ static int spmi_jpeg_read_conditioning(spmi_jpeg *d, const uint8_t *p, int lengt
     }
     if (length > have && !wrong) d->ended = 1;
     else if (length != 0 || wrong)
-        return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a segment on arithmetic coding is not valid; the file is damaged",
-                              d->name);
+        return spmi_jpeg_bad(d, "a segment on arithmetic coding is not valid");
     return 1;
 }
 
@@ -14800,8 +14802,7 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
         if (marker == 0xd9) return 2;
         if ((marker >= 0xd0 && marker <= 0xd7) || (marker == 0x01 && d->scans)) continue; /* stray ones */
         if (marker == 0xd8)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a second picture starts inside the first; the file is "
-                                  "damaged", d->name);
+            return spmi_jpeg_bad(d, "a second picture starts inside the first");
         if (marker < 0xc0 || marker == 0xde || marker == 0xdf || (marker >= 0xf0 && marker != 0xfe))
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: marker FF%02X at byte %lu is not valid; the file is damaged",
                                   d->name, (unsigned)marker, (unsigned long)(d->in.at - d->data));
@@ -14819,8 +14820,7 @@ static int spmi_jpeg_read_segments(spmi_jpeg *d)
             return d->ended ? 2 : 1;
         } else if (marker == 0xdd) {
             if (length != 2)
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: the restart interval has the wrong length; the file is "
-                                      "damaged", d->name);
+                return spmi_jpeg_bad(d, "the restart interval has the wrong length");
             if (have == 2) d->restart_interval = p[0] << 8 | p[1];
         } else if (marker == 0xcc) {
             if (!spmi_jpeg_read_conditioning(d, p, length, have)) return 0;
@@ -14946,8 +14946,7 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
             uint32_t at, last, entry, v;
             int size;
             if (is_dc && h->values[next] > 15)
-                return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has a wrong DC symbol; the file is "
-                                      "damaged", d->name);
+                return spmi_jpeg_bad(d, "a Huffman table has a wrong DC symbol");
             if (n > SPMI_JPEG_LOOK || code >> n) continue;
             entry = spmi_jpeg_entry(h->values[next], (uint32_t)n);
             at = code << (SPMI_JPEG_LOOK - n);
@@ -14961,8 +14960,7 @@ static int spmi_jpeg_make_huffman(spmi_jpeg *d, spmi_jpeg_huffman *tables, int i
             }
         }
         if (h->bits[n] && code >= 1u << n)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a Huffman table has more codes than fit; the file is damaged",
-                                  d->name);
+            return spmi_jpeg_bad(d, "a Huffman table has more codes than fit");
         h->limit[n] = code << (16 - n);
         code <<= 1;
     }
@@ -15769,8 +15767,7 @@ static int spmi_jpeg_decode_scans(spmi_jpeg *d)
         if (d->ended) return 1;
         more = spmi_jpeg_read_segments(d);
         if (more == 1)
-            return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: a scan follows after the picture is complete; the file is "
-                                  "damaged", d->name);
+            return spmi_jpeg_bad(d, "a scan follows after the picture is complete");
         return more; /* with all rows there, a missing end marker is forgiven */
     }
     d->work_left = (1 << 24) + 256 * blocks; /* hostile files repeat scans without end */
