@@ -14611,6 +14611,10 @@ static int spmi_jpeg_read_quant(spmi_jpeg *d, const uint8_t *p, int length, int 
             return SPMI_JPEG_FAIL(d, SPM_E_FORMAT, "%s: quantization table %d is out of range; the file is damaged",
                                   d->name, index);
         bytes = wide ? 129 : 65;
+        if (d->end - p < bytes) { /* libjpeg reads on behind a segment that is too short, and waits for more at the end */
+            d->ended = 1;
+            return 1;
+        }
         if (have < bytes) break;
         for (i = 0; i < 64; i++)
             d->quant[index][spmi_jpeg_zigzag[i]] = (uint16_t)(wide ? p[1 + 2 * i] << 8 | p[2 + 2 * i] : p[1 + i]);
@@ -16150,7 +16154,7 @@ typedef struct spmi_png {
     size_t bad_crc;        /* offset of an IDAT chunk whose CRC does not match, or 0 */
     size_t tail;           /* behind the last IDAT chunk */
     const uint8_t *palette;
-    size_t palette_count;
+    size_t palette_count, text_bytes;
     int64_t width, height;
     int depth, color, interlaced, idat_count;
     int cut;               /* the file ends inside the IDAT chunks */
@@ -16265,7 +16269,9 @@ static const char *spmi_png_objection(spmi_png *png, const uint8_t *chunk, size_
         const spm_status status = spm_inflate(png->ctx, packed, (size_t)(end - packed), 1, (size_t)1 << 20, &text, &size,
                                               &err);
         spmi_free(png->ctx, text);
+        png->text_bytes += size;
         if (status == SPM_E_UNSUPPORTED) return "it unpacks to more than 1 MiB";
+        if (png->text_bytes > (size_t)1 << 26) return "with those before it unpacks to more than 64 MiB";
     }
     return NULL;
 }
