@@ -5459,6 +5459,32 @@ SPMI_INLINE void SPMI_K(jpeg_idct2_line)(const int16_t *x, int step, uint32_t *y
 
 static void SPMI_K(jpeg_idct2)(const int16_t *coef, const uint16_t *quant, uint8_t *out, size_t stride)
 {
+#if SPMI_PASS == 2 || SPMI_PASS == 3
+    const __m128i x0 = _mm_mullo_epi16(J_ROW(coef, 0), J_ROW(quant, 0));
+    const __m256i x31 = SPMI_K(jpeg_pairs)(_mm_mullo_epi16(J_ROW(coef, 3), J_ROW(quant, 3)),
+                                           _mm_mullo_epi16(J_ROW(coef, 1), J_ROW(quant, 1)));
+    const __m256i x75 = SPMI_K(jpeg_pairs)(_mm_mullo_epi16(J_ROW(coef, 7), J_ROW(quant, 7)),
+                                           _mm_mullo_epi16(J_ROW(coef, 5), J_ROW(quant, 5)));
+    const __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_cvtepi16_epi32(x0), 15), _mm256_set1_epi32(1 << 12));
+    const __m256i o = _mm256_add_epi32(J_DOT(x75, -5906, 6967), J_DOT(x31, -10426, 29692));
+    __m256i a = _mm256_packs_epi32(_mm256_srai_epi32(_mm256_add_epi32(e, o), 13),
+                                   _mm256_srai_epi32(_mm256_sub_epi32(e, o), 13)), even, odd;
+    uint32_t pair;
+    a = _mm256_permute4x64_epi64(a, 0xd8); /* a row in each half */
+    even = _mm256_slli_epi32(_mm256_madd_epi16(a, J_EIGHT(16384, 0, 0, 0, 0, 0, 0, 0)), 1);
+    odd = _mm256_madd_epi16(a, J_EIGHT(0, 29692, 0, -10426, 0, 6967, 0, -5906));
+    a = _mm256_hadd_epi32(even, odd);
+    a = _mm256_hadd_epi32(a, a); /* even, odd, even, odd */
+    even = _mm256_add_epi32(_mm256_shuffle_epi32(a, 0xa0), _mm256_set1_epi32(1 << 19));
+    odd = _mm256_sign_epi32(_mm256_shuffle_epi32(a, 0xf5), _mm256_set1_epi64x((int64_t)0xffffffff00000001));
+    a = _mm256_srai_epi32(_mm256_add_epi32(even, odd), 20);
+    a = _mm256_packs_epi32(a, a);
+    a = _mm256_add_epi8(_mm256_packs_epi16(a, a), _mm256_set1_epi8(-128));
+    pair = (uint32_t)_mm_cvtsi128_si32(J_LOW(a));
+    memcpy(out, &pair, 2);
+    pair = (uint32_t)_mm_cvtsi128_si32(J_HIGH(a));
+    memcpy(out + stride, &pair, 2);
+#else
     int16_t x[64], t[16];
     int32_t work[16];
     uint32_t y[2];
@@ -5475,6 +5501,7 @@ static void SPMI_K(jpeg_idct2)(const int16_t *coef, const uint16_t *quant, uint8
         out[0] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[0], 20));
         out[1] = spmi_jpeg_sample(SPMI_JPEG_DESCALE(y[1], 20));
     }
+#endif
 }
 
 /* sum[0 .. n) = 3 near_row + far_row, the vertical half of the filters; without far_row a copy of near_row. */
