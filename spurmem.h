@@ -3233,7 +3233,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
 #ifdef SPMI_PASS /* ---- the kernel region: read once per instruction set ---- */
 /* ---- vector primitives: v_t holds V_W floats; `n` in v_loadn/v_storen is 1..V_W, the rest reads as 0 and is not
  * written.  v_fma(a, b, c) = a * b + c, one rounding where the set has it. v_select_gt(a, b, x, y) = a > b ? x : y.
- * v_sum adds by a fixed tree.  v_bf16 rounds to bfloat16: to nearest, ties to even, denormal numbers to 0, not-a-number
+ * v_sum adds by a fixed tree, v_top is the largest lane. v_scale2(a, k) = a 2^k for integral k in [-126, 127] held as
+ * floats; v_rest(a, b, p) = a b - p, exact where p is the rounded product.  v_bf16 rounds to bfloat16: to nearest, ties to even, denormal numbers to 0, not-a-number
  * stays (the processor's own conversion does the same). ---- */
 #if SPMI_PASS == 3 || SPMI_PASS == 5
   /* Zero-masked forms under a full mask are the plain instructions; the plain intrinsics of g++ start from an undefined
@@ -3257,11 +3258,10 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) _mm512_maskz_min_ps(v_all, a, b)
   #define v_sqrt(a) _mm512_maskz_sqrt_ps(v_all, a)
   #define v_abs(a) _mm512_abs_ps(a)
-  #define v_round(a) _mm512_maskz_cvtepi32_ps(v_all, _mm512_maskz_cvtps_epi32(v_all, a)) /* |a| < 2^31 */
+  #define v_round(a) _mm512_maskz_roundscale_ps(v_all, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmplt_ps_mask(b, a), y, x)
-  /* 2^k for integral k in [-126, 127] held as floats */
-  #define v_exp2i(k) _mm512_castsi512_ps(_mm512_maskz_slli_epi32(v_all, \
-      _mm512_add_epi32(_mm512_maskz_cvtps_epi32(v_all, k), _mm512_set1_epi32(127)), 23))
+  #define v_scale2(a, k) _mm512_maskz_scalef_ps(v_all, a, k)
+  #define v_rest(a, b, p) _mm512_fmsub_ps(a, b, p)
 #elif SPMI_PASS == 2
   #define V_W 8
   #define v_t __m256
@@ -3283,8 +3283,9 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
   #define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
-  #define v_exp2i(k) _mm256_castsi256_ps(_mm256_slli_epi32( \
-      _mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23))
+  #define v_scale2(a, k) _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32( \
+      _mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23)))
+  #define v_rest(a, b, p) _mm256_fmsub_ps(a, b, p)
 #elif SPMI_PASS == 4
   #define V_W 4
   #define v_t float32x4_t
@@ -3305,7 +3306,9 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_abs(a) vabsq_f32(a)
   #define v_round(a) vrndnq_f32(a)
   #define v_select_gt(a, b, x, y) vbslq_f32(vcgtq_f32(a, b), x, y)
-  #define v_exp2i(k) vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(k), vdupq_n_s32(127)), 23))
+  #define v_scale2(a, k) vmulq_f32(a, \
+      vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(k), vdupq_n_s32(127)), 23)))
+  #define v_rest(a, b, p) vfmaq_f32(vnegq_f32(p), a, b)
 static float32x4_t spmi_neon_loadn(const float *p, int n)
 {
     float lane[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
@@ -3340,7 +3343,8 @@ static void spmi_neon_storen(float *p, float32x4_t v, int n)
   #define v_abs(a) fabsf(a)
   #define v_round(a) rintf(a)
   #define v_select_gt(a, b, x, y) ((a) > (b) ? (x) : (y))
-  #define v_exp2i(k) spmi_exp2i(k)
+  #define v_scale2(a, k) ((a) * spmi_exp2i(k))
+  #define v_rest(a, b, p) ((float)((double)(a) * (double)(b) - (double)(p)))
 static float spmi_exp2i(float k)
 {
     uint32_t bits = (uint32_t)((int)k + 127) << 23;
@@ -3415,28 +3419,36 @@ static v_t SPMI_K(to_bf16)(v_t v)
 }
 #define v_bf16(v) SPMI_K(to_bf16)(v)
 
-/* Lanes i and i + 8 first, then i and i + 4, 2, 1. */
-SPMI_INLINE float SPMI_K(sum)(v_t v)
+/* The sum of all lanes, or the largest: lanes i and i + 8 first, then i and i + 4, 2, 1. */
+SPMI_INLINE float SPMI_K(fold)(v_t v, int top)
 {
 #if SPMI_PASS == 2 || SPMI_PASS == 3
-    __m128 s;
+    __m128 s, t;
   #if SPMI_PASS == 3
-    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 0),
-                                      _mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 1));
+    const __m256 low = _mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 0);
+    const __m256 high = _mm512_maskz_extractf32x8_ps((__mmask8)0xff, v, 1);
+    const __m256 half = top ? _mm256_max_ps(low, high) : _mm256_add_ps(low, high);
   #else
     const __m256 half = v;
   #endif
-    s = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    s = _mm256_castps256_ps128(half);
+    t = _mm256_extractf128_ps(half, 1);
+    s = top ? _mm_max_ps(s, t) : _mm_add_ps(s, t);
+    t = _mm_movehl_ps(s, s);
+    s = top ? _mm_max_ps(s, t) : _mm_add_ps(s, t);
+    t = _mm_shuffle_ps(s, s, 1);
+    return _mm_cvtss_f32(top ? _mm_max_ss(s, t) : _mm_add_ss(s, t));
 #elif SPMI_PASS == 4
-    const float32x2_t half = vadd_f32(vget_low_f32(v), vget_high_f32(v));
-    return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
+    const float32x2_t low = vget_low_f32(v), high = vget_high_f32(v), half = top ? vmax_f32(low, high) : vadd_f32(low, high);
+    const float a = vget_lane_f32(half, 0), b = vget_lane_f32(half, 1);
+    return top ? SPMI_MAX(a, b) : a + b;
 #else
+    (void)top;
     return v;
 #endif
 }
-#define v_sum(v) SPMI_K(sum)(v)
+#define v_top(v) SPMI_K(fold)(v, 1)
+#define v_sum(v) SPMI_K(fold)(v, 0)
 #endif
 
 /* What matrix kernels multiply: e_v holds V_W steps of E_PAIR elements that lie next to each other (floats; pairs of
@@ -4035,21 +4047,20 @@ static void SPMI_K(store_bytes)(unsigned char *p, v_t v)
   #define v_store_bytes(p, v) (*(p) = (unsigned char)(v))
 #endif
 
-/* exp(high + low) for a sum in [-87.3, 88]; below that 0. `low` carries what `high` had no bits for; exact digits of
- * a product, or 0.  ln 2 is split so that k * (its upper part) is exact without FMA too; 1 ulp. */
-SPMI_INLINE v_t SPMI_K(exp2p)(v_t high, v_t low)
+/* exp(x + low) for x in [-87.3, 88], below that 0. `low`, if split, carries what x had no bits for.  ln 2 is split so
+ * that k * (its upper part) is exact without FMA too; 1 ulp. */
+SPMI_INLINE v_t SPMI_K(exp_of)(v_t x, v_t low, int split)
 {
-    const v_t x = v_add(high, low), bottom = v_set(-87.3f);
-    const v_t k = v_round(v_mul(v_max(v_min(x, v_set(88.0f)), bottom), v_set(1.44269504f)));
-    v_t r = v_fma(k, v_set(-0.693359375f), high), p;
-    r = v_add(v_fma(k, v_set(2.12194440e-4f), r), low);
+    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(v_max(x, bottom), v_set(1.44269504f)));
+    v_t r = v_fma(k, v_set(-0.693359375f), x), p;
+    r = v_fma(k, v_set(2.12194440e-4f), r);
+    if (split) r = v_add(r, low);
     p = v_fma(r, v_set(1.38144648e-3f), v_set(8.36878062e-3f));
     p = v_fma(p, r, v_set(4.16683943e-2f));
     p = v_fma(p, r, v_set(1.66665201e-1f));
     p = v_fma(p, r, v_set(4.99999934e-1f));
     p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
-    p = v_mul(p, v_exp2i(k));
-    return v_select_gt(bottom, x, v_zero(), p);
+    return v_select_gt(bottom, x, v_zero(), v_scale2(p, k));
 }
 
 /* With a = |x|: e = exp(-x^2/2), and the return value h = Phi(-a), the normal distribution's lower tail.
@@ -4057,10 +4068,8 @@ SPMI_INLINE v_t SPMI_K(exp2p)(v_t high, v_t low)
  * 1e-9). x^2 is formed in two parts, because an error of half an ulp in 80 is too much inside exp. */
 SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
 {
-    const v_t a = v_min(v_abs(x), v_set(14.0f));
-    const v_t coarse = v_mul(v_round(v_mul(a, v_set(16.0f))), v_set(0.0625f));
-    const v_t square = v_mul(v_mul(coarse, coarse), v_set(-0.5f));
-    const v_t rest = v_mul(v_mul(v_sub(a, coarse), v_add(a, coarse)), v_set(-0.5f));
+    const v_t a = v_min(v_abs(x), v_set(14.0f)), half = v_mul(a, v_set(-0.5f));
+    const v_t square = v_mul(half, a), rest = v_rest(half, a, square);
     const v_t inverse = v_div(v_set(1.0f), v_add(a, v_set(3.0f)));
     const v_t t = v_mul(v_sub(a, v_set(3.0f)), inverse);
     v_t p = v_fma(t, v_set(5.4398431e-5f), v_set(1.31126113e-4f));
@@ -4073,7 +4082,7 @@ SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
     p = v_fma(p, t, v_set(2.30017701e-1f));
     p = v_fma(p, t, v_set(-5.09331991e-1f));
     p = v_fma(p, t, v_set(7.2908369e-1f));
-    *e = SPMI_K(exp2p)(square, rest);
+    *e = SPMI_K(exp_of)(square, rest, 1);
     return v_mul(v_mul(p, inverse), *e);
 }
 
@@ -4235,20 +4244,16 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, fl
             other = v_max(other, v_load(x + i + V_W));
         }
         if (i < full) other = v_max(other, v_load(x + i));
-        peak = v_max(peak, other);
-        {
-            float lane[V_W];
-            v_store(lane, peak);
-            for (i = 0; i < V_W; i++) top = lane[i] > top ? lane[i] : top;
-        }
-        for (i = full; i < n; i++) top = x[i] > top ? x[i] : top;
+        if (full) other = v_max(other, v_load(x + n - V_W)); /* the rest, with some of it again */
+        top = v_top(v_max(peak, other));
+        for (i = full ? n : 0; i < n; i++) top = x[i] > top ? x[i] : top;
         shift = v_set(-s * top);
         for (i = 0; i < full; i += V_W) {
             SPMI_PREFETCH(next + i);
-            v_store(y + i, SPMI_K(exp2p)(v_fma(v_load(x + i), f, shift), v_zero()));
+            v_store(y + i, SPMI_K(exp_of)(v_fma(v_load(x + i), f, shift), shift, 0));
         }
         r = (int)(n - full);
-        if (r) v_put(y + i, SPMI_K(exp2p)(v_fma(v_get(x + i, r), f, shift), v_zero()), r);
+        if (r) v_put(y + i, SPMI_K(exp_of)(v_fma(v_get(x + i, r), f, shift), shift, 0), r);
         total = SPMI_K(row_sum)(n, y);
         inverse = (float)(1.0 / total);
         SPMI_K(scale)(n, inverse, y, y, 0);
@@ -5677,8 +5682,10 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef v_abs
 #undef v_round
 #undef v_select_gt
-#undef v_exp2i
+#undef v_scale2
+#undef v_rest
 #undef v_sum
+#undef v_top
 #endif /* SPMI_PASS: the end of the kernel region */
 
 #if !defined(SPMI_PASS) && (defined(SPURMEM_IMPLEMENTATION) || defined(SPURMEM_STATIC)) && !defined(SPURMEM_IMPLEMENTED)
