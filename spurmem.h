@@ -3234,8 +3234,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
 /* ---- vector primitives: v_t holds V_W floats; `n` in v_loadn/v_storen is 1..V_W, the rest reads as 0 and is not
  * written.  v_fma(a, b, c) = a * b + c, one rounding where the set has it. v_select_gt(a, b, x, y) = a > b ? x : y.
  * v_sum adds by a fixed tree, v_top is the largest lane. v_scale2(a, k) = a 2^k for integral k in [-126, 127] held as
- * floats; v_rest(a, b, p) = a b - p, exact where p is the rounded product.  v_bf16 rounds to bfloat16: to nearest, ties to even, denormal numbers to 0, not-a-number
- * stays (the processor's own conversion does the same). ---- */
+ * floats; v_rest(a, b, p) = a b - p, exact where p is the rounded product.  v_bf16 rounds to bfloat16: to nearest, ties
+ * to even, denormal numbers to 0, not-a-number stays (the processor's own conversion does the same). ---- */
 #if SPMI_PASS == 3 || SPMI_PASS == 5
   /* Zero-masked forms under a full mask are the plain instructions; the plain intrinsics of g++ start from an undefined
    * register and warn about it in the caller's file. */
