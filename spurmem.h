@@ -3258,7 +3258,7 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) _mm512_maskz_min_ps(v_all, a, b)
   #define v_sqrt(a) _mm512_maskz_sqrt_ps(v_all, a)
   #define v_abs(a) _mm512_abs_ps(a)
-  #define v_round(a) _mm512_maskz_roundscale_ps(v_all, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+  #define v_round(a) _mm512_maskz_cvtepi32_ps(v_all, _mm512_maskz_cvtps_epi32(v_all, a)) /* |a| < 2^31 */
   #define v_select_gt(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmplt_ps_mask(b, a), y, x)
   #define v_scale2(a, k) _mm512_maskz_scalef_ps(v_all, a, k)
   #define v_rest(a, b, p) _mm512_fmsub_ps(a, b, p)
