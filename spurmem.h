@@ -16934,6 +16934,13 @@ static spm_status spmi_ppm_decode(spm_context *ctx, const char *name, const uint
         if (channels == 3) image->pixels[i] = (uint8_t)value;
         else memset(image->pixels + 3 * i, (int)value, 3);
     }
+    while (kind == 1 && ppm.at < size && !desc->allow_truncated) { /* as in Pillow, more of them may follow, nothing else */
+        const int c = spmi_ppm_next(&ppm);
+        if (c < 0 || c == '0' || c == '1' || spmi_ppm_space(c)) continue;
+        spm_image_free(ctx, image);
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: byte %.0f: behind the pixels of a P1 picture stands what is no "
+                         "pixel; the file is damaged", name, (double)ppm.at);
+    }
     return SPM_OK;
 }
 

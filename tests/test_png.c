@@ -618,6 +618,8 @@ static void ppm_pictures(void)
     CHECK(w == 3 && h == 2 && rgb[0] == 255 && rgb[3] == 0 && rgb[6] == 255 && rgb[9] == 0 && rgb[12] == 255 && !rgb[15]);
     CHECK(strstr(decode_text(TEXT("P4 9 2\nabc"), NULL, NULL, NULL), "cut off"));
     CHECK(strstr(decode_text(TEXT("P1 2 1 12"), NULL, NULL, NULL), "not a number from 0 to 1"));
+    CHECK_STR(decode_text(TEXT("P1 2 1 10 1 #x\n"), NULL, NULL, NULL), "");
+    CHECK(strstr(decode_text(TEXT("P1 2 1 10 8"), NULL, NULL, NULL), "is no pixel"));
     CHECK_INT(spm_image_encode_ppm(ctx, &image, &data, &size, NULL), SPM_OK);
     CHECK_INT(spm_image_decode(ctx, "t", data, size, NULL, &back, NULL), SPM_OK);
     CHECK(back.width == 7 && back.height == 5 && memcmp(back.pixels, image.pixels, 7 * 5 * 3) == 0);

@@ -13,7 +13,7 @@ and for 0, 1, 2 ... all bytes of it a bit (lowest first) that tells whether Pill
 Known differences, which the pictures here leave out and bulk mode may show: arithmetic-coded JPEG (not read here);
 16-bit gray (Pillow clips it); the first frame of an APNG that claims to be smaller than the picture; an IHDR that is
 not the first chunk, or not the only one; plain PPM cut off inside a number, which Pillow repeats until the picture is
-full; what follows the pixels of a plain PBM."""
+full."""
 import ctypes, io, os, random, struct, sys, warnings, zlib
 try:
     import PIL
