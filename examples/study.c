@@ -543,7 +543,7 @@ static void summary_json(const study *s, spm_json *json)
         spm_json_number(json, NULL, low);
         spm_json_number(json, NULL, high);
         spm_json_array_end(json);
-        mean_json(json, "majority_accuracy", t.kept);
+        mean_json(json, "mean_majority_accuracy", t.kept);
         mean_json(json, "gain", t.gain);
         mean_json(json, "majority_change", t.change);
         spm_json_array_begin(json, "pareto"); /* chosen on the validation split, measured on the test split */
