@@ -6195,7 +6195,7 @@ typedef struct spmi_taps_job {
  * [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
 #define SPMI_WINO_SHARED (SPMI_WINO * 128 * 128) /* floats of small filters at most */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
-#define SPMI_WINO_KC 64                  /* channels of a block */
+#define SPMI_WINO_KC 128                 /* channels of a block */
 #define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms */
 
 /* Floats from component to component: an odd number of lines, so that all 36 fall into different sets of a cache. */
