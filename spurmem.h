@@ -105,9 +105,9 @@
  * 9. INSTRUCTION SETS
  *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
  *    The environment variable SPURMEM_ISA=c|avx2|avx512|neon or spm_context_desc.isa forces one.
- *    3x3 convolutions of stride 1 with at least 32 channels on both sides go by Winograd's F(4x4, 3x3): a quarter of
- *    the multiplications, about 1.5 times the rounding error; spm_context_desc.direct_convolution (--conv direct)
- *    forbids it.
+ *    3x3 convolutions of stride 1 with at least 32 channels on both sides (gradients of the input: 64 at 14 x 14
+ *    pixels, else 128) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about 1.7 times the rounding
+ *    error of our plain sums or 1.2 times PyTorch's; spm_context_desc.direct_convolution (--conv direct) forbids it.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -235,7 +235,7 @@ typedef struct spm_context_desc {
     int threads; /* 0: as many as cores; results do not depend on it */
     spm_isa isa; /* 0: the environment's SPURMEM_ISA, else the best */
     /* 1: convolutions multiply tap by tap.  0: 3x3 ones of stride 1 with many channels go by Winograd's F(4x4, 3x3), a
-     * quarter of the multiplications at about 1.5 times the rounding error; the choice hangs on the shape alone. */
+     * quarter of the multiplications at about 1.7 times the rounding error; the choice hangs on the shape alone. */
     int direct_convolution;
     spm_precision precision;
 } spm_context_desc;
@@ -3506,6 +3506,7 @@ typedef struct spmi_rows {
     float alpha;
     const float *bias;     /* [columns] or NULL */
     const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
+    int64_t chain;         /* products in one chain of additions; 0: SPMI_TILE_CHAIN */
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
 
@@ -3575,7 +3576,8 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     const e_t *b = (const e_t *)(const void *)g->b;
     const int64_t *a_at = g->a_at + at, *c_at = g->c_at + at;
     float aside[T_MR * T_NV * V_W];
-    int64_t t, k, end, left = E_CHAIN;
+    const int64_t chain = g->chain ? g->chain : E_CHAIN;
+    int64_t t, k, end, left = chain;
     int i, j, cut = 0;
     if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* gcc turns the choice in tile_aside into a load and a select */
     SPMI_UNROLL for (i = 0; i < mr; i++) {
@@ -3607,7 +3609,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
             }
             if (left || (k == g->k && t + 1 == g->taps)) continue;
             SPMI_UNROLL for (i = 0; i < mr; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
-            left = E_CHAIN;
+            left = chain;
             cut = 1;
         }
     }
@@ -4513,8 +4515,9 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * A 4x4 tile of the output is y = A^T [(G g G^T) * (B^T d B)] A of a 6x6 tile d of the input and a 3x3 filter g: 36
  * products, which are sums over channels and so 36 matrix products, where taps take 144.  Gradients are the same
  * trilinear form read the other way: of the data, a convolution with the turned filter; of the filter,
- * G^T [sum over tiles of (A dy A^T) * (B^T d B)] G.  All numbers of A and B are exact in binary.  With these points the
- * rounding error is about 1.5 times that of a plain sum; with the textbook's 0, +-1, +-2 it is 3 times. */
+ * G^T [sum over tiles of (A dy A^T) * (B^T d B)] G.  All numbers of A and B are exact in binary.  Independent errors of
+ * the 36 sums grow 4.8 fold with these points (the best of a grid), 10.8 fold with the textbook's 0, +-1, +-2; so
+ * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double. */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -4523,8 +4526,8 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
 #define W_B3 3.375f
 #define W_AB 0.87890625f /* a^2 b^2 */
 #define W_S 2.640625f    /* a^2 + b^2 */
-#define W_NA (1.0f / -1.45263671875f) /* 1 / (2 a^2 (a^2 - b^2)) */
-#define W_NB (1.0f / 8.3671875f)      /* 1 / (2 b^2 (b^2 - a^2)) */
+#define W_NA (1 / -1.45263671875)     /* 1 / (2 a^2 (a^2 - b^2)) */
+#define W_NB (1 / 8.3671875)          /* 1 / (2 b^2 (b^2 - a^2)) */
 
 /* r = B^T d; the numbers of d are `step` apart. */
 SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
@@ -4564,23 +4567,27 @@ SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
     r[5] = y[3 * step];
 }
 
-/* r = G g: three numbers to six */
-SPMI_INLINE void SPMI_K(wino_g)(const v_t *g, int step, v_t *r)
+/* r = G g of V_W filters: three numbers, `step` vectors apart, to six. */
+SPMI_INLINE void SPMI_K(wino_g)(const double *g, int step, double *r)
 {
-    const v_t na = v_set(W_NA), nb = v_set(W_NB), oa = v_mul(v_set(W_A), g[step]), ob = v_mul(v_set(W_B), g[step]);
-    const v_t ea = v_fma(v_set(W_A2), g[2 * step], g[0]), eb = v_fma(v_set(W_B2), g[2 * step], g[0]);
-    r[0] = v_mul(v_set(1.0f / W_AB), g[0]);
-    r[1] = v_mul(na, v_add(ea, oa));
-    r[2] = v_mul(na, v_sub(ea, oa));
-    r[3] = v_mul(nb, v_add(eb, ob));
-    r[4] = v_mul(nb, v_sub(eb, ob));
-    r[5] = g[2 * step];
+    const double a = (double)W_A, b = (double)W_B, na = W_NA, nb = W_NB;
+    int l;
+    for (l = 0; l < V_W; l++) {
+        const double ea = na * g[l] + na * a * a * g[2 * step * V_W + l], oa = na * a * g[step * V_W + l];
+        const double eb = nb * g[l] + nb * b * b * g[2 * step * V_W + l], ob = nb * b * g[step * V_W + l];
+        r[l] = 1 / (double)W_AB * g[l];
+        r[V_W + l] = ea + oa;
+        r[2 * V_W + l] = ea - oa;
+        r[3 * V_W + l] = eb + ob;
+        r[4 * V_W + l] = eb - ob;
+        r[5 * V_W + l] = g[2 * step * V_W + l];
+    }
 }
 
 /* r = G^T u: six numbers to three */
 SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
 {
-    const v_t na = v_set(W_NA), nb = v_set(W_NB);
+    const v_t na = v_set((float)W_NA), nb = v_set((float)W_NB);
     const v_t ea = v_mul(na, v_add(u[step], u[2 * step])), oa = v_mul(na, v_sub(u[step], u[2 * step]));
     const v_t eb = v_mul(nb, v_add(u[3 * step], u[4 * step])), ob = v_mul(nb, v_sub(u[3 * step], u[4 * step]));
     r[0] = v_fma(v_set(1.0f / W_AB), u[0], v_add(ea, eb));
@@ -4658,18 +4665,19 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
 /* G g G^T of k * n filters: from + tap * tap_at + [k][n] -> to + component * [36] + [k][n]; n is whole vectors. */
 static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, float *to, int64_t component)
 {
+    double g[9 * V_W], t[18 * V_W], u[6 * V_W];
     int64_t c;
-    int i, j;
+    int i, j, l;
     for (c = 0; c + V_W <= k * n; c += V_W) {
-        v_t d[3], q[6], t[18];
-        SPMI_UNROLL for (j = 0; j < 3; j++) {
-            SPMI_UNROLL for (i = 0; i < 3; i++) d[i] = v_load(from + (3 * i + j) * tap + c);
-            SPMI_K(wino_g)(d, 1, q);
-            SPMI_UNROLL for (i = 0; i < 6; i++) t[3 * i + j] = q[i];
+        for (i = 0; i < 9; i++) {
+            for (l = 0; l < V_W; l++) g[i * V_W + l] = (double)from[i * tap + c + l];
         }
-        SPMI_UNROLL for (i = 0; i < 6; i++) {
-            SPMI_K(wino_g)(t + 3 * i, 1, q);
-            SPMI_UNROLL for (j = 0; j < 6; j++) v_store(to + (6 * i + j) * component + c, q[j]);
+        for (j = 0; j < 3; j++) SPMI_K(wino_g)(g + j * V_W, 3, t + 6 * j * V_W);
+        for (i = 0; i < 6; i++) {
+            SPMI_K(wino_g)(t + i * V_W, 6, u);
+            for (j = 0; j < 6; j++) {
+                for (l = 0; l < V_W; l++) to[(6 * i + j) * component + c + l] = (float)u[j * V_W + l];
+            }
         }
     }
 }
@@ -6120,7 +6128,7 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 /* ---- Winograd tiles ---- */
 
 #define SPMI_WINO 36                     /* components of a tile */
-#define SPMI_WINO_LEAST 32               /* channels on both sides, for Winograd to pay */
+#define SPMI_WINO_CHAIN 16               /* products in one chain of additions: more would be most of the error */
 #define SPMI_WINO_TILES 96               /* of a task at most */
 
 typedef struct spmi_tiles {
@@ -6128,13 +6136,15 @@ typedef struct spmi_tiles {
 } spmi_tiles;
 
 /* The tiles of a convolution, none if it goes by taps: a rule of the layer's shape alone, so that neither the batch nor
- * the threads change a bit. */
-static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns)
+ * the threads change a bit.  Outputs and weight gradients go by Winograd where it pays.  Errors of a gradient of the
+ * input add up in the biases before it, to 3 times PyTorch's error in small layers, whose plain sums are short. */
+static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns, int input_gradient)
 {
     const spmi_axis *h = &s->h, *w = &s->w;
+    const int64_t least = !input_gradient ? 32 : h->count * w->count < 196 ? 128 : 64; /* channels on both sides */
     spmi_tiles t = SPM_ZERO;
     if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3 || h->stride * w->stride * h->step * w->step != 1
-        || SPMI_MIN(s->depth, columns) < SPMI_WINO_LEAST) return t;
+        || SPMI_MIN(s->depth, columns) < least) return t;
     t.down = (h->count + 3) / 4;
     t.across = (w->count + 3) / 4;
     if (t.down * t.across * 11 <= h->count * w->count) t.count = s->images * t.down * t.across; /* 16 / 11 of work */
@@ -6176,7 +6186,7 @@ typedef struct spmi_taps_job {
     int64_t out_image, out_row, out_pixel; /* floats between images, rows, pixels of the output */
     const float *packed, *bias;
     spm_op_norm norm;                    /* its residual lies like `out` */
-    int accumulate;
+    int accumulate, input_gradient;
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
     size_t slot_bytes, shared_bytes;     /* of scratch memory: a thread's own, then everybody's */
@@ -6276,6 +6286,7 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     g.rows = count;
     g.width = g.columns = width;
     g.alpha = 1.0f;
+    g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
     for (i = 0; i < SPMI_WINO; i++) {
         g.a = v + i * job->v_at;
@@ -6393,7 +6404,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
-    if (!s->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->columns);
+    if (!s->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, job->input_gradient);
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
         return;
@@ -6438,7 +6449,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     const float *in;
     int64_t row, i, n = 0, t, k0, j, panel;
     spm_op_norm norm;
-    spmi_rows g;
+    spmi_rows g = SPM_ZERO;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
@@ -6691,7 +6702,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, blocks, size, most, columns;
-    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs);
+    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, 0);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;
@@ -7523,6 +7534,7 @@ static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, co
     job.out_image = v->h * v->w * v->c;
     job.out_row = v->stride[0] * v->w * v->c;
     job.out_pixel = v->stride[1] * v->c;
+    job.input_gradient = 1;
     spmi_taps_plan(&job);
     return job;
 }

@@ -4,7 +4,7 @@
 #include "test.h"
 #include "golden.h"
 
-#define SIGNS 16
+#define SIGNS 64
 
 static spm_context *context(spm_isa isa, int direct)
 {
@@ -26,7 +26,12 @@ static spm_model *network(spm_context *ctx, const char *name, int64_t side, int6
     if (spm_arch_parse(ctx, name, &arch, &err)) CHECK_MSG(0, err.text);
     model = spm_model_build(ctx, &arch, SPM_NO_SEED, &err);
     CHECK_STR(err.text, "");
-    for (i = 0; i < spm_model_parameter_count(model); i++) golden_fill(spm_model_parameter(model, i));
+    for (i = 0; i < spm_model_parameter_count(model); i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        int64_t k;
+        golden_fill(spm_model_parameter(model, i));
+        for (k = 0; golden_ends_in(p->name, "bn3.weight") && k < spm_tensor_count(&p->value); k++) p->value.data[k] *= .25f;
+    }
     spm_model_touch(model);
     return model;
 }
@@ -36,21 +41,23 @@ static spm_value value_of(spm_model *model, const char *name)
     return spm_program_find(spm_model_program(model), name);
 }
 
-/* How far a gradient is from the golden one, relative to its norm: the root mean square of the differences along 16
- * vectors of signs estimates the L2 norm of the whole difference within a fifth or so. */
+/* How far a gradient is from the golden one, relative to its norm: the root mean square of the differences along 64
+ * vectors of signs estimates the L2 norm of the whole difference within a tenth or so. */
 static double gradient_error(const spm_parameter *p, const uint32_t *norm, const uint32_t *projections)
 {
     double sum[SIGNS] = { 0 }, squares = 0;
     char name[160];
-    uint32_t stream;
     int64_t i;
-    int s;
-    snprintf(name, sizeof name, "signs %s", p->name);
-    stream = golden_stream(name);
-    for (i = 0; i < spm_tensor_count(&p->value); i++) {
-        const double g = (double)p->gradient[i];
-        const uint32_t h = (uint32_t)((golden_draw(stream, (uint32_t)golden_index(&p->value, i)) + 1.0) * 8388608.0);
-        for (s = 0; s < SIGNS; s++) sum[s] += h >> (s + 4) & 1 ? -g : g;
+    int s, k;
+    for (k = 0; k < SIGNS; k += 16) {
+        uint32_t stream;
+        snprintf(name, sizeof name, "signs%d %s", k / 16, p->name);
+        stream = golden_stream(name);
+        for (i = 0; i < spm_tensor_count(&p->value); i++) {
+            const double g = (double)p->gradient[i];
+            const uint32_t h = (uint32_t)((golden_draw(stream, (uint32_t)golden_index(&p->value, i)) + 1.0) * 8388608.0);
+            for (s = 0; s < 16; s++) sum[k + s] += (1 - 2 * (double)(h >> (s + 4) & 1)) * g;
+        }
     }
     for (s = 0; s < SIGNS; s++) {
         const double off = sum[s] - (double)golden_float(projections[s]);
@@ -63,7 +70,7 @@ static double gradient_error(const spm_parameter *p, const uint32_t *norm, const
 static int gradients_of(spm_isa isa, int direct, int number, const uint32_t *golden)
 {
     static const struct { char name[16]; int n, side; } nets[4] = {
-        { "resnet20", 8, 16 }, { "resnet18", 4, 32 }, { "resnet50", 4, 64 }, { "deit_tiny", 4, 64 } };
+        { "resnet20", 8, 16 }, { "resnet18", 4, 112 }, { "resnet50", 4, 64 }, { "deit_tiny", 4, 64 } };
     const int n = nets[number].n, count = (int)golden[1];
     spm_context *ctx = context(isa, direct);
     spm_model *model;
@@ -72,8 +79,7 @@ static int gradients_of(spm_isa isa, int direct, int number, const uint32_t *gol
     float *image, direction[80];
     char name[160];
     double worst = 0;
-    const double limit = direct ? 2 : 3;
-    int i, found = 0, over = 0;
+    int i, found = 0;
     if (!ctx) return 2 + count * (2 + SIGNS);
     model = network(ctx, nets[number].name, nets[number].side, 10, 0);
     snprintf(name, sizeof name, "train%d %d", number, (int)golden[0]);
@@ -95,12 +101,9 @@ static int gradients_of(spm_isa isa, int direct, int number, const uint32_t *gol
         if (!p->gradient || found == count) continue;
         torch = (double)golden_float(at[1]);
         error = gradient_error(p, at, at + 2);
-        /* Twice PyTorch's error (Winograd: three times), a quarter more for the estimate, and never less than fp32's own
-         * resolution.  ResNet-50's ReLUs cannot be kept away from zero: which of them fall on the other side is luck, so
-         * there the limit holds for half of the parameters, and for all the range in which PyTorch's own error lies. */
+        /* twice PyTorch's error, and never less than fp32's own resolution */
         worst = fmax(worst, error / fmax(torch, 1e-7));
-        if (error > limit * 1.25 * fmax(torch, 1e-7)) over++;
-        if ((number != 2 && over) || !(error <= (number == 3 ? 1e-4 : 6e-2))) {
+        if (!(error <= 2 * fmax(torch, 1e-7)) || !(error <= 1e-4)) {
             snprintf(name, sizeof name, "%s on %s: gradient of %.60s off by %.2g, PyTorch's fp32 by %.2g", nets[number].name,
                      spm_isa_name(isa), p->name, error, torch);
             CHECK_MSG(0, name);
@@ -108,10 +111,9 @@ static int gradients_of(spm_isa isa, int direct, int number, const uint32_t *gol
         found++;
     }
     CHECK_INT(found, count);
-    CHECK(over <= count / 2);
     if (getenv("VERBOSE"))
-        printf("    %s on %s%s: at most %.2f times PyTorch's error, %d of %d over the limit\n", nets[number].name,
-               spm_isa_name(isa), direct ? "" : " (Winograd)", worst, over, count);
+        printf("    %s on %s%s: at most %.2f times PyTorch's error\n", nets[number].name, spm_isa_name(isa),
+               direct ? "" : " (Winograd)", worst);
     spm_run_destroy(run);
     spm_model_destroy(model);
     spm_context_destroy(ctx);
@@ -136,7 +138,7 @@ static void gradients(void)
     for (k = 0; golden && k < 4; k++) {
         int at = 0;
         for (number = 0; number < 4; number++) {
-            if (number == 1) (void)gradients_of(isas[k], 0, number, golden + at);
+            if (number < 3) (void)gradients_of(isas[k], 0, number, golden + at);
             at += gradients_of(isas[k], 1, number, golden + at);
         }
     }
