@@ -1338,17 +1338,30 @@ typedef struct spm_checkpoint_info {
 SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm_checkpoint_info *info, spm_error *err);
 /* Fills the model's parameters and buffers from any file that spm_archive_open reads (F32, or converted to it).
  * Names: prefixes module., model., backbone., _orig_mod. are dropped; if there are tensors under state_dict.,
- *   model_state_dict. or model., only those count; the head may be called fc, fc.0, head, head.0, heads.head, linear or
- *   classifier; torchvision's ViT names (encoder.layers.encoder_layer_0.ln_1 ...) and "shortcut" for "downsample" are
- *   known; num_batches_tracked is ignored.
+ *   model_state_dict. or model., only those count, and so do those below any other one place at which the network is
+ *   found (net., encoder., student. ...); the head may stand beside that and be called fc, head, heads, linear,
+ *   classifier or last_linear, with .fc, .head or a number behind it; torchvision's ViT names
+ *   (encoder.layers.encoder_layer_0.ln_1 ...) and "shortcut" for "downsample" are known; num_batches_tracked is ignored.
  * Shapes: PyTorch's layouts ([O,I,KH,KW]); a pos_embed of another square grid is resized (bicubic, as timm; logged).
- * Strict: missing, surplus and misshaped parameters are counted and the first of each named in the error.
+ * Strict: missing, surplus and misshaped parameters are counted and the first of each named in the error;
+ *   spm_checkpoint_compare lists all.
  *   allow_partial = 1 accepts a head that is missing or of another size: it keeps its values; logged in one line.
  * Every name, shape and checksum is looked at before the first value changes, so a load that the file fails leaves the
  * model as it was (only a disk that fails in the midst, SPM_E_IO, leaves a mixture).  The file is read straight into the
  * parameters, on the context's threads: no copy of the model is made.  Runs of the model must be at rest.  Covered by
  * test_ckpt. */
 SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err);
+/* What keeps a checkpoint from fitting a model: calls `each` (may be NULL) for every parameter that is misshapen,
+ * missing from the file or surplus in it, with its shape in the file and in the model ("" where it is not), in PyTorch's
+ * order of axes.  Reads names and shapes only; the status and sentence are those that loading would give.  Covered by
+ * test_ckpt. */
+typedef enum spm_checkpoint_kind {
+    SPM_CHECKPOINT_MISSHAPEN, SPM_CHECKPOINT_MISSING, SPM_CHECKPOINT_SURPLUS
+} spm_checkpoint_kind;
+typedef void (*spm_checkpoint_fn)(void *user, spm_checkpoint_kind kind, const char *name, const char *in_file,
+                                  const char *in_model);
+SPMDEF spm_status spm_checkpoint_compare(spm_model *model, const char *path, int allow_partial, spm_checkpoint_fn each,
+                                         void *user, spm_error *err);
 /* Writes .safetensors, or by the name's ending (.pth, .pt, .th) a torch file that torch.load(weights_only=True) reads:
  * F32 in PyTorch's layout, names and order, with num_batches_tracked = 0 behind each batch norm, so that
  * load_state_dict(strict=True) of torchvision and timm takes it.  `info` (NULL: none; not in torch files) goes into the
@@ -11998,7 +12011,10 @@ static const spmi_arch_row spmi_arch_rows[] = {
     { "resnet101",            0, 1, 0, 0, { 3, 4, 23, 3 },  64, 1, 64,      0, 0, 0 },
     { "resnet152",            0, 1, 0, 0, { 3, 8, 36, 3 },  64, 1, 64,      0, 0, 0 },
     { "wide_resnet50_2",      0, 1, 0, 0, { 3, 4, 6, 3 },   64, 1, 128,     0, 0, 0 },
+    { "wide_resnet101_2",     0, 1, 0, 0, { 3, 4, 23, 3 },  64, 1, 128,     0, 0, 0 },
     { "resnext50_32x4d",      0, 1, 0, 0, { 3, 4, 6, 3 },   64, 32, 4,      0, 0, 0 },
+    { "resnext101_32x8d",     0, 1, 0, 0, { 3, 4, 23, 3 },  64, 32, 8,      0, 0, 0 },
+    { "resnext101_64x4d",     0, 1, 0, 0, { 3, 4, 23, 3 },  64, 64, 4,      0, 0, 0 },
     { "resnet20",             0, 0, 1, 0, { 3, 3, 3, 0 },   16, 1, 64,      0, 0, 0 },
     { "resnet32",             0, 0, 1, 0, { 5, 5, 5, 0 },   16, 1, 64,      0, 0, 0 },
     { "resnet44",             0, 0, 1, 0, { 7, 7, 7, 0 },   16, 1, 64,      0, 0, 0 },
@@ -12115,10 +12131,12 @@ static const spmi_arch_row *spmi_arch_find(const char *name, size_t n, int *near
 {
     static const char alias[][2][24] = { { "vit_b_16", "vit_base" }, { "vit_l_16", "vit_large" },
         { "vit_tiny", "deit_tiny" }, { "vit_small", "deit_small" }, { "deit_large", "vit_large" } };
-    static const char tail[] = "_patch16_224";
+    static const char tail[] = "_patch16_"; /* of timm's long names; the size of the pictures follows */
+    size_t k = n;
     int i, best = INT_MAX;
-    /* timm's long names */
-    if (n > sizeof tail - 1 && memcmp(name + n - (sizeof tail - 1), tail, sizeof tail - 1) == 0) n -= sizeof tail - 1;
+    while (k && name[k - 1] >= '0' && name[k - 1] <= '9') k--;
+    if (k < n && k > sizeof tail - 1 && memcmp(name + k - (sizeof tail - 1), tail, sizeof tail - 1) == 0)
+        n = k - (sizeof tail - 1);
     for (i = 0; i < SPMI_COUNT(alias); i++) {
         if (strlen(alias[i][0]) == n && memcmp(alias[i][0], name, n) == 0) {
             name = alias[i][1];
@@ -23936,18 +23954,19 @@ static void spmi_ckpt_plain_name(const char *name, char *plain, size_t size)
     }
 }
 
-/* "weight" or "bias" if the name is a classifier's under any of its usual names, else NULL. */
+/* "weight" or "bias" if the name is a classifier's under any of its usual names (fc, head.fc, classifier.1, ...), else
+ * NULL. */
 static const char *spmi_ckpt_head_part(const char *plain)
 {
-    static const char heads[][12] = { "fc.", "fc.0.", "head.", "head.0.", "heads.head.", "linear.", "classifier." };
+    static const char heads[][13] = { "fc.", "head.", "heads.", "linear.", "classifier.", "last_linear." };
+    const char *at = plain;
     int i;
-    for (i = 0; i < SPMI_COUNT(heads); i++) {
-        const char *at = plain;
-        if (spmi_ckpt_skip(&at, heads[i]) && (spmi_string_equal(at, "weight") || spmi_string_equal(at, "bias"))) {
-            return at;
-        }
+    for (i = 0; i < SPMI_COUNT(heads) && !spmi_ckpt_skip(&at, heads[i]); i++) continue;
+    if (i == SPMI_COUNT(heads)) return NULL;
+    while (spmi_ckpt_skip(&at, "fc.") || spmi_ckpt_skip(&at, "head.") || (*at >= '0' && *at <= '9' && at[1] == '.')) {
+        if (*at >= '0' && *at <= '9') at += 2;
     }
-    return NULL;
+    return spmi_string_equal(at, "weight") || spmi_string_equal(at, "bias") ? at : NULL;
 }
 
 /* 1 for the parameters of the classifier that the usual head names stand for (not a distillation head). */
@@ -23974,6 +23993,54 @@ static int spmi_ckpt_match(spm_model *model, const spmi_ckpt_view *views, int co
     return -1;
 }
 
+/* How many tensors below `root` belong to the model. */
+static int spmi_ckpt_below(spm_model *model, const spmi_ckpt_view *views, int count, const spm_archive *archive,
+                           const char *root)
+{
+    int64_t k;
+    int n = 0;
+    for (k = 0; k < spm_archive_count(archive); k++) {
+        const char *name = spm_archive_tensor_at(archive, k)->name;
+        n += spmi_ckpt_skip(&name, root) && spmi_ckpt_match(model, views, count, name) >= 0;
+    }
+    return n;
+}
+
+/* Where the network is in the file: `root` becomes the nest and what stands before the model's first parameter there
+ * ("encoder.", "student."), or the nest alone if little of the model is below that; `other` a second place like it, or
+ * "". The shortest is taken, because layer1.0.conv1 ends in conv1 too. */
+static void spmi_ckpt_root(spm_model *model, const spmi_ckpt_view *views, int count, const spm_archive *archive,
+                           char root[200], char other[200])
+{
+    const char *nest = spmi_ckpt_nest(archive);
+    char plain[200];
+    int64_t k;
+    int pass, found = 0;
+    (void)spmi_format(root, 200, "%s", nest);
+    other[0] = 0;
+    for (pass = 0; pass < 2 && count; pass++) {
+        for (k = 0; k < spm_archive_count(archive); k++) {
+            const char *name = spm_archive_tensor_at(archive, k)->name, *at = name;
+            int length = -1;
+            if (!spmi_ckpt_skip(&at, nest)) continue;
+            while (at && length < 0) {
+                spmi_ckpt_plain_name(at, plain, sizeof plain);
+                if (spmi_string_equal(plain, views[0].name)) length = (int)SPMI_MIN(at - name, 199);
+                at = strchr(at, '.');
+                at += at != NULL;
+            }
+            if (length < 0) continue;
+            if (!pass && (!found || length < (int)strlen(root))) (void)spmi_format(root, 200, "%.*s", length, name);
+            if (pass && !other[0] && strncmp(name, root, strlen(root)) != 0) {
+                (void)spmi_format(other, 200, "%.*s", length, name);
+                if (spmi_ckpt_below(model, views, count, archive, other) * 4 < count) other[0] = 0;
+            }
+            found = 1;
+        }
+    }
+    if (spmi_ckpt_below(model, views, count, archive, root) * 4 < count) (void)spmi_format(root, 200, "%s", nest);
+}
+
 /* ---- what is wrong, listed ---- */
 
 /* One kind of complaint: how many, and the first few by name. */
@@ -23983,18 +24050,32 @@ typedef struct spmi_ckpt_list {
     int count;
 } spmi_ckpt_list;
 
-static void spmi_ckpt_list_add(spmi_ckpt_list *list, const char *item)
+typedef struct spmi_ckpt_lists {
+    spmi_ckpt_list of[3]; /* by spm_checkpoint_kind */
+    spm_checkpoint_fn each; /* or NULL */
+    void *user;
+} spmi_ckpt_lists;
+
+/* Either of tensor and view may be NULL. */
+static void spmi_ckpt_complain(spmi_ckpt_lists *lists, spm_checkpoint_kind kind, const char *name,
+                               const spm_archive_tensor *tensor, const spmi_ckpt_view *view)
 {
+    spmi_ckpt_list *list = &lists->of[kind];
+    char have[96] = "", want[96] = "", item[400];
     int n;
+    if (tensor) (void)spmi_ckpt_shape_text(tensor->shape, tensor->rank, have, sizeof have);
+    if (view) (void)spmi_ckpt_shape_text(view->shape, view->rank, want, sizeof want);
+    if (lists->each) lists->each(lists->user, kind, name, have, want);
     list->count++;
-    if (list->count > 3 || list->used + strlen(item) + 8 > sizeof list->text) {
-        if (list->used && list->text[list->used - 1] != '.') {
-            n = spmi_format(list->text + list->used, sizeof list->text - list->used, ", ...");
-            list->used += n > 0 ? (size_t)n : 0;
-        }
+    (void)spmi_format(item, sizeof item, tensor && view ? "%s: checkpoint has %s, model wants %s" : "%s", name, have,
+                      want);
+    if (list->count <= 3 && list->used + strlen(item) + 8 <= sizeof list->text) {
+        n = spmi_format(list->text + list->used, sizeof list->text - list->used, "%s%s", list->used ? ", " : "", item);
+    } else if (list->used && list->text[list->used - 1] != '.') {
+        n = spmi_format(list->text + list->used, sizeof list->text - list->used, ", ...");
+    } else {
         return;
     }
-    n = spmi_format(list->text + list->used, sizeof list->text - list->used, "%s%s", list->used ? ", " : "", item);
     list->used += n > 0 ? (size_t)n : 0;
 }
 
@@ -24086,36 +24167,42 @@ static void spmi_ckpt_resize(const float *in, int64_t h, int64_t w, float *out, 
 
 /* ---- loading ---- */
 
-/* Finds a source for every view, or says everything that does not fit.  Nothing is read yet. */
+/* Finds a source for every view, or says everything that does not fit.  Nothing is read yet.  Beside the network's
+ * root, only a head that the network lacks is looked at. */
 static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, const char *path, int allow_partial,
-                                 spmi_ckpt_view *views, int count, spm_error *err)
+                                 spmi_ckpt_view *views, int count, spmi_ckpt_lists *lists, spm_error *err)
 {
+    static const char words[3][20] = { "of another shape", "missing", "surplus" };
     spm_context *ctx = spm_model_context(model);
+    char have[96], want[96], plain[200], root[200], other[200];
     const char *nest = spmi_ckpt_nest(archive);
-    spmi_ckpt_list missing = SPM_ZERO, surplus = SPM_ZERO, misshaped = SPM_ZERO;
-    char text[320], have[96], want[96];
     int64_t k;
-    int i;
-    for (k = 0; k < spm_archive_count(archive); k++) {
-        const spm_archive_tensor *tensor = spm_archive_tensor_at(archive, k);
-        const char *name = tensor->name;
-        if (!spmi_ckpt_skip(&name, nest)) continue;
-        i = spmi_ckpt_match(model, views, count, name);
-        if (i == -2) continue;
-        if (i < 0 || views[i].from) {
-            char plain[200];
+    int i, beside;
+    spmi_ckpt_root(model, views, count, archive, root, other);
+    if (other[0]) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT, "%s: holds the network twice, as %s* and as %s*; save one of them as a "
+                         "state dict", path, root, other);
+    }
+    for (beside = 0; beside < 2; beside++) {
+        for (k = 0; k < spm_archive_count(archive); k++) {
+            const spm_archive_tensor *tensor = spm_archive_tensor_at(archive, k);
+            const char *name = tensor->name;
+            const int below = spmi_ckpt_skip(&name, root);
+            if (below == beside || (beside && !spmi_ckpt_skip(&name, nest))) continue;
             spmi_ckpt_plain_name(name, plain, sizeof plain);
-            if (!allow_partial || !spmi_ckpt_head_part(plain)) spmi_ckpt_list_add(&surplus, name);
-            continue;
+            if (beside && !spmi_ckpt_head_part(plain)) continue;
+            i = spmi_ckpt_match(model, views, count, name);
+            if (i >= 0 && !views[i].from) views[i].from = tensor;
+            else if (i != -2 && !beside && !(allow_partial && spmi_ckpt_head_part(plain)))
+                spmi_ckpt_complain(lists, SPM_CHECKPOINT_SURPLUS, name, tensor, NULL);
         }
-        views[i].from = tensor;
     }
     for (i = 0; i < count; i++) {
         spmi_ckpt_view *view = &views[i];
         int head = allow_partial && (spm_model_parameter(model, i)->flags & SPM_PARAMETER_HEAD);
         if (!view->from) {
             if (head) view->kept = 1;
-            else spmi_ckpt_list_add(&missing, view->name);
+            else spmi_ckpt_complain(lists, SPM_CHECKPOINT_MISSING, view->name, NULL, view);
         } else if (spmi_ckpt_can_resize(model, archive, view)) {
             view->resized = 1;
         } else if (spmi_ckpt_same_shape(view->from->shape, view->from->rank, view->shape, view->rank)) {
@@ -24123,18 +24210,16 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
         } else if (head) {
             view->kept = 1;
         } else {
-            (void)spmi_format(text, sizeof text, "%s: checkpoint has %s, model wants %s", view->name,
-                              spmi_ckpt_shape_text(view->from->shape, view->from->rank, have, sizeof have),
-                              spmi_ckpt_shape_text(view->shape, view->rank, want, sizeof want));
-            spmi_ckpt_list_add(&misshaped, text);
+            spmi_ckpt_complain(lists, SPM_CHECKPOINT_MISSHAPEN, view->name, view->from, view);
         }
     }
-    if (missing.count || surplus.count || misshaped.count) {
+    if (lists->of[0].count || lists->of[1].count || lists->of[2].count) {
         spmi_text all = spmi_text_create(ctx);
         spm_status status;
-        if (misshaped.count) spmi_text_addf(&all, "; %d of another shape (%s)", misshaped.count, misshaped.text);
-        if (missing.count) spmi_text_addf(&all, "; %d missing (%s)", missing.count, missing.text);
-        if (surplus.count) spmi_text_addf(&all, "; %d surplus (%s)", surplus.count, surplus.text);
+        for (i = 0; i < 3; i++) {
+            if (lists->of[i].count)
+                spmi_text_addf(&all, "; %d %s (%s)", lists->of[i].count, words[i], lists->of[i].text);
+        }
         status = spmi_fail(ctx, err, SPM_E_SHAPE, "%s: does not fit the model%s", path, all.data ? all.data : "");
         spmi_text_free(&all);
         return status;
@@ -24316,7 +24401,9 @@ static spm_status spmi_ckpt_fill(spm_model *model, spm_archive *archive, spmi_ck
     return status;
 }
 
-SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err)
+/* Loads, or only lists what does not fit. */
+static spm_status spmi_ckpt_read(spm_model *model, const char *path, int allow_partial, spmi_ckpt_lists *lists, int fill,
+                                 spm_error *err)
 {
     spm_context *ctx = spm_model_context(model);
     spm_error why = SPM_ZERO;
@@ -24327,11 +24414,26 @@ SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int al
     if (!archive) return spmi_fail(ctx, err, why.status, "%s", why.text);
     views = spmi_ckpt_views(model, &count);
     if (!views) status = spmi_fail_memory(ctx, err, path);
-    if (!status) status = spmi_ckpt_plan(model, archive, path, allow_partial, views, count, err);
-    if (!status) status = spmi_ckpt_fill(model, archive, views, count, err);
+    if (!status) status = spmi_ckpt_plan(model, archive, path, allow_partial, views, count, lists, err);
+    if (!status && fill) status = spmi_ckpt_fill(model, archive, views, count, err);
     spmi_free(ctx, views);
     spm_archive_close(archive);
     return status;
+}
+
+SPMDEF spm_status spm_checkpoint_load(spm_model *model, const char *path, int allow_partial, spm_error *err)
+{
+    spmi_ckpt_lists lists = SPM_ZERO;
+    return spmi_ckpt_read(model, path, allow_partial, &lists, 1, err);
+}
+
+SPMDEF spm_status spm_checkpoint_compare(spm_model *model, const char *path, int allow_partial, spm_checkpoint_fn each,
+                                         void *user, spm_error *err)
+{
+    spmi_ckpt_lists lists = SPM_ZERO;
+    lists.each = each;
+    lists.user = user;
+    return spmi_ckpt_read(model, path, allow_partial, &lists, 0, err);
 }
 
 /* ---- what a checkpoint says about itself ---- */

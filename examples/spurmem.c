@@ -867,14 +867,16 @@ static int check_model_options(const cli *line)
 static int64_t head_classes(cli *line, const char *file)
 {
     static const char heads[][20] = { "fc.weight",         "fc.0.weight",   "head.weight",      "head.0.weight",
-                                      "heads.head.weight", "linear.weight", "classifier.weight" };
+                                      "heads.head.weight", "linear.weight", "classifier.weight", "fc.1.weight",
+                                      "head.fc.weight", "last_linear.weight", "classifier.0.weight",
+                                      "classifier.1.weight" };
     spm_error err = SPM_ZERO;
     spm_archive *archive = spm_archive_open(line->ctx, file, &err);
     int64_t i, classes = 0;
     int h;
     for (i = 0; archive && i < spm_archive_count(archive); i++) {
         const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
-        for (h = 0; h < 7; h++) { /* whatever wraps the name */
+        for (h = 0; h < 12; h++) { /* whatever wraps the name */
             size_t n = strlen(t->name), m = strlen(heads[h]);
             if (t->rank == 2 && n >= m && strcmp(t->name + n - m, heads[h]) == 0
                 && (n == m || t->name[n - m - 1] == '.'))
@@ -978,6 +980,9 @@ static spm_model *open_model(cli *line, int data_classes, spm_arch *arch, spm_re
     model = spm_model_build(line->ctx, arch, is_on(line, O_ALLOW_PARTIAL) ? (uint64_t)integer(line, O_SEED) : SPM_NO_SEED,
                             err);
     if (model && spm_checkpoint_load(model, line->value[O_CHECKPOINT], is_on(line, O_ALLOW_PARTIAL), err)) {
+        const size_t used = strlen(err->text);
+        if (err->status == SPM_E_SHAPE)
+            snprintf(err->text + used, sizeof err->text - used, " - all: spurmem inspect FILE --arch NAME");
         spm_model_destroy(model);
         model = NULL;
     }
@@ -2461,6 +2466,47 @@ static int describe_model(cli *line, const spm_arch *arch, int tensors, spm_json
     return 0;
 }
 
+typedef struct differences {
+    cli *line;
+    spm_json *json;
+    int count;
+} differences;
+
+static void on_difference(void *user, spm_checkpoint_kind kind, const char *name, const char *in_file,
+                          const char *in_model)
+{
+    static const char words[3][10] = { "misshapen", "missing", "surplus" };
+    differences *d = (differences *)user;
+    if (prints(d->line)) {
+        if (!d->count) printf("what does not fit the model (shapes: the file's / the model's):\n");
+        printf("  %-9s %-46s %s / %s\n", words[kind], name, in_file[0] ? in_file : "-", in_model[0] ? in_model : "-");
+    }
+    spm_json_object_begin(d->json, NULL);
+    spm_json_string(d->json, "kind", words[kind]);
+    spm_json_string(d->json, "name", name);
+    spm_json_string(d->json, "in_file", in_file);
+    spm_json_string(d->json, "in_model", in_model);
+    spm_json_object_end(d->json);
+    d->count++;
+}
+
+/* Every parameter of the architecture that the file lacks, has beside it, or has in another shape. */
+static int compare_checkpoint(cli *line, const char *path, const spm_arch *arch, spm_json *json)
+{
+    spm_error err = SPM_ZERO;
+    differences d;
+    spm_model *model = spm_model_build(line->ctx, arch, SPM_NO_SEED, &err);
+    d.line = line;
+    d.json = json;
+    d.count = 0;
+    spm_json_array_begin(json, "differences");
+    if (model && !spm_checkpoint_compare(model, path, 0, on_difference, &d, &err) && prints(line))
+        printf("every parameter of %s is there, and none beside\n", arch->name);
+    spm_json_array_end(json);
+    spm_model_destroy(model);
+    return err.status && err.status != SPM_E_SHAPE ? failed(&err) : 0;
+}
+
 static int inspect_checkpoint(cli *line, const char *path)
 {
     spm_error err = SPM_ZERO;
@@ -2503,7 +2549,7 @@ static int inspect_checkpoint(cli *line, const char *path)
     spm_json_int(json, "values", total);
     if (prints(line)) printf("%lld tensors, %lld values\n", (long long)spm_archive_count(archive), (long long)total);
     spm_archive_close(archive);
-    if (!info.has_arch && line->value[O_ARCH]) { /* the file does not say; the user does */
+    if (line->value[O_ARCH]) { /* the user's word stands above the file's */
         info.arch.classes = integer(line, O_NUM_CLASSES) ? integer(line, O_NUM_CLASSES) : head_classes(line, path);
         if (spm_arch_parse(line->ctx, line->value[O_ARCH], &info.arch, &err)) {
             spm_json_destroy(json);
@@ -2511,7 +2557,7 @@ static int inspect_checkpoint(cli *line, const char *path)
         }
         info.has_arch = 1;
     }
-    if (info.has_arch && describe_model(line, &info.arch, 0, json)) {
+    if (info.has_arch && (compare_checkpoint(line, path, &info.arch, json) || describe_model(line, &info.arch, 0, json))) {
         spm_json_destroy(json);
         return 1;
     }

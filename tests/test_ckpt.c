@@ -245,6 +245,18 @@ static const char *as_torchvision(const char *name, char *out, size_t size)
     return out;
 }
 
+static const char *as_encoder(const char *name, char *out, size_t size)
+{
+    int head = name[0] == 'f' && name[1] == 'c';
+    snprintf(out, size, "%s%s", head ? "classifier.1." : "encoder.", head ? name + 3 : name);
+    return out;
+}
+static const char *as_student(const char *name, char *out, size_t size)
+{
+    snprintf(out, size, "student.module.backbone.%s", name);
+    return out;
+}
+
 static void check_foreign(spm_context *ctx, const char *arch, rename_fn rename_it, const char *extra, int flat)
 {
     spm_error err = SPM_ZERO;
@@ -266,8 +278,82 @@ static void foreign_names(void)
     check_foreign(ctx, resnet, as_module, "optimizer.state.0.exp_avg", 0);
     check_foreign(ctx, resnet, as_linear, "epoch", 0);
     check_foreign(ctx, resnet, as_model, "model_ema.conv1.weight", 0);
+    check_foreign(ctx, resnet, as_encoder, "optimizer.state.0.exp_avg", 0);
+    check_foreign(ctx, resnet, as_student, "epoch", 0);
+    check_foreign(ctx, vit, as_student, "epoch", 0);
     check_foreign(ctx, vit, as_is, NULL, 1);
     check_foreign(ctx, vit, as_torchvision, NULL, 0);
+    spm_context_destroy(ctx);
+}
+
+/* ---- what does not fit ---- */
+
+typedef struct tally {
+    int of[3];
+    char last[3][200];
+} tally;
+
+static void count_difference(void *user, spm_checkpoint_kind kind, const char *name, const char *in_file, const char *in_model)
+{
+    tally *t = (tally *)user;
+    t->of[kind]++;
+    snprintf(t->last[kind], sizeof t->last[kind], "%s %s/%s", name, in_file, in_model);
+}
+
+static const char *as_other(const char *name, char *out, size_t size)
+{
+    if (strncmp(name, "layer4.1.conv2", 14) == 0) snprintf(out, size, "layer4.9.conv2.weight");
+    else snprintf(out, size, "%s", name);
+    return out;
+}
+
+static void differences(void)
+{
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO, load = SPM_ZERO, two = SPM_ZERO;
+    spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL), *many = build(ctx, "resnet18:width=8,stem=cifar", 32, 9, 1, NULL);
+    spm_archive_writer *writer;
+    tally t = { { 0, 0, 0 }, { "", "", "" } };
+    float values[8 * 27] = { 0 };
+    int64_t shape[4] = { 8, 3, 3, 3 }, vector[1] = { 8 };
+    static const char parts[4][12] = { "weight", "bias", "running_mean", "running_var" };
+    int pass, k, block, conv, side;
+    save_as(model, file("other.safetensors"), as_other, "queue", 0);
+    CHECK_INT(spm_checkpoint_compare(many, file("other.safetensors"), 0, count_difference, &t, &err), SPM_E_SHAPE);
+    CHECK(t.of[SPM_CHECKPOINT_MISSING] == 1 && t.of[SPM_CHECKPOINT_SURPLUS] == 2 && t.of[SPM_CHECKPOINT_MISSHAPEN] == 2);
+    CHECK_STR(t.last[SPM_CHECKPOINT_MISSING], "layer4.1.conv2.weight /[64,64,3,3]");
+    CHECK_STR(t.last[SPM_CHECKPOINT_SURPLUS], "queue []/");
+    CHECK_STR(t.last[SPM_CHECKPOINT_MISSHAPEN], "fc.bias [2]/[9]");
+    CHECK(spm_checkpoint_load(many, file("other.safetensors"), 0, &load) == SPM_E_SHAPE);
+    CHECK_STR(err.text, load.text);
+    CHECK(spm_checkpoint_save(model, file("same.pth"), NULL, &two) == SPM_OK);
+    CHECK(spm_checkpoint_compare(model, file("same.pth"), 0, count_difference, NULL, &two) == SPM_OK);
+    /* the same network twice: which one is meant is not for us to say */
+    writer = spm_archive_create(ctx, file("twice.safetensors"), SPM_ARCHIVE_SAFETENSORS, &two);
+    for (pass = 0; pass < 2 && writer; pass++) {
+        for (side = 0; side < 2; side++) {
+            for (block = 0; block < 9; block++) {
+                for (conv = block ? 1 : 0; conv <= (block ? 2 : 0); conv++) {
+                    char name[100], base[60];
+                    if (block) snprintf(base, sizeof base, "%s.layer%d.%d", side ? "teacher" : "student", (block + 1) / 2, (block + 1) % 2);
+                    else snprintf(base, sizeof base, "%s", side ? "teacher" : "student");
+                    snprintf(name, sizeof name, "%s.conv%d.weight", base, block ? conv : 1);
+                    if (pass) spm_archive_put(writer, values);
+                    else spm_archive_add(writer, name, SPM_F32, 4, shape);
+                    for (k = 0; k < 4; k++) {
+                        snprintf(name, sizeof name, "%s.bn%d.%s", base, block ? conv : 1, parts[k]);
+                        if (pass) spm_archive_put(writer, values);
+                        else spm_archive_add(writer, name, SPM_F32, 1, vector);
+                    }
+                }
+            }
+        }
+    }
+    CHECK(writer && spm_archive_commit(writer, &two) == SPM_OK);
+    CHECK(spm_checkpoint_load(model, file("twice.safetensors"), 0, &two) == SPM_E_FORMAT);
+    CHECK(strstr(two.text, "as student.* and as teacher.*") != NULL);
+    spm_model_destroy(model);
+    spm_model_destroy(many);
     spm_context_destroy(ctx);
 }
 
@@ -664,6 +750,7 @@ int main(void)
     TEST(round_trips);
     TEST(layout);
     TEST(foreign_names);
+    TEST(differences);
     TEST(refusals);
     TEST(converting);
     TEST(loading_memory);
