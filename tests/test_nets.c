@@ -528,6 +528,66 @@ static void test_softmax_head(void)
     spm_context_destroy(ctx);
 }
 
+/* Logits of every architecture (golden/logits.bin) on every instruction set, for batches of 5 and 1.  Those of more than 12
+ * million parameters only where SPURMEM_ALL is set: their weights alone take a while to draw. */
+static void every_architecture(void)
+{
+    static const char names[][24] = { "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2",
+        "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+        "vit_tiny_patch16_224", "vit_small_patch16_384", "vit_b_16", "deit_large", "deit_tiny_distilled", "deit_small_distilled",
+        "deit_base_distilled" };
+    static const spm_isa isas[] = { SPM_ISA_NEON, SPM_ISA_AVX2, SPM_ISA_AVX512, SPM_ISA_C };
+    const int count = (int)(sizeof names / sizeof names[0]);
+    int words, i, k, j, n;
+    uint32_t *golden = golden_read("tests/golden/logits.bin", &words);
+    CHECK_MSG(golden && words == 15 * count, "tests/golden/logits.bin is missing (run from the repository's root)");
+    for (i = 0; golden && i < count; i++) {
+        const int64_t h = i < 10 ? 75 : i < 15 ? 35 : 48, w = i < 10 ? 61 : i < 15 ? 29 : 80;
+        spm_context *first = context(0, SPM_ISA_C);
+        spm_model *drawn = network_of(first, names[i], h, w, 3, SPM_NO_SEED);
+        double worst = 0, largest = 0;
+        char name[40];
+        float *image;
+        int64_t parameters = 0;
+        snprintf(name, sizeof name, "logits%d", i);
+        image = golden_pictures(name, 5, h, w);
+        for (j = 0; j < spm_model_parameter_count(drawn); j++) parameters += spm_tensor_count(&spm_model_parameter(drawn, j)->value);
+        if (parameters < 12000000 || getenv("SPURMEM_ALL")) {
+            for (j = 0; j < spm_model_parameter_count(drawn); j++) golden_fill(spm_model_parameter(drawn, j));
+            for (j = 0; j < 15; j++) largest = fmax(largest, fabs((double)golden_float(golden[15 * i + j])));
+            for (k = 0; k < 4; k++) {
+                spm_context *ctx = context(0, isas[k]);
+                spm_model *model = ctx ? network_of(ctx, names[i], h, w, 3, SPM_NO_SEED) : NULL;
+                for (j = 0; model && j < spm_model_parameter_count(model); j++) {
+                    const spm_tensor *t = &spm_model_parameter(model, j)->value;
+                    memcpy(t->data, spm_model_parameter(drawn, j)->value.data, (size_t)spm_tensor_count(t) * sizeof(float));
+                }
+                if (model) spm_model_touch(model);
+                for (n = 5; model && n > 0; n -= 4) {
+                    spm_run_desc desc = SPM_ZERO;
+                    spm_run *run;
+                    desc.max_batch = n;
+                    run = spm_run_create(model, &desc, NULL);
+                    (void)spm_run_input(run, spm_program_find(spm_model_program(model), "image"), image);
+                    CHECK_INT(spm_run_forward(run, n, 0), SPM_OK);
+                    for (j = 0; j < 3 * n; j++)
+                        worst = fmax(worst, fabs((double)spm_run_data(run, spm_program_find(spm_model_program(model), "logits"))[j]
+                                                 - (double)golden_float(golden[15 * i + j])));
+                    spm_run_destroy(run);
+                }
+                CHECK_MSG(worst <= 1e-4 * largest, names[i]);
+                spm_model_destroy(model);
+                spm_context_destroy(ctx);
+            }
+            if (getenv("VERBOSE")) printf("    %s: logits off by %.1e of the largest\n", names[i], worst / largest);
+        }
+        spm_model_destroy(drawn);
+        spm_context_destroy(first);
+        free(image);
+    }
+    free(golden);
+}
+
 int main(void)
 {
     TEST(test_sizes);
@@ -535,6 +595,7 @@ int main(void)
     TEST(test_parsing);
     TEST(test_initial_values);
     TEST(test_against_pytorch);
+    TEST(every_architecture);
     TEST(test_overfitting);
     TEST(test_threads_and_segments);
     TEST(test_keyed_draws);
