@@ -5836,7 +5836,7 @@ static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch
             spmi_pack_panels(ctx, kc, nc, g->b + k0 * g->b_row + n0 * g->b_col, g->b_row, g->b_col, panels);
             for (m0 = 0; m0 < g->m; m0 += SPMI_GEMM_MC) {
                 int64_t mc = SPMI_MIN(g->m - m0, SPMI_GEMM_MC);
-                spmi_rows r;
+                spmi_rows r = SPM_ZERO;
                 r.a = g->a + m0 * g->a_row + k0 * g->a_col;
                 for (i = 0; i < mc; i++) a_at[i] = i * g->a_row;
                 if (kc > 0 && (g->a_col != 1 || (spmi_stride_collides(g->a_row) && nc > spmi_full_panel(ctx)))) {

@@ -76,7 +76,7 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
     int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows),
         *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
     spm_op_norm norm = SPM_ZERO;
-    spmi_rows g;
+    spmi_rows g = SPM_ZERO;
     spmi_pack_panels(ctx, depth, t->columns, b, t->columns, 1, packed);
     for (i = 0; i < t->taps; i++) tap_at[i] = (i * 37) % 101;
     for (i = 0; i < t->rows + SPMI_ROWS_PAD; i++) a_at[i] = i < t->rows ? (i * 53) % (a_count - 101 - t->k) : 0;
