@@ -443,7 +443,7 @@ static void jtt(void)
     spm_eval_free(b.ctx, &eval);
     /* no error: a sentence */
     desc = small_run(b.ctx, SPM_METHOD_ERM);
-    desc.epochs = 14;
+    desc.epochs = 24;
     desc.optimizer.lr = 4e-3f;
     desc.select = SPM_SELECT_LAST;
     check_trained(&b, &desc, fresh("identify"));
