@@ -26065,7 +26065,7 @@ static spm_status spmi_map_integrated(spm_run *run, spm_value image, spm_value l
     map->values = (float *)spmi_alloc_array(run->ctx, n / channels, sizeof(float));
     if (!at || !sum || !map->values) status = spmi_fail_memory(run->ctx, &run->error, "a map");
     for (k = -1; !status && k <= STEPS; k++) { /* the line's ends only for their logits */
-        double share = k < 0 ? 0.0 : k == STEPS ? 1.0 : ((double)k + 0.5) / STEPS;
+        double share = k < 0 ? 0.0 : k == STEPS ? 1.0 : ((double)k + 0.5) / (double)STEPS;
         const float *g;
         for (i = 0; i < n; i++) at[i] = (float)(share * (double)pixels[i]);
         status = spm_run_input(run, image, at);
@@ -26077,7 +26077,7 @@ static spm_status spmi_map_integrated(spm_run *run, spm_value image, spm_value l
         status = spm_run_set_gradient(run, logits, row);
         if (!status) status = spm_run_backward(run);
         g = status ? NULL : spm_run_gradient(run, image);
-        for (i = 0; g && i < n; i++) sum[i] += (double)g[i] / STEPS;
+        for (i = 0; g && i < n; i++) sum[i] += (double)g[i] / (double)STEPS;
     }
     for (i = 0; !status && i < n; i += channels) {
         double pixel = 0.0;
