@@ -336,6 +336,8 @@ def main():
     unknown = [name for name in options.rows if name not in known]
     if unknown:
         sys.exit("peers.py: no row %s; there are %s" % (unknown[0], ", ".join(known)))
+    if not os.path.exists(options.spurmem):
+        sys.exit("peers.py: %s is not there; make builds it, --spurmem names another" % options.spurmem)
     pythons = find_pythons()
     if options.markdown:
         print("| work | spurmem | peer | ratio | range | wanted |\n|---|---|---|---|---|---|")
