@@ -4597,6 +4597,19 @@ SPMI_INLINE void SPMI_K(wino_g)(const double *g, int step, double *r)
     }
 }
 
+SPMI_INLINE void SPMI_K(wino_g_fast)(const v_t *g, int step, v_t *r)
+{
+    const v_t na = v_set((float)W_NA), nb = v_set((float)W_NB);
+    const v_t ea = v_fma(v_set(W_A2), g[2 * step], g[0]), oa = v_mul(v_set(W_A), g[step]);
+    const v_t eb = v_fma(v_set(W_B2), g[2 * step], g[0]), ob = v_mul(v_set(W_B), g[step]);
+    r[0] = v_mul(v_set(1.0f / W_AB), g[0]);
+    r[1] = v_mul(na, v_add(ea, oa));
+    r[2] = v_mul(na, v_sub(ea, oa));
+    r[3] = v_mul(nb, v_add(eb, ob));
+    r[4] = v_mul(nb, v_sub(eb, ob));
+    r[5] = g[2 * step];
+}
+
 /* r = G^T u: six numbers to three */
 SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
 {
@@ -4691,6 +4704,25 @@ static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t
             for (j = 0; j < 6; j++) {
                 for (l = 0; l < V_W; l++) to[(6 * i + j) * component + c + l] = (float)u[j * V_W + l];
             }
+        }
+    }
+}
+
+/* The same in floats, four times as fast, for passes that no gradient depends on. */
+static void SPMI_K(wino_filter_fast)(int64_t k, int64_t n, const float *from, int64_t tap, float *to, int64_t component)
+{
+    int64_t c;
+    int i, j;
+    for (c = 0; c + V_W <= k * n; c += V_W) {
+        v_t d[3], q[6], t[18];
+        SPMI_UNROLL for (j = 0; j < 3; j++) {
+            SPMI_UNROLL for (i = 0; i < 3; i++) d[i] = v_load(from + (3 * i + j) * tap + c);
+            SPMI_K(wino_g_fast)(d, 1, q);
+            SPMI_UNROLL for (i = 0; i < 6; i++) t[3 * i + j] = q[i];
+        }
+        SPMI_UNROLL for (i = 0; i < 6; i++) {
+            SPMI_K(wino_g_fast)(t + 3 * i, 1, q);
+            SPMI_UNROLL for (j = 0; j < 6; j++) v_store(to + (6 * i + j) * component + c, q[j]);
         }
     }
 }
@@ -6200,6 +6232,7 @@ typedef struct spmi_taps_job {
     const float *packed, *bias;
     spm_op_norm norm;                    /* its residual lies like `out` */
     int accumulate, input_gradient;
+    int fast_filters;                    /* 1: evaluation mode, filters of Winograd are transformed in floats */
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
     size_t slot_bytes, shared_bytes;     /* of scratch memory: a thread's own, then everybody's */
@@ -6342,8 +6375,11 @@ static int64_t spmi_panel_at(const spm_context *ctx, int64_t columns, int64_t pa
 static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, int64_t j, int width, float *to)
 {
     const int64_t depth = job->window.depth;
-    SPMI_KERNEL(job->ctx, wino_filter, (n, width, job->packed + j * 9 * depth + k * width, depth * width, to,
-                                        job->u_at));
+    const float *from = job->packed + j * 9 * depth + k * width;
+    if (job->fast_filters)
+        SPMI_KERNEL(job->ctx, wino_filter_fast, (n, width, from, depth * width, to, job->u_at));
+    else
+        SPMI_KERNEL(job->ctx, wino_filter, (n, width, from, depth * width, to, job->u_at));
 }
 
 static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
@@ -7486,6 +7522,7 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
     }
     if (call->packed) call->packed_ready = 1;
     job.scratch = scratch;
+    job.fast_filters = !call->training;
     for (g = 0; g < v.groups; g++) {
         job.window.in = call->in[0].data + g * v.ci;
         job.out = call->out[0].data + g * v.co;

@@ -2751,7 +2751,7 @@ static int run_pack(cli *line)
     spm_transform transform = spm_transform_make(224, 224);
     spm_dataset *data;
     spm_json *json;
-    int64_t i, id, n = 0, used = 0;
+    int64_t i, id = -1, n = 0, used = 0;
     int rc = 1, whole;
     if (!line->value[O_DATA] && used < line->operands) line->value[O_DATA] = line->operand[used++];
     if (!line->value[O_OUT] && used < line->operands) line->value[O_OUT] = line->operand[used++];
