@@ -4530,7 +4530,8 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * trilinear form read the other way: of the data, a convolution with the turned filter; of the filter,
  * G^T [sum over tiles of (A dy A^T) * (B^T d B)] G.  All numbers of A and B are exact in binary.  Independent errors of
  * the 36 sums grow 4.8 fold with these points (the best of a grid), 10.8 fold with the textbook's 0, +-1, +-2; so
- * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double. */
+ * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double (in
+ * evaluation mode in floats: no gradient multiplies their errors there). */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -6174,7 +6175,7 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 
 #define SPMI_WINO 36                     /* components of a tile */
 #define SPMI_WINO_CHAIN 16               /* products in one chain of additions: more would be most of the error */
-#define SPMI_WINO_TILES 96               /* of a task at most */
+#define SPMI_WINO_TILES 64               /* of a task at most */
 
 typedef struct spmi_tiles {
     int64_t down, across, count;         /* 4x4 tiles of a picture's output, and of all pictures */
@@ -6277,7 +6278,7 @@ static void spmi_wino_plan(spmi_taps_job *job)
     } else {
         const int64_t blocks = (s->depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC;
         job->kc = SPMI_WINO_KC;
-        job->block = SPMI_MIN(64, job->tiles.count);
+        job->block = SPMI_MIN(SPMI_WINO_TILES, job->tiles.count);
         job->chunk = SPMI_MAX(1, SPMI_WINO_CHUNK / (SPMI_WINO * job->kc * blocks * job->block)) * job->block;
         job->chunk = SPMI_MIN(job->chunk, job->tiles.count);
         job->v_at = spmi_wino_stride(job->block * job->kc);
@@ -31419,9 +31420,11 @@ static spm_status spmi_train_check(spmi_trainer *t)
 static spm_status spmi_train_model(spmi_trainer *t)
 {
     const spm_train_desc *d = t->desc;
+    const int strict = d->checkpoint && !d->resume && !d->allow_partial; /* every value comes from the file */
     const spm_program *program;
     spm_status status;
-    t->model = spm_model_build(t->ctx, &d->arch, spm_random_key(d->seed, 0x696e6974u, 0), t->err);
+    t->model = spm_model_build(t->ctx, &d->arch,
+                               strict ? SPM_NO_SEED : spm_random_key(d->seed, 0x696e6974u, 0), t->err);
     if (!t->model) return t->err->status;
     status = spmi_eval_classes(t->model, t->dataset, &t->classes, t->err);
     if (!status && d->checkpoint && !d->resume)

@@ -885,6 +885,23 @@ static int float_order(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+/* |w| of all single weights that are ranked, ascending, and their number. */
+static float *sorted_magnitudes(spm_model *model, int64_t *n)
+{
+    int i, count = spm_model_parameter_count(model);
+    int64_t j, at = 0;
+    float *sorted;
+    for (*n = 0, i = 0; i < count; i++)
+        *n += ranked(spm_model_parameter(model, i)) ? spm_tensor_count(&spm_model_parameter(model, i)->value) : 0;
+    sorted = (float *)malloc((size_t)*n * sizeof *sorted);
+    for (i = 0; i < count; i++) {
+        const spm_parameter *p = spm_model_parameter(model, i);
+        for (j = 0; ranked(p) && j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
+    }
+    qsort(sorted, (size_t)*n, sizeof *sorted, float_order);
+    return sorted;
+}
+
 /* The rule of METHOD 2.4, sound and with quirk Q4, against a model changed here. */
 static void single_weights(void)
 {
@@ -892,18 +909,12 @@ static void single_weights(void)
     bench b = bench_open("resnet18:width=2,stem=cifar", 2);
     int variant, i, count = spm_model_parameter_count(b.model);
     float **all = save_all(b.model), *sorted;
-    int64_t n = 0, j, at = 0;
+    int64_t n = 0, j;
     spm_parameter *tie = spm_model_parameter(b.model, spm_model_find_parameter(b.model, "layer1.1.conv2.weight"));
     for (j = 0; j < 20; j++) tie->value.data[j] = 1e-3f; /* ties at the threshold */
     restore_all(b.model, all, 1);
     all = save_all(b.model);
-    for (i = 0; i < count; i++) n += ranked(spm_model_parameter(b.model, i)) ? spm_tensor_count(&spm_model_parameter(b.model, i)->value) : 0;
-    sorted = (float *)malloc((size_t)n * sizeof *sorted);
-    for (i = 0; i < count; i++) {
-        const spm_parameter *p = spm_model_parameter(b.model, i);
-        for (j = 0; ranked(p) && j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
-    }
-    qsort(sorted, (size_t)n, sizeof *sorted, float_order);
+    sorted = sorted_magnitudes(b.model, &n);
     for (variant = 0; variant < 16; variant++) {
         double fraction = fractions[variant / 4];
         int smallest = variant & 1, q4 = (variant >> 1) & 1;
@@ -968,19 +979,13 @@ static void controls_of_single_weights(void)
     spm_localize_desc desc = weight_study(&b, 0.01, 1, 0);
     int count = spm_model_parameter_count(b.model), i, c, g;
     float **all = save_all(b.model), *sorted, t;
-    int64_t n = 0, at = 0, j, k, m, chosen = 0;
+    int64_t n = 0, j, k, m, chosen = 0;
     double gap = 0.0, drops[WANTED][4];
     spm_json_value *root;
     const spm_json_value *row, *controls;
     spm_eval before;
     char **used = (char **)calloc((size_t)count, sizeof *used);
-    for (i = 0; i < count; i++) n += ranked(spm_model_parameter(b.model, i)) ? spm_tensor_count(&spm_model_parameter(b.model, i)->value) : 0;
-    sorted = (float *)malloc((size_t)n * sizeof *sorted);
-    for (i = 0; i < count; i++) {
-        const spm_parameter *p = spm_model_parameter(b.model, i);
-        for (j = 0; ranked(p) && j < spm_tensor_count(&p->value); j++) sorted[at++] = fabsf(p->value.data[j]);
-    }
-    qsort(sorted, (size_t)n, sizeof *sorted, float_order);
+    sorted = sorted_magnitudes(b.model, &n);
     t = sorted[(int64_t)ceil(0.01 * (double)n) - 1];
     before = evaluated(&b, SPM_TEST);
     for (c = 0; c < WANTED; c++) {
