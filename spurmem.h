@@ -232,7 +232,7 @@ typedef struct spm_context_desc {
      * NULL: the library's own pool (SPURMEM_THREADS), or the caller's thread. */
     void (*execute)(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg);
     void *execute_user;
-    int threads; /* 0: as many as cores; results do not depend on it */
+    int threads; /* 0: as many as cores that the process may use; results do not depend on it */
     spm_isa isa; /* 0: the environment's SPURMEM_ISA, else the best */
     /* 1: convolutions multiply tap by tap.  0: 3x3 ones of stride 1 with many channels go by Winograd's F(4x4, 3x3), a
      * quarter of the multiplications at about 1.7 times the rounding error; the choice hangs on the shape alone. */
@@ -2636,18 +2636,71 @@ static spm_isa spmi_cpu_select(spm_isa wanted)
     return SPM_ISA_C;
 }
 
+#if defined(__linux__)
+/* The beginning of a small text file; 0 where there is none. */
+static int spmi_cpu_file(const char *path, char *text, size_t size)
+{
+    FILE *file = fopen(path, "r");
+    size_t n = 0;
+    if (file) {
+        n = fread(text, 1, size - 1, file);
+        fclose(file);
+    }
+    text[n] = 0;
+    return n > 0;
+}
+
+/* Processors in the affinity mask (taskset, cpusets: the kernel's hexadecimal groups); 0: not known. */
+static int spmi_cpu_affinity(void)
+{
+    char text[8192];
+    const char *at;
+    int count = 0, bits;
+    if (!spmi_cpu_file("/proc/self/status", text, sizeof text) || !(at = strstr(text, "\nCpus_allowed:"))) return 0;
+    for (at += 14; *at && *at != '\n'; at++) {
+        bits = *at >= '0' && *at <= '9' ? *at - '0' : *at >= 'a' && *at <= 'f' ? *at - 'a' + 10 : 0;
+        for (; bits; bits &= bits - 1) count++;
+    }
+    return count;
+}
+
+/* Processors' worth of time that a container's control group may use (cgroup 2, else 1), rounded up; 0: no limit. */
+static int spmi_cpu_quota(void)
+{
+    char text[64];
+    double quota = 0, period = 0;
+    if (spmi_cpu_file("/sys/fs/cgroup/cpu.max", text, sizeof text)) {
+        char *end;
+        quota = strtod(text, &end); /* "max" gives 0 */
+        period = strtod(end, NULL);
+    } else if (spmi_cpu_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", text, sizeof text)) {
+        quota = strtod(text, NULL); /* -1: none */
+        if (spmi_cpu_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us", text, sizeof text)) period = strtod(text, NULL);
+    }
+    return quota > 0 && period > 0 && quota < period * 1024 ? (int)ceil(quota / period) : 0;
+}
+#endif
+
+/* Processors that this process may use: more threads than that would only wait for each other. */
 static int spmi_cpu_cores(void)
 {
+    int64_t cores = 1;
 #if defined(_WIN32)
     SYSTEM_INFO info;
     GetSystemInfo(&info);
-    return info.dwNumberOfProcessors > 0 ? (int)info.dwNumberOfProcessors : 1;
+    cores = (int64_t)info.dwNumberOfProcessors;
 #elif defined(_SC_NPROCESSORS_ONLN)
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores < 1 ? 1 : cores > 1024 ? 1024 : (int)cores;
-#else
-    return 1;
+    cores = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+#if defined(__linux__)
+    {
+        const int allowed[2] = { spmi_cpu_affinity(), spmi_cpu_quota() };
+        int i;
+        for (i = 0; i < 2; i++)
+            if (allowed[i]) cores = SPMI_MIN(cores, allowed[i]);
+    }
+#endif
+    return cores < 1 ? 1 : cores > 1024 ? 1024 : (int)cores;
 }
 
 /* Denormal numbers cost a hundred cycles each and carry nothing here: flushed to zero around all work of the library,

@@ -1,8 +1,14 @@
 /* Context, allocator, errors, files, threads, random numbers: sections CORE to RNG. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+  #define _GNU_SOURCE /* sched_setaffinity */
+#endif
 #include "test.h"
 #include "../spurmem.h"
 #include <fenv.h>
 #include <pthread.h>
+#ifdef __linux__
+  #include <sched.h>
+#endif
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -35,6 +41,28 @@ static void test_context(void)
     CHECK_STR(spm_status_text(SPM_E_SHAPE), "shapes do not fit");
     spm_context_destroy(ctx);
     spm_context_destroy(NULL);
+}
+
+/* A process that may use one processor (taskset, a container) gets one thread. */
+static void test_allowed_cores(void)
+{
+#ifdef __linux__
+    cpu_set_t all, one;
+    spm_context *ctx;
+    int cpu = 0;
+    if (sched_getaffinity(0, sizeof all, &all) != 0) SKIP("the processors of this process are not known");
+    while (cpu < CPU_SETSIZE - 1 && !CPU_ISSET(cpu, &all)) cpu++;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    if (sched_setaffinity(0, sizeof one, &one) != 0) SKIP("the processors of this process cannot be chosen");
+    ctx = spm_context_create(NULL);
+    (void)sched_setaffinity(0, sizeof all, &all);
+    CHECK(ctx != NULL);
+    CHECK_INT(spm_context_threads(ctx), 1);
+    spm_context_destroy(ctx);
+#else
+    SKIP("Linux only");
+#endif
 }
 
 static void test_allocator(void)
@@ -371,6 +399,7 @@ static void test_clock_and_peak(void)
 int main(void)
 {
     TEST(test_context);
+    TEST(test_allowed_cores);
     TEST(test_allocator);
     TEST(test_first_error_stays);
     TEST(test_files);
