@@ -2241,6 +2241,16 @@ static int spmi_string_equal(const char *a, const char *b)
     return strcmp(a, b) == 0;
 }
 
+/* spm_*_parse: finds the value of an enum, from `first` to `last`, by its name; 1 if there is one of that name. */
+#define SPMI_PARSE(function, type, first, last, name_of) \
+    SPMDEF int function(const char *name, type *value) \
+    { \
+        int i; \
+        for (i = (int)(first); i <= (int)(last) && !spmi_string_equal(name, name_of((type)i)); i++) continue; \
+        if (i <= (int)(last)) *value = (type)i; \
+        return i <= (int)(last); \
+    }
+
 /* 1 if `string` ends in `suffix`, letters compared without case (file name endings). */
 static int spmi_string_ends(const char *string, const char *suffix)
 {
@@ -2610,17 +2620,7 @@ SPMDEF const char *spm_isa_name(spm_isa isa)
     return "unknown";
 }
 
-SPMDEF int spm_isa_parse(const char *name, spm_isa *isa)
-{
-    int i;
-    for (i = SPM_ISA_AUTO; i <= SPM_ISA_AVX512; i++) {
-        if (spmi_string_equal(name, spm_isa_name((spm_isa)i))) {
-            *isa = (spm_isa)i;
-            return 1;
-        }
-    }
-    return 0;
-}
+SPMI_PARSE(spm_isa_parse, spm_isa, SPM_ISA_AUTO, SPM_ISA_AVX512, spm_isa_name)
 
 /* The instruction set to use: the one asked for, else the environment's, else the best. SPM_ISA_AUTO: not there. */
 static spm_isa spmi_cpu_select(spm_isa wanted)
@@ -20863,17 +20863,7 @@ SPMDEF const char *spm_data_format_name(spm_data_format format)
     return "unknown";
 }
 
-/* Finds the value of an enum (from 0 to `last`) by its name. */
-#define SPMI_DATA_PARSE(function, type, last, name_of) \
-    SPMDEF int function(const char *name, type *value) \
-    { \
-        int i; \
-        for (i = 0; i <= (int)(last) && !spmi_string_equal(name, name_of((type)i)); i++) continue; \
-        if (i <= (int)(last)) *value = (type)i; \
-        return i <= (int)(last); \
-    }
-
-SPMI_DATA_PARSE(spm_data_format_parse, spm_data_format, SPM_DATA_PACKED, spm_data_format_name)
+SPMI_PARSE(spm_data_format_parse, spm_data_format, SPM_DATA_AUTO, SPM_DATA_PACKED, spm_data_format_name)
 
 SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode)
 {
@@ -20886,7 +20876,7 @@ SPMDEF const char *spm_resize_mode_name(spm_resize_mode mode)
     return "unknown";
 }
 
-SPMI_DATA_PARSE(spm_resize_mode_parse, spm_resize_mode, SPM_RESIZE_NONE, spm_resize_mode_name)
+SPMI_PARSE(spm_resize_mode_parse, spm_resize_mode, SPM_RESIZE_PAPER, SPM_RESIZE_NONE, spm_resize_mode_name)
 
 SPMDEF const char *spm_augment_name(spm_augment augment)
 {
@@ -20898,8 +20888,7 @@ SPMDEF const char *spm_augment_name(spm_augment augment)
     return "unknown";
 }
 
-SPMI_DATA_PARSE(spm_augment_parse, spm_augment, SPM_AUGMENT_PAPER, spm_augment_name)
-#undef SPMI_DATA_PARSE
+SPMI_PARSE(spm_augment_parse, spm_augment, SPM_AUGMENT_NONE, SPM_AUGMENT_PAPER, spm_augment_name)
 
 /* ---- the data set ---- */
 
@@ -24118,7 +24107,7 @@ static void spmi_ckpt_root(spm_model *model, const spmi_ckpt_view *views, int co
                 spmi_ckpt_plain_name(at, plain, sizeof plain);
                 if (spmi_string_equal(plain, views[0].name)) length = (int)SPMI_MIN(at - name, 199);
                 at = strchr(at, '.');
-                at += at != NULL;
+                if (at) at++;
             }
             if (length < 0) continue;
             if (!pass && (!found || length < (int)strlen(root))) (void)spmi_format(root, 200, "%.*s", length, name);
@@ -25192,16 +25181,7 @@ SPMDEF const char *spm_unit_kind_name(spm_unit_kind kind)
     return kind == SPM_UNIT_CHANNEL ? "channel" : kind == SPM_UNIT_HEAD ? "head" : "weight";
 }
 
-SPMDEF int spm_unit_kind_parse(const char *name, spm_unit_kind *kind)
-{
-    int i;
-    for (i = SPM_UNIT_CHANNEL; i <= SPM_UNIT_WEIGHT; i++) {
-        if (!spmi_string_equal(name, spm_unit_kind_name((spm_unit_kind)i))) continue;
-        *kind = (spm_unit_kind)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_PARSE(spm_unit_kind_parse, spm_unit_kind, SPM_UNIT_CHANNEL, SPM_UNIT_WEIGHT, spm_unit_kind_name)
 
 SPMDEF const char *spm_criterion_name(spm_criterion criterion)
 {
@@ -25220,16 +25200,7 @@ SPMDEF const char *spm_criterion_name(spm_criterion criterion)
     return "unknown";
 }
 
-SPMDEF int spm_criterion_parse(const char *name, spm_criterion *criterion)
-{
-    int i;
-    for (i = SPM_CRITERION_GRADIENT; i <= SPM_CRITERION_RANDOM; i++) {
-        if (!spmi_string_equal(name, spm_criterion_name((spm_criterion)i))) continue;
-        *criterion = (spm_criterion)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_PARSE(spm_criterion_parse, spm_criterion, SPM_CRITERION_GRADIENT, SPM_CRITERION_RANDOM, spm_criterion_name)
 
 SPMDEF int spm_criterion_by_group(spm_criterion criterion)
 {
@@ -26340,16 +26311,7 @@ SPMDEF const char *spm_modify_name(spm_modify modify)
     return "unknown";
 }
 
-SPMDEF int spm_modify_parse(const char *name, spm_modify *modify)
-{
-    int i;
-    for (i = SPM_MODIFY_ZERO_UNIT; i <= SPM_MODIFY_LAYER_REWIND; i++) {
-        if (!spmi_string_equal(name, spm_modify_name((spm_modify)i))) continue;
-        *modify = (spm_modify)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_PARSE(spm_modify_parse, spm_modify, SPM_MODIFY_ZERO_UNIT, SPM_MODIFY_LAYER_REWIND, spm_modify_name)
 
 static int spmi_modify_noisy(spm_modify modify)
 {
@@ -28947,16 +28909,7 @@ SPMDEF const char *spm_method_name(spm_method method)
     return method >= 0 && method < SPM_METHODS ? names[method] : "unknown";
 }
 
-SPMDEF int spm_method_parse(const char *name, spm_method *method)
-{
-    int i;
-    for (i = 0; i < SPM_METHODS; i++) {
-        if (!spmi_string_equal(name, spm_method_name((spm_method)i))) continue;
-        *method = (spm_method)i;
-        return 1;
-    }
-    return 0;
-}
+SPMI_PARSE(spm_method_parse, spm_method, SPM_METHOD_ERM, SPM_METHOD_INTERVENE, spm_method_name)
 
 static const char *spmi_mask_name(spm_mask_kind mask)
 {
