@@ -1855,8 +1855,8 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
  *                                               IMPLEMENTATION
  * ============================================================================================================= */
 #if (defined(SPURMEM_IMPLEMENTATION) || defined(SPURMEM_STATIC)) && !defined(SPURMEM_IMPLEMENTED)
-/* 0 where an application included a system header under -std=c99 first, so that POSIX stayed hidden: no fsync then and
- * a coarser clock. */
+/* 0 where an application included a system header under -std=c99 first, so that POSIX stayed hidden: no fsync then, a
+ * coarser clock, and the application's decimal point in sentences, names and plots. */
 #if defined(_WIN32) || (defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(__cplusplus))
   #define SPMI_POSIX 0
 #else
@@ -1865,6 +1865,7 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -1886,6 +1887,9 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
   #include <sys/stat.h>
   #include <sys/types.h>
   #include <unistd.h>
+  #ifdef __APPLE__
+    #include <xlocale.h>
+  #endif
   #ifdef SPURMEM_THREADS
     #include <pthread.h>
   #endif
@@ -1973,11 +1977,56 @@ static void spmi_lock_leave(spmi_lock *lock)
 #endif
 }
 
+/* The calling thread's way to write numbers becomes C's until spmi_locale_leave: an application may have chosen a
+ * decimal comma, which would end up in checkpoints, JSON and plots. */
+typedef struct spmi_locale {
+#if SPMI_POSIX
+    locale_t c, was;
+#else
+    int unused;
+#endif
+} spmi_locale;
+
+static void spmi_locale_enter(spmi_locale *locale)
+{
+#if SPMI_POSIX
+    locale->c = newlocale(LC_ALL_MASK, "C", (locale_t)0);
+    locale->was = locale->c ? uselocale(locale->c) : (locale_t)0;
+#else
+    locale->unused = 0;
+#endif
+}
+
+static void spmi_locale_leave(const spmi_locale *locale)
+{
+#if SPMI_POSIX
+    if (!locale->c) return;
+    (void)uselocale(locale->was);
+    freelocale(locale->c);
+#else
+    (void)locale;
+#endif
+}
+
+static double spmi_strtod(const char *text, char **end)
+{
+    spmi_locale locale;
+    double value;
+    spmi_locale_enter(&locale);
+    value = strtod(text, end);
+    spmi_locale_leave(&locale);
+    return value;
+}
+
 /* The one place that formats text: always terminated, cut at `size`. Returns the length that was wanted. */
 SPMI_FORMAT(3, 0)
 static int spmi_format_list(char *buffer, size_t size, const char *format, va_list list)
 {
-    int n = vsnprintf(buffer, size, format, list);
+    spmi_locale locale;
+    int n;
+    spmi_locale_enter(&locale);
+    n = vsnprintf(buffer, size, format, list);
+    spmi_locale_leave(&locale);
     if (n < 0 && size) buffer[0] = 0;
     return n;
 }
@@ -12312,7 +12361,7 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: the stem is imagenet or cifar", arch->name, length, text);
     }
     if (spmi_arch_rate(arch, option)) {
-        const double number = strtod(value, &end);
+        const double number = spmi_strtod(value, &end);
         *spmi_arch_rate(arch, option) = (float)number;
         if (end > value && *end == 0 && number >= 0.0 && number < 1.0) return SPM_OK;
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: must be a number from 0 to below 1", arch->name, length,
@@ -12709,10 +12758,12 @@ struct spm_optimizer {
 static double spmi_decimal(float x)
 {
     char text[32];
+    double value;
     int digits;
     for (digits = 1; digits < 9; digits++) {
         (void)spmi_format(text, sizeof text, "%.*g", digits, (double)x);
-        if ((float)strtod(text, NULL) >= x && (float)strtod(text, NULL) <= x) return strtod(text, NULL);
+        value = spmi_strtod(text, NULL);
+        if ((float)value >= x && (float)value <= x) return value;
     }
     return (double)x;
 }
@@ -17214,7 +17265,7 @@ static int spmi_number_parse(const char *text, size_t length, double *value)
     if (!used) return 0;
     buffer[used] = 0;
     end = buffer + used;
-    *value = strtod(buffer, &stop);
+    *value = spmi_strtod(buffer, &stop);
     return stop == end;
 }
 
@@ -24524,7 +24575,7 @@ static int spmi_ckpt_triple(const char *text, float out[3])
     int i;
     for (i = 0; text && i < 3; i++) {
         char *end;
-        double value = strtod(text, &end);
+        double value = spmi_strtod(text, &end);
         if (end == text || (i < 2 && *end != ',')) return 0;
         out[i] = (float)value;
         text = end + 1;
@@ -29425,7 +29476,7 @@ static double spmi_state_number(const spmi_state_walk *walk, const char *key, do
 {
     char text[40];
     const char *found = walk->what == 2 ? spm_archive_metadata(walk->archive, key) : NULL;
-    if (walk->what == 2) return found ? strtod(found, NULL) : 0.0;
+    if (walk->what == 2) return found ? spmi_strtod(found, NULL) : 0.0;
     (void)spmi_format(text, sizeof text, "%.17g", value);
     spm_archive_add_metadata(walk->writer, key, text);
     return value;

@@ -131,15 +131,46 @@ static void json_grammar(void)
     CHECK(!json_ok(deep));
 }
 
-static void json_locale(void)
+/* A locale with a decimal comma: an installed one, or one that localedef makes. */
+static int comma_locale(void)
 {
     static const char names[][16] = { "de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8", "de_DE" };
+    char command[300];
     size_t i;
     for (i = 0; i < 4; i++)
-        if (setlocale(LC_NUMERIC, names[i])) break;
-    if (i == 4) SKIP("no locale with a decimal comma is installed");
+        if (setlocale(LC_ALL, names[i])) return 1;
+    snprintf(command, sizeof command, "localedef -i de_DE -f UTF-8 %s >/dev/null 2>&1", scratch("de_DE.UTF-8"));
+    if (system(command) == -1) return 0;
+    setenv("LOCPATH", scratch(""), 1);
+    return setlocale(LC_ALL, "de_DE.UTF-8") != NULL;
+}
+
+/* An application with a decimal comma writes and reads the same files as any other. */
+static void decimal_comma(void)
+{
+    spm_arch arch = SPM_ZERO;
+    spm_checkpoint_info info = SPM_ZERO, back;
+    spm_model *model;
+    char text[32], name[128];
+    if (!comma_locale()) SKIP("no locale with a decimal comma is installed or can be made");
+    snprintf(text, sizeof text, "%.1f", 0.5);
+    CHECK_STR(text, "0,5");
     json_round_trip();
-    setlocale(LC_NUMERIC, "C");
+    arch.height = arch.width_px = 8;
+    arch.classes = 2;
+    CHECK_INT(spm_arch_parse(ctx, "vit:patch=4,dim=4,depth=1,heads=2,mlp=1,drop=0.25", &arch, NULL), SPM_OK);
+    CHECK(arch.drop > 0.2f);
+    CHECK(strstr(spm_arch_text(&arch, name, sizeof name), "drop=0.25") != NULL);
+    model = spm_model_build(ctx, &arch, 1, NULL);
+    info.arch = arch;
+    info.transform = spm_transform_make(8, 8);
+    CHECK_INT(spm_checkpoint_save(model, scratch("comma.safetensors"), &info, NULL), SPM_OK);
+    setlocale(LC_ALL, "C");
+    CHECK_INT(spm_checkpoint_inspect(ctx, scratch("comma.safetensors"), &back, NULL), SPM_OK);
+    CHECK(back.arch.drop > 0.2f);
+    CHECK(memcmp(back.transform.mean, info.transform.mean, sizeof back.transform.mean) == 0);
+    CHECK(memcmp(back.transform.std, info.transform.std, sizeof back.transform.std) == 0);
+    spm_model_destroy(model);
 }
 
 /* ---- CSV ---- */
@@ -865,7 +896,7 @@ int main(void)
     }
     TEST(json_round_trip);
     TEST(json_grammar);
-    TEST(json_locale);
+    TEST(decimal_comma);
     TEST(csv_tables);
     TEST(csv_errors);
     TEST(safetensors_round_trip);
