@@ -2890,35 +2890,43 @@ typedef struct spmi_worker {
     int slot;
 } spmi_worker;
 
-/* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep.  Tasks are taken
- * from a shared counter; a task belongs to no thread, so results cannot depend on who takes it.  A worker joins a job
- * only while it is open: one that wakes up when all tasks are taken is not waited for. */
+/* Tasks [next, end) of a job, on a cache line of their own. */
+typedef struct spmi_pool_range {
+    int64_t next, end;
+    char apart[SPMI_ALIGN - 2 * sizeof(int64_t)];
+} spmi_pool_range;
+
+/* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep.  Every thread has
+ * a range of neighbouring tasks, so that what it reads and writes lies together, and helps with the others' when its own
+ * is done; a task belongs to no thread, so results cannot depend on who takes it.  A worker joins a job only while it is
+ * open: one that wakes up when all tasks are taken is not waited for. */
 struct spmi_pool {
     spm_context *ctx;
     spmi_lock lock;
     spmi_condition wake, done;
     void (*fn)(void *arg, int64_t task, int slot);
     void *arg;
-    int64_t tasks, next;      /* `next` is the counter */
     int64_t sequence;         /* of the current job */
     int working;              /* workers inside the current job */
     int sleeping;             /* workers inside wait */
     int quit;
     int busy, open;           /* a job is under way; it may have tasks left */
     int workers;
+    spmi_pool_range *ranges;  /* [workers + 1], by slot */
     spmi_thread *threads;
     spmi_thread_start *starts;
     spmi_worker *slots;
 };
 
-static int64_t spmi_pool_take(struct spmi_pool *pool)
+static int64_t spmi_pool_take(struct spmi_pool *pool, spmi_pool_range *range)
 {
 #if SPMI_ATOMICS
-    return SPMI_FETCH_ADD(&pool->next, 1);
+    (void)pool;
+    return SPMI_FETCH_ADD(&range->next, 1);
 #else
     int64_t task;
     spmi_lock_enter(&pool->lock);
-    task = pool->next++;
+    task = range->next++;
     spmi_lock_leave(&pool->lock);
     return task;
 #endif
@@ -2926,8 +2934,13 @@ static int64_t spmi_pool_take(struct spmi_pool *pool)
 
 static void spmi_pool_work(struct spmi_pool *pool, int slot)
 {
+    const int n = pool->workers + 1;
     int64_t task;
-    while ((task = spmi_pool_take(pool)) < pool->tasks) pool->fn(pool->arg, task, slot);
+    int i;
+    for (i = 0; i < n; i++) {
+        spmi_pool_range *range = &pool->ranges[(slot + i) % n];
+        while ((task = spmi_pool_take(pool, range)) < range->end) pool->fn(pool->arg, task, slot);
+    }
 }
 
 /* Some 50 microseconds of looking for a new job without a system call. 1 if one came. */
@@ -2998,6 +3011,7 @@ static void spmi_pool_destroy(struct spmi_pool *pool)
     spmi_condition_free(&pool->wake);
     spmi_condition_free(&pool->done);
     spmi_lock_free(&pool->lock);
+    spmi_free(ctx, pool->ranges);
     spmi_free(ctx, pool->threads);
     spmi_free(ctx, pool->starts);
     spmi_free(ctx, pool->slots);
@@ -3015,10 +3029,11 @@ static struct spmi_pool *spmi_pool_create(spm_context *ctx, int threads)
     spmi_lock_init(&pool->lock);
     spmi_condition_init(&pool->wake);
     spmi_condition_init(&pool->done);
+    pool->ranges = (spmi_pool_range *)spmi_alloc_array(ctx, threads, sizeof *pool->ranges);
     pool->threads = (spmi_thread *)spmi_alloc_array(ctx, threads - 1, sizeof *pool->threads);
     pool->starts = (spmi_thread_start *)spmi_alloc_array(ctx, threads - 1, sizeof *pool->starts);
     pool->slots = (spmi_worker *)spmi_alloc_array(ctx, threads - 1, sizeof *pool->slots);
-    if (!pool->threads || !pool->starts || !pool->slots) {
+    if (!pool->ranges || !pool->threads || !pool->starts || !pool->slots) {
         spmi_pool_destroy(pool);
         return NULL;
     }
@@ -3036,6 +3051,8 @@ static struct spmi_pool *spmi_pool_create(spm_context *ctx, int threads)
 /* Runs the job on the pool; 0 if it is busy with another one (nested or simultaneous): then the caller works alone. */
 static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void *, int64_t, int), void *arg)
 {
+    const int n = pool->workers + 1;
+    int i;
     spmi_lock_enter(&pool->lock);
     if (pool->busy) {
         spmi_lock_leave(&pool->lock);
@@ -3044,8 +3061,10 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
     pool->busy = pool->open = 1;
     pool->fn = fn;
     pool->arg = arg;
-    pool->tasks = tasks;
-    pool->next = 0;
+    for (i = 0; i < n; i++) {
+        pool->ranges[i].next = tasks / n * i + SPMI_MIN(tasks % n, i);
+        pool->ranges[i].end = pool->ranges[i].next + tasks / n + (i < tasks % n);
+    }
 #if SPMI_ATOMICS
     (void)SPMI_FETCH_ADD(&pool->sequence, 1);
 #else
