@@ -3552,6 +3552,8 @@ static int run_bench(cli *line)
     }
     if (ok && !only && line->operands) ok = bench_decode(line, json, &err);
     spm_json_array_end(json);
+    /* last: its memory would stand in the rows' peaks */
+    spm_json_number(json, "copy_gbytes", 0.268435456 / bench_copy(line->ctx, 268435456.0));
     spm_json_object_end(json);
     if (ok && !interrupted) return finish_json(line, json);
     spm_json_destroy(json);

@@ -863,6 +863,7 @@ static void test_bench(void)
     CHECK_STR(string(object, "command"), "bench");
     peak = real(object, "peak_gflops");
     CHECK(peak > 0.0 && *string(object, "isa"));
+    CHECK(real(object, "copy_gbytes") > 0.0);
     CHECK_INT(whole(object, "threads"), 1);
     results = list(object, "results");
     CHECK(spm_json_length(results) >= 1);

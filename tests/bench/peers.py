@@ -10,8 +10,10 @@ other way round.  A round is one turn of each (a warm-up, then at least three st
 counts); the row's ratio is the median over the rounds of peer seconds / spurmem seconds.  The same ratio of processor
 seconds (all threads) is printed beside it: where other programs take turns on the machine, that is the one to read.
 PyTorch runs with the better of one thread and all; its linear layers are as fast as its BLAS, so a reference BLAS
-is named ("apt install libopenblas0", or LD_LIBRARY_PATH).  Rows whose peer is missing are named and left out.  Nothing but the standard library is needed here; the workers need torch and torchvision, or
-onnxruntime and numpy.
+is named ("apt install libopenblas0", or LD_LIBRARY_PATH).  --isa avx2 holds spurmem, PyTorch, oneDNN and OpenBLAS to
+AVX2; ONNX Runtime knows no such limit.  What the machine itself gives a second thread, in multiplications and in
+copying, stands behind the row of threads.  Rows whose peer is missing are named and left out.  Nothing but the standard
+library is needed here; the workers need torch and torchvision, or onnxruntime and numpy.
 """
 import argparse
 import json
@@ -40,7 +42,11 @@ ROWS = [
     ("train-small", "train:resnet18:width=16", ["--image-size", "64", "--batch", "64"], ["torch"],
      {"do": "train", "net": "resnet18", "width": 16, "batch": 64, "size": 64}, 1.25),
     ("start-resnet50", None, [], ["torch"], {"do": "start", "net": "resnet50"}, 1 / 0.15),
-    ("threads-resnet50", "train:resnet50", [], ["self"], {}, 1.85),
+    ("threads-resnet50", "train:resnet50", [], ["self"], {"title": "itself, one thread", "threads": 1}, 1.85),
+    ("bf16-resnet50", "train:resnet50", ["--precision", "bf16"], ["self"],
+     {"title": "itself, fp32, direct convolution", "options": ["--conv", "direct"]}, 1.5),
+    ("bf16-vit-b", "train:vit_base", ["--precision", "bf16"], ["self"],
+     {"title": "itself, fp32", "options": ["--conv", "direct"]}, 1.5),
     ("scan-resnet18", "scan:resnet18", ["--batch", "32"], ["inside"], {}, 2.5),
 ]
 SIZES = {"vit_s": (12, 6, 384, 1536), "vit_b": (12, 12, 768, 3072)}
@@ -217,7 +223,9 @@ class Peer:
 
     def __init__(self, python, kind):
         environment = dict(os.environ)
-        if has_avx512():  # OpenBLAS takes processors younger than itself for plain AVX2 ones
+        if environment.get("SPURMEM_ISA") == "avx2":
+            environment.update(OPENBLAS_CORETYPE="Haswell", ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2")
+        elif has_avx512():  # OpenBLAS takes processors younger than itself for plain AVX2 ones
             environment.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
         self.process = subprocess.Popen([python, os.path.abspath(__file__), "--worker", kind], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
@@ -256,10 +264,11 @@ def find_pythons():
 # ---- the rows ----
 
 def ours(options, only, further, threads):
-    """One turn of spurmem: the row of its JSON."""
+    """One turn of spurmem: the row of its JSON, and what the machine gives as many threads."""
     command = [options.spurmem, "bench", "--only", only, "--threads", str(threads), "--json", "-"] + further
     command += options.extra.split()
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["results"][0]
+    said = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return dict(said["results"][0], machine=(said["peak_gflops"], said["copy_gbytes"]))
 
 
 def turn(command):
@@ -281,10 +290,15 @@ def measure(options, row, pythons, folder):
             rounds.append((one["seconds"], one["seconds"] * one["times_faster"]))
         return rounds, "every pass in full", memory
     if kind == "self":
+        machine, title = [], work["title"]
         for _ in range(options.rounds):
-            both = [ours(options, only, further, n)["seconds"] for n in (2, 1)]
-            rounds.append((both[0], both[1]))
-        return rounds, "itself, one thread", memory
+            us = ours(options, only, further, options.threads)
+            them = ours(options, only, work.get("options", further), work.get("threads", options.threads))
+            rounds.append((us["seconds"], them["seconds"]))
+            machine.append([a / b for a, b in zip(us["machine"], them["machine"])])
+        if "threads" in work:
+            title += "; the machine: %.2f in FMA, %.2f in copies" % tuple(map(statistics.median, zip(*machine)))
+        return rounds, title, memory
     if work["do"] == "start":
         maker = Peer(pythons["torch"], "torch")
         saved, picture = os.path.join(folder, "net.pth"), os.path.join(folder, "picture.ppm")
@@ -325,11 +339,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--spurmem", default="build/spurmem")
     parser.add_argument("--extra", default="", help="further options of spurmem bench, e.g. '--precision bf16'")
+    parser.add_argument("--isa", choices=["avx2"], help="no instructions beyond these, for spurmem and its peers")
     parser.add_argument("--markdown", action="store_true", help="a table for a README")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(options.worker)
+    if options.isa:
+        os.environ["SPURMEM_ISA"] = options.isa
     known = [row[0] for row in ROWS]
     if options.list:
         return print("\n".join(known))
