@@ -703,6 +703,9 @@ SPMDEF double spm_gradient_check(spm_context *ctx, spm_op op, const spm_op_call 
  * ============================================================================================================= */
 
 typedef enum spm_family { SPM_RESNET, SPM_VIT } spm_family;
+/* Whose names a ViT's parameters have in files: timm's (blocks.0.attn.qkv.weight) or torchvision's
+ * (encoder.layers.encoder_layer_0.self_attention.in_proj_weight).  AUTO: timm's, or as the file has them. */
+typedef enum spm_names { SPM_NAMES_AUTO, SPM_NAMES_TIMM, SPM_NAMES_TORCHVISION } spm_names;
 
 /* An architecture, complete: spm_arch_parse fills it from text. */
 typedef struct spm_arch {
@@ -720,6 +723,7 @@ typedef struct spm_arch {
     /* ViT (Dosovitskiy et al. 2020; DeiT: Touvron et al. 2020), pre-norm */
     int64_t patch, dim, depth, heads, mlp_ratio;
     int distilled;                 /* a second token and head; logits are the mean of both heads */
+    spm_names names;               /* of the files that are written; in memory the names are always timm's */
     float norm_eps;                /* ViT layer norms: 1e-6 */
     float drop, drop_path;         /* rates, 0; drop_path grows linearly over the blocks up to this */
     /* dropout of the features: a share of the channels always passes; the others are off at rate `off` (0: none), tied
@@ -730,9 +734,10 @@ typedef struct spm_arch {
 
 /* Parses NAME[:option=value,...].  Names: spm_arch_name_at, and "vit" for a free one (dim 192, depth 12, heads 3).
  * Options of ResNets: width, stem=imagenet|cifar, groups, width_per_group; of ViTs: patch, dim, depth, heads, mlp,
- * distilled=0|1, eps, drop, drop_path; of both: always=SHARE, off=RATE, off_free=0|1 (see spm_arch).  *arch is an
+ * distilled=0|1, eps, drop, drop_path, names=timm|torchvision; of both: always=SHARE, off=RATE, off_free=0|1 (see
+ * spm_arch).  torchvision's vit_b_16 and vit_l_16 are vit_base and vit_large with names=torchvision.  *arch is an
  * input as well: height, width_px and classes that are not 0 stay (else 224 px and 1000 classes; with a CIFAR stem 32
- * px and 10), softmax_head stays; the rest is overwritten.
+ * px and 10), softmax_head stays, and so do names that the text does not choose by the option; the rest is overwritten.
  * Errors name the option and the nearest known name.  Covered by test_nets. */
 SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *arch, spm_error *err);
 /* The canonical text: the name and the options that differ from its defaults, in a fixed order; cut at size, returns
@@ -1326,8 +1331,8 @@ typedef struct spm_checkpoint_info {
     spm_arch arch;             /* softmax_head included */
     spm_transform transform;
     int label_reversed;        /* quirk Q2: output column 0 is the last class */
-    int has_arch;              /* 0: the file does not say (a torch file, or another program's): arch and transform are
-                                * zero and the caller's to fill */
+    int has_arch;              /* 0: the file does not say (a torch file, or another program's): transform and all of
+                                * arch but its names are zero and the caller's to fill */
     int64_t epoch;             /* -1: unknown */
     char method[32];           /* "erm", "intervene" ... or "" */
     char class_names[512];     /* joined by '|', or "" */
@@ -1337,15 +1342,18 @@ typedef struct spm_checkpoint_info {
 /* Reads what the file says about itself, and no tensor. */
 SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm_checkpoint_info *info, spm_error *err);
 /* Fills the model's parameters and buffers from any file that spm_archive_open reads (F32, or converted to it).
- * Names: prefixes module., model., backbone., _orig_mod. are dropped; if there are tensors under state_dict.,
- *   model_state_dict. or model., only those count, and so do those below any other one place at which the network is
- *   found (net., encoder., student. ...); the head may stand beside that and be called fc, head, heads, linear,
- *   classifier or last_linear, with .fc, .head or a number behind it; torchvision's ViT names
- *   (encoder.layers.encoder_layer_0.ln_1 ...) and "shortcut" for "downsample" are known; num_batches_tracked is ignored.
+ * Names: prefixes module., model., backbone., _orig_mod. are dropped; the network is looked for under state_dict.,
+ *   model_state_dict. or model. if there are such tensors, and there below any one prefix (net., encoder., student. ...);
+ *   the head may stand beside it and be called fc, head, heads, linear, classifier or last_linear, with .fc, .head or a
+ *   number behind it; torchvision's ViT names (encoder.layers.encoder_layer_0.ln_1 ..., the MLP as mlp.0, mlp.3 or
+ *   mlp.linear_1, mlp.linear_2) and "shortcut" for "downsample" are known; num_batches_tracked is ignored.
+ *   A training loop's tensors (outside state_dict., or called optimizer, epoch, best_acc ...) are left out and said so in
+ *   one line of the log; whatever else stands beside the network is surplus.
  * Shapes: PyTorch's layouts ([O,I,KH,KW]); a pos_embed of another square grid is resized (bicubic, as timm; logged).
  * Strict: missing, surplus and misshaped parameters are counted and the first of each named in the error;
  *   spm_checkpoint_compare lists all.
- *   allow_partial = 1 accepts a head that is missing or of another size: it keeps its values; logged in one line.
+ *   allow_partial = 1 accepts a head that is missing or of another size: it keeps its values; and tensors beside the
+ *   network (a projection head): they are not read.  Each is logged in one line.
  * Every name, shape and checksum is looked at before the first value changes, so a load that the file fails leaves the
  * model as it was (only a disk that fails in the midst, SPM_E_IO, leaves a mixture).  The file is read straight into the
  * parameters, on the context's threads: no copy of the model is made.  Runs of the model must be at rest.  Covered by
@@ -1365,16 +1373,23 @@ SPMDEF spm_status spm_checkpoint_compare(spm_model *model, const char *path, int
 /* Writes .safetensors, or by the name's ending (.pth, .pt, .th) a torch file that torch.load(weights_only=True) reads:
  * F32 in PyTorch's layout, names and order, with num_batches_tracked = 0 behind each batch norm, so that
  * load_state_dict(strict=True) of torchvision and timm takes it.  `info` (NULL: none; not in torch files) goes into the
- * metadata; has_arch and source are not read.  Atomic: the name is complete or as before.  Covered by test_ckpt. */
+ * metadata; has_arch and source are not read; info->arch.names says whose names a ViT's parameters get (AUTO: timm's).  Atomic: the name is complete or as before.  Covered by test_ckpt. */
 SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
                                       spm_error *err);
 /* Copies any checkpoint that spm_archive_open reads to a plain state dict, .safetensors or (any other ending) torch's
  * zip, also of a network that this library does not know: the tensors under state_dict., model_state_dict. or model.
  * if there are any (the rest, an optimizer's say, is left out), without the wrappers' prefixes that all of them bear,
- * in their number types and order, with what a safetensors file of this library says about itself.  *tensors (may be
- * NULL): how many.  Atomic.  Covered by test_ckpt. */
-SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to, int64_t *tensors,
-                                         spm_error *err);
+ * in their number types and order, with what a safetensors file of this library says about itself.  `desc` (NULL: all
+ * zero) may rename a ViT's tensors, and may pass over the Python objects for which a torch file is refused otherwise
+ * (argparse's Namespace, NumPy's scalars ...): they are never made, and tensors inside of them are lost; logged in one
+ * line.  *tensors (may be NULL): how many.  Errors: a file without a tensor; a distilled network under torchvision's
+ * names, which has none for it.  Atomic.  Covered by test_ckpt. */
+typedef struct spm_convert_desc {
+    spm_names names;           /* AUTO: as they are */
+    int skip_objects;          /* 1: pass over Python objects that are not plain data */
+} spm_convert_desc;
+SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to,
+                                         const spm_convert_desc *desc, int64_t *tensors, spm_error *err);
 /* ================================================================================================================
  * >>API-EVAL  27  evaluation: groups, intervals, tests
  * ============================================================================================================= */
@@ -12199,7 +12214,7 @@ SPMDEF const char *spm_arch_name_at(int index)
 typedef enum spmi_arch_option {
     SPMI_ARCH_WIDTH, SPMI_ARCH_STEM, SPMI_ARCH_GROUPS, SPMI_ARCH_WIDTH_PER_GROUP,
     SPMI_ARCH_PATCH, SPMI_ARCH_DIM, SPMI_ARCH_DEPTH, SPMI_ARCH_HEADS, SPMI_ARCH_MLP, SPMI_ARCH_DISTILLED,
-    SPMI_ARCH_EPS, SPMI_ARCH_DROP, SPMI_ARCH_DROP_PATH, SPMI_ARCH_ALWAYS, SPMI_ARCH_OFF, SPMI_ARCH_OFF_FREE,
+    SPMI_ARCH_EPS, SPMI_ARCH_DROP, SPMI_ARCH_DROP_PATH, SPMI_ARCH_NAMES, SPMI_ARCH_ALWAYS, SPMI_ARCH_OFF, SPMI_ARCH_OFF_FREE,
     SPMI_ARCH_OPTIONS
 } spmi_arch_option;
 
@@ -12207,7 +12222,7 @@ static const char *spmi_arch_option_name(int option)
 {
     static const char names[SPMI_ARCH_OPTIONS][16] = {
         "width", "stem", "groups", "width_per_group", "patch", "dim", "depth", "heads", "mlp", "distilled",
-        "eps", "drop", "drop_path", "always", "off", "off_free"
+        "eps", "drop", "drop_path", "names", "always", "off", "off_free"
     };
     return names[option];
 }
@@ -12285,6 +12300,12 @@ static void spmi_arch_from_row(const spmi_arch_row *row, spm_arch *arch)
     arch->norm_eps = row->family ? 1e-6f : 0.0f;
 }
 
+/* torchvision's own names of its ViTs. */
+static int spmi_arch_is_torchvision(const char *name, size_t n)
+{
+    return n == 8 && (memcmp(name, "vit_b_16", n) == 0 || memcmp(name, "vit_l_16", n) == 0);
+}
+
 /* The row of a name of n letters; NULL if it is not known, with the nearest one's index in *nearest. */
 static const spmi_arch_row *spmi_arch_find(const char *name, size_t n, int *nearest)
 {
@@ -12337,6 +12358,8 @@ SPMDEF char *spm_arch_text(const spm_arch *arch, char *text, size_t size)
         else if (option == SPMI_ARCH_STEM && arch->cifar_stem != plain.cifar_stem) {
             (void)spmi_format(text + used, size - used, "%cstem=%s", separator, arch->cifar_stem ? "cifar"
                               : "imagenet");
+        } else if (option == SPMI_ARCH_NAMES && arch->family == SPM_VIT && arch->names == SPM_NAMES_TORCHVISION) {
+            (void)spmi_format(text + used, size - used, "%cnames=torchvision", separator);
         } else if (spmi_arch_flag(&now, option) && *spmi_arch_flag(&now, option) != *spmi_arch_flag(&plain, option)) {
             (void)spmi_format(text + used, size - used, "%c%s=%d", separator, name, *spmi_arch_flag(&now, option));
         } else continue;
@@ -12378,6 +12401,13 @@ static spm_status spmi_arch_set(spm_context *ctx, spm_arch *arch, const char *te
         arch->cifar_stem = spmi_string_equal(value, "cifar");
         if (arch->cifar_stem || spmi_string_equal(value, "imagenet")) return SPM_OK;
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: the stem is imagenet or cifar", arch->name, length, text);
+    }
+    if (option == SPMI_ARCH_NAMES) {
+        arch->names = spmi_string_equal(value, "timm") ? SPM_NAMES_TIMM
+                      : spmi_string_equal(value, "torchvision") ? SPM_NAMES_TORCHVISION : SPM_NAMES_AUTO;
+        if (arch->names) return SPM_OK;
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "%s: %.*s: the names are timm or torchvision", arch->name, length,
+                         text);
     }
     if (spmi_arch_rate(arch, option)) {
         const double number = spmi_strtod(value, &end);
@@ -12422,6 +12452,8 @@ SPMDEF spm_status spm_arch_parse(spm_context *ctx, const char *text, spm_arch *a
     made.width_px = arch->width_px > 0 ? arch->width_px : made.cifar_stem ? 32 : 224;
     made.classes = arch->classes > 0 ? arch->classes : made.cifar_stem ? 10 : 1000;
     made.softmax_head = arch->softmax_head;
+    if (made.family == SPM_VIT && !made.names)
+        made.names = arch->names || !spmi_arch_is_torchvision(text, n) ? arch->names : SPM_NAMES_TORCHVISION;
     (void)spm_arch_text(&made, canonical, sizeof canonical);
     memcpy(made.name, canonical, sizeof canonical);
     *arch = made;
@@ -12706,6 +12738,9 @@ static spm_status spmi_arch_check(spm_context *ctx, const spm_arch *arch, spm_er
         if (arch->dim % arch->heads) {
             return spmi_fail(ctx, err, SPM_E_SHAPE, "%s: dim %lld is no multiple of heads %lld", name,
                              (long long)arch->dim, (long long)arch->heads);
+        }
+        if (arch->distilled && arch->names == SPM_NAMES_TORCHVISION) {
+            return spmi_fail(ctx, err, SPM_E_UNSUPPORTED, "%s: torchvision has no names for a distilled network", name);
         }
         return SPM_OK;
     }
@@ -18321,6 +18356,9 @@ struct spm_archive {
     char *text;               /* torch: the names */
     uint8_t *buffer, *wide;   /* SPMI_ARCHIVE_BUFFER bytes; the span of a strided tensor */
     size_t wide_room;
+    int skip_objects;         /* torch: 1: Python objects that are no plain data are passed over, not refused */
+    int64_t objects;          /* how many were, and the first one's name */
+    char object[128];
     spmi_archive_format format;
 };
 
@@ -18538,16 +18576,18 @@ static spm_status spmi_safetensors_open(spm_archive *archive, uint64_t length, s
 /* ---- torch files: the pickle machine ----
  * A closed interpreter of the opcodes that torch.save emits (protocols 2 to 5).  It builds numbers, strings, tuples,
  * lists and dicts as plain data; the few globals below are recognised by name and never looked up; every other one ends
- * the reading.  A tensor is only its argument tuple until the tree is walked; nothing is executed and no size is
+ * the reading, or, where the caller asks for that, is an object about which nothing is known: calls of it, its state and
+ * its items are dropped, and no tensor can be made of it or found in it.  A tensor is only its argument tuple until the tree is walked; nothing is executed and no size is
  * trusted. Memory grows with the bytes read: each opcode makes at most a few small records, and their sum is capped. */
 
 typedef enum spmi_pickle_type {
-    SPMI_P_NONE, SPMI_P_BOOL, SPMI_P_INT, SPMI_P_FLOAT, SPMI_P_STRING, SPMI_P_BIG, SPMI_P_MARK,
+    SPMI_P_NONE, SPMI_P_BOOL, SPMI_P_INT, SPMI_P_FLOAT, SPMI_P_STRING, SPMI_P_BIG, SPMI_P_OBJECT, SPMI_P_MARK,
     SPMI_P_TUPLE, SPMI_P_LIST, SPMI_P_DICT, SPMI_P_GLOBAL, SPMI_P_STORAGE, SPMI_P_TENSOR
 } spmi_pickle_type;
 
 typedef enum spmi_pickle_global {
-    SPMI_G_UNKNOWN, SPMI_G_DICT, SPMI_G_TENSOR, SPMI_G_PARAMETER, SPMI_G_SIZE, SPMI_G_STORAGE /* + spm_dtype */
+    SPMI_G_UNKNOWN, SPMI_G_DICT, SPMI_G_TENSOR, SPMI_G_PARAMETER, SPMI_G_SIZE, SPMI_G_PLAIN,
+    SPMI_G_STORAGE /* + spm_dtype */
 } spmi_pickle_global;
 
 /* bits: an integer; a global; the place of a string's bytes; the object of a container; for storages and tensors the
@@ -18761,6 +18801,10 @@ static void spmi_pickle_tuple(spmi_pickle *p, size_t first, size_t drop, spmi_pi
 static void spmi_pickle_extend(spmi_pickle *p, size_t first, size_t drop, spmi_pickle_type type)
 {
     if (p->status) return;
+    if (first > drop && p->stack[first - drop - 1].type == SPMI_P_OBJECT) {
+        p->stack_used = first - drop;
+        return;
+    }
     if (first < drop + 1 || p->stack[first - drop - 1].type != (uint32_t)type
         || (type == SPMI_P_DICT && (p->stack_used - first) % 2)) {
         spmi_pickle_fail(p, SPM_E_FORMAT, type == SPMI_P_DICT ? "items for something that is no dict"
@@ -18795,7 +18839,28 @@ static void spmi_pickle_memo_get(spmi_pickle *p, uint64_t index)
         spmi_pickle_push_value(p, p->memo[index]);
 }
 
-/* The known globals; anything else is refused with its name. */
+/* Globals whose results are plain data without tensors, of no interest here: torch.load(weights_only=True) takes them
+ * too (defaultdict's factories apart). */
+static int spmi_pickle_is_plain(const char *module, const char *name)
+{
+    static const char torch[][11] = { "device", "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16",
+        "int8", "uint8", "bool", "complex64", "complex128" };
+    static const char builtins[][10] = { "set", "frozenset", "complex", "bytearray", "dict", "list", "int", "float" };
+    int i;
+    if (spmi_string_equal(module, "torch")) {
+        for (i = 0; i < SPMI_COUNT(torch); i++) {
+            if (spmi_string_equal(name, torch[i])) return 1;
+        }
+    }
+    if (spmi_string_equal(module, "builtins") || spmi_string_equal(module, "__builtin__")) {
+        for (i = 0; i < SPMI_COUNT(builtins); i++) {
+            if (spmi_string_equal(name, builtins[i])) return 1;
+        }
+    }
+    return spmi_string_equal(module, "_codecs") && spmi_string_equal(name, "encode");
+}
+
+/* The known globals; anything else is refused with its name, or passed over. */
 static void spmi_pickle_push_global(spmi_pickle *p, const char *module, const char *name)
 {
     uint64_t global = SPMI_G_UNKNOWN;
@@ -18813,16 +18878,24 @@ static void spmi_pickle_push_global(spmi_pickle *p, const char *module, const ch
         if (spmi_string_equal(name, "_rebuild_tensor") || spmi_string_equal(name, "_rebuild_tensor_v2"))
             global = SPMI_G_TENSOR;
         else if (spmi_string_equal(name, "_rebuild_parameter")) global = SPMI_G_PARAMETER;
-    } else if (spmi_string_equal(module, "collections") && spmi_string_equal(name, "OrderedDict")) {
+    } else if (spmi_string_equal(module, "collections")
+               && (spmi_string_equal(name, "OrderedDict") || spmi_string_equal(name, "defaultdict")
+                   || spmi_string_equal(name, "Counter"))) {
         global = SPMI_G_DICT;
     }
+    if (global == SPMI_G_UNKNOWN && spmi_pickle_is_plain(module, name)) global = SPMI_G_PLAIN;
     if (global != SPMI_G_UNKNOWN) {
         spmi_pickle_push(p, SPMI_P_GLOBAL, global, 0);
         return;
     }
     (void)spmi_format(full, sizeof full, "%.90s.%.90s", module, name);
-    spmi_pickle_fail(p, SPM_E_UNSUPPORTED,
-                     "wants a Python object that is not plain data (save model.state_dict() alone): ", full);
+    if (p->archive->skip_objects) {
+        if (!p->archive->objects++) (void)spmi_format(p->archive->object, sizeof p->archive->object, "%.120s", full);
+        spmi_pickle_push(p, SPMI_P_OBJECT, 0, 0);
+        return;
+    }
+    spmi_pickle_fail(p, SPM_E_UNSUPPORTED, "wants a Python object that is not plain data (save model.state_dict() "
+                     "alone, or convert without objects): ", full);
 }
 
 /* A line of at most 127 bytes, without its newline. */
@@ -18873,6 +18946,10 @@ static void spmi_pickle_call(spmi_pickle *p)
     spmi_pickle_value args = spmi_pickle_pop(p), callable = spmi_pickle_pop(p), first;
     uint32_t object, cell;
     if (p->status) return;
+    if (callable.type == SPMI_P_OBJECT && args.type == SPMI_P_TUPLE) {
+        spmi_pickle_push_value(p, callable);
+        return;
+    }
     if (callable.type != SPMI_P_GLOBAL || args.type != SPMI_P_TUPLE) {
         spmi_pickle_fail(p, SPM_E_FORMAT, "calls something that is no known function; refused", "");
         return;
@@ -18884,6 +18961,10 @@ static void spmi_pickle_call(spmi_pickle *p)
         spmi_pickle_push_value(p, first);
     } else if (callable.bits == SPMI_G_SIZE && (first.type == SPMI_P_TUPLE || first.type == SPMI_P_LIST)) {
         spmi_pickle_push(p, SPMI_P_TUPLE, first.bits, 0);
+    } else if (callable.bits == SPMI_G_PLAIN) {
+        spmi_pickle_push(p, SPMI_P_NONE, 0, 0);
+    } else if (callable.bits == SPMI_G_DICT && first.type == SPMI_P_DICT) {
+        spmi_pickle_push_value(p, first);
     } else if (callable.bits == SPMI_G_DICT) {
         object = spmi_pickle_object_new(p);
         if (first.type == SPMI_P_LIST && !p->status) { /* Python 2: a list of [key, value] lists */
@@ -19019,10 +19100,11 @@ static spmi_pickle_value spmi_pickle_run(spmi_pickle *p)
         case 0x93: spmi_pickle_global_op(p, 1); break;                                        /* STACK_GLOBAL */
         case 'R': case 0x81: spmi_pickle_call(p); break;                                      /* REDUCE, NEWOBJ */
         case 'Q': spmi_pickle_persistent(p); break;                                           /* BINPERSID */
-        /* BUILD: the attributes of an OrderedDict are dropped */
+        /* BUILD: the attributes of an OrderedDict are dropped, and those of an object passed over */
         case 'b':
             (void)spmi_pickle_pop(p);
-            if (!p->stack_used || p->stack[p->stack_used - 1].type != SPMI_P_DICT)
+            if (!p->stack_used || (p->stack[p->stack_used - 1].type != SPMI_P_DICT
+                                   && p->stack[p->stack_used - 1].type != SPMI_P_OBJECT))
                 spmi_pickle_fail(p, SPM_E_FORMAT, "sets attributes of something that is no dict; refused", "");
             break;
         default:
@@ -19612,7 +19694,8 @@ static spm_status spmi_archive_open_source(spm_archive *archive, spm_error *err)
     return SPM_OK;
 }
 
-SPMDEF spm_archive *spm_archive_open(spm_context *ctx, const char *path, spm_error *err)
+/* skip_objects: see struct spm_archive. */
+static spm_archive *spmi_archive_open(spm_context *ctx, const char *path, int skip_objects, spm_error *err)
 {
     spm_archive *archive = (spm_archive *)spmi_alloc_zero(ctx, sizeof *archive);
     if (!archive) {
@@ -19621,11 +19704,17 @@ SPMDEF spm_archive *spm_archive_open(spm_context *ctx, const char *path, spm_err
     }
     archive->ctx = ctx;
     archive->source.ctx = ctx;
+    archive->skip_objects = skip_objects;
     if (spmi_source_open(&archive->source, ctx, path, err) || spmi_archive_open_source(archive, err)) {
         spm_archive_close(archive);
         return NULL;
     }
     return archive;
+}
+
+SPMDEF spm_archive *spm_archive_open(spm_context *ctx, const char *path, spm_error *err)
+{
+    return spmi_archive_open(ctx, path, 0, err);
 }
 
 SPMDEF spm_archive *spm_archive_open_memory(spm_context *ctx, const char *name, const void *data, size_t size,
@@ -24055,49 +24144,72 @@ static int spmi_ckpt_skip(const char **at, const char *prefix)
     return 1;
 }
 
-/* The last words of a parameter in torchvision's ViT -> timm's. */
-static const char *spmi_ckpt_vit_word(const char *name)
+/* A ViT's names, timm's and torchvision's: what they begin with, and within block N what follows its number.  Rows that
+ * do not end in a dot are whole names (the blocks' apart); of two rows with one name by timm the first is written. */
+static const char spmi_vit_names[][2][32] = { { "cls_token", "class_token" }, { "pos_embed", "encoder.pos_embedding" },
+    { "patch_embed.proj.", "conv_proj." }, { "norm.", "encoder.ln." }, { "head.", "heads.head." },
+    { "blocks.", "encoder.layers.encoder_layer_" } };
+static const char spmi_vit_block_names[][2][32] = { { "norm1.", "ln_1." }, { "norm2.", "ln_2." },
+    { "attn.qkv.weight", "self_attention.in_proj_weight" }, { "attn.qkv.bias", "self_attention.in_proj_bias" },
+    { "attn.proj.", "self_attention.out_proj." }, { "mlp.fc1.", "mlp.0." }, { "mlp.fc2.", "mlp.3." },
+    { "mlp.fc1.", "mlp.linear_1." }, { "mlp.fc2.", "mlp.linear_2." } };
+
+/* The first row whose name by `side` (0: timm, 1: torchvision) *at begins with, or -1; steps over it. */
+static int spmi_ckpt_vit_row(const char (*rows)[2][32], int count, int side, const char **at)
 {
-    if (spmi_string_equal(name, "ln_1.weight")) return "norm1.weight";
-    if (spmi_string_equal(name, "ln_1.bias")) return "norm1.bias";
-    if (spmi_string_equal(name, "ln_2.weight")) return "norm2.weight";
-    if (spmi_string_equal(name, "ln_2.bias")) return "norm2.bias";
-    if (spmi_string_equal(name, "self_attention.in_proj_weight")) return "attn.qkv.weight";
-    if (spmi_string_equal(name, "self_attention.in_proj_bias")) return "attn.qkv.bias";
-    if (spmi_string_equal(name, "self_attention.out_proj.weight")) return "attn.proj.weight";
-    if (spmi_string_equal(name, "self_attention.out_proj.bias")) return "attn.proj.bias";
-    if (spmi_string_equal(name, "mlp.0.weight") || spmi_string_equal(name, "mlp.linear_1.weight")) {
-        return "mlp.fc1.weight";
+    int i;
+    for (i = 0; i < count; i++) {
+        const char *rest = *at, end = rows[i][side][strlen(rows[i][side]) - 1];
+        if (!spmi_ckpt_skip(&rest, rows[i][side]) || (end != '.' && end != '_' && *rest)) continue;
+        *at = rest;
+        return i;
     }
-    if (spmi_string_equal(name, "mlp.0.bias") || spmi_string_equal(name, "mlp.linear_1.bias")) return "mlp.fc1.bias";
-    if (spmi_string_equal(name, "mlp.3.weight") || spmi_string_equal(name, "mlp.linear_2.weight")) {
-        return "mlp.fc2.weight";
+    return -1;
+}
+
+/* A ViT's parameter under the other one's name: timm's to torchvision's (from = 0) or back (from = 1).  0 if it has
+ * none; `out` is then untouched. */
+static int spmi_ckpt_vit_rename(const char *name, int from, char *out, size_t size)
+{
+    const char *rest = name, *word;
+    const int row = spmi_ckpt_vit_row(spmi_vit_names, SPMI_COUNT(spmi_vit_names), from, &rest);
+    size_t digits;
+    int inner;
+    if (row < 0) return 0;
+    if (row + 1 < SPMI_COUNT(spmi_vit_names)) {
+        (void)spmi_format(out, size, "%s%s", spmi_vit_names[row][!from], rest);
+        return 1;
     }
-    if (spmi_string_equal(name, "mlp.3.bias") || spmi_string_equal(name, "mlp.linear_2.bias")) return "mlp.fc2.bias";
-    return name;
+    digits = strspn(rest, "0123456789");
+    word = rest + digits + (rest[digits] == '.');
+    inner = spmi_ckpt_vit_row(spmi_vit_block_names, SPMI_COUNT(spmi_vit_block_names), from, &word);
+    if (inner < 0 || digits > 9) return 0;
+    (void)spmi_format(out, size, "%s%.*s.%s%s", spmi_vit_names[row][!from], (int)digits, rest,
+                      spmi_vit_block_names[inner][!from], word);
+    return 1;
+}
+
+/* Whose names a file's tensors bear; AUTO if it holds no ViT. */
+static spm_names spmi_ckpt_names(const spm_archive *archive)
+{
+    int64_t k;
+    for (k = 0; k < spm_archive_count(archive); k++) {
+        const char *name = spm_archive_tensor_at(archive, k)->name;
+        if (strstr(name, "encoder.layers.encoder_layer_0.ln_1.")) return SPM_NAMES_TORCHVISION;
+        if (strstr(name, "blocks.0.norm1.")) return SPM_NAMES_TIMM;
+    }
+    return SPM_NAMES_AUTO;
 }
 
 /* A file's name without wrappers' prefixes, in timm's and torchvision's ResNet spelling. */
 static void spmi_ckpt_plain_name(const char *name, char *plain, size_t size)
 {
-    const char *at = name, *layer, *shortcut;
+    const char *at = name, *shortcut;
     while (spmi_ckpt_skip(&at, "module.") || spmi_ckpt_skip(&at, "model.") || spmi_ckpt_skip(&at, "backbone.")
            || spmi_ckpt_skip(&at, "_orig_mod.")) continue;
-    layer = at;
+    if (spmi_ckpt_vit_rename(at, 1, plain, size)) return;
     shortcut = strstr(at, ".shortcut.");
-    if (spmi_ckpt_skip(&layer, "encoder.layers.encoder_layer_")) {
-        size_t digits = strspn(layer, "0123456789");
-        const char *word = layer + digits + (layer[digits] == '.');
-        (void)spmi_format(plain, size, "blocks.%.*s.%s", (int)SPMI_MIN(digits, 9), layer, spmi_ckpt_vit_word(word));
-    } else if (spmi_string_equal(at, "class_token")) {
-        (void)spmi_format(plain, size, "cls_token");
-    } else if (spmi_string_equal(at, "encoder.pos_embedding")) {
-        (void)spmi_format(plain, size, "pos_embed");
-    } else if (spmi_ckpt_skip(&layer, "conv_proj.")) {
-        (void)spmi_format(plain, size, "patch_embed.proj.%s", layer);
-    } else if (spmi_ckpt_skip(&layer, "encoder.ln.")) {
-        (void)spmi_format(plain, size, "norm.%s", layer);
-    } else if (shortcut) {
+    if (shortcut) {
         (void)spmi_format(plain, size, "%.*s.downsample.%s", (int)SPMI_MIN(shortcut - at, 100), at, shortcut + 10);
     } else {
         (void)spmi_format(plain, size, "%s", at);
@@ -24191,6 +24303,21 @@ static void spmi_ckpt_root(spm_model *model, const spmi_ckpt_view *views, int co
     if (spmi_ckpt_below(model, views, count, archive, root) * 4 < count) (void)spmi_format(root, 200, "%s", nest);
 }
 
+/* 1 if a tensor is a training loop's, not the network's: what stands outside the state dict's folder, and what training
+ * scripts put beside the parameters where there is no such folder. */
+static int spmi_ckpt_is_training_state(const char *name, const char *nest)
+{
+    static const char words[][16] = { "optim", "lr_sched", "scheduler", "scaler", "amp.", "epoch", "step", "global_step",
+        "iter", "best_", "acc", "loss.", "rng_state", "cuda_rng_state", "callbacks.", "args.", "config." };
+    const char *at = name;
+    int i;
+    if (!spmi_ckpt_skip(&at, nest)) return 1;
+    for (i = 0; i < SPMI_COUNT(words); i++) {
+        if (strncmp(at, words[i], strlen(words[i])) == 0) return 1;
+    }
+    return 0;
+}
+
 /* ---- what is wrong, listed ---- */
 
 /* One kind of complaint: how many, and the first few by name. */
@@ -24198,6 +24325,7 @@ typedef struct spmi_ckpt_list {
     char text[200];
     size_t used;
     int count;
+    const char *last;
 } spmi_ckpt_list;
 
 typedef struct spmi_ckpt_lists {
@@ -24205,6 +24333,17 @@ typedef struct spmi_ckpt_lists {
     spm_checkpoint_fn each; /* or NULL */
     void *user;
 } spmi_ckpt_lists;
+
+/* What is not read: how many, and the first words of their names, once where the same follow each other. */
+static void spmi_ckpt_leave_out(spmi_ckpt_list *list, const char *name)
+{
+    const size_t word = strcspn(name, "."), room = sizeof list->text - list->used;
+    const char *last = list->last;
+    list->count++;
+    list->last = name;
+    if ((last && strncmp(last, name, word) == 0 && (!last[word] || last[word] == '.')) || word + 3 > room) return;
+    list->used += (size_t)spmi_format(list->text + list->used, room, "%s%.*s", list->used ? ", " : "", (int)word, name);
+}
 
 /* Either of tensor and view may be NULL. */
 static void spmi_ckpt_complain(spmi_ckpt_lists *lists, spm_checkpoint_kind kind, const char *name,
@@ -24317,8 +24456,8 @@ static void spmi_ckpt_resize(const float *in, int64_t h, int64_t w, float *out, 
 
 /* ---- loading ---- */
 
-/* Finds a source for every view, or says everything that does not fit.  Nothing is read yet.  Beside the network's
- * root, only a head that the network lacks is looked at. */
+/* Finds a source for every view, or says everything that does not fit.  Nothing is read yet.  What stands beside the
+ * network's root is its head, a training loop's, or surplus. */
 static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, const char *path, int allow_partial,
                                  spmi_ckpt_view *views, int count, spmi_ckpt_lists *lists, spm_error *err)
 {
@@ -24326,6 +24465,7 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
     spm_context *ctx = spm_model_context(model);
     char have[96], want[96], plain[200], root[200], other[200];
     const char *nest = spmi_ckpt_nest(archive);
+    spmi_ckpt_list left_out = SPM_ZERO;
     int64_t k;
     int i, beside;
     spmi_ckpt_root(model, views, count, archive, root, other);
@@ -24338,13 +24478,16 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
             const spm_archive_tensor *tensor = spm_archive_tensor_at(archive, k);
             const char *name = tensor->name;
             const int below = spmi_ckpt_skip(&name, root);
-            if (below == beside || (beside && !spmi_ckpt_skip(&name, nest))) continue;
+            if (below == beside) continue;
+            if (beside) (void)spmi_ckpt_skip(&name, nest);
             spmi_ckpt_plain_name(name, plain, sizeof plain);
-            if (beside && !spmi_ckpt_head_part(plain)) continue;
             i = spmi_ckpt_match(model, views, count, name);
+            if (beside && (spmi_ckpt_is_training_state(tensor->name, nest) || !spmi_ckpt_head_part(plain))) i = -1;
             if (i >= 0 && !views[i].from) views[i].from = tensor;
-            else if (i != -2 && !beside && !(allow_partial && spmi_ckpt_head_part(plain)))
-                spmi_ckpt_complain(lists, SPM_CHECKPOINT_SURPLUS, name, tensor, NULL);
+            else if (spmi_ckpt_is_training_state(tensor->name, nest) || (beside && allow_partial))
+                spmi_ckpt_leave_out(&left_out, tensor->name);
+            else if (i != -2 && !(allow_partial && spmi_ckpt_head_part(plain)))
+                spmi_ckpt_complain(lists, SPM_CHECKPOINT_SURPLUS, beside ? tensor->name : name, tensor, NULL);
         }
     }
     for (i = 0; i < count; i++) {
@@ -24374,6 +24517,9 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
         spmi_text_free(&all);
         return status;
     }
+    if (left_out.count)
+        spmi_log(ctx, SPM_LOG_INFO, "%s: %d tensors beside the network are not read: %s", path, left_out.count,
+                 left_out.text);
     for (i = 0; i < count; i++) {
         const spmi_ckpt_view *view = &views[i];
         if (!view->kept || !spmi_string_ends(view->name, "weight")) continue;
@@ -24613,6 +24759,7 @@ SPMDEF spm_status spm_checkpoint_inspect(spm_context *ctx, const char *path, spm
     info->epoch = -1;
     if (!archive) return spmi_fail(ctx, err, why.status, "%s", why.text);
     (void)spmi_format(info->source, sizeof info->source, "%s", spm_archive_format(archive));
+    info->arch.names = spmi_ckpt_names(archive);
     writer = spm_archive_metadata(archive, "writer");
     arch = spm_archive_metadata(archive, "arch");
     if (writer && arch && strncmp(writer, "spurmem", 7) == 0) {
@@ -24685,9 +24832,16 @@ static void spmi_ckpt_put_info(spm_archive_writer *writer, const spm_checkpoint_
     if (info->epoch >= 0) spm_archive_add_metadata(writer, "epoch", text);
 }
 
+/* A parameter's name in a file. */
+static const char *spmi_ckpt_file_name(const char *name, spm_names names, char *out, size_t size)
+{
+    return names == SPM_NAMES_TORCHVISION && spmi_ckpt_vit_rename(name, 0, out, size) ? out : name;
+}
+
 SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
                                       spm_error *err)
 {
+    const spm_names names = info ? info->arch.names : SPM_NAMES_AUTO;
     spm_context *ctx = spm_model_context(model);
     int torch = spmi_string_ends(path, ".pth") || spmi_string_ends(path, ".pt") || spmi_string_ends(path, ".th");
     int count, i;
@@ -24712,9 +24866,10 @@ SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const 
     }
     if (info && !torch) spmi_ckpt_put_info(writer, info);
     for (i = 0; i < count; i++) {
-        spm_archive_add(writer, views[i].name, SPM_F32, views[i].rank, views[i].shape);
+        char name[160];
+        spm_archive_add(writer, spmi_ckpt_file_name(views[i].name, names, name, sizeof name), SPM_F32, views[i].rank,
+                        views[i].shape);
         if (spmi_string_ends(views[i].name, ".running_var")) {
-            char name[160];
             (void)spmi_format(name, sizeof name, "%.*s.num_batches_tracked", (int)(strlen(views[i].name) - 12),
                               views[i].name);
             spm_archive_add(writer, name, SPM_I64, 0, NULL);
@@ -24758,31 +24913,59 @@ static size_t spmi_ckpt_wrappers(const spm_archive *archive, const char *nest)
     return skip;
 }
 
-SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to, int64_t *tensors,
-                                         spm_error *err)
+/* What a safetensors file of this library says about itself; the architecture with the names of its copy. */
+static void spmi_ckpt_copy_metadata(const spm_archive *in, spm_archive_writer *out, spm_names names)
 {
     static const char keys[][16] = { "format", "writer", "arch", "image_size", "classes", "resize", "mean", "std",
         "head", "label_order", "method", "class_names", "epoch" };
+    int i;
+    for (i = 0; i < SPMI_COUNT(keys); i++) {
+        const char *value = spm_archive_metadata(in, keys[i]);
+        spm_arch arch = SPM_ZERO;
+        spm_error none = SPM_ZERO;
+        if (value && names && spmi_string_equal(keys[i], "arch") && !spm_arch_parse(in->ctx, value, &arch, &none)) {
+            arch.names = names;
+            value = spm_arch_text(&arch, arch.name, sizeof arch.name);
+        }
+        if (value) spm_archive_add_metadata(out, keys[i], value);
+    }
+}
+
+/* The name of a copied tensor; NULL if it can have none. */
+static const char *spmi_ckpt_copied_name(const char *name, spm_names names, char *plain, char *out, size_t size)
+{
+    if (!names) return name;
+    if (spmi_ckpt_vit_rename(name, 1, plain, size)) name = plain;
+    if (names == SPM_NAMES_TIMM) return name;
+    if (spmi_string_equal(name, "dist_token") || strncmp(name, "head_dist.", 10) == 0) return NULL;
+    return spmi_ckpt_vit_rename(name, 0, out, size) ? out : name;
+}
+
+SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, const char *to,
+                                         const spm_convert_desc *desc, int64_t *tensors, spm_error *err)
+{
     const int torch = !spmi_string_ends(to, ".safetensors");
     spm_error why = SPM_ZERO;
-    spm_archive *in = spm_archive_open(ctx, from, &why);
+    spm_archive *in = spmi_archive_open(ctx, from, desc && desc->skip_objects, &why);
     spm_archive_writer *out = in ? spm_archive_create(ctx, to, torch ? SPM_ARCHIVE_TORCH : SPM_ARCHIVE_SAFETENSORS,
                                                       &why) : NULL;
     const char *nest = in ? spmi_ckpt_nest(in) : "";
     const size_t skip = out ? spmi_ckpt_wrappers(in, nest) : 0;
+    const spm_names names = in && desc && spmi_ckpt_names(in) ? desc->names : SPM_NAMES_AUTO;
     int64_t k, written = 0;
-    int i, placing;
-    for (i = 0; out && !torch && i < SPMI_COUNT(keys); i++) {
-        const char *value = spm_archive_metadata(in, keys[i]);
-        if (value) spm_archive_add_metadata(out, keys[i], value);
-    }
+    int placing;
+    if (out && !torch) spmi_ckpt_copy_metadata(in, out, names);
     for (placing = 0; out && placing < 2; placing++) {
         for (k = 0; k < spm_archive_count(in) && !why.status; k++) {
             const spm_archive_tensor *t = spm_archive_tensor_at(in, k);
             void *values;
             if (strncmp(t->name, nest, strlen(nest)) != 0) continue;
             if (!placing) {
-                spm_archive_add(out, t->name + skip, t->dtype, t->rank, t->shape);
+                char plain[200], renamed[200];
+                const char *name = spmi_ckpt_copied_name(t->name + skip, names, plain, renamed, sizeof renamed);
+                if (name) spm_archive_add(out, name, t->dtype, t->rank, t->shape);
+                else (void)spmi_fail(ctx, &why, SPM_E_UNSUPPORTED, "%s: torchvision has no name for %.100s: it knows no "
+                                     "distilled networks", from, t->name);
                 written++;
                 continue;
             }
@@ -24792,8 +24975,13 @@ SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, con
             spmi_free(ctx, values);
         }
     }
+    if (out && !why.status && !written) (void)spmi_fail(ctx, &why, SPM_E_FORMAT, "%s: holds no tensors%s", from,
+                                                        in->objects ? " outside of Python objects" : "");
     if (out && why.status) spm_archive_abort(out);
     else if (out) (void)spm_archive_commit(out, &why);
+    if (in && in->objects && !why.status)
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: %ld Python objects were passed over (%s%s)", from, (long)in->objects, in->object,
+                 in->objects > 1 ? ", ..." : "");
     spm_archive_close(in);
     if (why.status) return spmi_fail(ctx, err, why.status, "%s", why.text);
     if (tensors) *tensors = written;

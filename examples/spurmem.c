@@ -184,6 +184,8 @@ typedef enum option_id {
     O_SELECT_SPLIT,
     O_REPORT_SPLITS,
     O_ALLOW_SAME_SPLIT,
+    O_NAMES,
+    O_SKIP_OBJECTS,
     O_GRADCAM,
     O_MAP,
     O_MAP_CLASS,
@@ -367,6 +369,9 @@ static const option options[] = {
     { O_REPORT_SPLITS, LOCALIZE, 'l', "report-splits", "train,test", "train,test", "splits that are reported" },
     { O_ALLOW_SAME_SPLIT, LOCALIZE, 'b', "allow-same-split", NULL, NULL,
       "report val or test although units were chosen on it" },
+    { O_NAMES, CONVERT, 'c', "names", "keep|timm|torchvision", "keep", "whose names a ViT's parameters get" },
+    { O_SKIP_OBJECTS, CONVERT, 'b', "skip-objects", NULL, NULL,
+      "pass over Python objects that are not plain data (argparse.Namespace ...), which are refused otherwise" },
     { O_GRADCAM, PREDICT, 's', "gradcam", "DIR", NULL,
       "write DIR/NAME.png: where the network looked, over the picture as it sees it, and DIR/index.json" },
     { O_MAP, PREDICT, 'c', "map", "auto|gradcam|rollout|integrated-gradients", "auto",
@@ -920,6 +925,7 @@ static spm_status resolve_model(cli *line, int data_classes, spm_arch *arch, spm
         if (!arch->classes) arch->classes = data_classes;
         if (line->value[O_ALLOW_PARTIAL] && !integer(line, O_NUM_CLASSES) && data_classes) arch->classes = data_classes;
         arch->softmax_head = info.has_arch ? info.arch.softmax_head : 0;
+        arch->names = info.arch.names;
         status = spm_arch_parse(line->ctx, line->value[O_ARCH], arch, err);
         if (status) return status;
     } else {
@@ -2551,6 +2557,7 @@ static int inspect_checkpoint(cli *line, const char *path)
     spm_archive_close(archive);
     if (line->value[O_ARCH]) { /* the user's word stands above the file's */
         info.arch.classes = integer(line, O_NUM_CLASSES) ? integer(line, O_NUM_CLASSES) : head_classes(line, path);
+        if (line->value[O_IMAGE_SIZE]) (void)parse_size(line->value[O_IMAGE_SIZE], &info.arch.height, &info.arch.width_px);
         if (spm_arch_parse(line->ctx, line->value[O_ARCH], &info.arch, &err)) {
             spm_json_destroy(json);
             return failed(&err);
@@ -2857,12 +2864,20 @@ static int run_convert(cli *line)
     spm_error err = SPM_ZERO;
     spm_json *json;
     const char *to;
+    spm_convert_desc desc = SPM_ZERO;
     int64_t tensors = 0;
     if (line->operands != 2) return wrong("convert takes two files: IN OUT");
     to = line->operand[1];
     if (!ends_with(to, ".safetensors") && !ends_with(to, ".pth"))
         return wrong("convert: OUT must end in .safetensors or .pth");
-    if (spm_checkpoint_convert(line->ctx, line->operand[0], to, &tensors, &err)) return failed(&err);
+    if (!is(line, O_NAMES, "keep")) desc.names = is(line, O_NAMES, "timm") ? SPM_NAMES_TIMM : SPM_NAMES_TORCHVISION;
+    desc.skip_objects = is_on(line, O_SKIP_OBJECTS);
+    if (spm_checkpoint_convert(line->ctx, line->operand[0], to, &desc, &tensors, &err)) {
+        const size_t used = strlen(err.text);
+        if (err.status == SPM_E_UNSUPPORTED && !desc.skip_objects && strstr(err.text, "Python object"))
+            snprintf(err.text + used, sizeof err.text - used, " (--skip-objects)");
+        return failed(&err);
+    }
     if (prints(line)) printf("%s: %lld tensors\n", to, (long long)tensors);
     json = spm_json_create(line->ctx);
     spm_json_object_begin(json, NULL);

@@ -55,6 +55,15 @@ static inline float golden_float(uint32_t word)
     return x;
 }
 
+/* Two words, the lower first. */
+static inline double golden_double(const uint32_t *words)
+{
+    const uint64_t bits = (uint64_t)words[1] << 32 | words[0];
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
 /* PyTorch's index of element i of our OHWI weight (others: the same). */
 static inline int64_t golden_index(const spm_tensor *t, int64_t i)
 {
@@ -73,6 +82,13 @@ static inline int golden_ends_in(const char *name, const char *tail)
 {
     const size_t n = strlen(name), m = strlen(tail);
     return n >= m && strcmp(name + n - m, tail) == 0;
+}
+
+/* 1 if an instruction set's turn comes: every one has it, or SPURMEM_ISA's alone. */
+static inline int golden_isa(spm_isa isa)
+{
+    const char *only = getenv("SPURMEM_ISA");
+    return !only || !*only || strcmp(only, spm_isa_name(isa)) == 0;
 }
 
 /* `fill` of make_nets.py */

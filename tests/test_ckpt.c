@@ -490,7 +490,7 @@ static void converting(void)
         int64_t n = 0, whole = 0;
         uint16_t h[2] = { 0, 0 };
         double d[2] = { 0, 0 };
-        CHECK(spm_checkpoint_convert(ctx, from, file(ends[i]), &n, &err) == SPM_OK);
+        CHECK(spm_checkpoint_convert(ctx, from, file(ends[i]), NULL, &n, &err) == SPM_OK);
         CHECK_STR(err.text, "");
         CHECK_INT(n, 3);
         archive = spm_archive_open(ctx, file(ends[i]), &err);
@@ -506,7 +506,7 @@ static void converting(void)
         spm_archive_close(archive);
         snprintf(from, sizeof from, "%s", file(ends[i]));
     }
-    CHECK(spm_checkpoint_convert(ctx, file("absent.pth"), file("x.pth"), NULL, &err) == SPM_E_IO);
+    CHECK(spm_checkpoint_convert(ctx, file("absent.pth"), file("x.pth"), NULL, NULL, &err) == SPM_E_IO);
     CHECK(strstr(err.text, "absent.pth") != NULL);
     spm_context_destroy(ctx);
 }
