@@ -24518,7 +24518,7 @@ static spm_status spmi_ckpt_plan(spm_model *model, const spm_archive *archive, c
         return status;
     }
     if (left_out.count)
-        spmi_log(ctx, SPM_LOG_INFO, "%s: %d tensors beside the network are not read: %s", path, left_out.count,
+        spmi_log(ctx, SPM_LOG_INFO, "%s: tensors beside the network that are not read: %d (%s)", path, left_out.count,
                  left_out.text);
     for (i = 0; i < count; i++) {
         const spmi_ckpt_view *view = &views[i];
@@ -24980,7 +24980,7 @@ SPMDEF spm_status spm_checkpoint_convert(spm_context *ctx, const char *from, con
     if (out && why.status) spm_archive_abort(out);
     else if (out) (void)spm_archive_commit(out, &why);
     if (in && in->objects && !why.status)
-        spmi_log(ctx, SPM_LOG_WARNING, "%s: %ld Python objects were passed over (%s%s)", from, (long)in->objects, in->object,
+        spmi_log(ctx, SPM_LOG_WARNING, "%s: Python objects that were passed over: %ld (%s%s)", from, (long)in->objects, in->object,
                  in->objects > 1 ? ", ..." : "");
     spm_archive_close(in);
     if (why.status) return spmi_fail(ctx, err, why.status, "%s", why.text);

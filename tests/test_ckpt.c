@@ -511,6 +511,258 @@ static void converting(void)
     spm_context_destroy(ctx);
 }
 
+/* ---- whose names a ViT has ---- */
+
+static int holds(spm_context *ctx, const char *path, const char *const *names, int count)
+{
+    spm_error err = SPM_ZERO;
+    spm_archive *archive = spm_archive_open(ctx, path, &err);
+    int i, found = 0;
+    CHECK_STR(err.text, "");
+    for (i = 0; archive && i < count; i++) found += spm_archive_find(archive, names[i]) != NULL;
+    if (archive && spm_archive_count(archive) != count) found = -1;
+    spm_archive_close(archive);
+    return found;
+}
+
+/* torchvision's names (of its VisionTransformer.state_dict()) and timm's for the same network of one block; every way
+ * between the two, in files and through a model, gives the same tensors. */
+static void vit_names(void)
+{
+    static const char *const timm[] = { "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        "blocks.0.norm1.weight", "blocks.0.norm1.bias", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
+        "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias", "blocks.0.norm2.weight", "blocks.0.norm2.bias",
+        "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias",
+        "norm.weight", "norm.bias", "head.weight", "head.bias" };
+#define BLOCK "encoder.layers.encoder_layer_0."
+    static const char *const torchvision[] = { "class_token", "encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias",
+        BLOCK "ln_1.weight", BLOCK "ln_1.bias", BLOCK "self_attention.in_proj_weight", BLOCK "self_attention.in_proj_bias",
+        BLOCK "self_attention.out_proj.weight", BLOCK "self_attention.out_proj.bias", BLOCK "ln_2.weight", BLOCK "ln_2.bias",
+        BLOCK "mlp.0.weight", BLOCK "mlp.0.bias", BLOCK "mlp.3.weight", BLOCK "mlp.3.bias",
+        "encoder.ln.weight", "encoder.ln.bias", "heads.head.weight", "heads.head.bias" };
+#undef BLOCK
+    const int count = (int)(sizeof timm / sizeof timm[0]);
+    static const char text[] = "vit:patch=8,dim=16,depth=1,heads=2,mlp=2";
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_checkpoint_info info = SPM_ZERO, back;
+    spm_convert_desc desc = SPM_ZERO;
+    spm_arch arch = SPM_ZERO;
+    spm_model *from = build(ctx, text, 32, 3, 1, &info.arch), *to = build(ctx, text, 32, 3, 2, NULL);
+    char path[500];
+    scramble(from, 3);
+    info.transform = spm_transform_make(32, 32);
+    CHECK(spm_checkpoint_save(from, file("timm.pth"), &info, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("timm.pth"), timm, count), count);
+    info.arch.names = SPM_NAMES_TORCHVISION;
+    (void)spm_arch_text(&info.arch, info.arch.name, sizeof info.arch.name);
+    CHECK_STR(info.arch.name, "vit:patch=8,dim=16,depth=1,heads=2,mlp=2,names=torchvision");
+    CHECK(spm_checkpoint_save(from, file("tv.pth"), &info, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("tv.pth"), torchvision, count), count);
+    CHECK(spm_checkpoint_load(to, file("tv.pth"), 0, &err) == SPM_OK);
+    CHECK(same_values(from, to));
+    /* what a file says of its names reaches the next file */
+    CHECK(spm_checkpoint_inspect(ctx, file("tv.pth"), &back, &err) == SPM_OK && !back.has_arch);
+    CHECK_INT(back.arch.names, SPM_NAMES_TORCHVISION);
+    CHECK(spm_arch_parse(ctx, "vit_base", &back.arch, &err) == SPM_OK);
+    CHECK_STR(back.arch.name, "vit_base:names=torchvision");
+    CHECK(spm_arch_parse(ctx, "vit_base:names=timm", &back.arch, &err) == SPM_OK);
+    CHECK_STR(back.arch.name, "vit_base");
+    CHECK(spm_checkpoint_inspect(ctx, file("timm.pth"), &back, &err) == SPM_OK);
+    CHECK_INT(back.arch.names, SPM_NAMES_TIMM);
+    CHECK(spm_arch_parse(ctx, "vit_l_16", &back.arch, &err) == SPM_OK);
+    CHECK_STR(back.arch.name, "vit_large");
+    CHECK(spm_checkpoint_save(from, file("tv.safetensors"), &info, &err) == SPM_OK);
+    CHECK(spm_checkpoint_inspect(ctx, file("tv.safetensors"), &back, &err) == SPM_OK && back.has_arch);
+    CHECK_STR(back.arch.name, info.arch.name);
+    /* converting keeps the names, or changes them both ways */
+    snprintf(path, sizeof path, "%s", file("tv.safetensors"));
+    CHECK(spm_checkpoint_convert(ctx, path, file("kept.pth"), NULL, NULL, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("kept.pth"), torchvision, count), count);
+    desc.names = SPM_NAMES_TIMM;
+    CHECK(spm_checkpoint_convert(ctx, path, file("there.safetensors"), &desc, NULL, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("there.safetensors"), timm, count), count);
+    CHECK(spm_checkpoint_inspect(ctx, file("there.safetensors"), &back, &err) == SPM_OK);
+    CHECK_STR(back.arch.name, text);
+    desc.names = SPM_NAMES_TORCHVISION;
+    snprintf(path, sizeof path, "%s", file("there.safetensors"));
+    CHECK(spm_checkpoint_convert(ctx, path, file("back.safetensors"), &desc, NULL, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("back.safetensors"), torchvision, count), count);
+    spm_model_initialize(to, 5);
+    CHECK(spm_checkpoint_load(to, file("back.safetensors"), 0, &err) == SPM_OK);
+    CHECK(same_values(from, to));
+    /* the older spelling of the MLP becomes the newer one */
+    save_as(from, file("older.safetensors"), as_torchvision, NULL, 0);
+    snprintf(path, sizeof path, "%s", file("older.safetensors"));
+    CHECK(holds(ctx, path, torchvision, count) == count - 2);
+    CHECK(spm_checkpoint_convert(ctx, path, file("newer.pth"), &desc, NULL, &err) == SPM_OK);
+    CHECK_INT(holds(ctx, file("newer.pth"), torchvision, count), count);
+    CHECK_STR(err.text, "");
+    /* a ResNet has one naming; a distilled network none in torchvision */
+    spm_model_destroy(from);
+    from = build(ctx, "resnet18:width=8", 32, 3, 1, NULL);
+    CHECK(spm_checkpoint_save(from, file("resnet.pth"), NULL, &err) == SPM_OK);
+    snprintf(path, sizeof path, "%s", file("resnet.pth"));
+    CHECK(spm_checkpoint_convert(ctx, path, file("resnet.safetensors"), &desc, NULL, &err) == SPM_OK);
+    CHECK(spm_checkpoint_load(from, file("resnet.safetensors"), 0, &err) == SPM_OK);
+    spm_model_destroy(from);
+    from = build(ctx, "vit:patch=8,dim=16,depth=1,heads=2,mlp=2,distilled=1", 32, 3, 1, NULL);
+    CHECK(spm_checkpoint_save(from, file("distilled.pth"), NULL, &err) == SPM_OK);
+    snprintf(path, sizeof path, "%s", file("distilled.pth"));
+    CHECK(spm_checkpoint_convert(ctx, path, file("none.pth"), &desc, NULL, &err) == SPM_E_UNSUPPORTED);
+    CHECK_MSG(strstr(err.text, "dist_token") != NULL, err.text);
+    arch.height = arch.width_px = 32;
+    memset(&err, 0, sizeof err);
+    CHECK(spm_arch_parse(ctx, "deit_tiny_distilled:names=torchvision", &arch, &err) == SPM_OK);
+    CHECK(spm_model_build(ctx, &arch, SPM_NO_SEED, &err) == NULL && strstr(err.text, "distilled"));
+    memset(&err, 0, sizeof err);
+    CHECK(spm_arch_parse(ctx, "vit_base:names=keras", &arch, &err) == SPM_E_ARGUMENT && strstr(err.text, "timm or torchvision"));
+    CHECK(spm_arch_parse(ctx, "resnet18:names=timm", &arch, &err) == SPM_E_ARGUMENT);
+    spm_model_destroy(from);
+    spm_model_destroy(to);
+    spm_context_destroy(ctx);
+}
+
+/* ---- beside the network ---- */
+
+static const char *as_net(const char *name, char *out, size_t size)
+{
+    snprintf(out, size, "net.%s", name);
+    return out;
+}
+
+static void beside(void)
+{
+    static const char *const trainers[] = { "optimizer.state.0.exp_avg", "epoch", "lr_scheduler.last_lr", "best_acc", "scaler._scale" };
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL);
+    tally t = { { 0, 0, 0 }, { "", "", "" } };
+    size_t i;
+    for (i = 0; i < sizeof trainers / sizeof trainers[0]; i++) {
+        save_as(model, file("beside.bin"), as_net, trainers[i], 0);
+        last_log[0] = 0;
+        CHECK(spm_checkpoint_load(model, file("beside.bin"), 0, &err) == SPM_OK);
+        CHECK_MSG(strstr(last_log, "tensors beside the network that are not read: 1 (") != NULL, last_log);
+        CHECK_MSG(strncmp(strstr(last_log, "read: 1 (") + 9, trainers[i], strcspn(trainers[i], ".")) == 0, last_log);
+    }
+    save_as(model, file("beside.bin"), as_net, "projector.0.weight", 0);
+    CHECK_INT(spm_checkpoint_compare(model, file("beside.bin"), 0, count_difference, &t, &err), SPM_E_SHAPE);
+    CHECK(t.of[SPM_CHECKPOINT_SURPLUS] == 1 && t.of[0] + t.of[1] == 0);
+    CHECK_STR(t.last[SPM_CHECKPOINT_SURPLUS], "projector.0.weight []/");
+    CHECK_MSG(strstr(err.text, "1 surplus (projector.0.weight)") != NULL, err.text);
+    CHECK(spm_checkpoint_load(model, file("beside.bin"), 1, &err) == SPM_OK);
+    CHECK_MSG(strstr(last_log, "not read: 1 (projector)") != NULL, last_log);
+    save_as(model, file("beside.bin"), as_module, "state_dict.queue", 0); /* in the state dict, so no trainer's */
+    memset(&err, 0, sizeof err);
+    CHECK(spm_checkpoint_load(model, file("beside.bin"), 0, &err) == SPM_E_SHAPE);
+    CHECK_MSG(strstr(err.text, "1 surplus (queue)") != NULL, err.text);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+/* ---- Python objects in torch files ---- */
+
+typedef struct bytes {
+    unsigned char data[2000];
+    size_t used;
+} bytes;
+
+static void put(bytes *b, const void *from, size_t count)
+{
+    memcpy(b->data + b->used, from, count);
+    b->used += count;
+}
+static void put_key(bytes *b, const char *text)
+{
+    const unsigned char head[5] = { 'X', (unsigned char)strlen(text), 0, 0, 0 };
+    put(b, head, 5);
+    put(b, text, strlen(text));
+}
+#define PUT(b, literal) put(b, literal, sizeof literal - 1)
+
+/* torch.save (before 1.6) of {"model": {"w": tensor of 2, or what `tensor` makes}, "other": object}: the object's opcodes
+ * are the caller's. */
+static void save_legacy(const char *path, const char *object, size_t size, int fake_storage)
+{
+    static const unsigned char head[] = { 0x80, 2, 0x8A, 10, 0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19, '.',
+                                          0x80, 2, 'M', 0xE9, 3, '.', 0x80, 2, '}', '.', 0x80, 2, '}' };
+    bytes b;
+    FILE *f = fopen(path, "wb");
+    b.used = 0;
+    put(&b, head, sizeof head);
+    put_key(&b, "model");
+    PUT(&b, "}");
+    put_key(&b, "w");
+    PUT(&b, "ctorch._utils\n_rebuild_tensor_v2\n((");
+    put_key(&b, "storage");
+    if (fake_storage) PUT(&b, "cos\nsystem\n");
+    else PUT(&b, "ctorch\nFloatStorage\n");
+    put_key(&b, "0");
+    put_key(&b, "cpu");
+    PUT(&b, "K\2tQK\0K\2\205K\1\205\211ccollections\nOrderedDict\n)RtRss");
+    put_key(&b, "other");
+    put(&b, object, size);
+    PUT(&b, "s.\x80\2]");
+    put_key(&b, "0");
+    PUT(&b, "a.\2\0\0\0\0\0\0\0\0\0\x80\x3F\0\0\0\xC0"); /* 2 elements: 1, -2 */
+    CHECK(f && fwrite(b.data, 1, b.used, f) == b.used);
+    if (f) fclose(f);
+}
+
+static void python_objects(void)
+{
+    /* argparse.Namespace(lr=.5); numpy.float64; a call of os.system("x"), whose result has attributes and items */
+    static const char named[] = "cargparse\nNamespace\n)\x81}X\2\0\0\0lrG\x3F\xE0\0\0\0\0\0\0sb";
+    static const char scalar[] = "cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\2\0\0\0f8K\0K\1\207R"
+        "(K\3X\1\0\0\0<NNNJ\xFF\xFF\xFF\xFFJ\xFF\xFF\xFF\xFFK\0tbU\10\0\0\0\0\0\0\0\0\206R";
+    static const char call[] = "cposix\nsystem\nX\1\0\0\0x\205R}b(X\1\0\0\0ku]X\1\0\0\0va0";
+    static const char plain[] = "(ctorch\ndevice\nX\3\0\0\0cpu\205Rctorch\nfloat32\nccollections\nOrderedDict\n)R"
+        "ccollections\ndefaultdict\nc__builtin__\nlist\n\205RX\1\0\0\0aK\1sccollections\nCounter\n}X\1\0\0\0bK\1s\205R"
+        "cbuiltins\nset\n]K\1a\205Rc_codecs\nencode\nX\1\0\0\0xX\6\0\0\0latin1\206Rcbuiltins\ncomplex\nG\0\0\0\0\0\0\0\0"
+        "G\0\0\0\0\0\0\0\0\206Rctorch\nSize\nK\2\205\205Rt";
+    spm_context *ctx = make_context();
+    spm_error err = SPM_ZERO;
+    spm_archive *archive;
+    spm_convert_desc desc = SPM_ZERO;
+    const struct { const char *bytes; size_t size; const char *name; } objects[] = {
+        { named, sizeof named - 1, "argparse.Namespace" }, { scalar, sizeof scalar - 1, "numpy.core.multiarray.scalar" },
+        { call, sizeof call - 1, "posix.system" } };
+    char from[500];
+    int64_t n = 0;
+    size_t i;
+    snprintf(from, sizeof from, "%s", file("objects.pt"));
+    save_legacy(from, plain, sizeof plain - 1, 0);
+    archive = spm_archive_open(ctx, from, &err);
+    CHECK_STR(err.text, "");
+    CHECK(archive && spm_archive_count(archive) == 1 && spm_archive_find(archive, "model.w") != NULL);
+    spm_archive_close(archive);
+    desc.skip_objects = 1;
+    for (i = 0; i < sizeof objects / sizeof objects[0]; i++) {
+        float w[2] = { 0, 0 };
+        memset(&err, 0, sizeof err);
+        save_legacy(from, objects[i].bytes, objects[i].size, 0);
+        CHECK(spm_archive_open(ctx, from, &err) == NULL && err.status == SPM_E_UNSUPPORTED);
+        CHECK_MSG(strstr(err.text, objects[i].name) != NULL, err.text);
+        memset(&err, 0, sizeof err);
+        CHECK(spm_checkpoint_convert(ctx, from, file("objects.safetensors"), NULL, NULL, &err) == SPM_E_UNSUPPORTED);
+        memset(&err, 0, sizeof err);
+        CHECK(spm_checkpoint_convert(ctx, from, file("objects.safetensors"), &desc, &n, &err) == SPM_OK);
+        CHECK_STR(err.text, "");
+        CHECK_INT(n, 1);
+        CHECK_MSG(strstr(last_log, "passed over") && strstr(last_log, objects[i].name), last_log);
+        archive = spm_archive_open(ctx, file("objects.safetensors"), &err);
+        CHECK(archive && spm_archive_read_f32(archive, spm_archive_find(archive, "w"), w, &err) == SPM_OK);
+        CHECK(w[0] == 1.0f && w[1] == -2.0f);
+        spm_archive_close(archive);
+    }
+    /* an object is no storage; and tensors inside of objects are none */
+    save_legacy(from, named, sizeof named - 1, 1);
+    CHECK(spm_checkpoint_convert(ctx, from, file("none.safetensors"), &desc, NULL, &err) == SPM_E_FORMAT);
+    CHECK_MSG(strstr(err.text, "not described as torch does") != NULL, err.text);
+    spm_context_destroy(ctx);
+}
+
 /* What loading costs: less than a fifth of the file beside the model, whatever the format, and no value changes when a
  * checksum is wrong. */
 static size_t most_bytes, live_bytes;
@@ -640,14 +892,16 @@ static void memory_failures(void)
     spm_context *ctx;
     spm_model *model;
     spm_arch arch = SPM_ZERO;
+    spm_convert_desc desc = SPM_ZERO;
     int what;
+    desc.names = SPM_NAMES_TORCHVISION;
     how.alloc = failing_alloc;
     how.free = failing_free;
     how.threads = 1;
     alloc_left = 1000000;
     ctx = spm_context_create(&how);
     model = build(ctx, "vit:patch=8,dim=4,depth=1,heads=2,mlp=2", 16, 2, 1, &arch);
-    for (what = 0; model && what < 6; what++) {
+    for (what = 0; model && what < 8; what++) {
         long n, live = alloc_live;
         int done = 0;
         for (n = 0; n < 3000 && !done; n++) {
@@ -658,7 +912,8 @@ static void memory_failures(void)
             alloc_left = n;
             if (what < 2) done = spm_checkpoint_save(model, path, &info, &err) == SPM_OK;
             else if (what < 4) done = spm_checkpoint_load(model, path, 0, &err) == SPM_OK;
-            else done = spm_checkpoint_inspect(ctx, path, &info, &err) == SPM_OK;
+            else if (what < 6) done = spm_checkpoint_inspect(ctx, path, &info, &err) == SPM_OK;
+            else done = spm_checkpoint_convert(ctx, path, file("oom.copy.safetensors"), &desc, NULL, &err) == SPM_OK;
             if (!done) CHECK_MSG(err.status == SPM_E_MEMORY, err.text[0] ? err.text : "failed without an error");
             CHECK_INT(alloc_live, live);
         }
@@ -753,6 +1008,9 @@ int main(void)
     TEST(differences);
     TEST(refusals);
     TEST(converting);
+    TEST(vit_names);
+    TEST(beside);
+    TEST(python_objects);
     TEST(loading_memory);
     TEST(position_embeddings);
     TEST(memory_failures);

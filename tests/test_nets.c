@@ -153,7 +153,7 @@ static void test_parsing(void)
 {
     static const char *const canonical[][2] = {
         { "resnet18", "resnet18" }, { "resnet18:stem=cifar,width=16", "resnet18:width=16,stem=cifar" }, { "resnet18:width=64", "resnet18" },
-        { "vit:patch=8,dim=96,depth=6,heads=3,mlp=2", "vit:patch=8,dim=96,depth=6,mlp=2" }, { "vit_b_16", "vit_base" }, { "vit_tiny_patch16_224", "deit_tiny" }, { "vit_small", "deit_small" },
+        { "vit:patch=8,dim=96,depth=6,heads=3,mlp=2", "vit:patch=8,dim=96,depth=6,mlp=2" }, { "vit_b_16", "vit_base:names=torchvision" }, { "vit_tiny_patch16_224", "deit_tiny" }, { "vit_small", "deit_small" },
         { "deit_tiny_distilled_patch16_224", "deit_tiny_distilled" }, { "deit_small:eps=1e-5,drop_path=.1", "deit_small:eps=1e-05,drop_path=0.1" }
     };
     spm_context *ctx = context(1, SPM_ISA_AUTO);
