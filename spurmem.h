@@ -1373,7 +1373,8 @@ SPMDEF spm_status spm_checkpoint_compare(spm_model *model, const char *path, int
 /* Writes .safetensors, or by the name's ending (.pth, .pt, .th) a torch file that torch.load(weights_only=True) reads:
  * F32 in PyTorch's layout, names and order, with num_batches_tracked = 0 behind each batch norm, so that
  * load_state_dict(strict=True) of torchvision and timm takes it.  `info` (NULL: none; not in torch files) goes into the
- * metadata; has_arch and source are not read; info->arch.names says whose names a ViT's parameters get (AUTO: timm's).  Atomic: the name is complete or as before.  Covered by test_ckpt. */
+ * metadata; has_arch and source are not read; info->arch.names says whose names a ViT's parameters get (AUTO: timm's).
+ * Atomic: the name is complete or as before.  Covered by test_ckpt. */
 SPMDEF spm_status spm_checkpoint_save(spm_model *model, const char *path, const spm_checkpoint_info *info,
                                       spm_error *err);
 /* Copies any checkpoint that spm_archive_open reads to a plain state dict, .safetensors or (any other ending) torch's
@@ -18577,8 +18578,9 @@ static spm_status spmi_safetensors_open(spm_archive *archive, uint64_t length, s
  * A closed interpreter of the opcodes that torch.save emits (protocols 2 to 5).  It builds numbers, strings, tuples,
  * lists and dicts as plain data; the few globals below are recognised by name and never looked up; every other one ends
  * the reading, or, where the caller asks for that, is an object about which nothing is known: calls of it, its state and
- * its items are dropped, and no tensor can be made of it or found in it.  A tensor is only its argument tuple until the tree is walked; nothing is executed and no size is
- * trusted. Memory grows with the bytes read: each opcode makes at most a few small records, and their sum is capped. */
+ * its items are dropped, and no tensor can be made of it or found in it.  A tensor is only its argument tuple until the
+ * tree is walked; nothing is executed and no size is trusted. Memory grows with the bytes read: each opcode makes at
+ * most a few small records, and their sum is capped. */
 
 typedef enum spmi_pickle_type {
     SPMI_P_NONE, SPMI_P_BOOL, SPMI_P_INT, SPMI_P_FLOAT, SPMI_P_STRING, SPMI_P_BIG, SPMI_P_OBJECT, SPMI_P_MARK,

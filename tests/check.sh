@@ -43,9 +43,10 @@ if have musl-gcc; then try "musl" musl-gcc -O1 -std=c99 -DSPURMEM_THREADS -I. -c
 if have x86_64-w64-mingw32-gcc; then try "MinGW" x86_64-w64-mingw32-gcc -O1 -DSPURMEM_THREADS -I. -c -o "$work/mingw.o" "$work/full.c"; else skip MinGW; fi
 if printf 'int main(void){return 0;}' | ${CC:-cc} -m32 -x c -o "$work/m32" - 2>/dev/null; then try "32 bit" ${CC:-cc} -m32 -O1 -DSPURMEM_THREADS -I. -c -o "$work/m32.o" "$work/full.c"; else skip "32 bit"; fi
 if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
-    for t in kern conv ops; do
+    for t in kern conv ops nets; do
         [ -f tests/test_$t.c ] || continue
-        run "NEON under qemu: test_$t" sh -c "aarch64-linux-gnu-gcc -O2 -static -DSPURMEM_THREADS -I. -Itests -o $work/arm_$t tests/test_$t.c \$(grep -q 'define SPURMEM_' tests/test_$t.c || echo tests/spurmem.c) -lm -lpthread && qemu-aarch64 $work/arm_$t"
+        only=; [ $t = nets ] && only=logits # of whole networks, against PyTorch
+        run "NEON under qemu: test_$t $only" sh -c "aarch64-linux-gnu-gcc -O2 -static -DSPURMEM_THREADS -I. -Itests -o $work/arm_$t tests/test_$t.c \$(grep -q 'define SPURMEM_' tests/test_$t.c || echo tests/spurmem.c) -lm -lpthread && ${only:+env SPURMEM_ISA=neon} qemu-aarch64 $work/arm_$t $only"
     done
 else skip "NEON under qemu"; fi
 

@@ -851,6 +851,16 @@ static void test_convert(void)
     CHECK(same_files("again.json", "eval.json"));
     FAILS(1, "copy.pth", "predict --checkpoint copy.pth " BIRD); /* a plain state dict: no architecture */
     SAYS("--arch");
+    /* a ViT keeps the names that it was read under, through training too */
+    RUNS(0, "train --data birds --arch vit:patch=16,dim=8,depth=1,heads=2,names=torchvision --image-size 32 --resize exact --epochs 1 --max-steps 1 --out tv");
+    RUNS(0, "convert tv/last.safetensors tv.pth");
+    RUNS(0, "train --data birds --checkpoint tv.pth --arch vit:patch=16,dim=8,depth=1,heads=2 --image-size 32 --resize exact --epochs 1 --max-steps 1 --out tv2");
+    RUNS(0, "inspect tv2/last.safetensors");
+    CHECK(strstr(out, "class_token") && strstr(out, "names=torchvision"));
+    RUNS(0, "convert tv2/last.safetensors timm.pth --names timm");
+    RUNS(0, "inspect timm.pth --arch vit:patch=16,dim=8,depth=1,heads=2 --image-size 32");
+    CHECK(strstr(out, "blocks.0.attn.qkv.weight") && strstr(out, "every parameter of vit") && strstr(out, "32 x 32"));
+    FAILS(2, "torchvision", "convert a.pth b.pth --names keras");
 }
 
 static void test_bench(void)
