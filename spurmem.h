@@ -1672,6 +1672,7 @@ typedef struct spm_ledger_row {
     int64_t id;
     double probability, loss, margin; /* of the true class; cross-entropy; true logit minus the largest other */
     double self_influence;     /* ||d loss / d head||^2 at this checkpoint: TracIn's with the last layer (Pruthi et al. 2020) */
+    double network_influence;  /* the same with every parameter that learns; NaN unless desc.network_influence */
     int32_t predicted;
     /* how few units must go before it is misclassified: greedily, the unit whose removal raises its loss most to first
      * order, again and again (Maini et al. 2023, section 4); 0: it is wrong already; -1: max_flips do not do it */
@@ -1685,6 +1686,7 @@ typedef struct spm_ledger_desc {
     const char *history;       /* a run folder or its history.csv; NULL: none */
     int64_t batch;             /* 0: 64 */
     int64_t max_flips;         /* 0: 16; negative: no flip counts (they cost a backward pass each) */
+    int network_influence;     /* 1: self-influence of the whole network too (a backward pass per example, alone) */
     int workers;
     spm_split split;
     spm_progress_fn progress;
@@ -28929,6 +28931,46 @@ static spm_status spmi_ledger_history(spm_dataset *dataset, const char *path, sp
     return status;
 }
 
+/* ||d loss / d parameters||^2 of every example.  A batch's gradients are summed where they arise, so the examples go
+ * through the network one by one, in evaluation mode. */
+static spm_status spmi_ledger_influence(spm_model *model, spm_dataset *dataset, const spm_ledger_desc *desc,
+                                        spm_ledger_row *rows, int64_t count, spm_error *err)
+{
+    spm_attr_desc attr = SPM_ZERO;
+    spmi_pass pass;
+    int64_t i = 0;
+    double start = spmi_seconds(), loss = 0.0, norm;
+    spm_status status;
+    attr.reading = desc->reading;
+    attr.split = desc->split;
+    attr.workers = desc->workers;
+    status = spmi_pass_open(&pass, model, dataset, &attr, 1, 1, 1, err);
+    if (!status && spm_loader_start(pass.loader, 0, NULL, 0)) status = spmi_pass_failed(&pass);
+    while (!status && i < count && spm_loader_next(pass.loader, &pass.batch) > 0) {
+        spm_model_zero_gradients(model);
+        status = spmi_pass_forward(&pass, pass.batch.pixels);
+        if (!status) status = spmi_pass_backward(&pass, &loss);
+        if (status) break;
+        norm = spm_clip_gradients(model, 0.0); /* measures */
+        rows[i++].network_influence = norm * norm;
+        if (desc->progress) {
+            spm_progress progress = SPM_ZERO;
+            progress.what = "influence";
+            progress.unit = "examples";
+            progress.done = i;
+            progress.total = count;
+            progress.seconds = spmi_seconds() - start;
+            if (desc->progress(desc->progress_user, &progress))
+                status = spmi_fail(model->ctx, err, SPM_E_STOPPED,
+                                   "ledger: stopped after the influence of %ld of %ld examples; nothing was written", (long)i,
+                                   (long)count);
+        }
+    }
+    if (!status && i < count) status = spmi_pass_failed(&pass);
+    spmi_pass_close(&pass);
+    return status;
+}
+
 /* The part of the ledger that one pass over the split gives; flips: the examples' pictures are worked on as they come. */
 static spm_status spmi_ledger_pass(spm_model *model, spm_dataset *dataset, const spm_ledger_desc *desc,
                                    spm_ledger_row *rows, int64_t *count, spm_error *err)
@@ -28995,6 +29037,7 @@ static spm_status spmi_ledger_pass(spm_model *model, spm_dataset *dataset, const
             row->margin = (double)out[column] - rival;
             row->self_influence = spmi_self_influence(&desc->reading, out, pass.classes, y,
                                                       spm_run_data(pass.run, features) + i * width, width, scratch);
+            row->network_influence = (double)NAN;
             row->flip_count = row->flip_parameter = row->flip_channel = -1;
             row->first_epoch = row->epochs_wrong = row->forgotten = -1;
         }
@@ -29041,6 +29084,7 @@ SPMDEF spm_status spm_ledger(spm_model *model, spm_dataset *dataset, const spm_l
     *rows = (spm_ledger_row *)spmi_alloc_array(model->ctx, spm_dataset_split_size(dataset, desc->split), sizeof **rows);
     if (!*rows) return spmi_fail_memory(model->ctx, to, "the ledger");
     status = spmi_ledger_pass(model, dataset, desc, *rows, count, to);
+    if (!status && desc->network_influence) status = spmi_ledger_influence(model, dataset, desc, *rows, *count, to);
     if (!status && desc->history) status = spmi_ledger_history(dataset, desc->history, *rows, *count, to);
     if (status) {
         spmi_free(model->ctx, *rows);

@@ -141,6 +141,7 @@ typedef enum option_id {
     O_MASK_RAMP,
     O_HISTORY,
     O_MAX_FLIPS,
+    O_INFLUENCE,
     O_GRADIENTS,
     O_CELLS,
     O_BALANCED,
@@ -302,6 +303,8 @@ static const option options[] = {
     { O_HISTORY, LEARN | LEDGER, 's', "history", "RUN", NULL,
       "the run whose history is read (train: with group-labels off); default: the checkpoint's folder" },
     { O_MAX_FLIPS, LEDGER, 'i', "max-flips", "N", "16", "most units removed for a flip count; 0: no flip counts" },
+    { O_INFLUENCE, LEDGER, 'c', "influence", "head|network", "head",
+      "network: self-influence by all parameters too (a backward pass per example)" },
     { O_GRADIENTS, LEDGER, 's', "gradients", "FILE", NULL,
       "also write a CSV of each group's share of the gradient by layer, of this and all kept epoch checkpoints" },
     { O_CELLS, LEARN, 'c', "cells", "group|class", "group", "what reweight, resample, subsample, groupdro balance" },
@@ -1819,7 +1822,7 @@ static void ledger_table(table_text *t, const spm_dataset *data, spm_model *mode
     int64_t i;
     char text[300];
     table_add(t, "id,file,y,confounder,group,minority,predicted,correct,probability,loss,margin,self_influence,"
-                 "flip_count,flip_parameter,flip_channel,first_epoch,epochs_wrong,forgotten\n");
+                 "flip_count,flip_parameter,flip_channel,first_epoch,epochs_wrong,forgotten,network_influence\n");
     for (i = 0; i < count; i++) {
         const spm_ledger_row *r = &rows[i];
         const spm_example *e = spm_dataset_example(data, r->id);
@@ -1836,7 +1839,10 @@ static void ledger_table(table_text *t, const spm_dataset *data, spm_model *mode
         table_count(t, r->flip_channel, ",");
         table_count(t, r->first_epoch, ",");
         table_count(t, r->epochs_wrong, ",");
-        table_count(t, r->forgotten, "\n");
+        table_count(t, r->forgotten, ",");
+        snprintf(text, sizeof text, "%.9g", r->network_influence);
+        table_add(t, r->network_influence >= 0.0 ? text : ""); /* not asked for: empty */
+        table_add(t, "\n");
     }
 }
 
@@ -1976,6 +1982,7 @@ static int run_ledger(cli *line)
                                              : NULL;
     desc.batch = integer(line, O_BATCH);
     desc.max_flips = integer(line, O_MAX_FLIPS) ? integer(line, O_MAX_FLIPS) : -1;
+    desc.network_influence = is(line, O_INFLUENCE, "network");
     desc.workers = (int)integer(line, O_WORKERS);
     desc.progress = on_progress;
     if (model && !spm_ledger(model, data, &desc, &rows, &count, &err)) {

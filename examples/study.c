@@ -41,8 +41,13 @@ typedef struct picture_set {
 static const picture_set sets[] = { { "dominoes", 64, 32, SPM_RESIZE_NONE, SPM_AUGMENT_LIGHT },
                                     { "birds", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_PAPER },
                                     { "celeba", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_LIGHT } };
-static const char nets[][64] = { "resnet18:width=16", "vit:patch=8,dim=64,depth=4,heads=4,mlp=2" };
-static const char net_names[][8] = { "resnet", "vit" };
+typedef struct network {
+    char name[8], arch[64];
+    int start_epochs, epochs; /* of the start; of every method */
+    float lr;                 /* of every method */
+} network;
+static const network nets[] = { { "resnet", "resnet18:width=16", 20, 10, 3e-3f },
+                                { "vit", "vit:patch=8,dim=64,depth=4,heads=4,mlp=2", 40, 10, 1e-3f } };
 enum { N_SETS = 3, N_NETS = 2 };
 
 /* Levels of the Pareto table: the least change of the majority's accuracy, in points. */
@@ -193,7 +198,7 @@ static spm_dataset *open_set(study *s, int set, int seed)
 
 static void folder(const study *s, char *path, size_t size, int set, int net, int seed, int m, const char *file)
 {
-    snprintf(path, size, "%s/%s-%s-%d/%s%s%s", s->out, sets[set].name, net_names[net], seed, methods[m].folder,
+    snprintf(path, size, "%s/%s-%s-%d/%s%s%s", s->out, sets[set].name, nets[net].name, seed, methods[m].folder,
              *file ? "/" : "", file);
 }
 
@@ -203,7 +208,7 @@ static spm_train_desc settings(study *s, spm_dataset *data, spm_method kind, int
     desc.arch.height = sets[set].height;
     desc.arch.width_px = sets[set].width;
     desc.arch.classes = spm_dataset_classes(data);
-    (void)spm_arch_parse(s->ctx, nets[net], &desc.arch, &s->err);
+    (void)spm_arch_parse(s->ctx, nets[net].arch, &desc.arch, &s->err);
     desc.reading.transform = spm_transform_make(sets[set].height, sets[set].width);
     desc.reading.transform.resize = sets[set].resize;
     desc.seed = (uint64_t)seed;
@@ -237,7 +242,7 @@ static int train_start(study *s, spm_dataset *data, int set, int net, int seed)
     folder(s, run, sizeof run, set, net, seed, START, "");
     folder(s, last, sizeof last, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
-    desc.epochs = net ? 40 : 20;
+    desc.epochs = nets[net].start_epochs;
     if (!exists(first)) {
         desc.max_steps = (spm_dataset_split_size(data, SPM_TRAIN) + desc.batch - 1) / desc.batch;
         ok = train_into(s, data, &desc, run) && spm_file_read(s->ctx, last, &bytes, &size, &s->err) == SPM_OK
@@ -257,8 +262,8 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     folder(s, start, sizeof start, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
     desc.checkpoint = start;
-    desc.epochs = 10;
-    desc.optimizer.lr = net ? 1e-3f : 3e-3f;
+    desc.epochs = nets[net].epochs;
+    desc.optimizer.lr = nets[net].lr;
     desc.schedule = SPM_SCHEDULE_COSINE;
     desc.augment = sets[set].augment;
     desc.epoch_examples = spm_dataset_split_size(data, SPM_TRAIN);
@@ -473,15 +478,35 @@ static double half_interval(mean m)
     return quantile[m.n > 10.0 ? 8 : (int)m.n - 2] * sqrt((variance > 0.0 ? variance : 0.0) / m.n);
 }
 
-static void row_json(const row *r, spm_json *json)
+/* Everything a run was made with, its seed and the hash of its data, stands in the config.json of its folder. */
+static void config_json(const study *s, const row *r, spm_json *json)
+{
+    char file[1000], *text;
+    uint8_t *data = NULL;
+    size_t size = 0;
+    spm_error none = SPM_ZERO;
+    folder(s, file, sizeof file, r->set, r->net, r->seed, r->method, "config.json");
+    if (spm_file_read(s->ctx, file, &data, &size, &none)) return;
+    text = (char *)malloc(size + 1);
+    if (text) {
+        memcpy(text, data, size);
+        text[size] = 0;
+        spm_json_raw(json, "config", text);
+    }
+    free(text);
+    spm_free(s->ctx, data);
+}
+
+static void row_json(const study *s, const row *r, spm_json *json)
 {
     int k, g;
     spm_json_object_begin(json, NULL);
     spm_json_string(json, "set", sets[r->set].name);
-    spm_json_string(json, "arch", nets[r->net]);
+    spm_json_string(json, "arch", nets[r->net].arch);
     spm_json_string(json, "method", methods[r->method].name);
     spm_json_int(json, "seed", r->seed);
     spm_json_number(json, "seconds", r->seconds);
+    config_json(s, r, json);
     spm_json_array_begin(json, "test_groups");
     for (g = 0; g < r->groups; g++) {
         double low, high;
@@ -534,7 +559,7 @@ static void summary_json(const study *s, spm_json *json)
         }
         spm_json_object_begin(json, NULL);
         spm_json_string(json, "set", sets[set].name);
-        spm_json_string(json, "arch", nets[net]);
+        spm_json_string(json, "arch", nets[net].arch);
         spm_json_string(json, "method", methods[m].name);
         spm_json_int(json, "seeds", (int64_t)t.wga.n);
         mean_json(json, "worst_group_accuracy", t.wga);
@@ -602,7 +627,7 @@ static void table_text(const study *s, FILE *f)
         percent(worst, sizeof worst, mean_of(start.wga));
         percent(kept, sizeof kept, mean_of(start.kept));
         fprintf(f, "**%s, %s** (the start: worst group %s, majority %s)\n\n| method | seeds | gain | majority |", sets[set].name,
-                nets[net], worst, kept);
+                nets[net].arch, worst, kept);
         for (k = 0; k < SHOWN; k++) fprintf(f, " gain at %d |", levels[shown[k]]);
         for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
         fprintf(f, "\n|---|---|---|---|---|---|---|---|---|");
@@ -662,7 +687,7 @@ static int write_results(study *s)
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(s->ctx)));
     summary_json(s, json);
     spm_json_array_begin(json, "runs");
-    for (i = 0; i < s->n_rows; i++) row_json(&s->rows[i], json);
+    for (i = 0; i < s->n_rows; i++) row_json(s, &s->rows[i], json);
     spm_json_array_end(json);
     spm_json_object_end(json);
     text = spm_json_finish(json);
@@ -738,7 +763,7 @@ static int block(study *s, int set, int net, int seed)
         s->n_rows++;
         progress_clear();
         fprintf(stderr, "%-8s %-6s seed %d  %-37s worst group %5.1f (%+5.1f)  majority %5.1f (%+5.1f)  %.0f s\n",
-                sets[set].name, net_names[net], seed, methods[m].name, 100.0 * r->line[r->points - 1].wga,
+                sets[set].name, nets[net].name, seed, methods[m].name, 100.0 * r->line[r->points - 1].wga,
                 100.0 * (r->line[r->points - 1].wga - r->line[0].wga), 100.0 * r->line[r->points - 1].majority,
                 100.0 * (r->line[r->points - 1].majority - r->line[0].majority), r->seconds);
         if (!s->finished && !s->only_methods) ok = write_results(s); /* parts may run side by side */
@@ -794,7 +819,7 @@ int main(int argc, char **argv)
     for (seed = s.first_seed; ok && seed <= s.last_seed; seed++) {
         for (net = 0; ok && net < N_NETS; net++) {
             for (set = 0; ok && set < N_SETS; set++) {
-                if (!chosen(s.only_nets, net_names[net]) || !chosen(s.only_sets, sets[set].name)) continue;
+                if (!chosen(s.only_nets, nets[net].name) || !chosen(s.only_sets, sets[set].name)) continue;
                 if (!set_exists(&s, set)) {
                     if (seed == s.first_seed) fprintf(stderr, "%s: not there, left out\n", sets[set].name);
                     continue;

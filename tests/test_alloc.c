@@ -521,6 +521,7 @@ static spm_status job_ledger(spm_context *ctx, spm_error *err)
     desc.batch = 4;
     desc.workers = 1;
     desc.max_flips = 2;
+    desc.network_influence = 1;
     if (model && !spm_ledger(model, set, &desc, &rows, &count, err)) add_to_fingerprint(rows, (size_t)count * sizeof *rows);
     if (model && !err->status && !spm_gradient_shares(model, set, &desc.reading, SPM_TRAIN, 1, &shares, &count, err))
         add_to_fingerprint(shares, (size_t)count * sizeof *shares);

@@ -591,7 +591,9 @@ static void test_ledger(void)
     CHECK(text && strncmp(text, "epoch,parameter,block,group,count,norm,share,cosine\n", 52) == 0);
     free(text);
     RUNS(0, "ledger --max-flips 0 " MODEL);
-    CHECK(strncmp(out, "id,file,", 8) == 0);
+    CHECK(strncmp(out, "id,file,", 8) == 0 && strstr(out, ",network_influence\n0,") && strstr(out, ",\n1,"));
+    RUNS(0, "ledger --max-flips 0 --influence network " MODEL);
+    CHECK(strncmp(out, "id,file,", 8) == 0 && !strstr(out, ",\n"));
     FAILS(2, "--out", "ledger --json - " MODEL);
     FAILS(1, "nowhere", "ledger --history nowhere/history.csv " MODEL);
 }

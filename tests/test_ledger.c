@@ -36,12 +36,13 @@ static void plain_columns(void)
         }
         desc.reading = evaluation.reading = b.reading;
         desc.max_flips = -1;
+        desc.network_influence = 1;
         desc.batch = 5;
         rows = ledger(&b, &desc, &count);
         CHECK_INT(spm_evaluate(b.model, b.set, &evaluation, &eval, NULL), SPM_OK);
         CHECK_INT(count, eval.count);
         for (i = 0; i < count; i++) {
-            double norm = 0.0;
+            double norm = 0.0, whole = 0.0;
             CHECK_INT(rows[i].id, eval.example[i]);
             CHECK_INT(rows[i].predicted, eval.predicted[i]);
             CHECK_NEAR(rows[i].probability, eval.probability[2 * i + eval.y[i]], 1e-6);
@@ -53,9 +54,15 @@ static void plain_columns(void)
             plain_gradient(&b, &rows[i].id, 1);
             for (k = 0; k < spm_model_parameter_count(b.model); k++) {
                 const spm_parameter *p = spm_model_parameter(b.model, (int)k);
-                for (j = 0; strncmp(p->name, "fc", 2) == 0 && j < spm_tensor_count(&p->value); j++) norm += (double)p->gradient[j] * (double)p->gradient[j];
+                for (j = 0; !(p->flags & SPM_PARAMETER_BUFFER) && j < spm_tensor_count(&p->value); j++) {
+                    double square = (double)p->gradient[j] * (double)p->gradient[j];
+                    whole += square;
+                    norm += strncmp(p->name, "fc", 2) == 0 ? square : 0.0;
+                }
             }
             CHECK_NEAR(rows[i].self_influence, norm, 1e-4 * norm + 1e-9);
+            CHECK_NEAR(rows[i].network_influence, whole, 1e-4 * whole + 1e-9);
+            CHECK(whole > norm);
         }
         spm_eval_free(b.ctx, &eval);
         spm_free(b.ctx, rows);
@@ -173,6 +180,7 @@ static void history(void)
     rows = ledger(&b, &desc, &count);
     CHECK_INT(count, 26);
     for (i = 0; i < count; i++) {
+        CHECK(rows[i].network_influence != rows[i].network_influence); /* not asked for: NaN */
         CHECK_INT(rows[i].first_epoch, i == 7 ? -1 : i % 5 - 1);
         CHECK_INT(rows[i].epochs_wrong, i == 7 ? -1 : i + 1);
         CHECK_INT(rows[i].forgotten, i == 7 ? -1 : i % 3);

@@ -1,5 +1,5 @@
 /* The study as `make study` runs it, on a handful of drawn birds: every method of the table comes out, and a
- * second call repeats the numbers from the run folders that the first one has left. */
+ * second call repeats the numbers from the run folders that the first one has left; Ctrl-C at any time changes nothing. */
 #define _XOPEN_SOURCE 700
 #include "../spurmem.h"
 #include "test.h"
@@ -50,6 +50,10 @@ static void study(void)
         double worst = 2.0;
         int over = strstr(spm_json_as_string(spm_json_get(r, "method"), ""), "power 1") != NULL
                    && !strstr(spm_json_as_string(spm_json_get(r, "method"), ""), "1/3");
+        const spm_json_value *config = spm_json_get(r, "config"); /* what it was made with */
+        CHECK_INT(spm_json_as_int(spm_json_get(config, "seed"), 0), 1);
+        CHECK_INT(spm_json_as_int(spm_json_get(config, "epochs"), 0), i == 0 ? 20 : 10);
+        CHECK_INT((int64_t)strlen(spm_json_as_string(spm_json_get(config, "data_hash"), "")), 16);
         CHECK_INT(spm_json_length(line), over ? 41 : 21); /* the power's line goes over power 1/3 */
         CHECK_STR(spm_json_as_string(spm_json_get(r, "set"), ""), "birds");
         for (k = 0; k < 4; k++) {
@@ -91,13 +95,42 @@ static void study(void)
     spm_context_destroy(ctx);
 }
 
+/* Stopped by Ctrl-C again and again, a little later each time, until it is through: the same rows (but for the seconds in
+ * their first line) as above, where nothing stopped it. */
+static void interrupted(void)
+{
+    static const char methods[3][12] = { "start", "jtt", "intervene" };
+    char command[9000];
+    int stops = 0, rc = -1, k;
+    while (rc != 0 && stops < 100) {
+        snprintf(command, sizeof command,
+                 "%s/study %s/test_study/stopped %s/test_study/birds /nowhere quick methods=start,jtt,intervene"
+                 " > /dev/null 2> %s/test_study/log & p=$!; (sleep %.2f; kill -INT $p) 2> /dev/null & wait $p",
+                 build, build, build, build, 0.1 + 0.02 * stops);
+        rc = system(command);
+        if (rc == 0) break;
+        CHECK_INT(rc, 256);
+        CHECK_INT(run("grep -q 'stopped; the same command goes on' %s/test_study/log"), 0);
+        stops++;
+    }
+    CHECK_INT(rc, 0);
+    CHECK(stops > 1);
+    for (k = 0; k < 3; k++) {
+        snprintf(command, sizeof command,
+                 "cd %s/test_study && tail -n +2 out/birds-resnet-1/%s/row.txt > a && tail -n +2 stopped/birds-resnet-1/%s/row.txt | cmp -s a - && test -s a",
+                 build, methods[k], methods[k]);
+        CHECK_INT(system(command), 0);
+    }
+}
+
 int main(void)
 {
     const char *folder = getenv("SPURMEM_BUILD");
     if (folder) snprintf(build, sizeof build, "%s", folder);
-    if (folder)
+    if (folder) {
         TEST(study);
-    else
+        TEST(interrupted);
+    } else
         printf("    SPURMEM_BUILD is not set: there is nothing to run\n");
     return TEST_END;
 }
