@@ -2914,10 +2914,11 @@ typedef struct spmi_pool_range {
     char apart[SPMI_ALIGN - 2 * sizeof(int64_t)];
 } spmi_pool_range;
 
-/* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep.  Every thread has
- * a range of neighbouring tasks, so that what it reads and writes lies together, and helps with the others' when its own
- * is done; a task belongs to no thread, so results cannot depend on who takes it.  A worker joins a job only while it is
- * open: one that wakes up when all tasks are taken is not waited for. */
+/* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep, and so does the
+ * caller who waits for the last of them: under a hypervisor, waking a processor takes as long as many a job.  Every
+ * thread has a range of neighbouring tasks, so that what it reads and writes lies together, and helps with the others'
+ * when its own is done; a task belongs to no thread, so results cannot depend on who takes it.  A worker joins a job only
+ * while it is open: one that wakes up when all tasks are taken is not waited for. */
 struct spmi_pool {
     spm_context *ctx;
     spmi_lock lock;
@@ -2925,7 +2926,7 @@ struct spmi_pool {
     void (*fn)(void *arg, int64_t task, int slot);
     void *arg;
     int64_t sequence;         /* of the current job */
-    int working;              /* workers inside the current job */
+    int64_t working;          /* workers inside the current job */
     int sleeping;             /* workers inside wait */
     int quit;
     int busy, open;           /* a job is under way; it may have tasks left */
@@ -2961,13 +2962,23 @@ static void spmi_pool_work(struct spmi_pool *pool, int slot)
     }
 }
 
-/* Some 50 microseconds of looking for a new job without a system call. 1 if one came. */
-static int spmi_pool_spin(struct spmi_pool *pool, int64_t seen)
+/* A counter that is looked at without the lock; it is changed under it.  Returns its new value. */
+static int64_t spmi_pool_count(int64_t *counter, int64_t change)
+{
+#if SPMI_ATOMICS
+    return SPMI_FETCH_ADD(counter, change) + change;
+#else
+    return *counter += change;
+#endif
+}
+
+/* Some 50 microseconds of waiting without a system call: for a new job, or (`ending`) for the end of this one. */
+static void spmi_pool_spin(struct spmi_pool *pool, int64_t seen, int ending)
 {
 #if SPMI_ATOMICS
     int i, j;
     for (i = 0; i < 400; i++) {
-        if (SPMI_LOAD(&pool->sequence) != seen || SPMI_LOAD(&pool->quit)) return 1;
+        if (ending ? !SPMI_LOAD(&pool->working) : SPMI_LOAD(&pool->sequence) != seen || SPMI_LOAD(&pool->quit)) return;
         for (j = 0; j < 8; j++) {
   #if SPMI_HAS_X86
             _mm_pause();
@@ -2979,8 +2990,8 @@ static int spmi_pool_spin(struct spmi_pool *pool, int64_t seen)
 #else
     (void)pool;
     (void)seen;
+    (void)ending;
 #endif
-    return 0;
 }
 
 static void spmi_pool_worker(void *arg)
@@ -2989,7 +3000,7 @@ static void spmi_pool_worker(void *arg)
     struct spmi_pool *pool = worker->pool;
     int64_t seen = 0;
     for (;;) {
-        (void)spmi_pool_spin(pool, seen);
+        spmi_pool_spin(pool, seen, 0);
         spmi_lock_enter(&pool->lock);
         pool->sleeping++;
         while (pool->sequence == seen && !pool->quit) spmi_condition_wait(&pool->wake, &pool->lock);
@@ -3000,12 +3011,12 @@ static void spmi_pool_worker(void *arg)
         }
         seen = pool->sequence;
         if (pool->open) {
-            pool->working++;
+            (void)spmi_pool_count(&pool->working, 1);
             spmi_lock_leave(&pool->lock);
             spmi_pool_work(pool, worker->slot);
             spmi_lock_enter(&pool->lock);
             pool->open = 0;
-            if (--pool->working == 0) spmi_condition_wake_all(&pool->done);
+            if (spmi_pool_count(&pool->working, -1) == 0) spmi_condition_wake_all(&pool->done);
         }
         spmi_lock_leave(&pool->lock);
     }
@@ -3083,14 +3094,11 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
         pool->ranges[i].next = tasks / n * i + SPMI_MIN(tasks % n, i);
         pool->ranges[i].end = pool->ranges[i].next + tasks / n + (i < tasks % n);
     }
-#if SPMI_ATOMICS
-    (void)SPMI_FETCH_ADD(&pool->sequence, 1);
-#else
-    pool->sequence++;
-#endif
+    (void)spmi_pool_count(&pool->sequence, 1);
     if (pool->sleeping) spmi_condition_wake_all(&pool->wake);
     spmi_lock_leave(&pool->lock);
     spmi_pool_work(pool, 0);
+    spmi_pool_spin(pool, 0, 1);
     spmi_lock_enter(&pool->lock);
     pool->open = 0;
     while (pool->working) spmi_condition_wait(&pool->done, &pool->lock);
