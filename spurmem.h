@@ -3667,6 +3667,9 @@ typedef struct spmi_rows {
     const float *bias;     /* [columns] or NULL */
     const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
     int64_t chain;         /* products in one chain of additions; 0: SPMI_TILE_CHAIN */
+    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line at each step */
+    const float *ahead;
+    int64_t ahead_tiles;
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
 
@@ -3728,18 +3731,19 @@ SPMI_INLINE v_t SPMI_K(normed)(const spm_op_norm *norm, int64_t c, int64_t at, v
     return norm->relu ? v_max(v_zero(), v) : v;
 }
 
-/* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` <= mr rows are
- * stored. */
-SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, int mr, int nv)
+/* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` rows are left, of which
+ * mr at most are stored; `ahead` is what this tile fetches, or NULL. */
+SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, const float *ahead, int mr, int nv)
 {
     v_t acc[T_MR][T_NV];
     const e_t *b = (const e_t *)(const void *)g->b;
     const int64_t *a_at = g->a_at + at, *c_at = g->c_at + at;
     float aside[T_MR * T_NV * V_W];
-    const int64_t chain = g->chain ? g->chain : E_CHAIN;
+    const int64_t chain = g->chain ? g->chain : E_CHAIN, line = ahead ? SPMI_LINE : 0;
     int64_t t, k, end, left = chain;
     int i, j, cut = 0;
     if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* gcc turns the choice in tile_aside into a load and a select */
+    if (!ahead) ahead = g->b;
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
@@ -3764,6 +3768,10 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                 SPMI_UNROLL for (i = 0; i < mr; i++) {
                     e_v av = e_set(row[i] + k);
                     SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = e_fma(av, bv[j], acc[i][j]);
+                }
+                if (SPMI_PASS != 1) {
+                    SPMI_PREFETCH_L2(ahead);
+                    ahead += line;
                 }
                 b += nv * V_W * E_PAIR;
             }
@@ -3824,35 +3832,66 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     }
 }
 
-#if SPMI_PASS >= 3
+/* What tile number `tile` fetches, or NULL. */
+SPMI_INLINE const float *SPMI_K(rows_ahead)(const spmi_rows *g, int64_t tile)
+{
+    return tile < g->ahead_tiles ? g->ahead + tile * (g->taps * g->k / E_PAIR) * SPMI_LINE : NULL;
+}
+
+#if SPMI_PASS != 1
+/* Tiles of six rows; 7 and 8 rows at the end are 4 + 3 and 4 + 4, so that nothing is computed in vain from 3 rows on. */
+SPMI_INLINE void SPMI_K(rows_6)(const spmi_rows *g, int nv)
+{
+    int64_t at = 0, left, tile;
+    for (tile = 0; (left = g->rows - at) > 0; tile++) {
+        const float *ahead = SPMI_K(rows_ahead)(g, tile);
+        if (left >= 9 || left == 6) {
+            SPMI_K(rows_tile)(g, at, left, ahead, 6, nv);
+            at += 6;
+        } else if (left == 5) {
+            SPMI_K(rows_tile)(g, at, left, ahead, 5, nv);
+            at += 5;
+        } else if (left >= 4) {
+            SPMI_K(rows_tile)(g, at, left, ahead, 4, nv);
+            at += 4;
+        } else {
+            SPMI_K(rows_tile)(g, at, left, ahead, 3, nv);
+            at += 3;
+        }
+    }
+}
+
+SPMI_INLINE void SPMI_K(rows_12)(const spmi_rows *g, int nv)
+{
+    int64_t at = 0, left, tile;
+    for (tile = 0; (left = g->rows - at) > 0; tile++) {
+        const float *ahead = SPMI_K(rows_ahead)(g, tile);
+        if (left > 6) {
+            SPMI_K(rows_tile)(g, at, left, ahead, 12, nv);
+            at += 12;
+        } else {
+            SPMI_K(rows_tile)(g, at, left, ahead, 6, nv);
+            at += 6;
+        }
+    }
+}
+
+#if SPMI_PASS != 2
 static void SPMI_K(rows_4)(const spmi_rows *g)
 {
-    int64_t at, left;
-    for (at = 0; (left = g->rows - at) > 0; at += 6) {
-        if (left > 3) SPMI_K(rows_tile)(g, at, left, 6, 4);
-        else SPMI_K(rows_tile)(g, at, left, 3, 4);
-    }
+    SPMI_K(rows_6)(g, 4);
 }
 #endif
 
-#if SPMI_PASS != 1
 static void SPMI_K(rows_2)(const spmi_rows *g)
 {
-    const int full = SPMI_PASS == 2 ? 6 : 12;
-    int64_t at, left;
-    for (at = 0; (left = g->rows - at) > 0; at += full) {
-        if (left > full / 2) SPMI_K(rows_tile)(g, at, left, SPMI_PASS == 2 ? 6 : 12, 2);
-        else SPMI_K(rows_tile)(g, at, left, SPMI_PASS == 2 ? 3 : 6, 2);
-    }
+    if (SPMI_PASS == 2) SPMI_K(rows_6)(g, 2);
+    else SPMI_K(rows_12)(g, 2);
 }
 
 static void SPMI_K(rows_1)(const spmi_rows *g)
 {
-    int64_t at, left;
-    for (at = 0; (left = g->rows - at) > 0; at += 12) {
-        if (left > 6) SPMI_K(rows_tile)(g, at, left, 12, 1);
-        else SPMI_K(rows_tile)(g, at, left, 6, 1);
-    }
+    SPMI_K(rows_12)(g, 1);
 }
 
 static void SPMI_K(rows)(const spmi_rows *g)
@@ -3870,8 +3909,9 @@ static void SPMI_K(rows)(const spmi_rows *g)
 {
     int64_t at;
     for (at = 0; at < g->rows; at += 4) {
-        if (g->width == 8) SPMI_K(rows_tile)(g, at, g->rows - at, 4, 8);
-        else SPMI_K(rows_tile)(g, at, g->rows - at, 4, 4);
+        const float *ahead = SPMI_K(rows_ahead)(g, at / 4);
+        if (g->width == 8) SPMI_K(rows_tile)(g, at, g->rows - at, ahead, 4, 8);
+        else SPMI_K(rows_tile)(g, at, g->rows - at, ahead, 4, 4);
     }
 }
 #endif
@@ -4689,6 +4729,10 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
 #define W_S 2.640625f    /* a^2 + b^2 */
 #define W_NA (1 / -1.45263671875)     /* 1 / (2 a^2 (a^2 - b^2)) */
 #define W_NB (1 / 8.3671875)          /* 1 / (2 b^2 (b^2 - a^2)) */
+#if SPMI_PASS == 1
+/* Filters come in pairs of rows: those of 0 and infinity, of +-a and of +-b.  Row number p in this order. */
+#define SPMI_WINO_ROW(p) ((p) == 0 ? 0 : (p) == 1 ? 5 : (p) - 1)
+#endif
 
 /* r = B^T d; the numbers of d are `step` apart. */
 SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
@@ -4729,33 +4773,24 @@ SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
 }
 
 /* r = G g of V_W filters: three numbers, `step` vectors apart, to six. */
-SPMI_INLINE void SPMI_K(wino_g)(const double *g, int step, double *r)
+SPMI_INLINE void SPMI_K(wino_g)(const double *g, int step, int pair, double *r)
 {
-    const double a = (double)W_A, b = (double)W_B, na = W_NA, nb = W_NB;
+    const double x = pair == 1 ? (double)W_A : (double)W_B, n = pair == 1 ? W_NA : W_NB;
     int l;
     for (l = 0; l < V_W; l++) {
-        const double ea = na * g[l] + na * a * a * g[2 * step * V_W + l], oa = na * a * g[step * V_W + l];
-        const double eb = nb * g[l] + nb * b * b * g[2 * step * V_W + l], ob = nb * b * g[step * V_W + l];
-        r[l] = 1 / (double)W_AB * g[l];
-        r[V_W + l] = ea + oa;
-        r[2 * V_W + l] = ea - oa;
-        r[3 * V_W + l] = eb + ob;
-        r[4 * V_W + l] = eb - ob;
-        r[5 * V_W + l] = g[2 * step * V_W + l];
+        const double even = n * g[l] + n * x * x * g[2 * step * V_W + l], odd = n * x * g[step * V_W + l];
+        r[l] = pair ? even + odd : 1 / (double)W_AB * g[l];
+        r[V_W + l] = pair ? even - odd : g[2 * step * V_W + l];
     }
 }
 
-SPMI_INLINE void SPMI_K(wino_g_fast)(const v_t *g, int step, v_t *r)
+SPMI_INLINE void SPMI_K(wino_g_fast)(const v_t *g, int step, int pair, v_t *r)
 {
-    const v_t na = v_set((float)W_NA), nb = v_set((float)W_NB);
-    const v_t ea = v_fma(v_set(W_A2), g[2 * step], g[0]), oa = v_mul(v_set(W_A), g[step]);
-    const v_t eb = v_fma(v_set(W_B2), g[2 * step], g[0]), ob = v_mul(v_set(W_B), g[step]);
-    r[0] = v_mul(v_set(1.0f / W_AB), g[0]);
-    r[1] = v_mul(na, v_add(ea, oa));
-    r[2] = v_mul(na, v_sub(ea, oa));
-    r[3] = v_mul(nb, v_add(eb, ob));
-    r[4] = v_mul(nb, v_sub(eb, ob));
-    r[5] = g[2 * step];
+    const v_t n = v_set(pair == 1 ? (float)W_NA : (float)W_NB);
+    const v_t even = v_fma(v_set(pair == 1 ? W_A2 : W_B2), g[2 * step], g[0]);
+    const v_t odd = v_mul(v_set(pair == 1 ? W_A : W_B), g[step]);
+    r[0] = pair ? v_mul(n, v_add(even, odd)) : v_mul(v_set(1.0f / W_AB), g[0]);
+    r[1] = pair ? v_mul(n, v_sub(even, odd)) : g[2 * step];
 }
 
 /* r = G^T u: six numbers to three */
@@ -4836,42 +4871,69 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
     }
 }
 
-/* G g G^T of k * n filters: from + tap * tap_at + [k][n] -> to + component * [36] + [k][n]; n is whole vectors. */
-static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, float *to, int64_t component)
+/* Two rows of G g G^T, those of one pair, of k * n filters: from + tap * tap_at + [k][n] -> to + component * [2][6] +
+ * [k][n]; n is whole vectors. */
+SPMI_INLINE void SPMI_K(wino_filter_pair)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, float *to,
+                                          int64_t component)
 {
-    double g[9 * V_W], t[18 * V_W], u[6 * V_W];
+    double g[9 * V_W], t[6 * V_W], u[2 * V_W];
     int64_t c;
     int i, j, l;
     for (c = 0; c + V_W <= k * n; c += V_W) {
         for (i = 0; i < 9; i++) {
             for (l = 0; l < V_W; l++) g[i * V_W + l] = (double)from[i * tap + c + l];
         }
-        for (j = 0; j < 3; j++) SPMI_K(wino_g)(g + j * V_W, 3, t + 6 * j * V_W);
-        for (i = 0; i < 6; i++) {
-            SPMI_K(wino_g)(t + i * V_W, 6, u);
-            for (j = 0; j < 6; j++) {
-                for (l = 0; l < V_W; l++) to[(6 * i + j) * component + c + l] = (float)u[j * V_W + l];
+        for (j = 0; j < 3; j++) {
+            SPMI_K(wino_g)(g + j * V_W, 3, pair, u);
+            for (l = 0; l < V_W; l++) t[j * V_W + l] = u[l];
+            for (l = 0; l < V_W; l++) t[(3 + j) * V_W + l] = u[V_W + l];
+        }
+        for (i = 0; i < 2; i++) {
+            SPMI_UNROLL for (j = 0; j < 3; j++) {
+                float *at = to + 6 * i * component + c;
+                SPMI_K(wino_g)(t + 3 * i * V_W, 1, j, u);
+                for (l = 0; l < V_W; l++) at[SPMI_WINO_ROW(2 * j) * component + l] = (float)u[l];
+                for (l = 0; l < V_W; l++) at[SPMI_WINO_ROW(2 * j + 1) * component + l] = (float)u[V_W + l];
             }
         }
     }
 }
 
 /* The same in floats, four times as fast, for passes that no gradient depends on. */
-static void SPMI_K(wino_filter_fast)(int64_t k, int64_t n, const float *from, int64_t tap, float *to, int64_t component)
+SPMI_INLINE void SPMI_K(wino_filter_pair_fast)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, float *to,
+                                               int64_t component)
 {
     int64_t c;
     int i, j;
     for (c = 0; c + V_W <= k * n; c += V_W) {
-        v_t d[3], q[6], t[18];
+        v_t d[3], q[2], t[6];
         SPMI_UNROLL for (j = 0; j < 3; j++) {
             SPMI_UNROLL for (i = 0; i < 3; i++) d[i] = v_load(from + (3 * i + j) * tap + c);
-            SPMI_K(wino_g_fast)(d, 1, q);
-            SPMI_UNROLL for (i = 0; i < 6; i++) t[3 * i + j] = q[i];
+            SPMI_K(wino_g_fast)(d, 1, pair, q);
+            t[j] = q[0];
+            t[3 + j] = q[1];
         }
-        SPMI_UNROLL for (i = 0; i < 6; i++) {
-            SPMI_K(wino_g_fast)(t + 3 * i, 1, q);
-            SPMI_UNROLL for (j = 0; j < 6; j++) v_store(to + (6 * i + j) * component + c, q[j]);
+        SPMI_UNROLL for (i = 0; i < 2; i++) {
+            SPMI_UNROLL for (j = 0; j < 3; j++) {
+                float *at = to + 6 * i * component + c;
+                SPMI_K(wino_g_fast)(t + 3 * i, 1, j, q);
+                v_store(at + SPMI_WINO_ROW(2 * j) * component, q[0]);
+                v_store(at + SPMI_WINO_ROW(2 * j + 1) * component, q[1]);
+            }
         }
+    }
+}
+
+static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, int fast, float *to,
+                                int64_t component)
+{
+    switch (pair + (fast ? 3 : 0)) {
+    case 0: SPMI_K(wino_filter_pair)(k, n, from, tap, 0, to, component); break;
+    case 1: SPMI_K(wino_filter_pair)(k, n, from, tap, 1, to, component); break;
+    case 2: SPMI_K(wino_filter_pair)(k, n, from, tap, 2, to, component); break;
+    case 3: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 0, to, component); break;
+    case 4: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 1, to, component); break;
+    default: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 2, to, component); break;
     }
 }
 
@@ -6430,7 +6492,7 @@ static void spmi_wino_plan(spmi_taps_job *job)
         job->chunk = SPMI_MIN(job->chunk, job->tiles.count);
         job->v_at = spmi_wino_stride(job->block * job->kc);
         job->u_at = spmi_wino_stride(job->kc * width);
-        own = SPMI_WINO * job->u_at;
+        own = 12 * job->u_at; /* a pair of rows */
         job->shared_bytes = spmi_float_bytes((job->chunk + job->block - 1) / job->block * blocks * SPMI_WINO * job->v_at);
     }
     job->m_at = spmi_wino_stride(job->block * width);
@@ -6461,9 +6523,11 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
     }
 }
 
-/* m[component][tile][width] (+)= inputs of `count` tiles times filters[component][k][width]. */
-static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, const float *u,
-                               int width, float *m, int accumulate)
+/* m[component][tile][width] (+)= inputs of `count` tiles times filters[2][6][k][width], for one pair of rows.  `next`,
+ * if not NULL, is where the filters [9][k][width] of the next task begin, `tap` floats from tap to tap: a third of them
+ * is fetched meanwhile. */
+static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, int pair,
+                               const float *u, int width, float *m, int accumulate, const float *next, int64_t tap)
 {
     int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], none = 0, i;
     spmi_rows g = SPM_ZERO;
@@ -6482,10 +6546,13 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     g.alpha = 1.0f;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
-    for (i = 0; i < SPMI_WINO; i++) {
-        g.a = v + i * job->v_at;
+    g.ahead_tiles = next != NULL;
+    for (i = 0; i < 12; i++) {
+        const int64_t component = 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
+        if (next) g.ahead = next + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
+        g.a = v + component * job->v_at;
         g.b = u + i * job->u_at;
-        g.c = m + i * job->m_at;
+        g.c = m + component * job->m_at;
         SPMI_KERNEL(job->ctx, rows, (&g));
     }
 }
@@ -6519,15 +6586,17 @@ static int64_t spmi_panel_at(const spm_context *ctx, int64_t columns, int64_t pa
     return j;
 }
 
-/* Transforms the filters of `n` input channels from k on for a panel of outputs. */
-static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, int64_t j, int width, float *to)
+/* The filters from input channel k on for the panel of outputs from j on. */
+static const float *spmi_wino_from(const spmi_taps_job *job, int64_t k, int64_t j, int width)
 {
-    const int64_t depth = job->window.depth;
-    const float *from = job->packed + j * 9 * depth + k * width;
-    if (job->fast_filters)
-        SPMI_KERNEL(job->ctx, wino_filter_fast, (n, width, from, depth * width, to, job->u_at));
-    else
-        SPMI_KERNEL(job->ctx, wino_filter, (n, width, from, depth * width, to, job->u_at));
+    return job->packed + j * 9 * job->window.depth + k * width;
+}
+
+/* Transforms a pair of rows of `n` input channels' filters. */
+static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, int64_t j, int width, int pair, float *to)
+{
+    SPMI_KERNEL(job->ctx, wino_filter, (n, width, spmi_wino_from(job, k, j, width), job->window.depth * width, pair,
+                                        job->fast_filters, to, job->u_at));
 }
 
 static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
@@ -6536,9 +6605,12 @@ static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
     const int64_t parts = (job->window.depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC, k = task % parts * SPMI_WINO_KC;
     int width;
     const int64_t j = spmi_panel_at(job->ctx, job->columns, task / parts, &width);
+    int pair;
     (void)slot;
-    spmi_wino_filters(job, k, SPMI_MIN(SPMI_WINO_KC, job->window.depth - k), j, width,
-                      spmi_wino_shared(job) + task / parts * SPMI_WINO * job->u_at + k * width);
+    for (pair = 0; pair < 3; pair++) {
+        spmi_wino_filters(job, k, SPMI_MIN(SPMI_WINO_KC, job->window.depth - k), j, width, pair,
+                          spmi_wino_shared(job) + (task / parts * SPMI_WINO + 12 * pair) * job->u_at + k * width);
+    }
 }
 
 static void spmi_wino_input_task(void *arg, int64_t task, int slot)
@@ -6558,15 +6630,18 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     const int64_t end = SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
     float *patch = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
     float *own = patch + spmi_float_bytes(SPMI_WINO * depth) / sizeof *patch;
-    float *m = own + SPMI_WINO * (job->shared_filters ? job->v_at : job->u_at);
-    const float *shared = spmi_wino_shared(job);
+    float *m = own + (job->shared_filters ? SPMI_WINO * job->v_at : 12 * job->u_at);
+    const float *shared = spmi_wino_shared(job), *next;
     int64_t j, k;
-    int width;
+    int width, pair;
     if (job->shared_filters) {
         spmi_wino_inputs(job, first, end, first, patch, own);
         for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
             width = spmi_panel_width(job->ctx, job->columns - j);
-            spmi_wino_products(job, end - first, own, depth, shared, width, m, 0);
+            for (pair = 0; pair < 3; pair++) {
+                spmi_wino_products(job, end - first, own, depth, pair, shared + 12 * pair * job->u_at, width, m, 0, NULL,
+                                   0);
+            }
             spmi_wino_outputs(job, first, end, j, width, m);
         }
         return;
@@ -6575,8 +6650,14 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     shared += (first - job->first) / job->block * ((depth + job->kc - 1) / job->kc) * SPMI_WINO * job->v_at;
     for (k = 0; k < depth; k += job->kc, shared += SPMI_WINO * job->v_at) {
         const int64_t n = SPMI_MIN(job->kc, depth - k);
-        spmi_wino_filters(job, k, n, j, width, own);
-        spmi_wino_products(job, end - first, shared, n, own, width, m, k > 0);
+        if (k + n < depth) next = spmi_wino_from(job, k + n, j, width);
+        else if (task % panels + job->ctx->threads < panels)
+            next = spmi_wino_from(job, 0, j + job->ctx->threads * width, width);
+        else next = NULL;
+        for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
+            spmi_wino_filters(job, k, n, j, width, pair, own);
+            spmi_wino_products(job, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width);
+        }
     }
     spmi_wino_outputs(job, first, end, j, width, m);
 }
@@ -6606,13 +6687,13 @@ static void spmi_taps_plan(spmi_taps_job *job)
         spmi_wino_plan(job);
         return;
     }
-    spmi_window_plan(s, job->columns > spmi_full_panel(job->ctx));
+    spmi_window_plan(s, 0);
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
     pixels = (SPMI_STRIP_FLOATS << (s->half == 2)) / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
-    pixels = SPMI_MAX(48, SPMI_MIN(pixels, 2048));
-    least = SPMI_MAX(48, SPMI_TASK_MACS / macs);
+    pixels = SPMI_MAX(56, SPMI_MIN(pixels, 2048));
+    least = SPMI_MAX(56, SPMI_TASK_MACS / macs);
     wanted = rows * s->w.count / SPMI_TASKS;
     if (pixels > wanted) pixels = SPMI_MAX(wanted, SPMI_MIN(pixels, least));
     job->strip = SPMI_MAX(1, pixels / s->w.count);
@@ -6644,7 +6725,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
-    int64_t row, i, n = 0, t, k0, j, panel;
+    int64_t row, i, n = 0, t, k0, j, panel, next;
     spm_op_norm norm;
     spmi_rows g = SPM_ZERO;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
@@ -6678,6 +6759,10 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
                 norm = spmi_norm_at(job->norm, j, j);
                 g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
+                /* the next panel's piece; whose turn it is after the last one of this task can be guessed */
+                next = panel + 1 < panel1 ? panel + 1 : (group + ctx->threads) * panels / job->groups;
+                g.ahead_tiles = next < panels ? g.width / SPMI_LINE : 0;
+                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? (next - panel) * g.width * depth : 0);
                 spmi_half_rows(ctx, s->half, &g);
             }
         }
