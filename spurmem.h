@@ -4249,28 +4249,28 @@ static void SPMI_K(store_bytes)(unsigned char *p, v_t v)
   #define v_store_bytes(p, v) (*(p) = (unsigned char)(v))
 #endif
 
-/* exp(x + low) for x in [-87.3, 88], below that 0. `low`, if split, carries what x had no bits for.  ln 2 is split so
- * that k * (its upper part) is exact without FMA too; 1 ulp. */
-SPMI_INLINE v_t SPMI_K(exp_of)(v_t x, v_t low, int split)
+/* exp(x) for x up to 88, 0 below -87.3; exp(x + low) for x in [-87.3, 88] where `low` is given: it carries what x had no
+ * bits for.  ln 2 is split so that k * (its upper part) is exact without FMA too; 1 ulp. */
+SPMI_INLINE v_t SPMI_K(exp_of)(v_t x, const v_t *low)
 {
-    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(v_max(x, bottom), v_set(1.44269504f)));
+    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(low ? x : v_max(x, bottom), v_set(1.44269504f)));
     v_t r = v_fma(k, v_set(-0.693359375f), x), p;
     r = v_fma(k, v_set(2.12194440e-4f), r);
-    if (split) r = v_add(r, low);
+    if (low) r = v_add(r, *low);
     p = v_fma(r, v_set(1.38144648e-3f), v_set(8.36878062e-3f));
     p = v_fma(p, r, v_set(4.16683943e-2f));
     p = v_fma(p, r, v_set(1.66665201e-1f));
     p = v_fma(p, r, v_set(4.99999934e-1f));
-    p = v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f));
-    return v_select_gt(bottom, x, v_zero(), v_scale2(p, k));
+    p = v_scale2(v_add(v_fma(p, v_mul(r, r), r), v_set(1.0f)), k);
+    return low ? p : v_select_gt(bottom, x, v_zero(), p);
 }
 
 /* With a = |x|: e = exp(-x^2/2), and the return value h = Phi(-a), the normal distribution's lower tail.
  * h = e * q(a), where (a + 3) q(a) is a polynomial of degree 10 in (a - 3) / (a + 3) (our minimax fit on [0, 14],
- * 1e-9). x^2 is formed in two parts, because an error of half an ulp in 80 is too much inside exp. */
+ * 1e-9); from 13.25 on e is 0. x^2 is formed in two parts, because an error of half an ulp in 80 is too much inside exp. */
 SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
 {
-    const v_t a = v_min(v_abs(x), v_set(14.0f)), half = v_mul(a, v_set(-0.5f));
+    const v_t a = v_min(v_abs(x), v_set(13.25f)), half = v_mul(a, v_set(-0.5f));
     const v_t square = v_mul(half, a), rest = v_rest(half, a, square);
     const v_t inverse = v_div(v_set(1.0f), v_add(a, v_set(3.0f)));
     const v_t t = v_mul(v_sub(a, v_set(3.0f)), inverse);
@@ -4284,7 +4284,7 @@ SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
     p = v_fma(p, t, v_set(2.30017701e-1f));
     p = v_fma(p, t, v_set(-5.09331991e-1f));
     p = v_fma(p, t, v_set(7.2908369e-1f));
-    *e = SPMI_K(exp_of)(square, rest, 1);
+    *e = SPMI_K(exp_of)(square, &rest);
     return v_mul(v_mul(p, inverse), *e);
 }
 
@@ -4436,11 +4436,11 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, fl
     int64_t row, i;
     int r;
     for (row = 0; row < rows; row++, x += n, y += n) {
-        const int64_t full = n - n % V_W;
-        const float *next = row + 1 < rows ? x + n : x;
-        float top = x[0], inverse;
+        const int64_t full = n - n % V_W, ahead = row + 1 < rows ? n : 0;
+        float top = x[0];
         double total = 0.0;
-        v_t peak = v_set(x[0]), other = peak, shift;
+        int64_t at = 0;
+        v_t peak = v_set(x[0]), other = peak, shift, v;
         for (i = 0; i + 2 * V_W <= full; i += 2 * V_W) {
             peak = v_max(peak, v_load(x + i));
             other = v_max(other, v_load(x + i + V_W));
@@ -4450,15 +4450,23 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, fl
         top = v_top(v_max(peak, other));
         for (i = full ? n : 0; i < n; i++) top = x[i] > top ? x[i] : top;
         shift = v_set(-s * top);
-        for (i = 0; i < full; i += V_W) {
-            SPMI_PREFETCH(next + i);
-            v_store(y + i, SPMI_K(exp_of)(v_fma(v_load(x + i), f, shift), shift, 0));
-        }
+#define STEP(sum, j)                                                \
+    do {                                                            \
+        SPMI_PREFETCH(x + ahead + (j));                             \
+        SPMI_PREFETCH(y + ahead + (j));                             \
+        v = SPMI_K(exp_of)(v_fma(v_load(x + (j)), f, shift), NULL); \
+        v_store(y + (j), v);                                        \
+        sum = v_add(sum, v);                                        \
+    } while (0)
+        SPMI_RUNS(STEP)
+        peak = v_zero();
+        for (i = at; i < full; i += V_W) STEP(peak, i);
+#undef STEP
         r = (int)(n - full);
-        if (r) v_put(y + i, SPMI_K(exp_of)(v_fma(v_get(x + i, r), f, shift), shift, 0), r);
-        total = SPMI_K(row_sum)(n, y);
-        inverse = (float)(1.0 / total);
-        SPMI_K(scale)(n, inverse, y, y, 0);
+        if (r) v_put(y + i, SPMI_K(exp_of)(v_fma(v_get(x + i, r), f, shift), NULL), r);
+        if (r) peak = v_add(peak, v_get(y + i, r));
+        total += (double)v_sum(peak);
+        SPMI_K(scale)(n, (float)(1.0 / total), y, y, 0);
     }
 }
 
@@ -4470,8 +4478,12 @@ static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *
     int r;
     for (row = 0; row < rows; row++, y += n, dy += n, dx += n) {
         const v_t dot = v_set((float)SPMI_K(row_dot)(n, y, dy));
+        const int64_t ahead = row + 1 < rows ? n : 0;
         V_STEP(i, r, n) {
-            v_t g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), dot));
+            v_t g;
+            SPMI_PREFETCH(y + ahead + i);
+            SPMI_PREFETCH(dy + ahead + i);
+            g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), dot));
             if (add) g = v_add(g, v_get(dx + i, r));
             v_put(dx + i, g, r);
         }
@@ -4583,6 +4595,7 @@ static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width,
     int r, l;
     for (at = 0; at < rows; at += SPMI_CHAIN) {
         const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at), pairs = m - m % 2;
+        const int64_t ahead = at + 2 * m <= rows ? m : 0; /* the next chain: columns of it are no stream to the processor */
         const double count = (double)m;
         V_STEP(c, r, width) {
             const float *from = x + at * stride + c;
@@ -4597,6 +4610,8 @@ static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width,
             a = b = v_zero();
             for (p = 0; p < pairs; p += 2) {
                 const v_t d0 = v_sub(v_get(from + p * stride, r), s), d1 = v_sub(v_get(from + (p + 1) * stride, r), s);
+                SPMI_PREFETCH_L2(from + (p + ahead) * stride);
+                SPMI_PREFETCH_L2(from + (p + 1 + ahead) * stride);
                 a = v_add(a, d0);
                 b = v_add(b, d1);
                 q0 = v_fma(d0, d0, q0);
@@ -4654,6 +4669,7 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
     for (c = 0; c < width; c++) s0[c] = s1[c] = 0.0;
     for (at = 0; at < rows; at += SPMI_CHAIN) {
         const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at);
+        const int64_t ahead = at + 2 * m <= rows ? m * stride : 0; /* as in channel_moments */
         V_STEP(c, r, width) {
             const v_t center = v_get(mean + c, r);
             const v_t w = scale ? v_get(scale + c, r) : v_zero(), v = scale ? v_get(shift + c, r) : v_zero();
@@ -4666,6 +4682,8 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
                     const int64_t j = (at + p) * stride + c;
                     const v_t d = v_sub(v_get(x + j, r), center);
                     v_t g = v_get(dy + j, r);
+                    SPMI_PREFETCH_L2(x + j + ahead);
+                    SPMI_PREFETCH_L2(dy + j + ahead);
                     if (y) g = v_select_gt(v_get(y + j, r), v_zero(), g, v_zero());
                     else if (scale) g = v_select_gt(v_fma(d, w, v), v_zero(), g, v_zero());
                     if (dz) v_put(dz + j, g, r);
@@ -8448,7 +8466,7 @@ static void spmi_softmax_run(spm_context *ctx, spm_op_call *call, int backward)
     job.call = call;
     job.n = spmi_last(&call->in[0]);
     job.rows = spm_tensor_count(&call->in[0]) / job.n;
-    job.grain = SPMI_MAX((int64_t)1, SPMI_GRAIN / 4 / job.n);
+    job.grain = SPMI_MAX((int64_t)1, SPMI_GRAIN / job.n);
     job.backward = backward;
     spm_parallel(ctx, spmi_ceil_div(job.rows, job.grain), spmi_softmax_task, &job);
 }
