@@ -6272,7 +6272,7 @@ typedef struct spmi_window {
     int64_t span_h, span_w;              /* input rows and columns under one output pixel */
 } spmi_window;
 
-static void spmi_window_plan(spmi_window *s, int avoid_collisions)
+static void spmi_window_plan(spmi_window *s)
 {
     const spmi_axis *h = &s->h, *w = &s->w;
     int border = h->offset < 0 || w->offset < 0
@@ -6280,7 +6280,7 @@ static void spmi_window_plan(spmi_window *s, int avoid_collisions)
               || (w->count - 1) * w->stride + w->offset + (w->taps - 1) * w->step >= w->size;
     int split = s->depth != s->pixel && w->taps > 1 && w->step == 1;
     if (h->taps == 0 || w->taps == 0) border = 0; /* nothing is read */
-    s->copied = border || split || s->half || (avoid_collisions && w->taps == 1 && spmi_stride_collides(s->pixel * w->stride));
+    s->copied = border || split || s->half;
     s->merged = w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
     s->taps = h->taps * (s->merged ? SPMI_MIN(w->taps, 1) : w->taps);
     s->run = s->merged ? w->taps * s->depth : s->depth;
@@ -6294,7 +6294,6 @@ static void spmi_window_plan(spmi_window *s, int avoid_collisions)
         if (h->taps == 1) s->h_stride = 1;
         if (w->taps == 1) s->w_stride = 1;
         s->at_pixel = s->depth;
-        if (avoid_collisions && w->taps == 1 && spmi_stride_collides(s->depth)) s->at_pixel += 16;
         s->at_row = ((w->count - 1) * s->w_stride + s->span_w) * s->at_pixel;
     }
 }
@@ -6474,9 +6473,9 @@ typedef struct spmi_taps_job {
 } spmi_taps_job;
 
 /* Small filters (all of a layer's fit the caches) are transformed once, and a task takes a block of tiles from input to
- * output.  Large ones are transformed by the task that needs them, a few input channels at a time, next to the panel of
- * outputs that it computes for many tiles; then the input is what all tasks share.  Transformed inputs lie
- * [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
+ * output.  Large ones are transformed by the task that needs them, a pair of rows of a few input channels at a time, next
+ * to the panel of outputs that it computes for many tiles; then the input is what all tasks share.  Transformed inputs
+ * lie [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
 #define SPMI_WINO_SHARED (SPMI_WINO * 128 * 128) /* floats of small filters at most */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
 #define SPMI_WINO_KC 128                 /* channels of a block */
@@ -6705,7 +6704,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
         spmi_wino_plan(job);
         return;
     }
-    spmi_window_plan(s, 0);
+    spmi_window_plan(s);
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
@@ -7007,7 +7006,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
         spmi_wino_dw_plan(job);
         return;
     }
-    spmi_window_plan(s, 0);
+    spmi_window_plan(s);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
     job->collect = job->half || job->outputs >= 64 || s->run % spmi_lanes(job->ctx) != 0;
