@@ -6668,9 +6668,7 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     for (k = 0; k < depth; k += job->kc, shared += SPMI_WINO * job->v_at) {
         const int64_t n = SPMI_MIN(job->kc, depth - k);
         if (k + n < depth) next = spmi_wino_from(job, k + n, j, width);
-        else if (task % panels + job->ctx->threads < panels)
-            next = spmi_wino_from(job, 0, j + job->ctx->threads * width, width);
-        else next = NULL;
+        else next = task % panels + 1 < panels ? spmi_wino_from(job, 0, j + width, width) : NULL;
         for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
             spmi_wino_filters(job, k, n, j, width, pair, own);
             spmi_wino_products(job, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width);
@@ -6742,7 +6740,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
-    int64_t row, i, n = 0, t, k0, j, panel, next;
+    int64_t row, i, n = 0, t, k0, j, panel;
     spm_op_norm norm;
     spmi_rows g = SPM_ZERO;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
@@ -6776,10 +6774,8 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
                 norm = spmi_norm_at(job->norm, j, j);
                 g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
-                /* the next panel's piece; whose turn it is after the last one of this task can be guessed */
-                next = panel + 1 < panel1 ? panel + 1 : (group + ctx->threads) * panels / job->groups;
-                g.ahead_tiles = next < panels ? g.width / SPMI_LINE : 0;
-                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? (next - panel) * g.width * depth : 0);
+                g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
+                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
                 spmi_half_rows(ctx, s->half, &g);
             }
         }
