@@ -3451,9 +3451,9 @@ static void bench_memory(cli *line, spm_json *json)
     };
     int i, j;
     for (i = 0; i < (int)(sizeof op / sizeof op[0]) && !interrupted; i++) {
-        spm_op_call call = SPM_ZERO;
-        if (op[i].rank == 3) call.in[0] = spm_tensor_make(NULL, 3, 32, 197, 1536, 0);
-        else call.in[0] = spm_tensor_make(NULL, 4, 16, 56, 56, 192);
+        spm_op_call call = SPM_ZERO; /* 116 MB a tensor: of less a copy would find a part in the last cache */
+        if (op[i].rank == 3) call.in[0] = spm_tensor_make(NULL, 3, 96, 197, 1536, 0);
+        else call.in[0] = spm_tensor_make(NULL, 4, 48, 56, 56, 192);
         for (j = 1; j < op[i].inputs; j++) {
             call.in[j] = op[i].op == SPM_OP_ADD ? call.in[0]
                                                 : spm_tensor_make(NULL, 1, call.in[0].shape[op[i].rank - 1], 0, 0, 0);
