@@ -17383,9 +17383,9 @@ SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_d
  * >>TEXT  19  numbers as text, JSON, CSV
  * ============================================================================================================= */
 
-/* ---- numbers as text, whatever the locale's decimal point is ---- */
+/* ---- numbers as text, whatever the locale's decimal point is; also where spmi_locale_enter cannot choose it ---- */
 
-/* `value` (finite) with `digits` significant digits.  printf writes the locale's decimal point, one byte or several:
+/* `value` (finite) with `digits` significant digits.  printf may write the locale's decimal point, one byte or several:
  * whatever is no part of a number becomes one '.'. */
 static void spmi_number_format(char *out, size_t size, double value, int digits)
 {
@@ -17406,8 +17406,8 @@ static void spmi_number_format(char *out, size_t size, double value, int digits)
     out[to] = 0;
 }
 
-/* Parses `length` bytes that the caller has checked to be a decimal number with '.' as its point.  strtod wants the
- * locale's point, which is found by printing 0.5. */
+/* Parses `length` bytes that the caller has checked to be a decimal number with '.' as its point.  strtod may
+ * want the locale's point, which is found by printing 0.5. */
 static int spmi_number_parse(const char *text, size_t length, double *value)
 {
     char buffer[512], half[32];

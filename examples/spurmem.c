@@ -884,7 +884,7 @@ static int64_t head_classes(cli *line, const char *file)
     int h;
     for (i = 0; archive && i < spm_archive_count(archive); i++) {
         const spm_archive_tensor *t = spm_archive_tensor_at(archive, i);
-        for (h = 0; h < 12; h++) { /* whatever wraps the name */
+        for (h = 0; h < (int)(sizeof heads / sizeof heads[0]); h++) { /* whatever wraps the name */
             size_t n = strlen(t->name), m = strlen(heads[h]);
             if (t->rank == 2 && n >= m && strcmp(t->name + n - m, heads[h]) == 0
                 && (n == m || t->name[n - m - 1] == '.'))
