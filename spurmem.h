@@ -4585,47 +4585,76 @@ static void SPMI_K(channel_sums)(int64_t rows, int64_t stride, int64_t width, co
     }
 }
 
+#define SPMI_COLUMNS (SPMI_PASS == 2 ? 2 : 4) /* vectors side by side: whole lines of a row, and their neighbours */
+
+/* One chain of `m` rows, nv vectors of columns (the last has r lanes): their mean, by how much it missed (times m), and
+ * the squares around it, in a second pass (it is in cache by then).  Columns are no stream to the processor: the next
+ * chain, `ahead` floats on, is fetched. */
+SPMI_INLINE void SPMI_K(moments_chain)(int64_t m, int64_t stride, const float *x, int64_t ahead, int r, int nv,
+                                       float *center, float *left, float *square)
+{
+    v_t a[SPMI_COLUMNS], b[SPMI_COLUMNS], s[SPMI_COLUMNS], q0[SPMI_COLUMNS], q1[SPMI_COLUMNS];
+    const int64_t pairs = m - m % 2;
+    const float *end = x + pairs * stride, *from;
+    int j;
+    SPMI_UNROLL for (j = 0; j < nv; j++) a[j] = b[j] = v_zero();
+    for (from = x; from < end; from += 2 * stride) {
+        SPMI_UNROLL for (j = 0; j < nv; j++) {
+            a[j] = v_add(a[j], v_get(from + j * V_W, r));
+            b[j] = v_add(b[j], v_get(from + stride + j * V_W, r));
+        }
+    }
+    SPMI_UNROLL for (j = 0; j < nv; j++) {
+        if (pairs < m) a[j] = v_add(a[j], v_get(end + j * V_W, r));
+        s[j] = v_mul(v_add(a[j], b[j]), v_set(1.0f / (float)m));
+        a[j] = b[j] = q0[j] = q1[j] = v_zero();
+    }
+    for (from = x; from < end; from += 2 * stride) {
+        SPMI_UNROLL for (j = 0; j < nv; j++) {
+            const v_t d0 = v_sub(v_get(from + j * V_W, r), s[j]);
+            const v_t d1 = v_sub(v_get(from + stride + j * V_W, r), s[j]);
+            SPMI_PREFETCH_L2(from + ahead + j * V_W);
+            SPMI_PREFETCH_L2(from + stride + ahead + j * V_W);
+            a[j] = v_add(a[j], d0);
+            b[j] = v_add(b[j], d1);
+            q0[j] = v_fma(d0, d0, q0[j]);
+            q1[j] = v_fma(d1, d1, q1[j]);
+        }
+    }
+    SPMI_UNROLL for (j = 0; j < nv; j++) {
+        if (pairs < m) {
+            const v_t d0 = v_sub(v_get(end + j * V_W, r), s[j]);
+            a[j] = v_add(a[j], d0);
+            q0[j] = v_fma(d0, d0, q0[j]);
+        }
+        v_store(center + j * V_W, s[j]);
+        v_store(left + j * V_W, v_add(a[j], b[j]));
+        v_store(square + j * V_W, v_add(q0[j], q1[j]));
+    }
+}
+
 /* Moments of each column: base[c], s1[c] = sum of (x - base), s2[c] = sum of (x - base)^2, with base near the mean: the
- * mean of the first chain.  Each chain gets its own mean in a first pass and its squares around that in a second one
- * (it is in cache by then); chains are joined in double. */
+ * mean of the first chain.  Chains are joined in double. */
 static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width, const float *x, double *base,
                                     double *s1, double *s2)
 {
-    int64_t c, p, at;
-    int r, l;
+    float center[SPMI_COLUMNS * V_W], left[SPMI_COLUMNS * V_W], square[SPMI_COLUMNS * V_W];
+    int64_t c, at;
+    int n, l;
     for (at = 0; at < rows; at += SPMI_CHAIN) {
-        const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at), pairs = m - m % 2;
-        const int64_t ahead = at + 2 * m <= rows ? m : 0; /* the next chain: columns of it are no stream to the processor */
+        const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at);
+        const int64_t ahead = at + 2 * m <= rows ? m * stride : 0;
         const double count = (double)m;
-        V_STEP(c, r, width) {
+        for (c = 0; c < width; c += n) {
             const float *from = x + at * stride + c;
-            v_t a = v_zero(), b = v_zero(), s, q0 = v_zero(), q1 = v_zero();
-            float center[V_W], square[V_W], left[V_W];
-            for (p = 0; p < pairs; p += 2) {
-                a = v_add(a, v_get(from + p * stride, r));
-                b = v_add(b, v_get(from + (p + 1) * stride, r));
+            n = (int)SPMI_MIN((int64_t)(SPMI_COLUMNS * V_W), width - c);
+            if (n == SPMI_COLUMNS * V_W) {
+                SPMI_K(moments_chain)(m, stride, from, ahead, V_W, SPMI_COLUMNS, center, left, square);
+            } else {
+                n = SPMI_MIN(n, V_W);
+                SPMI_K(moments_chain)(m, stride, from, ahead, n, 1, center, left, square);
             }
-            if (p < m) a = v_add(a, v_get(from + p * stride, r));
-            s = v_mul(v_add(a, b), v_set(1.0f / (float)m));
-            a = b = v_zero();
-            for (p = 0; p < pairs; p += 2) {
-                const v_t d0 = v_sub(v_get(from + p * stride, r), s), d1 = v_sub(v_get(from + (p + 1) * stride, r), s);
-                SPMI_PREFETCH_L2(from + (p + ahead) * stride);
-                SPMI_PREFETCH_L2(from + (p + 1 + ahead) * stride);
-                a = v_add(a, d0);
-                b = v_add(b, d1);
-                q0 = v_fma(d0, d0, q0);
-                q1 = v_fma(d1, d1, q1);
-            }
-            if (p < m) {
-                const v_t d0 = v_sub(v_get(from + p * stride, r), s);
-                a = v_add(a, d0);
-                q0 = v_fma(d0, d0, q0);
-            }
-            v_store(center, s);
-            v_store(square, v_add(q0, q1));
-            v_store(left, v_add(a, b)); /* by how much the float mean missed, times m */
-            for (l = 0; l < r; l++) {
+            for (l = 0; l < n; l++) {
                 double shift;
                 if (at == 0) {
                     base[c + l] = (double)center[l];
@@ -4658,44 +4687,71 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
     }
 }
 
-/* dz = dy, or dy where y > 0 (y, or scale and shift to compute it from x, given: a ReLU stands behind).  s0[c] = sum dz,
- * s1[c] = sum dz (x - mean) over rows that lie `stride` apart; dz is stored as well if `dz` is given. */
+/* dz = dy, or dy where y > 0 (y, or scale and shift to compute it from x, given: a ReLU stands behind), summed over one
+ * chain, nv vectors of columns: s0 = sum dz, s1 = sum dz (x - mean). */
+SPMI_INLINE void SPMI_K(bn_back_chain)(int64_t m, int64_t stride, const float *x, const float *y, const float *dy,
+                                       const float *mean, const float *scale, const float *shift, float *dz,
+                                       int64_t ahead, int r, int nv, float *s0, float *s1)
+{
+    v_t a[SPMI_COLUMNS], b[SPMI_COLUMNS];
+    int64_t p, at;
+    int j;
+    SPMI_UNROLL for (j = 0; j < nv; j++) a[j] = b[j] = v_zero();
+    for (p = 0; p < m;) {
+        const int64_t end = SPMI_MIN(p + SPMI_LINK, m);
+        v_t a8[SPMI_COLUMNS], b8[SPMI_COLUMNS];
+        SPMI_UNROLL for (j = 0; j < nv; j++) a8[j] = b8[j] = v_zero();
+        for (; p < end; p++) {
+            SPMI_UNROLL for (j = 0, at = p * stride; j < nv; j++, at += V_W) {
+                const v_t d = v_sub(v_get(x + at, r), v_get(mean + j * V_W, r));
+                v_t g = v_get(dy + at, r);
+                SPMI_PREFETCH_L2(x + at + ahead);
+                SPMI_PREFETCH_L2(dy + at + ahead);
+                if (y) g = v_select_gt(v_get(y + at, r), v_zero(), g, v_zero());
+                else if (scale)
+                    g = v_select_gt(v_fma(d, v_get(scale + j * V_W, r), v_get(shift + j * V_W, r)), v_zero(), g, v_zero());
+                if (dz) v_put(dz + at, g, r);
+                a8[j] = v_add(a8[j], g);
+                b8[j] = v_fma(g, d, b8[j]);
+            }
+        }
+        SPMI_UNROLL for (j = 0; j < nv; j++) {
+            a[j] = v_add(a[j], a8[j]);
+            b[j] = v_add(b[j], b8[j]);
+        }
+    }
+    SPMI_UNROLL for (j = 0; j < nv; j++) {
+        v_store(s0 + j * V_W, a[j]);
+        v_store(s1 + j * V_W, b[j]);
+    }
+}
+
+/* The same over rows that lie `stride` apart; dz is stored as well if `dz` is given. */
 static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, const float *x, const float *y,
                                  const float *dy, const float *mean, const float *scale, const float *shift, float *dz,
                                  double *s0, double *s1)
 {
-    int64_t c, p, at;
-    int r, l;
+    float lane0[SPMI_COLUMNS * V_W], lane1[SPMI_COLUMNS * V_W];
+    int64_t c, at;
+    int n, l;
     for (c = 0; c < width; c++) s0[c] = s1[c] = 0.0;
     for (at = 0; at < rows; at += SPMI_CHAIN) {
         const int64_t m = SPMI_MIN((int64_t)SPMI_CHAIN, rows - at);
         const int64_t ahead = at + 2 * m <= rows ? m * stride : 0; /* as in channel_moments */
-        V_STEP(c, r, width) {
-            const v_t center = v_get(mean + c, r);
-            const v_t w = scale ? v_get(scale + c, r) : v_zero(), v = scale ? v_get(shift + c, r) : v_zero();
-            v_t a = v_zero(), b = v_zero();
-            float lane0[V_W], lane1[V_W];
-            for (p = 0; p < m;) {
-                const int64_t end = SPMI_MIN(p + SPMI_LINK, m);
-                v_t a8 = v_zero(), b8 = v_zero();
-                for (; p < end; p++) {
-                    const int64_t j = (at + p) * stride + c;
-                    const v_t d = v_sub(v_get(x + j, r), center);
-                    v_t g = v_get(dy + j, r);
-                    SPMI_PREFETCH_L2(x + j + ahead);
-                    SPMI_PREFETCH_L2(dy + j + ahead);
-                    if (y) g = v_select_gt(v_get(y + j, r), v_zero(), g, v_zero());
-                    else if (scale) g = v_select_gt(v_fma(d, w, v), v_zero(), g, v_zero());
-                    if (dz) v_put(dz + j, g, r);
-                    a8 = v_add(a8, g);
-                    b8 = v_fma(g, d, b8);
-                }
-                a = v_add(a, a8);
-                b = v_add(b, b8);
+        for (c = 0; c < width; c += n) {
+            const int64_t j = at * stride + c;
+            const float *of_y = y ? y + j : NULL, *of_scale = scale ? scale + c : NULL;
+            float *of_dz = dz ? dz + j : NULL;
+            n = (int)SPMI_MIN((int64_t)(SPMI_COLUMNS * V_W), width - c);
+            if (n == SPMI_COLUMNS * V_W) {
+                SPMI_K(bn_back_chain)(m, stride, x + j, of_y, dy + j, mean + c, of_scale, shift + c, of_dz, ahead, V_W,
+                                      SPMI_COLUMNS, lane0, lane1);
+            } else {
+                n = SPMI_MIN(n, V_W);
+                SPMI_K(bn_back_chain)(m, stride, x + j, of_y, dy + j, mean + c, of_scale, shift + c, of_dz, ahead, n, 1,
+                                      lane0, lane1);
             }
-            v_store(lane0, a);
-            v_store(lane1, b);
-            for (l = 0; l < r; l++) {
+            for (l = 0; l < n; l++) {
                 s0[c + l] += (double)lane0[l];
                 s1[c + l] += (double)lane1[l];
             }
@@ -5105,6 +5161,7 @@ static void SPMI_K(avg_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
 #undef SPMI_RUNS
 #undef SPMI_CHAIN
 #undef SPMI_LINK
+#undef SPMI_COLUMNS
 #undef V_STEP
 #undef v_get
 #undef v_put
