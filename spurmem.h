@@ -4670,6 +4670,8 @@ static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width,
 
 /* ---- batch norm: rows are pixels, `n` channels ---- */
 
+#define SPMI_AHEAD 1024 /* floats; what is read so far on is fetched: the processor's own fetching stops at a page's end */
+
 /* y = relu?((x - mean) scale + shift + residual?) */
 static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const float *residual, const float *mean,
                              const float *scale, const float *shift, int relu, float *y)
@@ -4678,9 +4680,14 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
     int r;
     const v_t floor_at = v_set(relu ? 0.0f : -INFINITY);
     for (row = 0; row < rows; row++, x += n, y += n) {
+        const int64_t ahead = (rows - row - 1) * n >= SPMI_AHEAD ? SPMI_AHEAD : 0;
         V_STEP(i, r, n) {
             v_t v = v_fma(v_sub(v_get(x + i, r), v_get(mean + i, r)), v_get(scale + i, r), v_get(shift + i, r));
-            if (residual) v = v_add(v, v_get(residual + i, r));
+            SPMI_PREFETCH_L2(x + i + ahead);
+            if (residual) {
+                SPMI_PREFETCH_L2(residual + i + ahead);
+                v = v_add(v, v_get(residual + i, r));
+            }
             v_put(y + i, v_max(floor_at, v), r);
         }
         if (residual) residual += n;
@@ -4707,8 +4714,10 @@ SPMI_INLINE void SPMI_K(bn_back_chain)(int64_t m, int64_t stride, const float *x
                 v_t g = v_get(dy + at, r);
                 SPMI_PREFETCH_L2(x + at + ahead);
                 SPMI_PREFETCH_L2(dy + at + ahead);
-                if (y) g = v_select_gt(v_get(y + at, r), v_zero(), g, v_zero());
-                else if (scale)
+                if (y) {
+                    SPMI_PREFETCH_L2(y + at + ahead);
+                    g = v_select_gt(v_get(y + at, r), v_zero(), g, v_zero());
+                } else if (scale)
                     g = v_select_gt(v_fma(d, v_get(scale + j * V_W, r), v_get(shift + j * V_W, r)), v_zero(), g, v_zero());
                 if (dz) v_put(dz + at, g, r);
                 a8[j] = v_add(a8[j], g);
@@ -4768,11 +4777,16 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
     int64_t row, i, j;
     int r;
     for (row = 0; row < rows; row++) {
+        const int64_t ahead = (rows - row - 1) * n >= SPMI_AHEAD ? SPMI_AHEAD : 0;
         V_STEP(i, r, n) {
             v_t g, d, from_mean = v_zero();
             j = row * n + i;
             g = v_get(dy + j, r);
-            if (x) from_mean = v_sub(v_get(x + j, r), v_get(mean + i, r));
+            SPMI_PREFETCH_L2(dy + j + ahead);
+            if (x) {
+                SPMI_PREFETCH_L2(x + j + ahead);
+                from_mean = v_sub(v_get(x + j, r), v_get(mean + i, r));
+            }
             if (y) g = v_select_gt(v_get(y + j, r), v_zero(), g, v_zero());
             else if (scale)
                 g = v_select_gt(v_fma(from_mean, v_get(scale + i, r), v_get(shift + i, r)), v_zero(), g, v_zero());
@@ -5162,6 +5176,7 @@ static void SPMI_K(avg_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
 #undef SPMI_CHAIN
 #undef SPMI_LINK
 #undef SPMI_COLUMNS
+#undef SPMI_AHEAD
 #undef V_STEP
 #undef v_get
 #undef v_put
