@@ -1779,7 +1779,8 @@ typedef struct spm_train_desc {
     double hold_out;               /* share of the training split, drawn by the seed, that is not trained on */
     const char *history;           /* group_labels = 0: the run folder whose history tells the memorized examples; NULL:
                                       the folder of `checkpoint` */
-    int workers, shuffle, drop_last, allow_partial, resume, segments;
+    int workers, shuffle, drop_last, allow_partial, resume;
+    int segments, keep_norms;      /* less memory, more memory and speed: as in spm_run_desc */
     /* the other methods */
     int by_class;                  /* reweight, resample, subsample, groupdro: cells are the classes */
     int balanced;                  /* any method: batches are drawn as resample draws them */
@@ -31772,6 +31773,7 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     running.max_batch = d->batch;
     running.backward = 1;
     running.segments = d->segments;
+    running.keep_norms = d->keep_norms;
     running.seed = spm_random_key(d->seed, 0x64726f70u, 0);
     loading.transform = d->reading.transform;
     loading.batch = d->batch;

@@ -123,6 +123,7 @@ typedef enum option_id {
     O_RESUME,
     O_LOG_STEPS,
     O_SEGMENTS,
+    O_KEEP_NORMS,
     O_TAU,
     O_LAMBDA,
     O_PRUNE_FRACTION,
@@ -287,6 +288,7 @@ static const option options[] = {
     { O_RESUME, LEARN, 'b', "resume", NULL, NULL, "go on with the run in --out" },
     { O_LOG_STEPS, LEARN, 's', "log-steps", "FILE", NULL, "a JSON line per step" },
     { O_SEGMENTS, LEARN | BENCH, 'b', "segments", NULL, NULL, "less memory: recompute activations block by block" },
+    { O_KEEP_NORMS, LEARN | BENCH, 'b', "keep-norms", NULL, NULL, "more memory, faster: recompute no batch norms" },
     { O_TAU, LEARN, 'n', "tau", "F", "0.5", "intervention: temperature of the contrast" },
     { O_LAMBDA, LEARN, 'n', "lambda", "F", NULL, "intervention: weight of the cross-entropy (1; official .2)" },
     { O_PRUNE_FRACTION, LEARN, 'n', "prune-fraction", "F", "0.01",
@@ -1095,6 +1097,7 @@ static int fill_train(const cli *line, spm_train_desc *desc, int intervene)
     desc->allow_partial = is_on(line, O_ALLOW_PARTIAL);
     desc->resume = is_on(line, O_RESUME);
     desc->segments = is_on(line, O_SEGMENTS);
+    desc->keep_norms = is_on(line, O_KEEP_NORMS);
     desc->schedule = is(line, O_SCHEDULE, "plateau")  ? SPM_SCHEDULE_PLATEAU
                      : is(line, O_SCHEDULE, "cosine") ? SPM_SCHEDULE_COSINE
                                                       : SPM_SCHEDULE_NONE;
@@ -3071,6 +3074,7 @@ static int bench_open(cli *line, const char *name, int backward, bench_state *s,
     running.max_batch = s->batch;
     running.backward = backward;
     running.segments = is_on(line, O_SEGMENTS);
+    running.keep_norms = is_on(line, O_KEEP_NORMS);
     s->run = spm_run_create(s->model, &running, err);
     if (s->run && backward) s->optimizer = spm_optimizer_create(s->model, &sgd, err);
     s->pixels = (float *)malloc((size_t)(s->batch * s->arch.height * s->arch.width_px * 3) * sizeof(float));
@@ -3107,6 +3111,7 @@ static int bench_branch(cli *line, bench_state *s, spm_error *err)
     running.max_batch = s->batch;
     running.backward = 1;
     running.segments = is_on(line, O_SEGMENTS);
+    running.keep_norms = is_on(line, O_KEEP_NORMS);
     s->pruned = spm_run_create(s->model, &running, err);
     running.segments = 0;
     if (s->loss_model) s->loss = spm_run_create(s->loss_model, &running, err);

@@ -677,6 +677,9 @@ static void steps_of_erm(void)
     check_steps(&b, &desc, "step_erm");
     desc.segments = 1; /* less memory, the same numbers */
     check_steps(&b, &desc, "step_erm");
+    desc.segments = 0;
+    desc.keep_norms = 1; /* more memory */
+    check_steps(&b, &desc, "step_erm");
     bench_close(&b);
 }
 

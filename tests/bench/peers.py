@@ -37,7 +37,7 @@ ROWS = [
      {"do": "infer", "net": "resnet50", "batch": 1}, 1.1),
     ("infer-vit-b", "infer:vit_base", ["--batch", "8"], ["onnx", "torch"],
      {"do": "infer", "net": "vit_b", "batch": 8}, 1.0),
-    ("intervene-resnet50", "intervene:resnet50", [], ["torch"],
+    ("intervene-resnet50", "intervene:resnet50", ["--keep-norms"], ["torch"],
      {"do": "intervene", "net": "resnet50", "batch": 16}, 2.0),
     ("train-small", "train:resnet18:width=16", ["--image-size", "64", "--batch", "64"], ["torch"],
      {"do": "train", "net": "resnet18", "width": 16, "batch": 64, "size": 64}, 1.25),
