@@ -3419,7 +3419,7 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) _mm512_maskz_min_ps(v_all, a, b)
   #define v_sqrt(a) _mm512_maskz_sqrt_ps(v_all, a)
   #define v_abs(a) _mm512_abs_ps(a)
-  #define v_round(a) _mm512_maskz_cvtepi32_ps(v_all, _mm512_maskz_cvtps_epi32(v_all, a)) /* |a| < 2^31 */
+  #define v_round(a) _mm512_maskz_roundscale_ps(v_all, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmplt_ps_mask(b, a), y, x)
   #define v_scale2(a, k) _mm512_maskz_scalef_ps(v_all, a, k)
   #define v_rest(a, b, p) _mm512_fmsub_ps(a, b, p)
@@ -4251,10 +4251,11 @@ static void SPMI_K(store_bytes)(unsigned char *p, v_t v)
 #endif
 
 /* exp(x) for x up to 88, 0 below -87.3; exp(x + low) for x in [-87.3, 88] where `low` is given: it carries what x had no
- * bits for.  ln 2 is split so that k * (its upper part) is exact without FMA too; 1 ulp. */
+ * bits for.  ln 2 is split so that k * (its upper part) is exact without FMA too; 1 ulp.  What is far below yields
+ * nonsense or not-a-number first, and then 0; only C's conversion of k to an integer wants it in range. */
 SPMI_INLINE v_t SPMI_K(exp_of)(v_t x, const v_t *low)
 {
-    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(low ? x : v_max(x, bottom), v_set(1.44269504f)));
+    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(V_W > 1 || low ? x : v_max(x, bottom), v_set(1.44269504f)));
     v_t r = v_fma(k, v_set(-0.693359375f), x), p;
     r = v_fma(k, v_set(2.12194440e-4f), r);
     if (low) r = v_add(r, *low);
@@ -4430,46 +4431,66 @@ static void SPMI_K(dots)(int64_t rows, int64_t n, float s, const float *a, const
 
 /* ---- softmax ---- */
 
-/* y = softmax(s x) of each row; in place is fine.  Rows are shifted by their largest entry. */
-static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, float *y)
+#define SPMI_HELD 2048 /* floats of exponentials that wait on the stack, aligned, for their sum */
+#define SPMI_ABREAST 8 /* rows */
+/* y = softmax(s x) of each row, s > 0; rows lie x_row and y_row apart; in place is fine.  Rows are shifted by their
+ * largest entry.  A row is one long chain (largest, exponentials, sum, quotient), so short ones go step by step
+ * together.  What is behind a row's last whole vector is not stored before its time: a load of other lanes would wait. */
+static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, int64_t x_row, float *y, int64_t y_row)
 {
-    const v_t f = v_set(s);
-    int64_t row, i;
-    int r;
-    for (row = 0; row < rows; row++, x += n, y += n) {
-        const int64_t full = n - n % V_W, ahead = row + 1 < rows ? n : 0;
-        float top = x[0];
-        double total = 0.0;
-        int64_t at = 0;
-        v_t peak = v_set(x[0]), other = peak, shift, v;
-        for (i = 0; i + 2 * V_W <= full; i += 2 * V_W) {
-            peak = v_max(peak, v_load(x + i));
-            other = v_max(other, v_load(x + i + V_W));
+    const int64_t full = n - n % V_W, most = SPMI_MAX(1, SPMI_MIN(SPMI_ABREAST, SPMI_HELD / SPMI_MAX(full, 1)));
+    const int rest = (int)(n - full);
+    const v_t f = v_set(s), none = v_set(-INFINITY);
+    float ones[V_W], shift[SPMI_ABREAST], last[SPMI_ABREAST * V_W], hold[SPMI_HELD + SPMI_LINE];
+    double total[SPMI_ABREAST];
+    float *held = hold + (SPMI_LINE - (uintptr_t)hold / sizeof(float) % SPMI_LINE);
+    v_t keep;
+    int64_t row, i, m, end;
+    for (i = 0; i < V_W; i++) ones[i] = 1.0f;
+    keep = rest ? v_loadn(ones, rest) : v_zero();
+    for (; rows > 0; rows -= most) {
+        float *to = full <= SPMI_HELD ? held : y;
+        m = SPMI_MIN(most, rows);
+        for (row = 0; row < m; row++, x += x_row) {
+            v_t peak = none, other = none;
+            if (rest) peak = v_select_gt(keep, v_zero(), v_loadn(x + full, rest), none);
+            v_store(last + row * V_W, peak);
+            for (i = 0; i + 2 * V_W <= full; i += 2 * V_W) {
+                peak = v_max(peak, v_load(x + i));
+                other = v_max(other, v_load(x + i + V_W));
+            }
+            if (i < full) other = v_max(other, v_load(x + i));
+            shift[row] = -s * v_top(v_max(peak, other));
         }
-        if (i < full) other = v_max(other, v_load(x + i));
-        if (full) other = v_max(other, v_load(x + n - V_W)); /* the rest, with some of it again */
-        top = v_top(v_max(peak, other));
-        for (i = full ? n : 0; i < n; i++) top = x[i] > top ? x[i] : top;
-        shift = v_set(-s * top);
-#define STEP(sum, j)                                                \
-    do {                                                            \
-        SPMI_PREFETCH(x + ahead + (j));                             \
-        SPMI_PREFETCH(y + ahead + (j));                             \
-        v = SPMI_K(exp_of)(v_fma(v_load(x + (j)), f, shift), NULL); \
-        v_store(y + (j), v);                                        \
-        sum = v_add(sum, v);                                        \
-    } while (0)
-        SPMI_RUNS(STEP)
-        peak = v_zero();
-        for (i = at; i < full; i += V_W) STEP(peak, i);
-#undef STEP
-        r = (int)(n - full);
-        if (r) v_put(y + i, SPMI_K(exp_of)(v_fma(v_get(x + i, r), f, shift), NULL), r);
-        if (r) peak = v_add(peak, v_get(y + i, r));
-        total += (double)v_sum(peak);
-        SPMI_K(scale)(n, (float)(1.0 / total), y, y, 0);
+        x -= m * x_row;
+        for (row = 0; row < m; row++, x += x_row) {
+            const int64_t ahead = most == 1 && rows > 1 ? x_row : 0;
+            const v_t by = v_set(shift[row]);
+            v_t sum = v_zero();
+            if (rest) sum = SPMI_K(exp_of)(v_fma(v_load(last + row * V_W), f, by), NULL);
+            v_store(last + row * V_W, sum);
+            total[row] = 0.0;
+            i = 0;
+            do {
+                for (end = SPMI_MIN(i + SPMI_RUN, full); i < end; i += V_W) {
+                    const v_t e = SPMI_K(exp_of)(v_fma(v_load(x + i), f, by), NULL);
+                    if (ahead) SPMI_PREFETCH(x + ahead + i);
+                    v_store(to + row * full + i, e);
+                    sum = v_add(sum, e);
+                }
+                total[row] += (double)v_sum(sum);
+                sum = v_zero();
+            } while (i < full);
+        }
+        for (row = 0; row < m; row++, y += y_row) {
+            const v_t factor = v_set((float)(1.0 / total[row]));
+            for (i = 0; i < full; i += V_W) v_store(y + i, v_mul(v_load(to + row * full + i), factor));
+            if (rest) v_storen(y + full, v_mul(v_load(last + row * V_W), factor), rest);
+        }
     }
 }
+#undef SPMI_HELD
+#undef SPMI_ABREAST
 
 /* dx = s y (dy - dy . y) of each row: gradient of softmax(s x) by x; dx may be dy */
 static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *y, const float *dy, float *dx, int add)
@@ -8523,7 +8544,7 @@ static void spmi_softmax_task(void *arg, int64_t task, int slot)
         SPMI_KERNEL(job->ctx, softmax_back, (rows, job->n, 1.0f, call->out[0].data + at, call->d_out.data + at,
                                              call->d_in[0].data + at, call->d_in_add[0]));
     } else {
-        SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, call->out[0].data + at));
+        SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, job->n, call->out[0].data + at, job->n));
     }
 }
 
@@ -9163,7 +9184,7 @@ static void spmi_attention_forward_task(void *arg, int64_t task, int slot)
     float *probs = call->out[1].data ? call->out[1].data + task * t * t : (float *)(void *)scratch;
     void *work = scratch + job->matrix;
     spmi_attention_product(job->ctx, t, t, hd, q, 3 * d, 1, k, 1, 3 * d, probs, t, 0, work);
-    SPMI_KERNEL(job->ctx, softmax, (t, t, job->scale, probs, probs));
+    SPMI_KERNEL(job->ctx, softmax, (t, t, job->scale, probs, t, probs, t));
     spmi_attention_product(job->ctx, t, hd, t, probs, t, 1, v, 3 * d, 1, y, d, 0, work);
 }
 
