@@ -3419,7 +3419,6 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) _mm512_maskz_min_ps(v_all, a, b)
   #define v_sqrt(a) _mm512_maskz_sqrt_ps(v_all, a)
   #define v_abs(a) _mm512_abs_ps(a)
-  #define v_round(a) _mm512_maskz_roundscale_ps(v_all, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm512_mask_blend_ps(_mm512_cmplt_ps_mask(b, a), y, x)
   #define v_scale2(a, k) _mm512_maskz_scalef_ps(v_all, a, k)
   #define v_rest(a, b, p) _mm512_fmsub_ps(a, b, p)
@@ -3442,7 +3441,6 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) _mm256_min_ps(a, b)
   #define v_sqrt(a) _mm256_sqrt_ps(a)
   #define v_abs(a) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
-  #define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
   #define v_select_gt(a, b, x, y) _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ))
   #define v_scale2(a, k) _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32( \
       _mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23)))
@@ -3465,7 +3463,6 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_min(a, b) vminq_f32(a, b)
   #define v_sqrt(a) vsqrtq_f32(a)
   #define v_abs(a) vabsq_f32(a)
-  #define v_round(a) vrndnq_f32(a)
   #define v_select_gt(a, b, x, y) vbslq_f32(vcgtq_f32(a, b), x, y)
   #define v_scale2(a, k) vmulq_f32(a, \
       vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(k), vdupq_n_s32(127)), 23)))
@@ -3502,7 +3499,6 @@ static void spmi_neon_storen(float *p, float32x4_t v, int n)
   #define v_min(a, b) ((a) < (b) ? (a) : (b))
   #define v_sqrt(a) sqrtf(a)
   #define v_abs(a) fabsf(a)
-  #define v_round(a) rintf(a)
   #define v_select_gt(a, b, x, y) ((a) > (b) ? (x) : (y))
   #define v_scale2(a, k) ((a) * spmi_exp2i(k))
   #define v_rest(a, b, p) ((float)((double)(a) * (double)(b) - (double)(p)))
@@ -4255,7 +4251,12 @@ static void SPMI_K(store_bytes)(unsigned char *p, v_t v)
  * nonsense or not-a-number first, and then 0; only C's conversion of k to an integer wants it in range. */
 SPMI_INLINE v_t SPMI_K(exp_of)(v_t x, const v_t *low)
 {
-    const v_t bottom = v_set(-87.3f), k = v_round(v_mul(V_W > 1 || low ? x : v_max(x, bottom), v_set(1.44269504f)));
+    const v_t bottom = v_set(-87.3f), e = v_set(1.44269504f);
+#if V_W > 1
+    const v_t large = v_set(12582912.0f), k = v_sub(v_fma(x, e, large), large); /* 1.5 2^23: its last bit is worth 1 */
+#else
+    const v_t k = rintf(v_max(x, bottom) * e);
+#endif
     v_t r = v_fma(k, v_set(-0.693359375f), x), p;
     r = v_fma(k, v_set(2.12194440e-4f), r);
     if (low) r = v_add(r, *low);
@@ -4490,27 +4491,37 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, in
     }
 }
 #undef SPMI_HELD
-#undef SPMI_ABREAST
 
-/* dx = s y (dy - dy . y) of each row: gradient of softmax(s x) by x; dx may be dy */
-static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *y, const float *dy, float *dx, int add)
+/* dx = s y (dy - dy . y) of each row: gradient of softmax(s x) by x; dx may be dy; the rows lie as far apart as the
+ * names say. */
+static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *y, int64_t y_row, const float *dy,
+                                 int64_t dy_row, float *dx, int64_t dx_row, int add)
 {
     const v_t f = v_set(s);
-    int64_t row, i;
+    const int64_t most = n > 512 ? 1 : SPMI_ABREAST;
+    float dot[SPMI_ABREAST];
+    int64_t row, i, m;
     int r;
-    for (row = 0; row < rows; row++, y += n, dy += n, dx += n) {
-        const v_t dot = v_set((float)SPMI_K(row_dot)(n, y, dy));
-        const int64_t ahead = row + 1 < rows ? n : 0;
-        V_STEP(i, r, n) {
-            v_t g;
-            SPMI_PREFETCH(y + ahead + i);
-            SPMI_PREFETCH(dy + ahead + i);
-            g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), dot));
-            if (add) g = v_add(g, v_get(dx + i, r));
-            v_put(dx + i, g, r);
+    for (; rows > 0; rows -= most) {
+        m = SPMI_MIN(most, rows);
+        for (row = 0; row < m; row++) dot[row] = (float)SPMI_K(row_dot)(n, y + row * y_row, dy + row * dy_row);
+        for (row = 0; row < m; row++, y += y_row, dy += dy_row, dx += dx_row) {
+            const v_t by = v_set(dot[row]);
+            const int64_t ahead = rows > most && most == 1;
+            V_STEP(i, r, n) {
+                v_t g;
+                if (ahead) {
+                    SPMI_PREFETCH(y + y_row + i);
+                    SPMI_PREFETCH(dy + dy_row + i);
+                }
+                g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), by));
+                if (add) g = v_add(g, v_get(dx + i, r));
+                v_put(dx + i, g, r);
+            }
         }
     }
 }
+#undef SPMI_ABREAST
 
 /* ---- layer norm ---- */
 
@@ -6055,7 +6066,6 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef v_min
 #undef v_sqrt
 #undef v_abs
-#undef v_round
 #undef v_select_gt
 #undef v_scale2
 #undef v_rest
@@ -6104,31 +6114,6 @@ static size_t spmi_float_bytes(int64_t count)
     return (size_t)spmi_round_up(count, SPMI_ALIGN / (int64_t)sizeof(float)) * sizeof(float);
 }
 
-#define SPMI_GEMM_KC 256  /* rows of B in a block: a panel of it stays in the second-level cache */
-#define SPMI_GEMM_NC 512  /* columns of B packed at a time */
-#define SPMI_GEMM_MC 96   /* rows of A between two walks along the panels */
-
-/* C[m,n] (+)= alpha * A[m,k] B[k,n] (+ bias[n]), with any strides for A and B. C must overlap neither. */
-typedef struct spmi_gemm {
-    int64_t m, n, k;
-    const float *a;
-    int64_t a_row, a_col;
-    const float *b;
-    int64_t b_row, b_col;
-    float *c;
-    int64_t c_row;
-    float alpha;
-    int accumulate;
-    const float *bias;
-} spmi_gemm;
-
-/* Rows a multiple of 2 KiB apart fall into the same few sets of the first-level cache and push each other out: worth a
- * copy where they are read more than once. */
-static int spmi_stride_collides(int64_t floats)
-{
-    return floats > 0 && floats % 512 == 0;
-}
-
 /* to[i][j] = from[i * row + j * column], i < rows, j < columns. */
 static void spmi_gather(spm_context *ctx, int64_t rows, int64_t columns, const float *from, int64_t row,
                         int64_t column, float *to, int64_t to_row)
@@ -6168,58 +6153,33 @@ static void spmi_pack_panels(spm_context *ctx, int64_t k, int64_t n, const float
     }
 }
 
-static size_t spmi_gemm_scratch(spm_context *ctx, int64_t m, int64_t n, int64_t k)
-{
-    int64_t kc = SPMI_MIN(k, SPMI_GEMM_KC);
-    return spmi_float_bytes(kc * spmi_round_up(SPMI_MIN(n, SPMI_GEMM_NC), spmi_lanes(ctx)))
-         + spmi_float_bytes((kc + 16) * SPMI_MIN(m, SPMI_GEMM_MC));
-}
+#define SPMI_PRODUCT_ROWS 96 /* between two walks along the panels */
 
-/* On the caller's thread, inside a task. */
-static void spmi_gemm_serial(spm_context *ctx, const spmi_gemm *g, void *scratch)
+/* C[m,n] (+)= A[m,k] B[k,n] on the caller's thread, B packed. */
+static void spmi_rows_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
+                         const float *panels, float *c, int64_t c_row, int accumulate)
 {
-    int64_t a_at[SPMI_GEMM_MC + SPMI_ROWS_PAD], c_at[SPMI_GEMM_MC], none = 0, n0, k0, m0, j, i;
-    float *panels = (float *)scratch, *a_packed;
-    i = SPMI_MIN(g->k, SPMI_GEMM_KC) * spmi_round_up(SPMI_MIN(g->n, SPMI_GEMM_NC), spmi_lanes(ctx));
-    a_packed = panels + spmi_float_bytes(i) / sizeof(float);
-    for (n0 = 0; n0 < g->n; n0 += SPMI_GEMM_NC) {
-        int64_t nc = SPMI_MIN(g->n - n0, SPMI_GEMM_NC);
-        k0 = 0;
-        do { /* once for k = 0 as well: C still has to be written */
-            int64_t kc = SPMI_MIN(g->k - k0, SPMI_GEMM_KC);
-            spmi_pack_panels(ctx, kc, nc, g->b + k0 * g->b_row + n0 * g->b_col, g->b_row, g->b_col, panels);
-            for (m0 = 0; m0 < g->m; m0 += SPMI_GEMM_MC) {
-                int64_t mc = SPMI_MIN(g->m - m0, SPMI_GEMM_MC);
-                spmi_rows r = SPM_ZERO;
-                r.a = g->a + m0 * g->a_row + k0 * g->a_col;
-                for (i = 0; i < mc; i++) a_at[i] = i * g->a_row;
-                if (kc > 0 && (g->a_col != 1 || (spmi_stride_collides(g->a_row) && nc > spmi_full_panel(ctx)))) {
-                    spmi_gather(ctx, mc, kc, r.a, g->a_row, g->a_col, a_packed, kc + 16);
-                    r.a = a_packed;
-                    for (i = 0; i < mc; i++) a_at[i] = i * (kc + 16);
-                }
-                for (i = mc; i < mc + SPMI_ROWS_PAD; i++) a_at[i] = 0;
-                for (i = 0; i < mc; i++) c_at[i] = i * g->c_row;
-                r.a_at = a_at;
-                r.c_at = c_at;
-                r.tap_at = &none;
-                r.taps = 1;
-                r.k = kc;
-                r.rows = mc;
-                r.alpha = g->alpha;
-                r.accumulate = g->accumulate || k0 > 0;
-                for (j = 0; j < nc; j += r.width) {
-                    r.width = spmi_panel_width(ctx, nc - j);
-                    r.columns = (int)SPMI_MIN(nc - j, r.width);
-                    r.b = panels + j * kc;
-                    r.c = g->c + m0 * g->c_row + n0 + j;
-                    r.bias = g->bias && k0 == 0 ? g->bias + n0 + j : NULL;
-                    r.norm = NULL;
-                    SPMI_KERNEL(ctx, rows, (&r));
-                }
-            }
-            k0 += SPMI_GEMM_KC;
-        } while (k0 < g->k);
+    int64_t a_at[SPMI_PRODUCT_ROWS + SPMI_ROWS_PAD], c_at[SPMI_PRODUCT_ROWS], none = 0, i, j;
+    spmi_rows r = SPM_ZERO;
+    r.a_at = a_at;
+    r.c_at = c_at;
+    r.tap_at = &none;
+    r.taps = 1;
+    r.k = k;
+    r.alpha = 1.0f;
+    r.accumulate = accumulate;
+    for (i = 0; i < m; i += SPMI_PRODUCT_ROWS) {
+        r.a = a + i * a_row;
+        r.rows = SPMI_MIN(m - i, SPMI_PRODUCT_ROWS);
+        for (j = 0; j < r.rows + SPMI_ROWS_PAD; j++) a_at[j] = j < r.rows ? j * a_row : 0;
+        for (j = 0; j < r.rows; j++) c_at[j] = j * c_row;
+        for (j = 0; j < n; j += r.width) {
+            r.width = spmi_panel_width(ctx, n - j);
+            r.columns = (int)SPMI_MIN(n - j, r.width);
+            r.b = panels + j * k;
+            r.c = c + i * c_row + j;
+            SPMI_KERNEL(ctx, rows, (&r));
+        }
     }
 }
 
@@ -6939,6 +6899,35 @@ static int64_t spmi_outer_panels(const spm_context *ctx, int64_t columns)
     int64_t j, n = 0;
     for (j = 0; j < columns; j += spmi_outer_columns(ctx, columns - j)) n++;
     return n;
+}
+
+/* C[m,n] (+)= the transpose of A[k,m] times B[k,n], both as they lie; spare: [k][spmi_outer_rows] floats, or NULL where
+ * A's rows may be read on to whole vectors. */
+static void spmi_outer_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
+                               const float *b, int64_t b_row, float *c, int64_t c_row, int accumulate, float *spare)
+{
+    const int64_t panel = spmi_outer_rows(ctx), rest = spare ? m % panel : 0, none = 0;
+    int64_t j, part;
+    spmi_outer g = SPM_ZERO;
+    g.blocks = 1;
+    g.k = k;
+    g.b_at = &none;
+    g.b_row = b_row;
+    g.c_row = c_row;
+    g.accumulate = accumulate;
+    if (rest) SPMI_KERNEL(ctx, deal, (k, rest, a + m - rest, a_row, spare, 0));
+    for (j = 0; j < n; j += g.columns) {
+        g.columns = spmi_outer_columns(ctx, n - j);
+        g.b = b + j;
+        for (part = 0; part <= (rest > 0); part++) { /* panels where they lie, then the padded one */
+            g.a = part ? spare : a;
+            g.a_row = part ? panel : a_row;
+            g.a_panel = panel;
+            g.rows = part ? rest : m - rest;
+            g.c = c + (part ? m - rest : 0) * c_row + j;
+            SPMI_KERNEL(ctx, outer, (&g));
+        }
+    }
 }
 
 /* Winograd: per component a matrix product over tiles, of (A dy A^T) and (B^T x B).  Both lie in blocks of channels,
@@ -8541,8 +8530,8 @@ static void spmi_softmax_task(void *arg, int64_t task, int slot)
     const int64_t row = task * job->grain, rows = SPMI_MIN(job->grain, job->rows - row), at = row * job->n;
     (void)slot;
     if (job->backward) {
-        SPMI_KERNEL(job->ctx, softmax_back, (rows, job->n, 1.0f, call->out[0].data + at, call->d_out.data + at,
-                                             call->d_in[0].data + at, call->d_in_add[0]));
+        SPMI_KERNEL(job->ctx, softmax_back, (rows, job->n, 1.0f, call->out[0].data + at, job->n, call->d_out.data + at,
+                                             job->n, call->d_in[0].data + at, job->n, call->d_in_add[0]));
     } else {
         SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, job->n, call->out[0].data + at, job->n));
     }
@@ -9103,35 +9092,38 @@ static double spmi_shortcut_a_flops(const spm_op_call *call, int backward)
  *     dv = P^T dy,  dP = dy v^T,  dS = s P (dP - rowsum(dP P)),  dq = dS k,  dk = dS^T q.
  * One task does one head of one example; its products run inside the task. */
 
+#define SPMI_ATTENTION_ROWS 24 /* of a matrix [T,T] that are in the first-level cache from product to product */
+
 typedef struct spmi_attention {
     spm_context *ctx;
     spm_op_call *call;
-    int64_t tokens, width, head, heads;
+    int64_t tokens, width, head, heads, row; /* row: of a matrix [T,T] in scratch, whole vectors */
     float scale;
-    size_t matrix, slot_bytes;  /* bytes of a [T,T] matrix; of one slot's scratch (such a matrix, then the product's) */
+    size_t across, along, rows, slot_bytes;  /* bytes of panels of [d,T], of [T,d], of rows of [T,T]; of a slot's scratch */
 } spmi_attention;
 
-static void spmi_attention_plan(spm_context *ctx, const spm_op_call *call, spmi_attention *job)
+static void spmi_attention_plan(spm_context *ctx, const spm_op_call *call, int backward, spmi_attention *job)
 {
     const int64_t t = call->in[0].shape[1];
-    size_t product;
     memset(job, 0, sizeof *job);
     job->ctx = ctx;
     job->tokens = t;
     job->width = call->in[0].shape[2] / 3;
     job->heads = call->attr.heads;
     job->head = job->width / job->heads;
+    job->row = spmi_round_up(t, spmi_lanes(ctx));
     job->scale = (float)(1.0 / sqrt((double)job->head));
-    job->matrix = spmi_bytes(t, t, sizeof(float));
-    product = SPMI_MAX(spmi_gemm_scratch(ctx, t, t, job->head), spmi_gemm_scratch(ctx, t, job->head, t));
-    job->slot_bytes = job->matrix + spmi_bytes((int64_t)product, 1, 1);
+    job->across = spmi_bytes(job->head, job->row, sizeof(float));
+    job->along = spmi_bytes(t, spmi_round_up(job->head, spmi_lanes(ctx)), sizeof(float));
+    job->rows = spmi_bytes(backward ? t : SPMI_MIN(t, SPMI_ATTENTION_ROWS), job->row, sizeof(float));
+    job->slot_bytes = job->across + job->along + job->rows;
+    if (backward) job->slot_bytes += 2 * job->along + spmi_bytes(t, spmi_outer_rows(ctx), sizeof(float));
 }
 
 static size_t spmi_attention_scratch(spm_context *ctx, const spm_op_call *call, int backward)
 {
     spmi_attention job;
-    (void)backward;
-    spmi_attention_plan(ctx, call, &job);
+    spmi_attention_plan(ctx, call, backward, &job);
     return (size_t)ctx->threads * job.slot_bytes;
 }
 
@@ -9151,47 +9143,33 @@ static spm_status spmi_attention_infer(spm_context *ctx, spm_op_call *call, spm_
     return SPM_OK;
 }
 
-/* c[m,n] = (or +=) a b in `scratch`; (row, column) strides of a and b. */
-static void spmi_attention_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
-                                   int64_t a_col, const float *b, int64_t b_row, int64_t b_col, float *c,
-                                   int64_t c_row, int add, void *scratch)
-{
-    spmi_gemm g = SPM_ZERO;
-    g.m = m;
-    g.n = n;
-    g.k = k;
-    g.a = a;
-    g.a_row = a_row;
-    g.a_col = a_col;
-    g.b = b;
-    g.b_row = b_row;
-    g.b_col = b_col;
-    g.c = c;
-    g.c_row = c_row;
-    g.alpha = 1.0f;
-    g.accumulate = add;
-    spmi_gemm_serial(ctx, &g, scratch);
-}
-
 static void spmi_attention_forward_task(void *arg, int64_t task, int slot)
 {
     const spmi_attention *job = (const spmi_attention *)arg;
     const spm_op_call *call = job->call;
     const int64_t t = job->tokens, d = job->width, hd = job->head, n = task / job->heads, h = task % job->heads;
-    const float *q = call->in[0].data + n * t * 3 * d + h * hd, *k = q + d, *v = k + d;
+    const float *q = call->in[0].data + n * t * 3 * d + h * hd;
     float *y = call->out[0].data + n * t * d + h * hd;
     char *scratch = (char *)call->scratch + (size_t)slot * job->slot_bytes;
-    float *probs = call->out[1].data ? call->out[1].data + task * t * t : (float *)(void *)scratch;
-    void *work = scratch + job->matrix;
-    spmi_attention_product(job->ctx, t, t, hd, q, 3 * d, 1, k, 1, 3 * d, probs, t, 0, work);
-    SPMI_KERNEL(job->ctx, softmax, (t, t, job->scale, probs, t, probs, t));
-    spmi_attention_product(job->ctx, t, hd, t, probs, t, 1, v, 3 * d, 1, y, d, 0, work);
+    float *k = (float *)(void *)scratch, *v = (float *)(void *)(scratch + job->across);
+    float *probs = (float *)(void *)(scratch + job->across + job->along);
+    const int64_t row = call->out[1].data ? t : job->row;
+    int64_t i, rows;
+    spmi_pack_panels(job->ctx, hd, t, q + d, 1, 3 * d, k);
+    spmi_pack_panels(job->ctx, t, hd, q + 2 * d, 3 * d, 1, v);
+    for (i = 0; i < t; i += rows) {
+        rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
+        if (call->out[1].data) probs = call->out[1].data + (task * t + i) * t;
+        spmi_rows_product(job->ctx, rows, row, hd, q + i * 3 * d, 3 * d, k, probs, row, 0);
+        SPMI_KERNEL(job->ctx, softmax, (rows, t, job->scale, probs, row, probs, row));
+        spmi_rows_product(job->ctx, rows, hd, t, probs, row, v, y + i * d, d, 0);
+    }
 }
 
 static void spmi_attention_forward(spm_context *ctx, spm_op_call *call)
 {
     spmi_attention job;
-    spmi_attention_plan(ctx, call, &job);
+    spmi_attention_plan(ctx, call, 0, &job);
     job.call = call;
     spm_parallel(ctx, call->in[0].shape[0] * job.heads, spmi_attention_forward_task, &job);
 }
@@ -9201,25 +9179,37 @@ static void spmi_attention_backward_task(void *arg, int64_t task, int slot)
     const spmi_attention *job = (const spmi_attention *)arg;
     const spm_op_call *call = job->call;
     const int64_t t = job->tokens, d = job->width, hd = job->head, n = task / job->heads, h = task % job->heads;
-    const float *q = call->in[0].data + n * t * 3 * d + h * hd, *k = q + d, *v = k + d;
-    const float *dy = call->d_out.data + n * t * d + h * hd, *probs = call->out[1].data + task * t * t;
-    float *dq = call->d_in[0].data + n * t * 3 * d + h * hd, *dk = dq + d, *dv = dk + d;
+    const int64_t start = 0;
+    const float *from = call->in[0].data + n * t * 3 * d + h * hd, *probs = call->out[1].data + task * t * t;
+    float *dq = call->d_in[0].data + n * t * 3 * d + h * hd;
     char *scratch = (char *)call->scratch + (size_t)slot * job->slot_bytes;
-    float *ds = (float *)(void *)scratch;
-    void *work = scratch + job->matrix;
+    float *v = (float *)(void *)scratch, *k = (float *)(void *)(scratch + job->across);
+    float *q = (float *)(void *)(scratch + job->across + job->along);
+    float *dy = (float *)(void *)(scratch + job->across + 2 * job->along);
+    float *ds = (float *)(void *)(scratch + job->across + 3 * job->along);
+    float *spare = (float *)(void *)(scratch + job->across + 3 * job->along + job->rows);
     const int add = call->d_in_add[0];
-    spmi_attention_product(job->ctx, t, hd, t, probs, 1, t, dy, d, 1, dv, 3 * d, add, work);
-    spmi_attention_product(job->ctx, t, t, hd, dy, d, 1, v, 1, 3 * d, ds, t, 0, work);
-    SPMI_KERNEL(job->ctx, softmax_back, (t, t, job->scale, probs, ds, ds, 0));
-    spmi_attention_product(job->ctx, t, hd, t, ds, t, 1, k, 3 * d, 1, dq, 3 * d, add, work);
-    spmi_attention_product(job->ctx, t, hd, t, ds, 1, t, q, 3 * d, 1, dk, 3 * d, add, work);
+    int64_t i, rows;
+    spmi_pack_panels(job->ctx, hd, t, from + 2 * d, 1, 3 * d, v);
+    spmi_pack_panels(job->ctx, t, hd, from + d, 3 * d, 1, k);
+    SPMI_KERNEL(job->ctx, collect, (1, t, from, &start, 3 * d, hd, q, hd));
+    SPMI_KERNEL(job->ctx, collect, (1, t, call->d_out.data + n * t * d + h * hd, &start, d, hd, dy, hd));
+    for (i = 0; i < t; i += rows) {
+        float *at = ds + i * job->row;
+        rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
+        spmi_rows_product(job->ctx, rows, job->row, hd, dy + i * hd, hd, v, at, job->row, 0);
+        SPMI_KERNEL(job->ctx, softmax_back, (rows, t, job->scale, probs + i * t, t, at, job->row, at, job->row, 0));
+        spmi_rows_product(job->ctx, rows, hd, t, at, job->row, k, dq + i * 3 * d, 3 * d, add);
+    }
+    spmi_outer_product(job->ctx, t, hd, t, ds, job->row, q, hd, dq + d, 3 * d, add, NULL);
+    spmi_outer_product(job->ctx, t, hd, t, probs, t, dy, hd, dq + 2 * d, 3 * d, add, spare);
 }
 
 static void spmi_attention_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_attention job;
     if (!call->d_in[0].data) return;
-    spmi_attention_plan(ctx, call, &job);
+    spmi_attention_plan(ctx, call, 1, &job);
     job.call = call;
     spm_parallel(ctx, call->in[0].shape[0] * job.heads, spmi_attention_backward_task, &job);
 }
