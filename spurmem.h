@@ -639,10 +639,10 @@ SPMDEF void spm_run_step(spm_run *run, uint64_t step);   /* the draws' stream (e
  * Every input that an operation uses must be bound. */
 SPMDEF spm_status spm_run_forward(spm_run *run, int64_t n, int training);
 /* As forward, but only what was recorded after the value `first` (any result; outputs and marks are found by name),
- * which the caller has bound with spm_run_input.  Everything `first` depends on is left alone, and nothing after
- * `first` may need it otherwise.  This is how a scan re-uses the part of the network that a change does not touch.  A
- * backward pass after it stops at `first` (its own gradient is had if it is an output or kept).  Hooks of `first` see
- * what is bound; a write hook of it is not called. */
+ * which the caller has bound with spm_run_input.  Everything recorded up to `first` is left alone; what else of it is
+ * needed (a shortcut around `first`) must be bound likewise.  This is how a scan re-uses the part of the network that a
+ * change does not touch.  A backward pass after it stops at `first` (its own gradient is had if it is an output or kept).
+ * Hooks of `first` see what is bound; a write hook of it is not called. */
 SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n, int training);
 /* Keeps any value, and its gradient, readable until the next forward.  Plans the run's memory anew (call it once,
  * before forward); the value then counts as an output for the functions below.  Of an input, only the gradient is had. */
@@ -11359,7 +11359,7 @@ static float *spmi_run_value_data(const spm_run *run, int v, int replay)
 {
     const spmi_tape_value *value = &run->program->values[v];
     if (value->kind == SPMI_VALUE_PARAMETER) return spmi_run_parameter_data(run, value->index);
-    if (value->kind == SPMI_VALUE_INPUT || v == run->first) return run->values[v].bound;
+    if (value->kind == SPMI_VALUE_INPUT || value->index < run->first_step) return run->values[v].bound;
     return replay ? run->values[v].replay : run->values[v].data;
 }
 
@@ -11620,8 +11620,8 @@ static spm_status spmi_run_check_bound(spm_run *run)
             const int v = program->steps[s].in[i];
             const spmi_tape_value *value = &program->values[v];
             if (!v || value->kind == SPMI_VALUE_PARAMETER) continue;
+            if (run->values[v].bound && (value->kind == SPMI_VALUE_INPUT || value->index < run->first_step)) continue;
             if (value->kind == SPMI_VALUE_INPUT || v == run->first) {
-                if (run->values[v].bound) continue;
                 for (j = 0; j < program->n_names && program->names[j].value != v; j++) {
                 }
                 return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
@@ -11631,8 +11631,8 @@ static spm_status spmi_run_check_bound(spm_run *run)
             }
             if (value->index < run->first_step) {
                 return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
-                                 "%s (operation %d) needs value %d from before the value that the run starts from",
-                                 spm_op_name(program->steps[s].op), s, v);
+                                 "%s (operation %d) needs value %d from before the value that the run starts from; bind it with "
+                                 "spm_run_input too", spm_op_name(program->steps[s].op), s, v);
             }
         }
     }
@@ -27843,6 +27843,11 @@ typedef struct spmi_ending {
     const spmi_tape_step *tail; /* NULL: no such ending */
     int weight, side, feeder; /* parameters: the tail's; of the shortcut's convolution; whose units are a; -1: none */
     int norm;                 /* 1: a batch norm and a ReLU end it */
+    /* The next block's first convolution reads `out`: where one channel of it has changed, that convolution is not computed
+     * again either.  ahead = relu(norm(z)), z = next(out); next NULL: there is none. */
+    const spmi_tape_step *next;
+    spm_value z, ahead;
+    int next_weight;
 } spmi_ending;
 
 typedef struct spmi_scan {
@@ -27857,10 +27862,15 @@ typedef struct spmi_scan {
     spmi_probe *probe;
     spmi_ending ending;
     spm_run *inner; /* computes the block and keeps what the ending needs */
-    float *staged, *pending, *column, *scale, *shift, *r_scale, *r_shift; /* staged, pending: [batch][size] */
+    float *staged, *pending; /* [batch][size]: block outputs of the inner batch; those that wait for the rest */
+    float *ahead_staged, *ahead_pending; /* [batch][ahead_size]: the same of `ahead`, for units that change one channel */
+    float *column;                       /* weights of one input channel: [taps][outputs] */
+    float *scale, *shift, *ahead_scale, *ahead_shift; /* of the norms behind the tail and the next convolution */
     unsigned char *changed; /* [batch] of `staged` */
     int64_t *owner, *place; /* [batch] of `pending`: unit and example */
-    int64_t size, filled, width, at, unit; /* floats of a block output; pending ones; channels; first example; unit */
+    int64_t size, ahead_size, filled, width, ahead_width, at, unit; /* floats of an example; pending ones; channels; first
+                                                                       example; unit */
+    int ahead; /* 1: the pending ones go on from `ahead` */
 } spmi_scan;
 
 static spmi_effect *spmi_scan_cell(const spmi_scan *scan, int64_t unit, int split, int group)
@@ -27914,17 +27924,19 @@ static spm_status spmi_scan_slow(spmi_scan *scan, int64_t unit, int from)
     return status;
 }
 
-/* Runs the network behind the block on the pending outputs. */
+/* Runs the network behind the block, or behind the next one's first convolution, on the pending outputs. */
 static spm_status spmi_scan_flush(spmi_scan *scan)
 {
     spmi_probe *probe = scan->probe;
+    const spm_value from = scan->ahead ? scan->ending.ahead : scan->ending.out;
     spm_value logits = spm_program_find(probe->model->program, "logits");
     const float *out;
     int64_t k;
     spm_status status = SPM_OK;
     if (scan->filled == 0) return SPM_OK;
     if (spm_run_input(probe->run, scan->ending.out, scan->pending)
-        || spm_run_forward_from(probe->run, scan->ending.out, scan->filled, 0))
+        || (scan->ahead && spm_run_input(probe->run, from, scan->ahead_pending))
+        || spm_run_forward_from(probe->run, from, scan->filled, 0))
         return spmi_probe_failed(probe, scan->s->err);
     out = spm_run_data(probe->run, logits);
     for (k = 0; !status && k < scan->filled; k++)
@@ -27954,9 +27966,20 @@ static spmi_ending spmi_scan_ending(const spm_model *model, spm_value out)
     if (before->op != (e.norm ? SPM_OP_CONV2D : SPM_OP_LINEAR) || before->attr.groups > 1) return e;
     e.tail = before;
     e.a = before->in[0];
+    for (i = 0; i < program->n_steps && e.norm && !e.next; i++) {
+        const spmi_tape_step *step = &program->steps[i];
+        int norm;
+        if (step->op != SPM_OP_CONV2D || step->in[0] != out || step->attr.groups > 1) continue;
+        norm = spmi_step_reading(program, SPM_OP_BATCH_NORM, 0, step->out);
+        if (norm < 0 || !program->steps[norm].attr.relu || program->steps[norm].in[5]) continue;
+        e.next = step;
+        e.z = step->out;
+        e.ahead = program->steps[norm].out;
+    }
     for (i = 0; i < model->n_parameters; i++) {
         const spm_parameter *p = &model->parameters[i];
         int gelu;
+        if (e.next && p->id == e.next->in[1]) e.next_weight = i;
         if (!(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
         gelu = e.norm ? -1 : spmi_step_reading(program, SPM_OP_GELU, 0, p->output);
         if (p->id == before->in[1]) e.weight = i;
@@ -27966,30 +27989,28 @@ static spmi_ending spmi_scan_ending(const spm_model *model, spm_value out)
     return e;
 }
 
-/* Adds what one active input channel contributes to a row of the tail's output: a linear layer, or one output pixel of
- * a convolution. 1 if there was anything. */
-static int spmi_scan_contribution(const spmi_scan *scan, const spm_tensor *a, int64_t n, int64_t oh, int64_t ow,
-                                  int64_t channel, float *sum)
+/* The sum over the taps of one output pixel (or, of a linear layer, one token) of what input channel `channel` lost,
+ * was - is, times its weights: what the output loses.  is NULL: all of it.  1 if there was anything. */
+static int spmi_scan_contribution(const spmi_scan *scan, const spmi_tape_step *step, const spm_tensor *w, const spm_tensor *in,
+                                  const float *was, const float *is, int64_t oh, int64_t ow, int64_t channel, float *sum)
 {
-    const spmi_tape_step *tail = scan->ending.tail;
-    int64_t kh, kw, width = scan->width, any = 0;
-    if (tail->op == SPM_OP_LINEAR) {
-        float v = a->data[(n * a->shape[1] + oh) * a->shape[2] + channel];
+    int64_t kh, kw, width = w->shape[0], any = 0;
+    if (step->op == SPM_OP_LINEAR) {
+        float v = was[oh * in->shape[2] + channel];
         SPMI_KERNEL(scan->s->ctx, scale, (width, v, scan->column, sum, 0));
         return v > 0.0f || v < 0.0f;
     }
     {
-        const spm_tensor *w = &scan->s->model->parameters[scan->ending.weight].value;
-        int64_t sh = SPMI_MAX(tail->attr.stride[0], 1), sw = SPMI_MAX(tail->attr.stride[1], 1),
-                dh = SPMI_MAX(tail->attr.dilation[0], 1), dw = SPMI_MAX(tail->attr.dilation[1], 1);
+        int64_t sh = SPMI_MAX(step->attr.stride[0], 1), sw = SPMI_MAX(step->attr.stride[1], 1),
+                dh = SPMI_MAX(step->attr.dilation[0], 1), dw = SPMI_MAX(step->attr.dilation[1], 1);
         for (kh = 0; kh < w->shape[1]; kh++) {
-            int64_t ih = oh * sh - tail->attr.padding[0] + kh * dh;
-            if (ih < 0 || ih >= a->shape[1]) continue;
+            int64_t ih = oh * sh - step->attr.padding[0] + kh * dh;
+            if (ih < 0 || ih >= in->shape[1]) continue;
             for (kw = 0; kw < w->shape[2]; kw++) {
-                int64_t iw = ow * sw - tail->attr.padding[1] + kw * dw;
+                int64_t iw = ow * sw - step->attr.padding[1] + kw * dw, at = (ih * in->shape[2] + iw) * in->shape[3] + channel;
                 float v;
-                if (iw < 0 || iw >= a->shape[2]) continue;
-                v = a->data[((n * a->shape[1] + ih) * a->shape[2] + iw) * a->shape[3] + channel];
+                if (iw < 0 || iw >= in->shape[2]) continue;
+                v = is ? was[at] - is[at] : was[at];
                 if (!(v > 0.0f) && !(v < 0.0f)) continue;
                 SPMI_KERNEL(scan->s->ctx, scale,
                             (width, v, scan->column + (kh * w->shape[2] + kw) * width, sum, any != 0));
@@ -27998,6 +28019,29 @@ static int spmi_scan_contribution(const spmi_scan *scan, const spm_tensor *a, in
         }
     }
     return any != 0;
+}
+
+enum { SPMI_SCAN_WIDTH = 4096 }; /* the most output channels of a tail that is updated */
+
+/* One example whose block output has lost or changed channel u alone: what the next block's first convolution, norm and
+ * ReLU make of it, into `ahead_staged`. */
+static void spmi_scan_ahead(spmi_scan *scan, int64_t n, int64_t u)
+{
+    const spmi_ending *e = &scan->ending;
+    const spm_tensor *w = &scan->s->model->parameters[e->next_weight].value;
+    spm_tensor in = spm_run_tensor(scan->inner, e->out), z = spm_run_tensor(scan->inner, e->z);
+    const float *from = z.data + n * scan->ahead_size;
+    float *to = scan->ahead_staged + n * scan->ahead_size, sum[SPMI_SCAN_WIDTH];
+    int64_t rows = scan->ahead_size / scan->ahead_width, width = scan->ahead_width, i, c;
+    for (i = 0; i < rows; i++, from += width, to += width) {
+        if (!spmi_scan_contribution(scan, e->next, w, &in, in.data + n * scan->size, scan->staged + n * scan->size,
+                                    i / z.shape[2], i % z.shape[2], u, sum))
+            memset(sum, 0, (size_t)width * sizeof *sum);
+        for (c = 0; c < width; c++) {
+            float v = scan->ahead_scale[c] * (from[c] - sum[c]) + scan->ahead_shift[c];
+            to[c] = v > 0.0f ? v : 0.0f;
+        }
+    }
 }
 
 /* One example of the inner batch: the block's output without the unit, into `staged`. */
@@ -28010,15 +28054,19 @@ static void spmi_scan_example(void *argument, int64_t n, int slot)
                r = spm_run_tensor(scan->inner, e->r), a;
     int64_t rows = scan->size / scan->width, i, c, width = scan->width, wide, u = unit->channel;
     const float *from = out.data + n * scan->size, *py = y.data + n * scan->size, *pr = r.data + n * scan->size;
-    float *to = scan->staged + n * scan->size, sum[4096];
+    float *to = scan->staged + n * scan->size, sum[SPMI_SCAN_WIDTH];
     int different = 0;
     (void)slot;
     memcpy(to, from, (size_t)scan->size * sizeof *to);
     if (unit->parameter == e->feeder) {
+        const float *was;
         a = spm_run_tensor(scan->inner, e->a);
+        was = a.data + n * (spm_tensor_count(&a) / a.shape[0]);
         wide = out.rank == 4 ? out.shape[2] : 1;
         for (i = 0; i < rows; i++) {
-            if (!spmi_scan_contribution(scan, &a, n, i / wide, i % wide, u, sum)) continue;
+            if (!spmi_scan_contribution(scan, e->tail, &scan->s->model->parameters[e->weight].value, &a, was, NULL, i / wide,
+                                        i % wide, u, sum))
+                continue;
             different = 1;
             for (c = 0; c < width; c++) {
                 float v = py[i * width + c] - sum[c];
@@ -28037,18 +28085,19 @@ static void spmi_scan_example(void *argument, int64_t n, int slot)
             different |= v > to[i] || v < to[i];
             to[i] = v;
         }
+        if (different && scan->ahead) spmi_scan_ahead(scan, n, u);
     }
     scan->changed[n] = (unsigned char)different;
 }
 
-/* The tail's weights of one input channel as rows of outputs, tap by tap. */
-static void spmi_scan_column(spmi_scan *scan, int64_t channel)
+/* A layer's weights of one input channel as rows of outputs, tap by tap. */
+static void spmi_scan_column(spmi_scan *scan, int parameter, int64_t channel)
 {
-    const spm_tensor *w = &scan->s->model->parameters[scan->ending.weight].value;
+    const spm_tensor *w = &scan->s->model->parameters[parameter].value;
     int64_t taps = w->rank == 4 ? w->shape[1] * w->shape[2] : 1, in = w->shape[w->rank - 1], o, t;
     for (t = 0; t < taps; t++) {
         for (o = 0; o < w->shape[0]; o++)
-            scan->column[t * scan->width + o] = w->data[(o * taps + t) * in + channel];
+            scan->column[t * w->shape[0] + o] = w->data[(o * taps + t) * in + channel];
     }
 }
 
@@ -28060,11 +28109,16 @@ static spm_status spmi_scan_batch(spmi_scan *scan, int64_t count, int64_t first,
     int64_t u, k;
     for (u = first; !status && u < last; u++) {
         const spm_unit *unit = &scan->units[u];
+        int ahead = e->next && unit->parameter != e->feeder;
         if (!scan->measured[u]
             || (unit->parameter != e->weight && unit->parameter != e->side && unit->parameter != e->feeder))
             continue;
         scan->unit = u;
-        if (unit->parameter == e->feeder) spmi_scan_column(scan, unit->channel);
+        if (ahead != scan->ahead) status = spmi_scan_flush(scan);
+        if (status) break;
+        scan->ahead = ahead;
+        if (ahead || unit->parameter == e->feeder)
+            spmi_scan_column(scan, ahead ? e->next_weight : e->weight, unit->channel);
         spm_parallel(scan->s->ctx, count, spmi_scan_example, scan);
         for (k = 0; !status && k < count; k++) {
             if (!scan->changed[k]) {
@@ -28073,6 +28127,9 @@ static spm_status spmi_scan_batch(spmi_scan *scan, int64_t count, int64_t first,
             }
             memcpy(scan->pending + scan->filled * scan->size, scan->staged + k * scan->size,
                    (size_t)scan->size * sizeof(float));
+            if (ahead)
+                memcpy(scan->ahead_pending + scan->filled * scan->ahead_size, scan->ahead_staged + k * scan->ahead_size,
+                       (size_t)scan->ahead_size * sizeof(float));
             scan->owner[scan->filled] = u;
             scan->place[scan->filled++] = scan->at + k;
             if (scan->filled == scan->probe->batch) status = spmi_scan_flush(scan);
@@ -28087,14 +28144,30 @@ static void spmi_scan_block_free(spmi_scan *scan)
     spm_run_destroy(scan->inner);
     spmi_free(ctx, scan->staged);
     spmi_free(ctx, scan->pending);
+    spmi_free(ctx, scan->ahead_staged);
+    spmi_free(ctx, scan->ahead_pending);
     spmi_free(ctx, scan->column);
     spmi_free(ctx, scan->scale);
     spmi_free(ctx, scan->changed);
     spmi_free(ctx, scan->owner);
     scan->inner = NULL;
-    scan->staged = scan->pending = scan->column = scan->scale = NULL;
+    scan->staged = scan->pending = scan->ahead_staged = scan->ahead_pending = scan->column = scan->scale = NULL;
+    scan->ahead = 0;
     scan->changed = NULL;
     scan->owner = NULL;
+}
+
+/* The folded batch norm behind a convolution. */
+static void spmi_scan_affine(const spmi_scan *scan, int weight, float *scales, float *shifts)
+{
+    const spm_parameter *p = &scan->s->model->parameters[weight];
+    double scale, shift;
+    int64_t c;
+    for (c = 0; c < p->value.shape[0]; c++) {
+        spmi_unit_affine(scan->s->model, p, c, &scale, &shift);
+        scales[c] = (float)scale;
+        shifts[c] = (float)shift;
+    }
 }
 
 /* Makes the block's run and buffers ready. */
@@ -28103,31 +28176,40 @@ static spm_status spmi_scan_block_open(spmi_scan *scan)
     const spmi_ending *e = &scan->ending;
     spmi_study *s = scan->s;
     spm_run_desc running = SPM_ZERO;
-    spm_tensor shape = spm_program_shape(s->model->program, e->out, 1);
-    const spm_tensor *w = &s->model->parameters[e->weight].value;
-    int64_t batch = scan->probe->batch, taps = w->rank == 4 ? w->shape[1] * w->shape[2] : 1, c;
-    double scale, shift;
+    spm_tensor shape = spm_program_shape(s->model->program, e->out, 1), ahead = SPM_ZERO;
+    const spm_tensor *w = &s->model->parameters[e->weight].value, *next = e->next ? &s->model->parameters[e->next_weight].value : w;
+    int64_t batch = scan->probe->batch, taps = w->rank == 4 ? w->shape[1] * w->shape[2] : 1,
+            next_taps = next->rank == 4 ? next->shape[1] * next->shape[2] : 1;
     running.max_batch = batch;
     scan->size = spm_tensor_count(&shape);
     scan->width = shape.shape[shape.rank - 1];
+    scan->ahead_size = scan->ahead_width = 0;
+    if (e->next) {
+        ahead = spm_program_shape(s->model->program, e->z, 1);
+        scan->ahead_size = spm_tensor_count(&ahead);
+        scan->ahead_width = ahead.shape[3];
+        scan->ahead_staged = (float *)spmi_alloc_array(s->ctx, batch * scan->ahead_size, sizeof(float));
+        scan->ahead_pending = (float *)spmi_alloc_array(s->ctx, batch * scan->ahead_size, sizeof(float));
+    }
     scan->staged = (float *)spmi_alloc_array(s->ctx, batch * scan->size, sizeof(float));
     scan->pending = (float *)spmi_alloc_array(s->ctx, batch * scan->size, sizeof(float));
-    scan->column = (float *)spmi_alloc_array(s->ctx, taps * scan->width, sizeof(float));
-    scan->scale = (float *)spmi_alloc_array(s->ctx, 2 * scan->width, sizeof(float));
+    scan->column = (float *)spmi_alloc_array(s->ctx, SPMI_MAX(taps * scan->width, next_taps * scan->ahead_width), sizeof(float));
+    scan->scale = (float *)spmi_alloc_array(s->ctx, 2 * (scan->width + scan->ahead_width), sizeof(float));
     scan->changed = (unsigned char *)spmi_alloc_array(s->ctx, batch, 1);
     scan->owner = (int64_t *)spmi_alloc_array(s->ctx, 2 * batch, sizeof(int64_t));
     scan->inner = spm_run_create(s->model, &running, s->err);
     if (!scan->inner) return s->err->status;
-    if (!scan->staged || !scan->pending || !scan->column || !scan->scale || !scan->changed || !scan->owner)
+    if (!scan->staged || !scan->pending || !scan->column || !scan->scale || !scan->changed || !scan->owner
+        || (e->next && (!scan->ahead_staged || !scan->ahead_pending)))
         return spmi_fail_memory(s->ctx, s->err, "the scan");
     scan->shift = scan->scale + scan->width;
+    scan->ahead_scale = scan->shift + scan->width;
+    scan->ahead_shift = scan->ahead_scale + scan->ahead_width;
     scan->place = scan->owner + batch;
-    for (c = 0; c < scan->width && e->norm; c++) {
-        spmi_unit_affine(s->model, &s->model->parameters[e->weight], c, &scale, &shift);
-        scan->scale[c] = (float)scale;
-        scan->shift[c] = (float)shift;
-    }
+    if (e->norm) spmi_scan_affine(scan, e->weight, scan->scale, scan->shift);
+    if (e->next) spmi_scan_affine(scan, e->next_weight, scan->ahead_scale, scan->ahead_shift);
     if (spm_run_keep(scan->inner, e->out) || spm_run_keep(scan->inner, e->y) || spm_run_keep(scan->inner, e->a)
+        || (e->next && spm_run_keep(scan->inner, e->z))
         || (e->r != scan->probe->levels[s->model->parameters[e->weight].block].value
             && spm_run_keep(scan->inner, e->r)))
         return spmi_fail(s->ctx, s->err, spm_run_error(scan->inner)->status, "%s", spm_run_error(scan->inner)->text);
@@ -28147,7 +28229,9 @@ static spm_status spmi_scan_block(spmi_scan *scan, int b, int64_t first, int64_t
     memset(&scan->ending, 0, sizeof scan->ending);
     scan->ending = spmi_scan_ending(s->model, fast ? next : 0);
     fast = fast && scan->ending.tail && scan->ending.weight >= 0
-           && s->model->parameters[scan->ending.weight].value.shape[0] <= 4096;
+           && s->model->parameters[scan->ending.weight].value.shape[0] <= SPMI_SCAN_WIDTH;
+    if (fast && scan->ending.next && s->model->parameters[scan->ending.next_weight].value.shape[0] > SPMI_SCAN_WIDTH)
+        scan->ending.next = NULL;
     if (fast) status = spmi_scan_block_open(scan);
     for (scan->at = 0; !status && fast && scan->at < probe->n; scan->at += count) {
         count = SPMI_MIN(probe->batch, probe->n - scan->at);

@@ -801,12 +801,24 @@ static void test_forward_from(void)
             free(whole);
             spm_run_destroy(full);
         }
-        /* an interior value that the rest does not hang on alone */
+        /* an interior value that the rest does not hang on alone: what goes around it must be bound too */
         {
-            spm_parameter *p = spm_model_parameter(model, spm_model_find_parameter(model, i ? "blocks.1.attn.proj.weight" : "layer2.0.conv1.weight"));
-            CHECK_INT(spm_run_input(tail, p->norm_output, stored), SPM_OK);
-            CHECK_INT(spm_run_forward_from(tail, p->norm_output, 1, 0), SPM_E_STATE);
-            CHECK(strstr(spm_run_error(tail)->text, "before the value") != NULL);
+            spm_parameter *p = spm_model_parameter(model, spm_model_find_parameter(model, i ? "blocks.2.attn.proj.weight" : "layer2.0.conv1.weight"));
+            spm_run *whole = run_of(model, 4, 0, 0), *beside = run_of(model, 4, 0, 1);
+            CHECK_INT(spm_run_keep(whole, p->norm_output), SPM_OK);
+            (void)spm_run_input(whole, value_of(model, "image"), image);
+            CHECK_INT(spm_run_forward(whole, 4, 0), SPM_OK);
+            CHECK_INT(spm_run_input(beside, p->norm_output, spm_run_data(whole, p->norm_output)), SPM_OK);
+            CHECK_INT(spm_run_forward_from(beside, p->norm_output, 4, 0), SPM_E_STATE);
+            CHECK(strstr(spm_run_error(beside)->text, "before the value") != NULL);
+            CHECK_INT(spm_run_input(beside, cut, stored), SPM_OK);
+            CHECK_INT(spm_run_forward_from(beside, p->norm_output, 4, 0), SPM_OK);
+            CHECK(same(spm_run_data(beside, logits), want, 12));
+            stored[0] += 1.0f; /* and it is what is bound that counts */
+            CHECK_INT(spm_run_forward_from(beside, p->norm_output, 4, 0), SPM_OK);
+            CHECK(!same(spm_run_data(beside, logits), want, 12));
+            spm_run_destroy(whole);
+            spm_run_destroy(beside);
         }
         free(image);
         free(d);
