@@ -8,13 +8,13 @@
  * the first one ended.  `make study` and `make study STUDY=quick` run it.
  *
  * Protocol: plain training without augmentation until every training picture is known by heart; from that checkpoint every
- * method gets the same epochs, rate (Adam, cosine), batch and augmentation, and its last epoch is what counts.  All numbers
- * are of the test split.  A group is a majority one unless it has less than half of its class's largest group; `majority`
+ * method gets the same epochs, rate (Adam, cosine), batch and augmentation (the recipe of a network and data set), and its
+ * last epoch is what counts.  All numbers are of the test split.  A group is a majority one unless it has less than half of its class's largest group; `majority`
  * is the mean accuracy of these.
  *
  * Every method has a Pareto line: its logits mixed with those of the start, each over its spread.  The two families with a
- * power of the group weights, the intervention and plain reweighting, go from the start to power 1/3 and from there to
- * power 1.  At each level (the majority may change by +4 ... -10 points against the start) the validation split chooses the
+ * power of the group weights, (n / (groups n_g))^power, the intervention and plain reweighting, go from the start to the
+ * tempered weights (the recipe's power) and from there to power 1.  At each level (the majority may change by +4 ... -10 points against the start) the validation split chooses the
  * point of the line with the best worst group among those that keep the level; the test split measures it. */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
   #define _XOPEN_SOURCE 700 /* symlink, realpath */
@@ -31,24 +31,35 @@
 
 enum { STEPS = 20, POINTS = 2 * STEPS + 1, LEVELS = 7, MAX_GROUPS = 4, MAX_ROWS = 2000 };
 
+enum { N_SETS = 3, N_NETS = 2 };
 typedef struct picture_set {
     char name[12];
     int64_t height, width;
     spm_resize_mode resize;
-    spm_augment augment;
 } picture_set;
+static const picture_set sets[N_SETS] = { { "dominoes", 64, 32, SPM_RESIZE_NONE },
+                                          { "birds", 64, 64, SPM_RESIZE_EXACT },
+                                          { "celeba", 64, 64, SPM_RESIZE_EXACT } };
 
-static const picture_set sets[] = { { "dominoes", 64, 32, SPM_RESIZE_NONE, SPM_AUGMENT_LIGHT },
-                                    { "birds", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_PAPER },
-                                    { "celeba", 64, 64, SPM_RESIZE_EXACT, SPM_AUGMENT_LIGHT } };
+/* How every method is trained.  A transformer has no convolution to lean on: from 2,000 or 4,000 pictures it learns what a
+ * car or a bird looks like in ten times as many epochs only. */
+typedef struct recipe {
+    int epochs, warmup;
+    float power; /* of tempered group weights */
+    spm_augment augment;
+} recipe;
 typedef struct network {
     char name[8], arch[64];
-    int start_epochs, epochs; /* of the start; of every method */
-    float lr;                 /* of every method */
+    int start_epochs;
+    float lr; /* of every method */
+    recipe recipes[N_SETS];
 } network;
-static const network nets[] = { { "resnet", "resnet18:width=16", 20, 10, 3e-3f },
-                                { "vit", "vit:patch=8,dim=64,depth=4,heads=4,mlp=2", 40, 10, 1e-3f } };
-enum { N_SETS = 3, N_NETS = 2 };
+static const network nets[N_NETS] = {
+    { "resnet", "resnet18:width=16", 20, 3e-3f,
+      { { 10, 0, 0.3333f, SPM_AUGMENT_LIGHT }, { 10, 0, 0.3333f, SPM_AUGMENT_PAPER }, { 10, 0, 0.3333f, SPM_AUGMENT_LIGHT } } },
+    { "vit", "vit:patch=8,dim=64,depth=4,heads=4,mlp=2", 40, 1e-3f,
+      { { 100, 5, 0.3333f, SPM_AUGMENT_LIGHT }, { 100, 5, 0.6f, SPM_AUGMENT_LIGHT }, { 10, 0, 0.3333f, SPM_AUGMENT_LIGHT } } }
+};
 
 /* Levels of the Pareto table: the least change of the majority's accuracy, in points. */
 static const int levels[LEVELS] = { 4, 2, 0, -1, -2, -5, -10 };
@@ -66,12 +77,12 @@ typedef struct method_info {
 static const method_info methods[METHODS] = {
     { "start", "ERM, the start", SPM_METHOD_ERM, START },
     { "further", "ERM, further (augmentation)", SPM_METHOD_ERM, START },
-    { "ce-only", "reweight, power 1/3 (CE only)", SPM_METHOD_REWEIGHT, START },
+    { "ce-only", "reweight, tempered (CE only)", SPM_METHOD_REWEIGHT, START },
     { "reweight", "reweight, power 1", SPM_METHOD_REWEIGHT, CE_ONLY },
     { "groupdro", "Group DRO", SPM_METHOD_GROUPDRO, START },
     { "jtt", "JTT", SPM_METHOD_JTT, START },
     { "dfr", "DFR (last layer)", SPM_METHOD_DFR, START },
-    { "intervene", "intervention, power 1/3", SPM_METHOD_INTERVENE, START },
+    { "intervene", "intervention, tempered", SPM_METHOD_INTERVENE, START },
     { "intervene-1", "intervention, power 1", SPM_METHOD_INTERVENE, INTERVENE },
     { "label-free", "intervention, label-free", SPM_METHOD_INTERVENE, START },
     { "random-mask", "intervention, random masks", SPM_METHOD_INTERVENE, START },
@@ -258,22 +269,24 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
 {
     char run[1000], start[1000], first[1000];
     spm_train_desc desc = settings(s, data, methods[m].kind, set, net, seed);
+    const recipe *how = &nets[net].recipes[set];
     folder(s, run, sizeof run, set, net, seed, m, "");
     folder(s, start, sizeof start, set, net, seed, START, "last.safetensors");
     folder(s, first, sizeof first, set, net, seed, START, "first.safetensors");
     desc.checkpoint = start;
-    desc.epochs = nets[net].epochs;
+    desc.epochs = how->epochs;
+    desc.warmup = how->warmup;
     desc.optimizer.lr = nets[net].lr;
     desc.schedule = SPM_SCHEDULE_COSINE;
-    desc.augment = sets[set].augment;
+    desc.augment = how->augment;
     desc.epoch_examples = spm_dataset_split_size(data, SPM_TRAIN);
     if (desc.epoch_examples > 4000) desc.epoch_examples /= 2;
     if (m == JTT) {
         desc.identify = first;
         desc.upweight = 20;
     }
-    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL) /* (n / (groups n_g))^(1/3) */
-        desc.weight_power = 0.3333f;
+    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL)
+        desc.weight_power = how->power;
     if (m >= INTERVENE) { /* both branches learn */
         desc.lambda = 10.0f;
         desc.mask = SPM_MASK_MEMORY;
@@ -626,8 +639,9 @@ static void table_text(const study *s, FILE *f)
         if (start.wga.n < 1.0) continue;
         percent(worst, sizeof worst, mean_of(start.wga));
         percent(kept, sizeof kept, mean_of(start.kept));
-        fprintf(f, "**%s, %s** (the start: worst group %s, majority %s)\n\n| method | seeds | gain | majority |", sets[set].name,
-                nets[net].arch, worst, kept);
+        fprintf(f, "**%s, %s** (the start: worst group %s, majority %s; %d epochs, tempered: power %.2f)\n\n", sets[set].name,
+                nets[net].arch, worst, kept, nets[net].recipes[set].epochs, (double)nets[net].recipes[set].power);
+        fprintf(f, "| method | seeds | gain | majority |");
         for (k = 0; k < SHOWN; k++) fprintf(f, " gain at %d |", levels[shown[k]]);
         for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
         fprintf(f, "\n|---|---|---|---|---|---|---|---|---|");
