@@ -3660,7 +3660,6 @@ typedef struct spmi_rows {
     int64_t rows;
     int width, columns;    /* of the panel; columns <= width are stored */
     int accumulate;
-    float alpha;
     const float *bias;     /* [columns] or NULL */
     const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
     int64_t chain;         /* products in one chain of additions; 0: SPMI_TILE_CHAIN */
@@ -3781,12 +3780,6 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     if (cut) {
         SPMI_UNROLL for (i = 0; i < mr; i++) {
             SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_add(v_load(aside + (i * nv + j) * V_W), acc[i][j]);
-        }
-    }
-    if (g->alpha != 1.0f) {
-        v_t alpha = v_set(g->alpha);
-        SPMI_UNROLL for (i = 0; i < mr; i++) {
-            SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_mul(acc[i][j], alpha);
         }
     }
     if (g->columns == nv * V_W) {
@@ -6157,7 +6150,7 @@ static void spmi_pack_panels(spm_context *ctx, int64_t k, int64_t n, const float
 
 /* C[m,n] (+)= A[m,k] B[k,n] on the caller's thread, B packed. */
 static void spmi_rows_product(spm_context *ctx, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
-                         const float *panels, float *c, int64_t c_row, int accumulate)
+                              const float *panels, float *c, int64_t c_row, int accumulate)
 {
     int64_t a_at[SPMI_PRODUCT_ROWS + SPMI_ROWS_PAD], c_at[SPMI_PRODUCT_ROWS], none = 0, i, j;
     spmi_rows r = SPM_ZERO;
@@ -6166,7 +6159,6 @@ static void spmi_rows_product(spm_context *ctx, int64_t m, int64_t n, int64_t k,
     r.tap_at = &none;
     r.taps = 1;
     r.k = k;
-    r.alpha = 1.0f;
     r.accumulate = accumulate;
     for (i = 0; i < m; i += SPMI_PRODUCT_ROWS) {
         r.a = a + i * a_row;
@@ -6614,7 +6606,6 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     g.k = k;
     g.rows = count;
     g.width = g.columns = width;
-    g.alpha = 1.0f;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
     g.ahead_tiles = next != NULL;
@@ -6810,7 +6801,6 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     g.a_at = a_at;
     g.c_at = c_at;
     g.rows = pixels;
-    g.alpha = 1.0f;
     t = 0;
     do { /* once without taps as well: the output still has to be written */
         for (k0 = 0; k0 == 0 || k0 < s->run; k0 += piece) {
@@ -11620,7 +11610,8 @@ static spm_status spmi_run_check_bound(spm_run *run)
             const int v = program->steps[s].in[i];
             const spmi_tape_value *value = &program->values[v];
             if (!v || value->kind == SPMI_VALUE_PARAMETER) continue;
-            if (run->values[v].bound && (value->kind == SPMI_VALUE_INPUT || value->index < run->first_step)) continue;
+            if (value->kind == SPMI_VALUE_RESULT && value->index >= run->first_step) continue;
+            if (run->values[v].bound) continue;
             if (value->kind == SPMI_VALUE_INPUT || v == run->first) {
                 for (j = 0; j < program->n_names && program->names[j].value != v; j++) {
                 }
@@ -11629,11 +11620,9 @@ static spm_status spmi_run_check_bound(spm_run *run)
                                  spm_op_name(program->steps[s].op),
                                  j < program->n_names ? program->names[j].text : "to start from");
             }
-            if (value->index < run->first_step) {
-                return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
-                                 "%s (operation %d) needs value %d from before the value that the run starts from; bind it with "
-                                 "spm_run_input too", spm_op_name(program->steps[s].op), s, v);
-            }
+            return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                             "%s (operation %d) needs value %d from before the value that the run starts from; bind it with "
+                             "spm_run_input too", spm_op_name(program->steps[s].op), s, v);
         }
     }
     return SPM_OK;

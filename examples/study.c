@@ -9,13 +9,14 @@
  *
  * Protocol: plain training without augmentation until every training picture is known by heart; from that checkpoint every
  * method gets the same epochs, rate (Adam, cosine), batch and augmentation (the recipe of a network and data set), and its
- * last epoch is what counts.  All numbers are of the test split.  A group is a majority one unless it has less than half of its class's largest group; `majority`
- * is the mean accuracy of these.
+ * last epoch is what counts.  All numbers are of the test split.  A group is a majority one unless it has less than half of
+ * its class's largest group; `majority` is the mean accuracy of these.
  *
  * Every method has a Pareto line: its logits mixed with those of the start, each over its spread.  The two families with a
  * power of the group weights, (n / (groups n_g))^power, the intervention and plain reweighting, go from the start to the
- * tempered weights (the recipe's power) and from there to power 1.  At each level (the majority may change by +4 ... -10 points against the start) the validation split chooses the
- * point of the line with the best worst group among those that keep the level; the test split measures it. */
+ * tempered weights (the recipe's power) and from there to power 1.  At each level (the majority may change by +4 ... -10
+ * points against the start) the validation split chooses the point of the line with the best worst group among those that
+ * keep the level; the test split measures it. */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
   #define _XOPEN_SOURCE 700 /* symlink, realpath */
 #endif

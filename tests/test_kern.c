@@ -63,7 +63,6 @@ static void same(const char *what, const spm_context *ctx, const float *a, const
 typedef struct rows_case {
     int64_t rows, taps, k, columns;
     int accumulate, bias;
-    float alpha;
     const spm_op_norm *norm;
 } rows_case;
 
@@ -89,7 +88,6 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
     g.c_at = c_at;
     g.rows = t->rows;
     g.accumulate = t->accumulate;
-    g.alpha = t->alpha;
     for (j = 0; j < t->columns; j += g.width) {
         g.width = spmi_panel_width(ctx, t->columns - j);
         g.columns = (int)SPMI_MIN(t->columns - j, g.width);
@@ -124,7 +122,6 @@ static void check_rows(spm_context *plain, spm_context *ctx)
             t.k = 1 + n * 7 % 40;
             t.accumulate = n % 3 == 0;
             t.bias = n % 2;
-            t.alpha = n % 4 ? 1.0f : 0.125f;
             t.norm = n % 5 < 2 ? &norm : NULL;
             count = t.rows * (t.columns + 3);
             a = random_floats(a_count);
@@ -292,7 +289,7 @@ static void check_products(spm_context *plain, spm_context *ctx)
 static void test_rows(void) { each_isa(check_rows); }
 static void test_outer(void) { each_isa(check_outer); }
 static void test_moves(void) { each_isa(check_moves); }
-static void test_gemm(void) { each_isa(check_products); }
+static void test_products(void) { each_isa(check_products); }
 
 /* ---- bf16 ---- */
 
@@ -467,7 +464,7 @@ int main(void)
     TEST(test_rows);
     TEST(test_outer);
     TEST(test_moves);
-    TEST(test_gemm);
+    TEST(test_products);
     TEST(test_bf16);
     return TEST_END;
 }
