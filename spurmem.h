@@ -3291,7 +3291,7 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
  * The region between SPMI_PASS marks below is read once per instruction set: the header includes itself with
  * SPMI_PASS set, under a pragma that lets the compiler use that set, and every kernel name gets its suffix from
  * SPMI_K.  Kernels are written once, in terms of a few vector primitives (v_load, v_fma, ...).  Callers write
- *     SPMI_KERNEL(ctx, relu, (n, x, y));
+ *     SPMI_KERNEL(ctx, relu, (n, x, y, 0));
  * which picks the body by the context's instruction set.
  * ============================================================================================================= */
 #ifndef SPURMEM_SELF
@@ -3408,6 +3408,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_mask(n) ((__mmask16)((1u << (n)) - 1u))
   #define v_loadn(p, n) _mm512_maskz_loadu_ps(v_mask(n), p)
   #define v_storen(p, v, n) _mm512_mask_storeu_ps(p, v_mask(n), v)
+  #define v_stream(p, v) _mm512_stream_ps(p, v)
+  #define v_fence() _mm_sfence()
   #define v_set(x) _mm512_set1_ps(x)
   #define v_zero() _mm512_setzero_ps()
   #define v_add(a, b) _mm512_add_ps(a, b)
@@ -3430,6 +3432,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_mask(n) _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))
   #define v_loadn(p, n) _mm256_maskload_ps(p, v_mask(n))
   #define v_storen(p, v, n) _mm256_maskstore_ps(p, v_mask(n), v)
+  #define v_stream(p, v) _mm256_stream_ps(p, v)
+  #define v_fence() _mm_sfence()
   #define v_set(x) _mm256_set1_ps(x)
   #define v_zero() _mm256_setzero_ps()
   #define v_add(a, b) _mm256_add_ps(a, b)
@@ -3452,6 +3456,8 @@ SPMDEF uint64_t spm_random_key(uint64_t seed, uint64_t a, uint64_t b)
   #define v_store(p, v) vst1q_f32(p, v)
   #define v_loadn(p, n) spmi_neon_loadn(p, n)
   #define v_storen(p, v, n) spmi_neon_storen(p, v, n)
+  #define v_stream(p, v) v_store(p, v)
+  #define v_fence() ((void)0)
   #define v_set(x) vdupq_n_f32(x)
   #define v_zero() vdupq_n_f32(0.0f)
   #define v_add(a, b) vaddq_f32(a, b)
@@ -3488,6 +3494,8 @@ static void spmi_neon_storen(float *p, float32x4_t v, int n)
   #define v_store(p, v) (*(p) = (v))
   #define v_loadn(p, n) ((void)(n), *(p))
   #define v_storen(p, v, n) ((void)(n), *(p) = (v))
+  #define v_stream(p, v) v_store(p, v)
+  #define v_fence() ((void)0)
   #define v_set(x) (x)
   #define v_zero() 0.0f
   #define v_add(a, b) ((a) + (b))
@@ -4192,6 +4200,10 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
   #define v_get(p, r) ((r) == V_W ? v_load(p) : v_loadn(p, r))
   #define v_put(p, v, r) do { if ((r) == V_W) v_store(p, v); else v_storen(p, v, r); } while (0)
 #endif
+/* Outputs that no cache would hold until they are read go past the caches (`far`, see spmi_far: whole aligned vectors):
+ * else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
+#define V_OUT(p, v, r, far) do { if (far) v_stream(p, v); else v_put(p, v, r); } while (0)
+#define V_FENCE(far) do { if (far) v_fence(); } while (0)
 #define V_STEP(i, r, n) for (i = 0; r = (int)SPMI_MIN((int64_t)V_W, (n) - i), i < (n); i += V_W)
 /* v_select_eq(a, b, x, y) = a == b ? x : y; v_select_nan(a, x, y) = a is not a number ? x : y;
  * v_load_bytes, v_store_bytes: V_W unsigned bytes to and from floats. */
@@ -4285,27 +4297,29 @@ SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
 }
 
 /* y = max(x, 0); not-a-number stays (hence the order of the arguments of v_max). */
-static void SPMI_K(relu)(int64_t n, const float *x, float *y)
+static void SPMI_K(relu)(int64_t n, const float *x, float *y, int far)
 {
     int64_t i;
     int r;
-    V_STEP(i, r, n) v_put(y + i, v_max(v_zero(), v_get(x + i, r)), r);
+    V_STEP(i, r, n) V_OUT(y + i, v_max(v_zero(), v_get(x + i, r)), r, far);
+    V_FENCE(far);
 }
 
 /* dx = dy where y > 0, else 0 */
-static void SPMI_K(relu_back)(int64_t n, const float *y, const float *dy, float *dx, int add)
+static void SPMI_K(relu_back)(int64_t n, const float *y, const float *dy, float *dx, int add, int far)
 {
     int64_t i;
     int r;
     V_STEP(i, r, n) {
         v_t g = v_select_gt(v_get(y + i, r), v_zero(), v_get(dy + i, r), v_zero());
         if (add) g = v_add(g, v_get(dx + i, r));
-        v_put(dx + i, g, r);
+        V_OUT(dx + i, g, r, far);
     }
+    V_FENCE(far);
 }
 
 /* y = x Phi(x) */
-static void SPMI_K(gelu)(int64_t n, const float *x, float *y)
+static void SPMI_K(gelu)(int64_t n, const float *x, float *y, int far)
 {
     int64_t i;
     int r;
@@ -4313,12 +4327,13 @@ static void SPMI_K(gelu)(int64_t n, const float *x, float *y)
         const v_t v = v_get(x + i, r);
         v_t e;
         const v_t h = SPMI_K(tail)(v, &e);
-        v_put(y + i, v_mul(v, v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h)), r);
+        V_OUT(y + i, v_mul(v, v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h)), r, far);
     }
+    V_FENCE(far);
 }
 
 /* dx = dy (Phi(x) + x exp(-x^2/2) / sqrt(2 pi)) */
-static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float *dx, int add)
+static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float *dx, int add, int far)
 {
     int64_t i;
     int r;
@@ -4329,12 +4344,13 @@ static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float 
         g = v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h);
         g = v_mul(v_fma(v_mul(v, v_set(0.398942280f)), e, g), v_get(dy + i, r));
         if (add) g = v_add(g, v_get(dx + i, r));
-        v_put(dx + i, g, r);
+        V_OUT(dx + i, g, r, far);
     }
+    V_FENCE(far);
 }
 
 /* y = s x, or y += s x */
-static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add)
+static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add, int far)
 {
     const v_t f = v_set(s);
     int64_t i;
@@ -4342,17 +4358,19 @@ static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add)
     if (add) {
         V_STEP(i, r, n) v_put(y + i, v_fma(v_get(x + i, r), f, v_get(y + i, r)), r);
     } else {
-        V_STEP(i, r, n) v_put(y + i, v_mul(v_get(x + i, r), f), r);
+        V_STEP(i, r, n) V_OUT(y + i, v_mul(v_get(x + i, r), f), r, far);
     }
+    V_FENCE(far);
 }
 
 /* y = s (a + b) */
-static void SPMI_K(sum_of)(int64_t n, float s, const float *a, const float *b, float *y)
+static void SPMI_K(sum_of)(int64_t n, float s, const float *a, const float *b, float *y, int far)
 {
     const v_t f = v_set(s);
     int64_t i;
     int r;
-    V_STEP(i, r, n) v_put(y + i, v_mul(v_add(v_get(a + i, r), v_get(b + i, r)), f), r);
+    V_STEP(i, r, n) V_OUT(y + i, v_mul(v_add(v_get(a + i, r), v_get(b + i, r)), f), r, far);
+    V_FENCE(far);
 }
 
 /* ---- sums along a row: four short float chains side by side (16 vectors in all), added in double ---- */
@@ -4430,7 +4448,8 @@ static void SPMI_K(dots)(int64_t rows, int64_t n, float s, const float *a, const
 /* y = softmax(s x) of each row, s > 0; rows lie x_row and y_row apart; in place is fine.  Rows are shifted by their
  * largest entry.  A row is one long chain (largest, exponentials, sum, quotient), so short ones go step by step
  * together.  What is behind a row's last whole vector is not stored before its time: a load of other lanes would wait. */
-static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, int64_t x_row, float *y, int64_t y_row)
+static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, int64_t x_row, float *y, int64_t y_row,
+                            int far)
 {
     const int64_t full = n - n % V_W, most = SPMI_MAX(1, SPMI_MIN(SPMI_ABREAST, SPMI_HELD / SPMI_MAX(full, 1)));
     const int rest = (int)(n - full);
@@ -4478,17 +4497,18 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, in
         }
         for (row = 0; row < m; row++, y += y_row) {
             const v_t factor = v_set((float)(1.0 / total[row]));
-            for (i = 0; i < full; i += V_W) v_store(y + i, v_mul(v_load(to + row * full + i), factor));
+            for (i = 0; i < full; i += V_W) V_OUT(y + i, v_mul(v_load(to + row * full + i), factor), V_W, far);
             if (rest) v_storen(y + full, v_mul(v_load(last + row * V_W), factor), rest);
         }
     }
+    V_FENCE(far);
 }
 #undef SPMI_HELD
 
 /* dx = s y (dy - dy . y) of each row: gradient of softmax(s x) by x; dx may be dy; the rows lie as far apart as the
  * names say. */
 static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *y, int64_t y_row, const float *dy,
-                                 int64_t dy_row, float *dx, int64_t dx_row, int add)
+                                 int64_t dy_row, float *dx, int64_t dx_row, int add, int far)
 {
     const v_t f = v_set(s);
     const int64_t most = n > 512 ? 1 : SPMI_ABREAST;
@@ -4509,10 +4529,11 @@ static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *
                 }
                 g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), by));
                 if (add) g = v_add(g, v_get(dx + i, r));
-                v_put(dx + i, g, r);
+                V_OUT(dx + i, g, r, far);
             }
         }
     }
+    V_FENCE(far);
 }
 #undef SPMI_ABREAST
 
@@ -4520,7 +4541,7 @@ static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *
 
 /* y = (x - mean) rstd w + b; mean and rstd of each row are kept if wanted.  Two passes over a row that is in L1. */
 static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const float *w, const float *b, float eps,
-                               float *y, float *mean, float *rstd)
+                               float *y, int far, float *mean, float *rstd)
 {
     int64_t row, i;
     int r;
@@ -4532,17 +4553,18 @@ static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const fl
         V_STEP(i, r, n) {
             const v_t h = v_mul(v_sub(v_get(x + i, r), center), factor);
             SPMI_PREFETCH(next + i);
-            v_put(y + i, v_fma(h, v_get(w + i, r), v_get(b + i, r)), r);
+            V_OUT(y + i, v_fma(h, v_get(w + i, r), v_get(b + i, r)), r, far);
         }
         if (mean) mean[row] = m;
         if (rstd) rstd[row] = s;
     }
+    V_FENCE(far);
 }
 
 /* h = (x - mean) rstd, g = dy w:  dx = rstd (g - mean(g) - h mean(g h)), dw += dy h, db += dy.  dx, dw, db may be
  * NULL. */
 static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, const float *w, const float *mean,
-                                    const float *rstd, const float *dy, float *dx, int add, float *dw, float *db)
+                                    const float *rstd, const float *dy, float *dx, int add, int far, float *dw, float *db)
 {
     int64_t row, at, i;
     int r;
@@ -4576,10 +4598,11 @@ static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, con
             v_t g = v_sub(v_mul(v_get(dy + i, r), v_get(w + i, r)), c0);
             g = v_mul(v_sub(g, v_mul(h, c1)), factor);
             if (add) g = v_add(g, v_get(dx + i, r));
-            v_put(dx + i, g, r);
+            V_OUT(dx + i, g, r, far);
         }
         dx += n;
     }
+    V_FENCE(far);
 }
 
 /* ---- sums along columns: `width` channels of `rows` rows that lie `stride` floats apart ---- */
@@ -4700,7 +4723,7 @@ static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width,
 
 /* y = relu?((x - mean) scale + shift + residual?) */
 static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const float *residual, const float *mean,
-                             const float *scale, const float *shift, int relu, float *y)
+                             const float *scale, const float *shift, int relu, float *y, int far)
 {
     int64_t row, i;
     int r;
@@ -4714,10 +4737,11 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
                 SPMI_PREFETCH_L2(residual + i + ahead);
                 v = v_add(v, v_get(residual + i, r));
             }
-            v_put(y + i, v_max(floor_at, v), r);
+            V_OUT(y + i, v_max(floor_at, v), r, far);
         }
         if (residual) residual += n;
     }
+    V_FENCE(far);
 }
 
 /* dz = dy, or dy where y > 0 (y, or scale and shift to compute it from x, given: a ReLU stands behind), summed over one
@@ -4798,7 +4822,7 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
  * them may be dy. */
 static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float *y, const float *dy, const float *mean,
                             const float *scale, const float *shift, const float *a, const float *b, const float *c,
-                            float *dx, int dx_add, float *dr, int dr_add)
+                            float *dx, int dx_add, float *dr, int dr_add, int far)
 {
     int64_t row, i, j;
     int r;
@@ -4820,9 +4844,10 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
             if (!dx) continue;
             d = v_mul(g, v_get(a + i, r));
             if (b) d = v_add(d, v_fma(from_mean, v_get(b + i, r), v_get(c + i, r)));
-            v_put(dx + j, dx_add ? v_add(d, v_get(dx + j, r)) : d, r);
+            V_OUT(dx + j, dx_add ? v_add(d, v_get(dx + j, r)) : d, r, far);
         }
     }
+    V_FENCE(far);
 }
 
 /* ---- Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2016) at the points 0, +-5/8, +-3/2 and infinity -----------
@@ -5204,6 +5229,8 @@ static void SPMI_K(avg_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
 #undef SPMI_COLUMNS
 #undef SPMI_AHEAD
 #undef V_STEP
+#undef V_OUT
+#undef V_FENCE
 #undef v_get
 #undef v_put
 #undef v_select_eq
@@ -6048,6 +6075,8 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef v_all
 #undef v_loadn
 #undef v_storen
+#undef v_stream
+#undef v_fence
 #undef v_set
 #undef v_zero
 #undef v_add
@@ -7469,6 +7498,15 @@ static size_t spmi_none_packed(spm_context *ctx, const spm_op_call *call)
 
 /* ---- elementwise work in parallel ---- */
 
+#define SPMI_FAR (INT64_C(8) << 20) /* floats: 32 MiB, more than a program's share of the last cache */
+
+/* 1 if an output of n floats in rows of `row` should go past the caches: no cache would hold it, every row is whole
+ * aligned vectors, and its lines were not just read. */
+static int spmi_far(const float *from, const float *to, int64_t row, int64_t n)
+{
+    return n >= SPMI_FAR && row % SPMI_LINE == 0 && (uintptr_t)to % (SPMI_LINE * sizeof(float)) == 0 && from != to;
+}
+
 typedef enum spmi_each_kind {
     SPMI_EACH_SCALE, SPMI_EACH_SUM, SPMI_EACH_RELU, SPMI_EACH_RELU_BACK, SPMI_EACH_GELU, SPMI_EACH_GELU_BACK
 } spmi_each_kind;
@@ -7480,7 +7518,7 @@ typedef struct spmi_each {
     float s;
     const float *a, *b;
     float *y;
-    int add;
+    int add, far;
 } spmi_each;
 
 static void spmi_each_task(void *arg, int64_t task, int slot)
@@ -7491,12 +7529,12 @@ static void spmi_each_task(void *arg, int64_t task, int slot)
     float *y = each->y + at;
     (void)slot;
     switch (each->kind) {
-    case SPMI_EACH_SCALE: SPMI_KERNEL(each->ctx, scale, (n, each->s, a, y, each->add)); break;
-    case SPMI_EACH_SUM: SPMI_KERNEL(each->ctx, sum_of, (n, each->s, a, b, y)); break;
-    case SPMI_EACH_RELU: SPMI_KERNEL(each->ctx, relu, (n, a, y)); break;
-    case SPMI_EACH_RELU_BACK: SPMI_KERNEL(each->ctx, relu_back, (n, a, b, y, each->add)); break;
-    case SPMI_EACH_GELU: SPMI_KERNEL(each->ctx, gelu, (n, a, y)); break;
-    case SPMI_EACH_GELU_BACK: SPMI_KERNEL(each->ctx, gelu_back, (n, a, b, y, each->add)); break;
+    case SPMI_EACH_SCALE: SPMI_KERNEL(each->ctx, scale, (n, each->s, a, y, each->add, each->far)); break;
+    case SPMI_EACH_SUM: SPMI_KERNEL(each->ctx, sum_of, (n, each->s, a, b, y, each->far)); break;
+    case SPMI_EACH_RELU: SPMI_KERNEL(each->ctx, relu, (n, a, y, each->far)); break;
+    case SPMI_EACH_RELU_BACK: SPMI_KERNEL(each->ctx, relu_back, (n, a, b, y, each->add, each->far)); break;
+    case SPMI_EACH_GELU: SPMI_KERNEL(each->ctx, gelu, (n, a, y, each->far)); break;
+    case SPMI_EACH_GELU_BACK: SPMI_KERNEL(each->ctx, gelu_back, (n, a, b, y, each->add, each->far)); break;
     }
 }
 
@@ -7513,6 +7551,7 @@ static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, floa
     each.b = b;
     each.y = y;
     each.add = add;
+    each.far = !add && y != b && spmi_far(a, y, n, n);
     spm_parallel(ctx, spmi_ceil_div(n, SPMI_GRAIN), spmi_each_task, &each);
 }
 
@@ -8115,6 +8154,7 @@ typedef struct spmi_bn {
     const float *x;
     float *dx, *dr;
     int64_t grain;                /* rows per task of the last pass */
+    int far;                      /* its output goes past the caches */
 } spmi_bn;
 
 /* The cut of the work, and the scratch memory's layout if there is one yet. Returns its size. */
@@ -8219,7 +8259,7 @@ static void spmi_bn_apply_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(bn->ctx, bn_apply,
                 (n, bn->channels, call->in[0].data + at, call->in[5].data ? call->in[5].data + at : NULL, bn->mean,
-                 bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at));
+                 bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at, bn->far));
 }
 
 /* w / sqrt(var + eps) */
@@ -8253,6 +8293,8 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         if (call->out[2].data) memcpy(call->out[2].data, call->in[4].data, (size_t)bn.channels * sizeof(float));
     }
     spmi_bn_scale(&bn, var);
+    bn.far = call->in[5].data != call->out[0].data
+             && spmi_far(call->in[0].data, call->out[0].data, bn.channels, bn.rows * bn.channels);
     spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_apply_task, &bn);
 }
 
@@ -8277,7 +8319,7 @@ static void spmi_bn_back_task(void *arg, int64_t task, int slot)
     SPMI_KERNEL(bn->ctx, bn_back,
                 (n, bn->channels, bn->x ? bn->x + at : NULL, bn->y ? bn->y + at : NULL, bn->dz + at, bn->mean,
                  bn->scale, call->in[2].data, bn->coefficient[0], call->training ? bn->coefficient[1] : NULL, bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
-                 call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5]));
+                 call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5], bn->far));
 }
 
 /* Joins the chunks' sums, in their order: the gradients of w and b, and the coefficients of dx. */
@@ -8332,6 +8374,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
     }
     spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_sums_task, &bn);
     bn.x = call->training || bn.scale ? call->in[0].data : NULL;
+    bn.far = !call->d_in_add[0] && bn.dx != bn.y && spmi_far(bn.dz, bn.dx, bn.channels, bn.rows * bn.channels);
     if (bn.dx || bn.dr) spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_back_task, &bn);
 }
 
@@ -8346,6 +8389,7 @@ typedef struct spmi_ln {
     spm_context *ctx;
     spm_op_call *call;
     int64_t rows, n, chunk, chunks;
+    int far;
     float *part; /* [chunks][2][n]: sums of dy h and dy */
 } spmi_ln;
 
@@ -8358,6 +8402,7 @@ static void spmi_ln_plan(spm_context *ctx, spm_op_call *call, spmi_ln *ln)
     ln->chunk = SPMI_MIN((int64_t)256, SPMI_MAX((int64_t)16, spmi_ceil_div(ln->rows, 64)));
     ln->chunks = spmi_ceil_div(ln->rows, ln->chunk);
     ln->part = (float *)call->scratch;
+    ln->far = 0;
 }
 
 static size_t spmi_layer_norm_scratch(spm_context *ctx, const spm_op_call *call, int backward)
@@ -8388,7 +8433,7 @@ static void spmi_ln_forward_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(ln->ctx, layer_norm,
                 (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->in[2].data, call->attr.eps,
-                 call->out[0].data + row * ln->n, call->out[1].data ? call->out[1].data + row : NULL,
+                 call->out[0].data + row * ln->n, ln->far, call->out[1].data ? call->out[1].data + row : NULL,
                  call->out[2].data ? call->out[2].data + row : NULL));
 }
 
@@ -8396,6 +8441,7 @@ static void spmi_layer_norm_forward(spm_context *ctx, spm_op_call *call)
 {
     spmi_ln ln;
     spmi_ln_plan(ctx, call, &ln);
+    ln.far = spmi_far(call->in[0].data, call->out[0].data, ln.n, ln.rows * ln.n);
     spm_parallel(ctx, ln.chunks, spmi_ln_forward_task, &ln);
 }
 
@@ -8412,7 +8458,7 @@ static void spmi_ln_backward_task(void *arg, int64_t task, int slot)
     SPMI_KERNEL(ln->ctx, layer_norm_back,
                 (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->out[1].data + row,
                  call->out[2].data + row, call->d_out.data + row * ln->n,
-                 call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], dw, db));
+                 call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], ln->far, dw, db));
 }
 
 /* One task: 128 columns of both sums, chunk by chunk. */
@@ -8437,6 +8483,7 @@ static void spmi_layer_norm_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_ln ln;
     spmi_ln_plan(ctx, call, &ln);
+    ln.far = !call->d_in_add[0] && spmi_far(call->d_out.data, call->d_in[0].data, ln.n, ln.rows * ln.n);
     spm_parallel(ctx, ln.chunks, spmi_ln_backward_task, &ln);
     if (call->d_in[1].data || call->d_in[2].data) spm_parallel(ctx, spmi_ceil_div(ln.n, 128), spmi_ln_join_task, &ln);
 }
@@ -8505,7 +8552,7 @@ typedef struct spmi_row_job {
     spm_context *ctx;
     spm_op_call *call;
     int64_t rows, n, grain;
-    int backward;
+    int backward, far;
 } spmi_row_job;
 
 static spm_status spmi_softmax_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
@@ -8521,9 +8568,10 @@ static void spmi_softmax_task(void *arg, int64_t task, int slot)
     (void)slot;
     if (job->backward) {
         SPMI_KERNEL(job->ctx, softmax_back, (rows, job->n, 1.0f, call->out[0].data + at, job->n, call->d_out.data + at,
-                                             job->n, call->d_in[0].data + at, job->n, call->d_in_add[0]));
+                                             job->n, call->d_in[0].data + at, job->n, call->d_in_add[0], job->far));
     } else {
-        SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, job->n, call->out[0].data + at, job->n));
+        SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, job->n, call->out[0].data + at, job->n,
+                                        job->far));
     }
 }
 
@@ -8536,6 +8584,8 @@ static void spmi_softmax_run(spm_context *ctx, spm_op_call *call, int backward)
     job.rows = spm_tensor_count(&call->in[0]) / job.n;
     job.grain = SPMI_MAX((int64_t)1, SPMI_GRAIN / job.n);
     job.backward = backward;
+    job.far = backward ? !call->d_in_add[0] && spmi_far(call->d_out.data, call->d_in[0].data, job.n, job.rows * job.n)
+                       : spmi_far(call->in[0].data, call->out[0].data, job.n, job.rows * job.n);
     spm_parallel(ctx, spmi_ceil_div(job.rows, job.grain), spmi_softmax_task, &job);
 }
 
@@ -8644,7 +8694,7 @@ static void spmi_drop_task(void *arg, int64_t task, int slot)
     (void)slot;
     if (drop->whole) {
         const float s = spm_random_u32(key, 0, 0) >= limit ? keep : 0.0f;
-        SPMI_KERNEL(drop->ctx, scale, (n, s, drop->from + at, drop->to + at, drop->add));
+        SPMI_KERNEL(drop->ctx, scale, (n, s, drop->from + at, drop->to + at, drop->add, 0));
         return;
     }
     for (i = 0; i < n; i += 4) {
@@ -8975,7 +9025,7 @@ static void spmi_global_backward_task(void *arg, int64_t task, int slot)
     for (p = 0; p < job->pixels; p++) {
         SPMI_KERNEL(job->ctx, scale,
                     (job->channels, s, job->call->d_out.data + task * job->channels,
-                     job->call->d_in[0].data + (task * job->pixels + p) * job->channels, job->call->d_in_add[0]));
+                     job->call->d_in[0].data + (task * job->pixels + p) * job->channels, job->call->d_in_add[0], 0));
     }
 }
 
@@ -9043,7 +9093,7 @@ static void spmi_shortcut_task(void *arg, int64_t task, int slot)
                           + (task / x->shape[1] * y->shape[1] + h / sh) * y->shape[2] * wide;
         if (!call->d_in_add[0]) memset(to, 0, (size_t)(x->shape[2] * c) * sizeof(float));
         if (h % sh) return;
-        for (w = 0; w < y->shape[2]; w++) SPMI_KERNEL(job->ctx, scale, (c, 1.0f, from + w * wide, to + w * sw * c, 1));
+        for (w = 0; w < y->shape[2]; w++) SPMI_KERNEL(job->ctx, scale, (c, 1.0f, from + w * wide, to + w * sw * c, 1, 0));
     }
 }
 
@@ -9151,7 +9201,7 @@ static void spmi_attention_forward_task(void *arg, int64_t task, int slot)
         rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
         if (call->out[1].data) probs = call->out[1].data + (task * t + i) * t;
         spmi_rows_product(job->ctx, rows, row, hd, q + i * 3 * d, 3 * d, k, probs, row, 0);
-        SPMI_KERNEL(job->ctx, softmax, (rows, t, job->scale, probs, row, probs, row));
+        SPMI_KERNEL(job->ctx, softmax, (rows, t, job->scale, probs, row, probs, row, 0));
         spmi_rows_product(job->ctx, rows, hd, t, probs, row, v, y + i * d, d, 0);
     }
 }
@@ -9188,7 +9238,7 @@ static void spmi_attention_backward_task(void *arg, int64_t task, int slot)
         float *at = ds + i * job->row;
         rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
         spmi_rows_product(job->ctx, rows, job->row, hd, dy + i * hd, hd, v, at, job->row, 0);
-        SPMI_KERNEL(job->ctx, softmax_back, (rows, t, job->scale, probs + i * t, t, at, job->row, at, job->row, 0));
+        SPMI_KERNEL(job->ctx, softmax_back, (rows, t, job->scale, probs + i * t, t, at, job->row, at, job->row, 0, 0));
         spmi_rows_product(job->ctx, rows, hd, t, at, job->row, k, dq + i * 3 * d, 3 * d, add);
     }
     spmi_outer_product(job->ctx, t, hd, t, ds, job->row, q, hd, dq + d, 3 * d, add, NULL);
@@ -9255,11 +9305,11 @@ static void spmi_tokens_forward_task(void *arg, int64_t task, int slot)
     const float *position = call->in[2].data;
     float *y = call->out[0].data + task * (head + rest);
     (void)slot;
-    SPMI_KERNEL(job->ctx, sum_of, (first, 1.0f, call->in[1].data, position, y));
+    SPMI_KERNEL(job->ctx, sum_of, (first, 1.0f, call->in[1].data, position, y, 0));
     if (head > first) {
-        SPMI_KERNEL(job->ctx, sum_of, (head - first, 1.0f, call->in[3].data, position + first, y + first));
+        SPMI_KERNEL(job->ctx, sum_of, (head - first, 1.0f, call->in[3].data, position + first, y + first, 0));
     }
-    SPMI_KERNEL(job->ctx, sum_of, (rest, 1.0f, call->in[0].data + task * rest, position + head, y + head));
+    SPMI_KERNEL(job->ctx, sum_of, (rest, 1.0f, call->in[0].data + task * rest, position + head, y + head, 0));
 }
 
 static void spmi_tokens_forward(spm_context *ctx, spm_op_call *call)
@@ -9275,7 +9325,7 @@ static void spmi_tokens_copy_task(void *arg, int64_t task, int slot)
     const int64_t head = job->extra * job->width, rest = job->patches * job->width;
     (void)slot;
     SPMI_KERNEL(job->ctx, scale, (rest, 1.0f, call->d_out.data + task * (head + rest) + head,
-                                  call->d_in[0].data + task * rest, call->d_in_add[0]));
+                                  call->d_in[0].data + task * rest, call->d_in_add[0], 0));
 }
 
 /* One task: 128 columns of [K + L + H W] x D, summed over the batch. */
@@ -9349,7 +9399,7 @@ static void spmi_token_backward(spm_context *ctx, spm_op_call *call)
     if (!dx) return;
     if (!call->d_in_add[0]) memset(dx, 0, (size_t)spm_tensor_count(&call->in[0]) * sizeof(float));
     for (n = 0; n < call->in[0].shape[0]; n++) {
-        SPMI_KERNEL(ctx, scale, (d, 1.0f, call->d_out.data + n * d, dx + (n * t + call->attr.index) * d, 1));
+        SPMI_KERNEL(ctx, scale, (d, 1.0f, call->d_out.data + n * d, dx + (n * t + call->attr.index) * d, 1, 0));
     }
 }
 
@@ -9564,7 +9614,7 @@ static void spmi_ntxent_backward_task(void *arg, int64_t i, int slot)
     memset(dz, 0, (size_t)d * sizeof(float));
     for (j = 0; j < job->rows; j++) {
         double g = (double)p[i * job->rows + j] + (double)p[j * job->rows + i] - (j == positive ? 2.0 : 0.0);
-        if (j != i) SPMI_KERNEL(job->ctx, scale, (d, (float)(s * g), z + j * d, dz, 1));
+        if (j != i) SPMI_KERNEL(job->ctx, scale, (d, (float)(s * g), z + j * d, dz, 1, 0));
     }
     for (k = 0; k < d; k++) dot += (double)own[k] * (double)dz[k];
     for (k = 0; k < d; k++) {
@@ -27986,7 +28036,7 @@ static int spmi_scan_contribution(const spmi_scan *scan, const spmi_tape_step *s
     int64_t kh, kw, width = w->shape[0], any = 0;
     if (step->op == SPM_OP_LINEAR) {
         float v = was[oh * in->shape[2] + channel];
-        SPMI_KERNEL(scan->s->ctx, scale, (width, v, scan->column, sum, 0));
+        SPMI_KERNEL(scan->s->ctx, scale, (width, v, scan->column, sum, 0, 0));
         return v > 0.0f || v < 0.0f;
     }
     {
@@ -28002,7 +28052,7 @@ static int spmi_scan_contribution(const spmi_scan *scan, const spmi_tape_step *s
                 v = is ? was[at] - is[at] : was[at];
                 if (!(v > 0.0f) && !(v < 0.0f)) continue;
                 SPMI_KERNEL(scan->s->ctx, scale,
-                            (width, v, scan->column + (kh * w->shape[2] + kw) * width, sum, any != 0));
+                            (width, v, scan->column + (kh * w->shape[2] + kw) * width, sum, any != 0, 0));
                 any = 1;
             }
         }

@@ -1306,6 +1306,40 @@ static void kept_values(void)
     }
 }
 
+/* Outputs beyond SPMI_FAR go past the caches: the same bits as those of the halves, which do not. */
+static void large_outputs(void)
+{
+    static const int64_t width[2] = { 1024, 1000 };
+    int k, part;
+    for (k = 0; k < 2; k++) {
+        const int64_t n = width[k], rows = 2 * ((INT64_C(8) << 20) / n / 2 + 8);
+        op_case whole = make_case(SPM_OP_LAYER_NORM, "large");
+        spm_op_call call, half;
+        shape(&whole, 0, rows, n, 0, 0);
+        shape(&whole, 1, n, 0, 0, 0);
+        shape(&whole, 2, n, 0, 0, 0);
+        CHECK(prepare(ctx_of[1], &whole, &call));
+        spm_op_forward(ctx_of[1], whole.op, &call);
+        spm_op_backward(ctx_of[1], whole.op, &call);
+        whole.shape[0][0] = rows / 2;
+        CHECK(prepare(ctx_of[1], &whole, &half));
+        for (part = 0; part < 2; part++) {
+            const int64_t at = part * (rows / 2) * n;
+            const size_t bytes = (size_t)(rows / 2 * n) * sizeof(float);
+            memcpy(half.in[0].data, call.in[0].data + at, bytes);
+            memcpy(half.d_out.data, call.d_out.data + at, bytes);
+            memcpy(half.in[1].data, call.in[1].data, (size_t)n * sizeof(float));
+            memcpy(half.in[2].data, call.in[2].data, (size_t)n * sizeof(float));
+            spm_op_forward(ctx_of[1], whole.op, &half);
+            spm_op_backward(ctx_of[1], whole.op, &half);
+            CHECK(memcmp(half.out[0].data, call.out[0].data + at, bytes) == 0);
+            CHECK(memcmp(half.d_in[0].data, call.d_in[0].data + at, bytes) == 0);
+        }
+        release(&call);
+        release(&half);
+    }
+}
+
 int main(void)
 {
     static const spm_isa sets[] = { SPM_ISA_C, SPM_ISA_NEON, SPM_ISA_AVX2, SPM_ISA_AVX512 };
@@ -1335,6 +1369,10 @@ int main(void)
         TEST(batch_norm_of_one);
         TEST(tensor_differences);
         TEST(table);
+        close_contexts();
+    }
+    if (open_contexts(SPM_ISA_AUTO)) {
+        TEST(large_outputs);
         close_contexts();
     }
     return TEST_END;
