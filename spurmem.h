@@ -4911,16 +4911,13 @@ SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
     r[5] = y[3 * step];
 }
 
-/* r = G g of V_W filters: three numbers, `step` vectors apart, to six. */
-SPMI_INLINE void SPMI_K(wino_g)(const double *g, int step, int pair, double *r)
+/* The rows of a pair of G g: three numbers to two. */
+SPMI_INLINE void SPMI_K(wino_g)(double g0, double g1, double g2, int pair, double *r0, double *r1)
 {
     const double x = pair == 1 ? (double)W_A : (double)W_B, n = pair == 1 ? W_NA : W_NB;
-    int l;
-    for (l = 0; l < V_W; l++) {
-        const double even = n * g[l] + n * x * x * g[2 * step * V_W + l], odd = n * x * g[step * V_W + l];
-        r[l] = pair ? even + odd : 1 / (double)W_AB * g[l];
-        r[V_W + l] = pair ? even - odd : g[2 * step * V_W + l];
-    }
+    const double even = n * g0 + n * x * x * g2, odd = n * x * g1;
+    *r0 = pair ? even + odd : 1 / (double)W_AB * g0;
+    *r1 = pair ? even - odd : g2;
 }
 
 SPMI_INLINE void SPMI_K(wino_g_fast)(const v_t *g, int step, int pair, v_t *r)
@@ -5015,26 +5012,26 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
 SPMI_INLINE void SPMI_K(wino_filter_pair)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, float *to,
                                           int64_t component)
 {
-    double g[9 * V_W], t[6 * V_W], u[2 * V_W];
+    float g[9 * V_W], u[12 * V_W];
     int64_t c;
     int i, j, l;
     for (c = 0; c + V_W <= k * n; c += V_W) {
-        for (i = 0; i < 9; i++) {
-            for (l = 0; l < V_W; l++) g[i * V_W + l] = (double)from[i * tap + c + l];
-        }
-        for (j = 0; j < 3; j++) {
-            SPMI_K(wino_g)(g + j * V_W, 3, pair, u);
-            for (l = 0; l < V_W; l++) t[j * V_W + l] = u[l];
-            for (l = 0; l < V_W; l++) t[(3 + j) * V_W + l] = u[V_W + l];
-        }
-        for (i = 0; i < 2; i++) {
+        SPMI_UNROLL for (i = 0; i < 9; i++) v_store(g + i * V_W, v_load(from + i * tap + c));
+        for (l = 0; l < V_W; l++) { /* straight on, so that compilers make vectors of it */
+            double t[6], r0, r1;
             SPMI_UNROLL for (j = 0; j < 3; j++) {
-                float *at = to + 6 * i * component + c;
-                SPMI_K(wino_g)(t + 3 * i * V_W, 1, j, u);
-                for (l = 0; l < V_W; l++) at[SPMI_WINO_ROW(2 * j) * component + l] = (float)u[l];
-                for (l = 0; l < V_W; l++) at[SPMI_WINO_ROW(2 * j + 1) * component + l] = (float)u[V_W + l];
+                SPMI_K(wino_g)((double)g[j * V_W + l], (double)g[(3 + j) * V_W + l], (double)g[(6 + j) * V_W + l], pair,
+                               t + j, t + 3 + j);
+            }
+            SPMI_UNROLL for (i = 0; i < 2; i++) {
+                SPMI_UNROLL for (j = 0; j < 3; j++) {
+                    SPMI_K(wino_g)(t[3 * i], t[3 * i + 1], t[3 * i + 2], j, &r0, &r1);
+                    u[(6 * i + SPMI_WINO_ROW(2 * j)) * V_W + l] = (float)r0;
+                    u[(6 * i + SPMI_WINO_ROW(2 * j + 1)) * V_W + l] = (float)r1;
+                }
             }
         }
+        SPMI_UNROLL for (i = 0; i < 12; i++) v_store(to + i * component + c, v_load(u + i * V_W));
     }
 }
 
