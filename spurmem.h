@@ -3661,8 +3661,9 @@ typedef struct spmi_rows {
     const float *a;        /* or bf16, as b; offsets count elements */
     const int64_t *a_at;   /* [rows + SPMI_ROWS_PAD], the tail repeats any valid offset */
     const int64_t *tap_at; /* [taps] */
-    int64_t taps, k;       /* k: length of one tap's contiguous run in a; even for bf16 */
+    int64_t taps, k;       /* k: length of one tap's run in a; even for bf16 */
     const float *b;        /* [taps * k][width]; bf16: [taps * k / 2][width][2] */
+    int64_t a_step, b_row; /* from one k (pair of them) to the next, in a and in b; 0: as they lie above */
     float *c;
     const int64_t *c_at;   /* [rows] */
     int64_t rows;
@@ -3743,7 +3744,9 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     const e_t *b = (const e_t *)(const void *)g->b;
     const int64_t *a_at = g->a_at + at, *c_at = g->c_at + at;
     float aside[T_MR * T_NV * V_W];
-    const int64_t chain = g->chain ? g->chain : E_CHAIN, line = ahead ? SPMI_LINE : 0;
+    const int64_t a_step = g->a_step ? g->a_step : E_PAIR, b_row = g->b_row ? g->b_row : nv * V_W * E_PAIR;
+    const int64_t run = g->k / E_PAIR * a_step, line = ahead ? SPMI_LINE : 0;
+    const int64_t chain = (g->chain ? g->chain : E_CHAIN) / E_PAIR * a_step;
     int64_t t, k, end, left = chain;
     int i, j, cut = 0;
     if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* gcc turns the choice in tile_aside into a load and a select */
@@ -3760,13 +3763,13 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     for (t = 0; t < g->taps; t++) {
         const e_t *x = (const e_t *)(const void *)g->a + g->tap_at[t], *row[T_MR];
         SPMI_UNROLL for (i = 0; i < mr; i++) row[i] = x + a_at[i];
-        for (k = 0; k < g->k;) {
-            end = SPMI_MIN(g->k, k + left);
+        for (k = 0; k < run;) {
+            end = SPMI_MIN(run, k + left);
             left -= end - k;
-            for (i = mr; i < 2 * mr && i < used; i++) { /* the next tile's rows: short runs, which no processor foresees */
+            for (i = mr; i < 2 * mr && i < used && !g->a_step; i++) { /* short runs, which no processor foresees */
                 for (j = (int)k; j < end; j += E_LINE) SPMI_PREFETCH_L2(x + a_at[i] + j);
             }
-            for (; k < end; k += E_PAIR) {
+            for (; k < end; k += a_step) {
                 e_v bv[T_NV];
                 SPMI_UNROLL for (j = 0; j < nv; j++) bv[j] = e_load(b + j * V_W * E_PAIR);
                 SPMI_UNROLL for (i = 0; i < mr; i++) {
@@ -3777,9 +3780,9 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                     SPMI_PREFETCH_L2(ahead);
                     ahead += line;
                 }
-                b += nv * V_W * E_PAIR;
+                b += b_row;
             }
-            if (left || (k == g->k && t + 1 == g->taps)) continue;
+            if (left || (k == run && t + 1 == g->taps)) continue;
             SPMI_UNROLL for (i = 0; i < mr; i++) SPMI_K(tile_aside)(acc[i], aside + i * nv * V_W, nv, !cut);
             left = chain;
             cut = 1;
@@ -6884,6 +6887,7 @@ typedef struct spmi_weight_job {
     int64_t range, ranges;               /* outputs of a task */
     int64_t parts;                       /* of the columns, where there are still too few tasks */
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
+    int turned;                          /* 1: outputs are the vectors, and dw is summed up transposed */
     size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes, dy_bytes;
     char *scratch;                       /* slots, then partial sums of chunks 1.. */
     /* by Winograd (tiles.count > 0); `chunk` counts tiles then, and partial_bytes is what all tasks share */
@@ -7095,6 +7099,7 @@ static void spmi_wino_dw_run(spmi_weight_job *job)
 static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
+    const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
     if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, 0);
     if (job->tiles.count > 0) {
@@ -7104,15 +7109,17 @@ static void spmi_weight_plan(spmi_weight_job *job)
     spmi_window_plan(s);
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
-    job->collect = job->half || job->outputs >= 64 || s->run % spmi_lanes(job->ctx) != 0;
-    job->block = SPMI_MIN(rows, SPMI_MAX(1, (SPMI_WEIGHT_PIXELS << (job->half == 2)) / s->w.count));
+    job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
+    job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
+    job->block = job->turned ? 4 * SPMI_WEIGHT_PIXELS : SPMI_WEIGHT_PIXELS << (job->half == 2);
+    job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
     blocks = (rows + job->block - 1) / job->block;
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
     job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), SPMI_TASKS);
     job->chunk = (blocks + job->chunks - 1) / job->chunks * job->block;
     job->chunks = (rows + job->chunk - 1) / job->chunk;
     job->ranges = SPMI_MAX(1, SPMI_MIN((SPMI_TASKS + job->chunks - 1) / job->chunks, job->outputs / SPMI_WEIGHT_RANGE));
-    job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, 8);
+    job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, SPMI_MAX(lanes, 8));
     job->ranges = (job->outputs + job->range - 1) / job->range;
     /* each copies the input */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / 2 / (job->chunks * job->ranges)) : 1;
@@ -7121,6 +7128,10 @@ static void spmi_weight_plan(spmi_weight_job *job)
     columns = job->collect ? spmi_outer_columns(job->ctx, s->taps * s->run) : 0;
     job->panel_bytes = spmi_float_bytes(job->block * s->w.count * columns);
     job->dy_bytes = spmi_float_bytes((job->block * s->w.count + 4) * job->range);
+    if (job->turned) { /* the sums, then where their rows and the input's lie */
+        job->panel_bytes = spmi_float_bytes(s->taps * s->run * job->range);
+        job->dy_bytes = spmi_float_bytes(2 * (2 * s->taps * s->run + SPMI_ROWS_PAD));
+    }
     job->slot_bytes = job->copy_bytes + job->panel_bytes + job->dy_bytes + spmi_float_bytes(2 * (job->block + s->taps));
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
@@ -7149,15 +7160,22 @@ static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int
     return next;
 }
 
-/* One call of the kernel, with its share of the fetching. */
+/* One kernel's share of the fetching, from *from on: how many of its tiles fetch, `lines` each. */
+static int64_t spmi_weight_fetch(spmi_ahead *next, int64_t lines, int64_t tiles, const float **from)
+{
+    const int which = next->lines[0] >= lines ? 0 : 1;
+    const int64_t some = SPMI_MIN(next->lines[which] / lines, tiles);
+    *from = next->at[which];
+    if (some > 0) next->at[which] += some * lines * SPMI_LINE;
+    next->lines[which] -= some * lines;
+    return some;
+}
+
+/* One call of the kernel. */
 static void spmi_weight_outer(spm_context *ctx, int half, spmi_outer *g, spmi_ahead *next)
 {
-    const int64_t lines = g->blocks * g->k, rows = spmi_outer_rows(ctx);
-    const int which = next->lines[0] >= lines ? 0 : 1;
-    g->ahead = next->at[which];
-    g->ahead_tiles = SPMI_MIN(next->lines[which] / lines, (g->rows + rows - 1) / rows);
-    if (g->ahead_tiles > 0) next->at[which] += g->ahead_tiles * lines * SPMI_LINE;
-    next->lines[which] -= g->ahead_tiles * lines;
+    const int64_t rows = spmi_outer_rows(ctx);
+    g->ahead_tiles = spmi_weight_fetch(next, g->blocks * g->k, (g->rows + rows - 1) / rows, &g->ahead);
     spmi_half_outer(ctx, half, g);
 }
 
@@ -7206,6 +7224,38 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
     }
 }
 
+/* The transposed dw, sums[taps * run][outputs] (+)= input x dy over the pixels of p, both read where they lie: where a
+ * pixel has few channels, its outputs fill the vectors better. */
+static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, const float *dy, const int64_t *tap_at,
+                               spmi_ahead *next, int64_t *a_at, float *sums)
+{
+    const int64_t run = job->window.run, size = job->window.taps * run;
+    int64_t *c_at = a_at + size + SPMI_ROWS_PAD, i, j;
+    spmi_rows g = SPM_ZERO;
+    for (i = 0; i < size; i++) {
+        a_at[i] = tap_at[i / run] + i % run;
+        c_at[i] = i * p->rows;
+    }
+    for (; i < size + SPMI_ROWS_PAD; i++) a_at[i] = 0;
+    g.a = p->b;
+    g.a_at = a_at;
+    g.a_step = p->b_row;
+    g.tap_at = p->b_at;
+    g.taps = p->blocks;
+    g.k = p->k;
+    g.b_row = job->dy_pixel;
+    g.c_at = c_at;
+    g.rows = size;
+    g.accumulate = p->accumulate;
+    for (j = 0; j < p->rows; j += g.width) {
+        g.width = g.columns = spmi_panel_width(job->ctx, p->rows - j);
+        g.b = dy + j;
+        g.c = sums + j;
+        g.ahead_tiles = spmi_weight_fetch(next, g.taps * g.k, size / 6, &g.ahead);
+        SPMI_KERNEL(job->ctx, rows, (&g));
+    }
+}
+
 static void spmi_weight_task(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
@@ -7232,33 +7282,39 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     }
     spmi_window_taps(s, tap_at);
     if (part > 0) db = NULL;
+    if (job->turned && dw && add_dw) SPMI_KERNEL(ctx, transpose, (count, size, dw + o0 * size, size, panel, count));
     if (db && !add_db) memset(db + o0, 0, (size_t)count * sizeof *db);
     for (row = first; row < end; row += job->block) {
         int64_t rows = SPMI_MIN(job->block, end - row);
         const float *dy = job->dy + row * s->w.count * job->dy_pixel + o0;
         if (db) SPMI_KERNEL(ctx, column_sums, (rows * s->w.count, count, dy, job->dy_pixel, db + o0));
         if (!dw) continue;
-        g.a_row = (job->half == 2 ? 2 : 1) * spmi_outer_rows(ctx);
-        g.a_panel = (rows * s->w.count + (job->half == 2)) * spmi_outer_rows(ctx) + 16;
-        spmi_half_deal(ctx, job->half, rows * s->w.count, count, spmi_outer_rows(ctx), dy, job->dy_pixel, dy_panels,
-                       g.a_panel);
         g.b = spmi_window_rows(ctx, s, row, row + rows, copy, row_at);
-        g.a = dy_panels;
-        g.rows = count;
         g.blocks = rows;
         g.k = s->w.count;
         g.b_at = row_at;
         g.b_row = s->w_stride * s->at_pixel;
+        g.rows = count;
+        g.accumulate = add_dw || row > first;
+        next = spmi_weight_ahead(job, row + rows, end, count);
+        if (job->turned) {
+            spmi_weight_turned(job, &g, dy, tap_at, &next, (int64_t *)(void *)dy_panels, panel);
+            continue;
+        }
+        g.a_row = (job->half == 2 ? 2 : 1) * spmi_outer_rows(ctx);
+        g.a_panel = (rows * s->w.count + (job->half == 2)) * spmi_outer_rows(ctx) + 16;
+        spmi_half_deal(ctx, job->half, rows * s->w.count, count, spmi_outer_rows(ctx), dy, job->dy_pixel, dy_panels,
+                       g.a_panel);
+        g.a = dy_panels;
         g.c = dw + o0 * size;
         g.c_row = size;
         g.columns = g.ahead_tiles = 0;
         g.ahead = NULL;
-        g.accumulate = add_dw || row > first;
-        next = spmi_weight_ahead(job, row + rows, end, count);
         if (job->collect) spmi_weight_collected(job, g, tap_at, &next, panel, part * panels / job->parts,
                                                 (part + 1) * panels / job->parts);
         else spmi_weight_direct(job, g, tap_at, &next);
     }
+    if (job->turned && dw) SPMI_KERNEL(ctx, transpose, (size, count, panel, count, dw + o0 * size, size));
 }
 
 /* dw and db += the chunks' partial sums, in order; cut by elements. */

@@ -64,6 +64,7 @@ typedef struct rows_case {
     int64_t rows, taps, k, columns;
     int accumulate, bias;
     const spm_op_norm *norm;
+    int64_t a_step, gap; /* of a's elements; between the rows of b */
 } rows_case;
 
 static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64_t a_count, const float *b,
@@ -71,6 +72,7 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
 {
     const int64_t depth = t->taps * t->k;
     float *packed = (float *)malloc(sizeof(float) * (size_t)(depth * spmi_round_up(t->columns, 64) + 1));
+    float *apart = (float *)malloc(sizeof(float) * (size_t)(depth * (64 + t->gap) + 1));
     int64_t *a_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->rows + SPMI_ROWS_PAD)), i, j;
     int64_t *c_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)t->rows),
         *tap_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)(t->taps + 1));
@@ -78,13 +80,14 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
     spmi_rows g = SPM_ZERO;
     spmi_pack_panels(ctx, depth, t->columns, b, t->columns, 1, packed);
     for (i = 0; i < t->taps; i++) tap_at[i] = (i * 37) % 101;
-    for (i = 0; i < t->rows + SPMI_ROWS_PAD; i++) a_at[i] = i < t->rows ? (i * 53) % (a_count - 101 - t->k) : 0;
+    for (i = 0; i < t->rows + SPMI_ROWS_PAD; i++) a_at[i] = i < t->rows ? (i * 53) % (a_count - 101 - t->k * SPMI_MAX(t->a_step, 1)) : 0;
     for (i = 0; i < t->rows; i++) c_at[i] = (t->rows - 1 - i) * (t->columns + 3);
     g.a = a;
     g.a_at = a_at;
     g.tap_at = tap_at;
     g.taps = t->taps;
     g.k = t->k;
+    g.a_step = t->a_step;
     g.c_at = c_at;
     g.rows = t->rows;
     g.accumulate = t->accumulate;
@@ -92,6 +95,11 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
         g.width = spmi_panel_width(ctx, t->columns - j);
         g.columns = (int)SPMI_MIN(t->columns - j, g.width);
         g.b = packed + j * depth;
+        if (t->gap) {
+            g.b_row = g.width + t->gap;
+            for (i = 0; i < depth; i++) memcpy(apart + i * g.b_row, g.b + i * g.width, (size_t)g.width * sizeof(float));
+            g.b = apart;
+        }
         g.c = c + j;
         g.bias = t->bias ? bias + j : NULL;
         norm = t->norm ? spmi_norm_at(*t->norm, j, j) : norm;
@@ -99,6 +107,7 @@ static void run_rows(spm_context *ctx, const rows_case *t, const float *a, int64
         SPMI_KERNEL(ctx, rows, (&g));
     }
     free(packed);
+    free(apart);
     free(a_at);
     free(c_at);
     free(tap_at);
@@ -120,6 +129,8 @@ static void check_rows(spm_context *plain, spm_context *ctx)
             t.columns = columns[i];
             t.taps = n % 5;
             t.k = 1 + n * 7 % 40;
+            t.a_step = n % 4 ? 0 : 1 + n % 7;
+            t.gap = n % 4 ? 0 : n % 9;
             t.accumulate = n % 3 == 0;
             t.bias = n % 2;
             t.norm = n % 5 < 2 ? &norm : NULL;
