@@ -12,11 +12,11 @@
  * last epoch is what counts.  All numbers are of the test split.  A group is a majority one unless it has less than half of
  * its class's largest group; `majority` is the mean accuracy of these.
  *
- * Every method has a Pareto line: its logits mixed with those of the start, each over its spread.  The two families with a
- * power of the group weights, (n / (groups n_g))^power, the intervention and plain reweighting, go from the start to the
- * tempered weights (the recipe's power) and from there to power 1.  At each level (the majority may change by +4 ... -10
- * points against the start) the validation split chooses the point of the line with the best worst group among those that
- * keep the level; the test split measures it. */
+ * Every method has a Pareto line: its logits mixed with those of the start, each over its spread.  The three families with
+ * a power of the group weights, (n / (groups n_g))^power, the intervention with group labels and without and plain
+ * reweighting, go from the start to the tempered weights (the recipe's power) and from there to power 1.  At each level
+ * (the majority may change by +4 ... -10 points against the start) the validation split chooses the point of the line with
+ * the best worst group among those that keep the level; the test split measures it. */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
   #define _XOPEN_SOURCE 700 /* symlink, realpath */
 #endif
@@ -67,8 +67,8 @@ static const int levels[LEVELS] = { 4, 2, 0, -1, -2, -5, -10 };
 
 /* In the order they are run in: what others are measured from comes first. */
 typedef enum method {
-    START, FURTHER, CE_ONLY, REWEIGHT, GROUP_DRO, JTT, DFR, INTERVENE, INTERVENE_FULL, LABEL_FREE, RANDOM_MASK, NO_MASK,
-    OFFICIAL_MASK, NTX_ONLY, METHODS
+    START, FURTHER, CE_ONLY, REWEIGHT, GROUP_DRO, JTT, DFR, INTERVENE, INTERVENE_FULL, LABEL_FREE, LABEL_FREE_FULL,
+    RANDOM_MASK, NO_MASK, OFFICIAL_MASK, NTX_ONLY, METHODS
 } method;
 typedef struct method_info {
     char folder[16], name[64];
@@ -85,7 +85,8 @@ static const method_info methods[METHODS] = {
     { "dfr", "DFR (last layer)", SPM_METHOD_DFR, START },
     { "intervene", "intervention, tempered", SPM_METHOD_INTERVENE, START },
     { "intervene-1", "intervention, power 1", SPM_METHOD_INTERVENE, INTERVENE },
-    { "label-free", "intervention, label-free", SPM_METHOD_INTERVENE, START },
+    { "label-free", "intervention, label-free, tempered", SPM_METHOD_INTERVENE, START },
+    { "label-free-1", "intervention, label-free, power 1", SPM_METHOD_INTERVENE, LABEL_FREE },
     { "random-mask", "intervention, random masks", SPM_METHOD_INTERVENE, START },
     { "no-mask", "intervention, no masks", SPM_METHOD_INTERVENE, START },
     { "official-mask", "intervention, smallest weights masked", SPM_METHOD_INTERVENE, START },
@@ -286,14 +287,14 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
         desc.identify = first;
         desc.upweight = 20;
     }
-    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL)
+    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL && m != LABEL_FREE_FULL)
         desc.weight_power = how->power;
     if (m >= INTERVENE) { /* both branches learn */
         desc.lambda = 10.0f;
         desc.mask = SPM_MASK_MEMORY;
         desc.prune_fraction = 0.2;
         desc.cross_entropy_pruned = 1;
-        desc.group_labels = m != LABEL_FREE;
+        desc.group_labels = m != LABEL_FREE && m != LABEL_FREE_FULL;
     }
     if (m == RANDOM_MASK) desc.mask = SPM_MASK_RANDOM;
     if (m == OFFICIAL_MASK) desc.mask = SPM_MASK_OFFICIAL;
@@ -482,14 +483,23 @@ static double mean_of(mean m)
     return m.n > 0.0 ? m.sum / m.n : (double)NAN;
 }
 
-/* Half the 95 % interval of a mean by Student's t; NaN for one seed. */
+/* The quantile .975 of Student's t: a table, then its expansion in 1 / freedom around the normal distribution's. */
+static double student(int freedom)
+{
+    static const double few[8] = { 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306 };
+    const double z = 1.959964, z3 = z * z * z, z5 = z3 * z * z, f = freedom;
+    if (freedom <= 8) return few[freedom - 1];
+    return z + ((z3 + z) / 4.0 + ((5.0 * z5 + 16.0 * z3 + 3.0 * z) / 96.0
+                                  + (3.0 * z5 * z * z + 19.0 * z5 + 17.0 * z3 - 15.0 * z) / (384.0 * f)) / f) / f;
+}
+
+/* Half the 95 % interval of a mean; NaN for one seed. */
 static double half_interval(mean m)
 {
-    static const double quantile[9] = { 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262 };
     double variance;
     if (m.n < 2.0) return (double)NAN;
     variance = (m.squares - m.sum * m.sum / m.n) / (m.n - 1.0);
-    return quantile[m.n > 10.0 ? 8 : (int)m.n - 2] * sqrt((variance > 0.0 ? variance : 0.0) / m.n);
+    return student((int)m.n - 1) * sqrt((variance > 0.0 ? variance : 0.0) / m.n);
 }
 
 /* Everything a run was made with, its seed and the hash of its data, stands in the config.json of its folder. */
