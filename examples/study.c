@@ -642,7 +642,7 @@ static mean pooled_lead(const study *s, int m, int level)
 static void table_text(const study *s, FILE *f)
 {
     enum { SHOWN = 3 };
-    static const int shown[SHOWN] = { 2, 3, 5 };
+    static const int shown[SHOWN] = { 3, 4, 5 };
     int set, net, m, k;
     for (set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
         sums start = summary(s, set, net, START);
@@ -654,8 +654,8 @@ static void table_text(const study *s, FILE *f)
                 nets[net].arch, worst, kept, nets[net].recipes[set].epochs, (double)nets[net].recipes[set].power);
         fprintf(f, "| method | seeds | gain | majority |");
         for (k = 0; k < SHOWN; k++) fprintf(f, " gain at %d |", levels[shown[k]]);
-        for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
-        fprintf(f, "\n|---|---|---|---|---|---|---|---|---|");
+        for (k = 0; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
+        fprintf(f, "\n|---|---|---|---|---|---|---|---|---|---|");
         for (m = FURTHER; m < METHODS; m++) {
             sums t = summary(s, set, net, m);
             if (t.wga.n < 1.0) continue;
@@ -663,7 +663,7 @@ static void table_text(const study *s, FILE *f)
             print_points(f, t.gain, t.wga.n);
             print_points(f, t.change, t.wga.n);
             for (k = 0; k < SHOWN; k++) print_points(f, t.level_gain[shown[k]], t.wga.n);
-            for (k = 1; k < SHOWN; k++) {
+            for (k = 0; k < SHOWN; k++) {
                 if (m == INTERVENE_FULL)
                     fprintf(f, " |");
                 else
@@ -672,24 +672,28 @@ static void table_text(const study *s, FILE *f)
         }
         fprintf(f, "\n\n");
     }
-    fprintf(f, "| mean over the sets above | sets | gain | majority | at -1: gain | majority |");
-    for (k = 1; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
-    fprintf(f, "\n|---|---|---|---|---|---|---|---|\n");
+    fprintf(f, "| mean over the sets above | sets | gain | majority |");
+    for (k = 0; k < SHOWN; k++) fprintf(f, " at %d: gain | majority |", levels[shown[k]]);
+    for (k = 0; k < SHOWN; k++) fprintf(f, " ahead at %d |", levels[shown[k]]);
+    fprintf(f, "\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (m = FURTHER; m < METHODS; m++) {
-        double all[4] = { 0.0, 0.0, 0.0, 0.0 };
-        for (k = 0, set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
+        double all[2 + 2 * SHOWN] = { 0.0 };
+        int n = 0;
+        for (set = 0; set < N_SETS; set++) for (net = 0; net < N_NETS; net++) {
             sums t = summary(s, set, net, m);
             if (t.wga.n < 1.0) continue;
             all[0] += mean_of(t.gain);
             all[1] += mean_of(t.change);
-            all[2] += mean_of(t.level_gain[3]);
-            all[3] += mean_of(t.level_change[3]);
-            k++;
+            for (k = 0; k < SHOWN; k++) {
+                all[2 + 2 * k] += mean_of(t.level_gain[shown[k]]);
+                all[3 + 2 * k] += mean_of(t.level_change[shown[k]]);
+            }
+            n++;
         }
-        if (!k) continue;
-        fprintf(f, "| %s | %d | %+.1f | %+.1f | %+.1f | %+.1f |", methods[m].name, k, 100.0 * all[0] / k,
-                100.0 * all[1] / k, 100.0 * all[2] / k, 100.0 * all[3] / k);
-        for (k = 1; k < SHOWN; k++) { /* over all sets and seeds at once */
+        if (!n) continue;
+        fprintf(f, "| %s | %d |", methods[m].name, n);
+        for (k = 0; k < 2 + 2 * SHOWN; k++) fprintf(f, " %+.1f |", 100.0 * all[k] / n);
+        for (k = 0; k < SHOWN; k++) { /* over all sets and seeds at once */
             if (m == INTERVENE_FULL)
                 fprintf(f, " |");
             else
