@@ -14,7 +14,7 @@ static const tool_option options[] = {
     { "confounder", 's', "NAME[,NAME...]", "Male", "attribute that is the confounder; several are numbered in binary", 0, 0 },
     { "out", 's', "DIR", "", "folder to write metadata.csv into; without it only the table of counts is shown", 0, 0 },
     { "list", 'b', NULL, NULL, "show, for every attribute as confounder, how strongly it goes with the target", 0, 0 },
-    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
+    TOOL_FORCE,
 };
 
 /* 1 if there is a file of this name. */
@@ -106,13 +106,12 @@ static int list_attributes(tool *t, spm_context *ctx)
 
 static int write_set(tool *t, const spm_dataset *data, tool_set *set)
 {
-    char folder[1100], made[400], path[1400];
+    char folder[1200], made[400], path[1400];
     tool_text csv = { NULL, 0, 0, 0 }, classes = { NULL, 0, 0, 0 }, confounders = { NULL, 0, 0, 0 }, groups = { NULL, 0, 0, 0 };
     spm_error err = SPM_ZERO;
     int64_t i;
     int status, k, most_y = 0, most_a = 0;
-    if (!tool_may_write(set, "make_celeba.json") && !tool_on(t, FORCE))
-        return tool_fail(t, "%s holds something else; name an empty or new folder, or give --force", set->out);
+    if (!tool_may_write(set, "make_celeba.json", tool_on(t, FORCE))) return 1;
     if (!picture_folder(t, spm_dataset_example(data, 0)->file, folder, sizeof folder))
         return tool_fail(t, "%s: the picture %s is nowhere below it; img_align_celeba must lie there, unpacked",
                          tool_value(t, CELEBA), spm_dataset_example(data, 0)->file);
@@ -162,10 +161,7 @@ static int run(tool *t, spm_context *ctx)
     where.format = SPM_DATA_CELEBA;
     data = spm_dataset_open(ctx, &where, &err);
     if (!data) return tool_fail(t, "%s", err.text);
-    memset(&set, 0, sizeof set);
-    set.t = t;
-    set.ctx = ctx;
-    set.out = tool_value(t, OUT);
+    set = tool_set_make(t, ctx, tool_value(t, OUT), NULL, 0, NULL, NULL);
     if (*set.out) status = write_set(t, data, &set);
     if (!status && tool_on(t, LIST)) status = list_attributes(t, ctx);
     else if (!status) counts(data);
@@ -175,14 +171,11 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "make_celeba";
-    t.about = "usage: make_celeba --celeba DIR [options]\n\n"
-              "Writes a metadata.csv (and the groups' names) for any pair of CelebA's attributes; copies no picture.\n";
-    t.notes = "The table names the pictures by their whole paths: it may lie anywhere, as long as they stay where they are.\n"
-              "(spurmem --data CELEBA --target NAME --confounder NAME needs no table.)\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("make_celeba",
+        "usage: make_celeba --celeba DIR [options]\n\n"
+        "Writes a metadata.csv (and the groups' names) for any pair of CelebA's attributes; copies no picture.\n",
+        "The table names the pictures by their whole paths: it may lie anywhere, as long as they stay where they are.\n"
+        "(spurmem --data CELEBA --target NAME --confounder NAME needs no table.)\n",
+        options, sizeof options / sizeof options[0]);
     return tool_main(&t, argc, argv, run);
 }

@@ -12,8 +12,8 @@
 enum { MNIST, OUT, VARIANT, DIFFICULTY, CORRELATION, NOISE, VAL_FRACTION, LIMIT, SEED, FORCE };
 
 static const tool_option options[] = {
-    { "mnist", 's', "DIR", NULL, "folder (or .tar) of MNIST's four idx files, plain or .gz", 0, 0 },
-    { "out", 's', "DIR", NULL, "the folder to write", 0, 0 },
+    TOOL_MNIST,
+    TOOL_OUT,
     { "variant", 's', "two|five", "five", "two: red and green digits; five: SpuCoMNIST's coloured backgrounds", 0, 0 },
     { "difficulty", 's',
       "magnitude-large|magnitude-medium|magnitude-small|variance-low|variance-medium|variance-high",
@@ -22,8 +22,8 @@ static const tool_option options[] = {
     { "label-noise", 'n', "F", "", "share of labels that are wrong (five 0, training only; two .25, everywhere)", 0, 1 },
     { "val-fraction", 'n', "F", "0.2", "share of the training files that becomes validation", 0, 0.9 },
     { "limit", 'i', "N", "0", "use the first N digits of the training and of the test files; 0: all", 0, 1e6 },
-    { "seed", 'i', "S", "0", "of everything random", 0, 9007199254740992.0 },
-    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
+    TOOL_SEED,
+    TOOL_FORCE,
 };
 
 typedef struct cmnist {
@@ -91,7 +91,7 @@ static int fill_split(cmnist *c, int split, long first, long n, double correlati
     uint8_t *clean = (uint8_t *)malloc((size_t)n + 1);
     int64_t *order = (int64_t *)malloc((size_t)(n + 1) * sizeof *order);
     int y, status = !member || !clean || !order, two = c->classes == 2;
-    static const char names[3][6] = { "train", "val", "test" }, colours[5][8] = { "red", "lime", "spring", "blue", "violet" };
+    static const char colours[5][8] = { "red", "lime", "spring", "blue", "violet" };
     for (i = 0; !status && i < n; i++) {
         int digit = spm_dataset_example(c->digits, c->items[first + i].source)->y;
         clean[i] = (uint8_t)(two ? digit >= 5 : digit / 2);
@@ -113,8 +113,7 @@ static int fill_split(cmnist *c, int split, long first, long n, double correlati
     }
     for (i = 0; !status && i < n; i++) {
         tool_item *item = &c->items[first + i];
-        item->split = split;
-        snprintf(item->file, sizeof item->file, "images/%s/%05ld.png", names[split], i);
+        tool_item_number(item, split, i, "png");
         snprintf(item->place, sizeof item->place, "%s", two ? item->a ? "green" : "red" : colours[item->a]);
     }
     free(member);
@@ -175,9 +174,8 @@ static int write_set(cmnist *c, spm_context *ctx)
 
 static int run(tool *t, spm_context *ctx)
 {
-    cmnist c;
+    cmnist c = SPM_ZERO;
     int status;
-    memset(&c, 0, sizeof c);
     c.t = t;
     status = write_set(&c, ctx);
     free(c.items);
@@ -187,19 +185,16 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "make_cmnist";
-    t.about = "usage: make_cmnist --mnist DIR --out DIR [options]\n\n"
-              "Makes coloured MNIST in the Waterbirds layout: y the class, place the colour.\n";
-    t.notes = "Difficulty of five, easiest first: the background is coloured\n"
-              "  magnitude-large   everywhere         variance-low      in the 7 x 7 pixels of one corner\n"
-              "  magnitude-medium  in 4 x 4 pixels    variance-medium   in 49 pixels drawn from 14 x 14\n"
-              "  magnitude-small   in 2 x 2 pixels    variance-high     in 49 pixels drawn from 28 x 28\n"
-              "Training pictures without their class's colour have the others in turn; validation and test have every\n"
-              "colour equally often. fetch.sh says where the files are.\n"
-              "spurmem train --data DIR --arch resnet20 --image-size 28 --resize none --out RUN\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("make_cmnist",
+        "usage: make_cmnist --mnist DIR --out DIR [options]\n\n"
+        "Makes coloured MNIST in the Waterbirds layout: y the class, place the colour.\n",
+        "Difficulty of five, easiest first: the background is coloured\n"
+        "  magnitude-large   everywhere         variance-low      in the 7 x 7 pixels of one corner\n"
+        "  magnitude-medium  in 4 x 4 pixels    variance-medium   in 49 pixels drawn from 14 x 14\n"
+        "  magnitude-small   in 2 x 2 pixels    variance-high     in 49 pixels drawn from 28 x 28\n"
+        "Training pictures without their class's colour have the others in turn; validation and test have every\n"
+        "colour equally often. fetch.sh says where the files are.\n"
+        "spurmem train --data DIR --arch resnet20 --image-size 28 --resize none --out RUN\n",
+        options, sizeof options / sizeof options[0]);
     return tool_main(&t, argc, argv, run);
 }

@@ -10,9 +10,9 @@
 enum { MNIST, OBJECTS, OUT, CLASSES, DIGITS, CORRELATION, TRAIN, VAL, TEST, FORMAT, QUALITY, SEED, FORCE };
 
 static const tool_option options[] = {
-    { "mnist", 's', "DIR", NULL, "folder (or .tar) of MNIST's four idx files, plain or .gz", 0, 0 },
+    TOOL_MNIST,
     { "objects", 's', "DIR", NULL, "CIFAR-10 (binary version) or Fashion-MNIST's idx files", 0, 0 },
-    { "out", 's', "DIR", NULL, "the folder to write", 0, 0 },
+    TOOL_OUT,
     { "classes", 's', "A,B", "", "two classes of the objects (CIFAR 1,9 automobile and truck; Fashion 3,4 dress and coat)",
       0, 0 },
     { "digits", 's', "A,B", "0,1", "two digits; A belongs to the first class", 0, 0 },
@@ -22,8 +22,8 @@ static const tool_option options[] = {
     { "test", 'i', "N", "2000", "pictures, from the test files", 0, 1000000 },
     { "format", 's', "png|jpg", "png", "of the pictures", 0, 0 },
     { "quality", 'i', "N", "95", "of jpg", 1, 100 },
-    { "seed", 'i', "S", "0", "of everything random", 0, 9007199254740992.0 },
-    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
+    TOOL_SEED,
+    TOOL_FORCE,
 };
 
 typedef struct dominoes {
@@ -99,7 +99,6 @@ static int two_labels(tool *t, int option, const char *text, int labels[2])
  * of the split's first item. */
 static int fill_split(dominoes *d, int split, long first, long n, const long skip[2])
 {
-    static const char names[3][6] = { "train", "val", "test" };
     tool *t = d->t;
     uint64_t seed = tool_seed(t, SEED), stream = 10u * (uint64_t)(split + 1);
     long *member = (long *)malloc((size_t)(n + 1) * sizeof *member), i, have[2] = { 0, 0 }, next[2] = { 0, 0 };
@@ -117,7 +116,7 @@ static int fill_split(dominoes *d, int split, long first, long n, const long ski
         else if (count - skip[k] < (n + 1 - k) / 2)
             status = tool_fail(t, "%s: has %ld %s pictures of class %d, %ld are wanted for %s%s; ask for fewer",
                                tool_value(t, OBJECTS), count, split == 2 ? "test" : "training", d->class_of[k],
-                               skip[k] + (n + 1 - k) / 2, skip[k] ? "train and " : "", names[split]);
+                               skip[k] + (n + 1 - k) / 2, skip[k] ? "train and " : "", spm_split_name((spm_split)split));
     }
     if (!member || !order) status = 1;
     if (!status) spm_random_permutation(seed, stream, n, order);
@@ -136,9 +135,8 @@ static int fill_split(dominoes *d, int split, long first, long n, const long ski
     for (i = 0; !status && i < n; i++) { /* digits serve again when they are used up; val's begin behind train's */
         tool_item *item = &d->items[first + i];
         long start = split == 1 ? have[item->a] / 2 : 0;
-        item->split = split;
         item->other = (long)digit[item->a][(start + next[item->a]++) % have[item->a]];
-        snprintf(item->file, sizeof item->file, "images/%s/%05ld.%s", names[split], i, tool_value(t, FORMAT));
+        tool_item_number(item, split, i, tool_value(t, FORMAT));
         snprintf(item->place, sizeof item->place, "mnist_%d", d->digit[item->a]);
     }
     for (k = 0; k < 2; k++) {
@@ -202,9 +200,8 @@ static int write_set(dominoes *d, spm_context *ctx)
 
 static int run(tool *t, spm_context *ctx)
 {
-    dominoes d;
+    dominoes d = SPM_ZERO;
     int status;
-    memset(&d, 0, sizeof d);
     d.t = t;
     status = write_set(&d, ctx);
     free(d.items);
@@ -215,15 +212,12 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "make_dominoes";
-    t.about = "usage: make_dominoes --mnist DIR --objects DIR --out DIR [options]\n\n"
-              "Makes Dominoes, 64 high x 32 wide: above an MNIST digit (the confounder), below a CIFAR-10 or\n"
-              "Fashion-MNIST picture (the class), in the Waterbirds layout.\n";
-    t.notes = "Every object is used once; digits serve again when they are used up. fetch.sh says where the files are.\n"
-              "spurmem train --data DIR --arch resnet18:width=16,stem=cifar --image-size 64x32 --resize none --out RUN\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("make_dominoes",
+        "usage: make_dominoes --mnist DIR --objects DIR --out DIR [options]\n\n"
+        "Makes Dominoes, 64 high x 32 wide: above an MNIST digit (the confounder), below a CIFAR-10 or\n"
+        "Fashion-MNIST picture (the class), in the Waterbirds layout.\n",
+        "Every object is used once; digits serve again when they are used up. fetch.sh says where the files are.\n"
+        "spurmem train --data DIR --arch resnet18:width=16,stem=cifar --image-size 64x32 --resize none --out RUN\n",
+        options, sizeof options / sizeof options[0]);
     return tool_main(&t, argc, argv, run);
 }

@@ -16,7 +16,7 @@ enum { CUB, PLACES, OUT, SEGMENTATIONS, LIKE, CORRELATION, VAL_FRACTION, REUSE, 
 static const tool_option options[] = {
     { "cub", 's', "DIR", NULL, "CUB_200_2011, unpacked: images.txt, train_test_split.txt, images/", 0, 0 },
     { "places", 's', "DIR", NULL, "Places365, unpacked: data_large, data_256 or train, or what is in it", 0, 0 },
-    { "out", 's', "DIR", NULL, "the folder to write", 0, 0 },
+    TOOL_OUT,
     { "segmentations", 's', "DIR", "", "CUB's segmentations, unpacked (segmentations in or beside the CUB folder)", 0, 0 },
     { "like", 's', "FILE", "", "metadata.csv whose pictures, splits, places and backgrounds are repeated", 0, 0 },
     { "correlation", 'n', "F", "0.95", "share of training pictures whose place agrees with the bird", 0, 1 },
@@ -24,8 +24,8 @@ static const tool_option options[] = {
     { "reuse-places", 'b', NULL, NULL, "use backgrounds again when there are too few", 0, 0 },
     { "format", 's', "jpg|png", "jpg", "of the pictures", 0, 0 },
     { "quality", 'i', "N", "75", "of jpg; 75 with half chroma, as published", 1, 100 },
-    { "seed", 'i', "S", "0", "of everything random", 0, 9007199254740992.0 },
-    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
+    TOOL_SEED,
+    TOOL_FORCE,
 };
 
 /* The four categories: land, land, water, water; as in the archive's folders by letter, and as in the flat ones. */
@@ -441,9 +441,8 @@ static int write_set(waterbirds *w)
 
 static int run(tool *t, spm_context *ctx)
 {
-    waterbirds w;
+    waterbirds w = SPM_ZERO;
     int status;
-    memset(&w, 0, sizeof w);
     w.t = t;
     w.ctx = ctx;
     status = write_set(&w);
@@ -454,17 +453,14 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "make_waterbirds";
-    t.about = "usage: make_waterbirds --cub DIR --places DIR --out DIR [options]\n\n"
-              "Makes Waterbirds from CUB-200-2011, its segmentations and Places365: birds cut out and put on land or water.\n";
-    t.notes = "metadata.csv has the published columns: y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train,\n"
-              "1 val, 2 test. With CUB's 11,788 pictures the published counts are train 3498/184/56/1057, val\n"
-              "467/466/133/133, test 2255/2255/642/642; which pictures become validation was drawn without a fixed seed, so\n"
-              "the first two lines differ a little from draw to draw; --like METADATA.csv repeats a published set.\n"
-              "fetch.sh says where the archives are.\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("make_waterbirds",
+        "usage: make_waterbirds --cub DIR --places DIR --out DIR [options]\n\n"
+        "Makes Waterbirds from CUB-200-2011, its segmentations and Places365: birds cut out and put on land or water.\n",
+        "metadata.csv has the published columns: y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train,\n"
+        "1 val, 2 test. With CUB's 11,788 pictures the published counts are train 3498/184/56/1057, val\n"
+        "467/466/133/133, test 2255/2255/642/642; which pictures become validation was drawn without a fixed seed, so\n"
+        "the first two lines differ a little from draw to draw; --like METADATA.csv repeats a published set.\n"
+        "fetch.sh says where the archives are.\n",
+        options, sizeof options / sizeof options[0]);
     return tool_main(&t, argc, argv, run);
 }

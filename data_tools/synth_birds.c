@@ -14,11 +14,8 @@
 #include "tool.h"
 
 #define PI 3.14159265f
-#define SPLITS 3
 
 enum { LAND, WATER };                /* of kinds and of places alike */
-
-static const char split_names[SPLITS][8] = {"train", "val", "test"};
 
 /* ================================================================================================================
  * Small mathematics: draws, noise, distances
@@ -756,7 +753,7 @@ static const tool_option options[] = {
     { "seed", 'i', "S", "1", "another seed gives other pictures; the same seed gives the same bytes", 0,
       9007199254740992.0 },
     { "quality", 'i', "N", "95", "of the JPEG files", 1, 100 },
-    { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 },
+    TOOL_FORCE,
 };
 
 typedef struct work {
@@ -800,9 +797,8 @@ static int fill_split(work *w, int split, long first, long n)
         long rank = (long)order[i], kind = rank % 2;
         item->y = (int)kind;
         item->a = rank / 2 < (long)floor(share * (double)((n + 1 - kind) / 2) + 0.5) ? (int)kind : (int)(1 - kind);
-        item->split = split;
         item->source = i;
-        snprintf(item->file, sizeof item->file, "images/%s/%05ld.jpg", split_names[split], i);
+        tool_item_number(item, split, i, "jpg");
     }
     free(order);
     return 1;
@@ -812,16 +808,16 @@ static int write_set(work *w)
 {
     tool *t = w->t;
     tool_set set;
-    long n[SPLITS], first = 0, count = 0;
+    long n[SPM_SPLITS], first = 0, count = 0;
     char made[512];
     int split;
-    for (split = 0; split < SPLITS; split++) count += n[split] = tool_whole(t, TRAIN + split);
+    for (split = 0; split < SPM_SPLITS; split++) count += n[split] = tool_whole(t, TRAIN + split);
     if (!count) {
         tool_fail(t, "--train, --val and --test are all 0: there is nothing to draw");
         return 2;
     }
     w->items = (tool_item *)calloc((size_t)count, sizeof *w->items);
-    for (split = 0; split < SPLITS; split++) {
+    for (split = 0; split < SPM_SPLITS; split++) {
         if (!w->items || !fill_split(w, split, first, n[split])) return tool_fail(t, "out of memory");
         first += n[split];
     }
@@ -836,9 +832,8 @@ static int write_set(work *w)
 
 static int run(tool *t, spm_context *ctx)
 {
-    work w;
+    work w = SPM_ZERO;
     int status;
-    memset(&w, 0, sizeof w);
     w.t = t;
     w.ctx = ctx;
     status = write_set(&w);
@@ -848,16 +843,13 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "synth_birds";
-    t.about = "usage: synth_birds --out DIR [options]\n\n"
-              "Draws a data set of bird pictures (JPEG) in the Waterbirds layout: landbirds and waterbirds on land and\n"
-              "on water. The place is easy to see, the kind of bird is not; in training the place agrees with the kind\n"
-              "almost always, in validation and test for half of the pictures.\n";
-    t.notes = "metadata.csv has the columns img_id,img_filename,y,split,place,place_filename:\n"
-              "  y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train, 1 val, 2 test.\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("synth_birds",
+        "usage: synth_birds --out DIR [options]\n\n"
+        "Draws a data set of bird pictures (JPEG) in the Waterbirds layout: landbirds and waterbirds on land and\n"
+        "on water. The place is easy to see, the kind of bird is not; in training the place agrees with the kind\n"
+        "almost always, in validation and test for half of the pictures.\n",
+        "metadata.csv has the columns img_id,img_filename,y,split,place,place_filename:\n"
+        "  y 0 landbird, 1 waterbird; place 0 land, 1 water; split 0 train, 1 val, 2 test.\n",
+        options, sizeof options / sizeof options[0]);
     return tool_main(&t, argc, argv, run);
 }

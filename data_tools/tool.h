@@ -63,6 +63,23 @@ typedef struct tool {
     double began, shown;
 } tool;
 
+/* Options that several tools have. */
+#define TOOL_MNIST { "mnist", 's', "DIR", NULL, "folder (or .tar) of MNIST's four idx files, plain or .gz", 0, 0 }
+#define TOOL_OUT   { "out", 's', "DIR", NULL, "the folder to write", 0, 0 }
+#define TOOL_SEED  { "seed", 'i', "S", "0", "of everything random", 0, 9007199254740992.0 }
+#define TOOL_FORCE { "force", 'b', NULL, NULL, "write into a folder that holds something else", 0, 0 }
+
+static inline tool tool_make(const char *name, const char *about, const char *notes, const tool_option *options, size_t count)
+{
+    tool t = SPM_ZERO;
+    t.name = name;
+    t.about = about;
+    t.notes = notes;
+    t.options = options;
+    t.count = (int)count;
+    return t;
+}
+
 /* Prints "NAME: ..." as a line on stderr; returns 1, the exit status of a failed run. */
 static inline int tool_fail(const tool *t, const char *format, ...)
 {
@@ -297,6 +314,13 @@ typedef struct tool_item {
     long source, other;       /* the tool's own: which pictures it is made from */
 } tool_item;
 
+/* Makes the item picture `number` of a split, which its file is called by. */
+static inline void tool_item_number(tool_item *item, int split, long number, const char *format)
+{
+    item->split = split;
+    snprintf(item->file, sizeof item->file, "images/%s/%05ld.%s", spm_split_name((spm_split)split), number, format);
+}
+
 typedef void (*tool_make_fn)(void *user, const tool_item *item, long index, spm_image *image, spm_error *err);
 
 #define TOOL_BATCH 64
@@ -378,14 +402,14 @@ static inline int tool_write_picture(const char *path, const uint8_t *data, size
     return reason;
 }
 
-/* 1 if the folder is new or empty, 2 if this tool has made it before; 0 if it holds something else. */
-static inline int tool_may_write(const tool_set *set, const char *marker)
+/* 1 if the folder is new or empty, 2 if this tool has made it before; if it holds something else 1 with `force`, or 0 and
+ * a sentence on stderr. */
+static inline int tool_may_write(const tool_set *set, const char *marker, int force)
 {
     DIR *folder = opendir(set->out);
     struct dirent *entry;
-    int may = 1;
-    if (!folder) return errno != ENOTDIR;
-    while ((entry = readdir(folder)) != NULL) {
+    int may = folder || errno != ENOTDIR;
+    while (folder && (entry = readdir(folder)) != NULL) {
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
         if (strcmp(entry->d_name, marker) == 0) {
             may = 2;
@@ -393,8 +417,10 @@ static inline int tool_may_write(const tool_set *set, const char *marker)
         }
         may = 0;
     }
-    closedir(folder);
-    return may;
+    if (folder) closedir(folder);
+    if (!may && !force)
+        tool_fail(set->t, "%s holds something else; name an empty or new folder, or give --force", set->out);
+    return may || !force ? may : 1;
 }
 
 /* Removes the pictures of an earlier set of this tool, which its table names. */
@@ -452,16 +478,15 @@ static inline int tool_write_text(tool_set *set, const char *name, const char *t
 /* Counts by split and group, as a table. */
 static inline void tool_summary(const tool_set *set)
 {
-    static const char split[3][6] = { "train", "val", "test" };
     int s, y, a;
     long i, n;
     printf("%-8s", "");
     for (y = 0; y < set->classes; y++)
         for (a = 0; a < set->confounders; a++) printf("  y=%d,a=%d", y, a);
     printf("      all\n");
-    for (s = 0; s < 3; s++) {
+    for (s = 0; s < SPM_SPLITS; s++) {
         long all = 0;
-        printf("%-8s", split[s]);
+        printf("%-8s", spm_split_name((spm_split)s));
         for (y = 0; y < set->classes; y++) {
             for (a = 0; a < set->confounders; a++) {
                 for (i = n = 0; i < set->count; i++)
@@ -481,9 +506,8 @@ static inline int tool_write_set(tool_set *set, const char *marker, const char *
     tool_text csv = { NULL, 0, 0, 0 };
     char path[1400];
     long i;
-    int status, k, may = tool_may_write(set, marker);
-    if (!may && !force)
-        return tool_fail(set->t, "%s holds something else; name an empty or new folder, or give --force", set->out);
+    int status, k, may = tool_may_write(set, marker, force);
+    if (!may) return 1;
     if (may == 2) tool_remove_earlier(set);
     else if (tool_path(set, "metadata.csv", path, sizeof path)) (void)remove(path);
     status = tool_make_folders(set);

@@ -116,12 +116,11 @@ static int find_duplicates(const tool *t, const verifier *v, int64_t n)
 
 static int run(tool *t, spm_context *ctx)
 {
-    verifier v;
+    verifier v = SPM_ZERO;
     spm_dataset_desc where = SPM_ZERO;
     spm_error err = SPM_ZERO;
     int64_t n, k, bad = 0;
     int found = 0;
-    memset(&v, 0, sizeof v);
     where.path = tool_value(t, DATA);
     where.target = tool_value(t, TARGET);
     where.confounder = tool_value(t, CONFOUNDER);
@@ -157,14 +156,11 @@ static int run(tool *t, spm_context *ctx)
 
 int main(int argc, char **argv)
 {
-    tool t;
-    memset(&t, 0, sizeof t);
-    t.name = "verify";
-    t.about = "usage: verify DATA [options]\n\n"
-              "Checks a data set: counts by split and group, every picture decoded, duplicates by their pixels.\n";
-    t.notes = "Pictures that cannot be read, and the same pixels in two splits or with different labels, are failures (1).\n";
-    t.options = options;
-    t.count = (int)(sizeof options / sizeof options[0]);
+    tool t = tool_make("verify",
+        "usage: verify DATA [options]\n\n"
+        "Checks a data set: counts by split and group, every picture decoded, duplicates by their pixels.\n",
+        "Pictures that cannot be read, and the same pixels in two splits or with different labels, are failures (1).\n",
+        options, sizeof options / sizeof options[0]);
     t.operand = 1;
     return tool_main(&t, argc, argv, run);
 }
