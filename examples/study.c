@@ -131,23 +131,44 @@ static int exists(const char *path)
     return f != NULL;
 }
 
+/* `link` leads to the folder `to`, also where an older link lost it. */
+static int link_folder(study *s, const char *to, const char *link)
+{
+    int ok = exists(link);
+#if !defined(_WIN32)
+    if (!ok) {
+        char *whole = realpath(to, NULL);
+        (void)unlink(link);
+        ok = whole && symlink(whole, link) == 0;
+        free(whole);
+    }
+#endif
+    if (!ok) {
+        s->err.status = SPM_E_IO;
+        snprintf(s->err.text, sizeof s->err.text, "%s: cannot be linked to %s", link, to);
+    }
+    return ok;
+}
+
 /* CelebA's minority has 37 test pictures in a partition, so every seed draws another one: of each group 55 % train, 10 %
  * val, 35 % test. */
 static int partition_celeba(study *s, const char *from, const char *to, int seed)
 {
-    char path[1100], source[1100];
+    char list[1100], attributes[1100], pictures[1100], source[1100];
     spm_dataset_desc opening = SPM_ZERO;
     spm_dataset *data;
     uint8_t *table = NULL;
     size_t size = 0;
     int64_t i, n, at = 0;
     char *text;
+    int ok;
+    snprintf(list, sizeof list, "%s/list_eval_partition.txt", to);
+    snprintf(attributes, sizeof attributes, "%s/list_attr_celeba.txt", to);
+    snprintf(pictures, sizeof pictures, "%s/img_align_celeba", to);
+    if (exists(list) && exists(pictures)) return 1;
     opening.path = from;
-    snprintf(path, sizeof path, "%s/list_eval_partition.txt", to);
-    if (exists(path)) return 1;
     data = spm_dataset_open(s->ctx, &opening, &s->err);
-    if (!data || spm_directory_create(s->ctx, to, &s->err)) return 0;
-    n = spm_dataset_size(data);
+    n = data ? spm_dataset_size(data) : 0;
     text = (char *)malloc((size_t)n * 40 + 1);
     for (i = 0; text && i < n; i++) {
         const spm_example *e = spm_dataset_example(data, i);
@@ -155,26 +176,15 @@ static int partition_celeba(study *s, const char *from, const char *to, int seed
         at += snprintf(text + at, 40, "%.24s %d\n", e->file, draw < 0.55 ? 0 : draw < 0.65 ? 1 : 2);
     }
     snprintf(source, sizeof source, "%s/list_attr_celeba.txt", from);
-    if (!text || spm_file_read(s->ctx, source, &table, &size, &s->err)) return 0;
-    snprintf(source, sizeof source, "%s/list_attr_celeba.txt", to);
-    if (spm_file_write(s->ctx, source, table, size, &s->err)) return 0;
-    snprintf(source, sizeof source, "%s/img_align_celeba", to);
-#if defined(_WIN32)
-    return 0;
-#else
-    {
-        char target[1100], *whole;
-        snprintf(target, sizeof target, "%s/img_align_celeba", from);
-        whole = realpath(target, NULL);
-        if (!exists(source) && (!whole || symlink(whole, source) != 0)) return 0;
-        free(whole);
-    }
-#endif
-    i = spm_file_write(s->ctx, path, text, (size_t)at, &s->err) == SPM_OK;
+    ok = data && text && spm_directory_create(s->ctx, to, &s->err) == SPM_OK
+         && spm_file_read(s->ctx, source, &table, &size, &s->err) == SPM_OK
+         && spm_file_write(s->ctx, attributes, table, size, &s->err) == SPM_OK;
+    snprintf(source, sizeof source, "%s/img_align_celeba", from);
+    ok = ok && link_folder(s, source, pictures) && spm_file_write(s->ctx, list, text, (size_t)at, &s->err) == SPM_OK;
     spm_free(s->ctx, table);
     free(text);
     spm_dataset_close(data);
-    return (int)i;
+    return ok;
 }
 
 static void set_path(const study *s, int set, char *path, size_t size)
