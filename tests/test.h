@@ -72,4 +72,47 @@ static inline int test_end(const char *file)
     printf("%s: %d passed, %d failed, %d skipped\n", base ? base + 1 : file, test_passed, test_failed, test_skipped);
     return test_failed != 0;
 }
+
+/* ---- files ---- */
+
+/* SPURMEM_BUILD/NAME, or /tmp/spurmem/NAME: the folder that a test may write into. */
+static inline void test_folder(char *path, size_t size, const char *name)
+{
+    const char *build = getenv("SPURMEM_BUILD");
+    snprintf(path, size, "%s/%s", build && *build ? build : "/tmp/spurmem", name);
+}
+
+/* A whole file with a 0 behind it (free it); NULL where there is none. */
+static inline char *test_read(const char *path, size_t *size)
+{
+    FILE *file = fopen(path, "rb");
+    long n = file && fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
+    char *text = n < 0 ? NULL : (char *)malloc((size_t)n + 1);
+    if (text) {
+        rewind(file);
+        n = (long)fread(text, 1, (size_t)n, file);
+        text[n] = 0;
+    }
+    if (file) fclose(file);
+    if (size) *size = text ? (size_t)n : 0;
+    return text;
+}
+
+static inline int test_exists(const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    if (file) fclose(file);
+    return file != NULL;
+}
+
+/* 1 if both files are there and hold the same bytes, at least one. */
+static inline int test_same_files(const char *a, const char *b)
+{
+    size_t n, m;
+    char *x = test_read(a, &n), *y = test_read(b, &m);
+    int same = x && y && n > 0 && n == m && memcmp(x, y, n) == 0;
+    free(x);
+    free(y);
+    return same;
+}
 #endif

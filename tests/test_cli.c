@@ -27,20 +27,11 @@ static const char *line_now; /* the last command line, for the complaints */
 /* ---- running the tool ---- */
 
 /* A whole file with a zero behind it; "" where there is none. Freed with free. */
-static char *slurp(const char *path, long *size)
+static char *slurp(const char *path, size_t *size)
 {
-    FILE *file = fopen(path, "rb");
-    long n = 0;
-    char *text;
-    if (file && fseek(file, 0, SEEK_END) == 0) n = ftell(file);
-    if (n < 0) n = 0;
-    text = (char *)malloc((size_t)n + 1);
+    char *text = test_read(path, size);
+    if (!text) text = (char *)calloc(1, 1);
     if (!text) exit(1);
-    if (file) rewind(file);
-    if (file && fread(text, 1, (size_t)n, file) != (size_t)n) n = 0;
-    if (file) fclose(file);
-    text[n] = 0;
-    if (size) *size = file ? n : -1;
     return text;
 }
 
@@ -49,16 +40,6 @@ static void put(const char *path, const char *text)
     FILE *file = fopen(path, "wb");
     CHECK(file && fwrite(text, 1, strlen(text), file) == strlen(text));
     if (file) fclose(file);
-}
-
-static int same_files(const char *a, const char *b)
-{
-    long n, m;
-    char *x = slurp(a, &n), *y = slurp(b, &m);
-    int same = n > 0 && n == m && memcmp(x, y, (size_t)n) == 0;
-    free(x);
-    free(y);
-    return same;
 }
 
 static int exists(const char *path)
@@ -624,7 +605,7 @@ static void test_intervene(void)
     free(text);
     /* the same through train, and an ablation */
     RUNS(0, "train --method intervene " MODEL " --out fixed2 --epochs 2 --batch 32 --lr 1e-4 --quiet");
-    CHECK(same_files("fixed/last.safetensors", "fixed2/last.safetensors"));
+    CHECK(test_same_files("fixed/last.safetensors", "fixed2/last.safetensors"));
     RUNS(0, "intervene " MODEL " --out fixed3 --epochs 1 --batch 64 --mask random --contrast outputs --bn shared --group-labels off --lambda .2 --ce-pruned on --quiet");
     RUNS(0, "eval --data birds --checkpoint fixed/best.safetensors --json -");
     CHECK_INT(check_groups(list(parse(out), "groups"), 0), 24);
@@ -850,7 +831,7 @@ static void test_convert(void)
     CHECK(native[0] == back[0] && native[1] == back[1]);
     RUNS(0, "convert run/last.safetensors again.safetensors"); /* keeps what the file says about itself */
     RUNS(0, "eval --data birds --checkpoint again.safetensors --json again.json");
-    CHECK(same_files("again.json", "eval.json"));
+    CHECK(test_same_files("again.json", "eval.json"));
     FAILS(1, "copy.pth", "predict --checkpoint copy.pth " BIRD); /* a plain state dict: no architecture */
     SAYS("--arch");
     /* a ViT keeps the names that it was read under, through training too */
@@ -940,12 +921,12 @@ static void test_interrupt(void)
         CHECK_MSG(strstr(said, "--resume") != NULL, said);
         free(said);
     }
-    CHECK(!same_files("cut/last.safetensors", "whole/last.safetensors"));
+    CHECK(!test_same_files("cut/last.safetensors", "whole/last.safetensors"));
     RUNS(0, "eval --data birds --checkpoint cut/last.safetensors --json -");
     RUNS(0, LONG " --out cut --log-steps cut_steps.jsonl --resume");
-    CHECK(same_files("cut/last.safetensors", "whole/last.safetensors"));
-    CHECK(same_files("cut/best.safetensors", "whole/best.safetensors"));
-    CHECK(same_files("cut_steps.jsonl", "whole_steps.jsonl"));
+    CHECK(test_same_files("cut/last.safetensors", "whole/last.safetensors"));
+    CHECK(test_same_files("cut/best.safetensors", "whole/best.safetensors"));
+    CHECK(test_same_files("cut_steps.jsonl", "whole_steps.jsonl"));
 }
 
 static void test_max_steps(void)
@@ -963,8 +944,8 @@ static void test_max_steps(void)
     FAILS(1, "seed", LONG " --out part --resume --seed 4");
     RUNS(0, LONG " --out part --resume");
     CHECK(strstr(out, "12 epochs") != NULL);
-    CHECK(same_files("part/last.safetensors", "whole/last.safetensors"));
-    CHECK(same_files("part/best.safetensors", "whole/best.safetensors"));
+    CHECK(test_same_files("part/last.safetensors", "whole/last.safetensors"));
+    CHECK(test_same_files("part/best.safetensors", "whole/best.safetensors"));
     /* the same metrics, up to the seconds */
     a = x = slurp("part/metrics.jsonl", NULL);
     b = y = slurp("whole/metrics.jsonl", NULL);
@@ -988,15 +969,15 @@ static void test_threads(void)
 {
     RUNS(0, "eval " MODEL " --threads 1 --json eval1.json");
     RUNS(0, "eval " MODEL " --threads 2 --workers 3 --json eval2.json");
-    CHECK(same_files("eval1.json", "eval2.json"));
+    CHECK(test_same_files("eval1.json", "eval2.json"));
     RUNS(0, "localize " MODEL " --top 1,2 --controls 2 --groups 1,2 --threads 1 --json local1.json");
     RUNS(0, "localize " MODEL " --top 1,2 --controls 2 --groups 1,2 --threads 2 --json local2.json");
-    CHECK(same_files("local1.json", "local2.json"));
-    CHECK(same_files("local1.json", "localize.json"));
+    CHECK(test_same_files("local1.json", "local2.json"));
+    CHECK(test_same_files("local1.json", "localize.json"));
     RUNS(0, "train --data birds --out run2 " NET " --epochs 2 --batch 16 --seed=7 --threads 1 --quiet --json -");
-    CHECK(same_files("run/last.safetensors", "run2/last.safetensors"));
+    CHECK(test_same_files("run/last.safetensors", "run2/last.safetensors"));
     RUNS(0, "train --data birds --out run3 " NET " --epochs 2 --batch 16 --seed=7 --threads 2 --workers 1 --segments --quiet --json -");
-    CHECK(same_files("run/last.safetensors", "run3/last.safetensors"));
+    CHECK(test_same_files("run/last.safetensors", "run3/last.safetensors"));
 }
 
 /* ---- what can go wrong ---- */
@@ -1053,14 +1034,14 @@ static void spoil(const char *folder, const char *row)
 static void test_bad_pictures(void)
 {
     const spm_json_value *object;
-    long size;
+    size_t size;
     char *jpeg = slurp(BIRD, &size);
     FILE *file;
     int i;
     spoil("missing", "1,gone.jpg,0,2,0,land/bamboo");
     spoil("broken", "1,half.jpg,0,2,0,land/bamboo");
     file = fopen("broken/half.jpg", "wb");
-    CHECK(file && fwrite(jpeg, 1, (size_t)size / 2, file) == (size_t)size / 2);
+    CHECK(file && fwrite(jpeg, 1, size / 2, file) == size / 2);
     if (file) fclose(file);
     free(jpeg);
     for (i = 0; i < 2; i++) {
@@ -1131,7 +1112,7 @@ static void test_official(void)
     CHECK_INT(spm_json_as_int(get(object, "softmax_head"), 0), 1);
     RUNS(0, "eval --profile official --data birds --checkpoint paper/last.safetensors --json paper1.json");
     RUNS(0, "eval --data birds --checkpoint paper/last.safetensors --json paper2.json"); /* the file says how it is read */
-    CHECK(same_files("paper1.json", "paper2.json"));
+    CHECK(test_same_files("paper1.json", "paper2.json"));
     RUNS(0, "localize --profile official --data birds --checkpoint paper/last.safetensors --groups 1 --top 1 --controls 2 --select-split test --json -");
     object = parse(out);
     CHECK_STR(string(object, "profile"), "official");

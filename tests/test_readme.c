@@ -8,21 +8,6 @@
 static char build[300];
 static char *readme;
 
-static char *read_text(const char *path)
-{
-    FILE *file = fopen(path, "rb");
-    char *text;
-    long size;
-    if (!file) return NULL;
-    fseek(file, 0, SEEK_END);
-    size = ftell(file);
-    rewind(file);
-    text = (char *)calloc((size_t)size + 1, 1);
-    if (text && fread(text, 1, (size_t)size, file) != (size_t)size) text[0] = 0;
-    fclose(file);
-    return text;
-}
-
 static int exists(const char *path)
 {
     return access(path, F_OK) == 0;
@@ -149,7 +134,7 @@ static void c_blocks(void)
             snprintf(command, sizeof command, "%s/readme/%s %s %s", build, program, checkpoint, picture);
             CHECK_INT(run(command), 0);
             snprintf(path, sizeof path, "%s/readme/log", build);
-            said = read_text(path);
+            said = test_read(path, NULL);
             CHECK(said && strstr(said, picture) && sscanf(said + strlen(picture), ": %lf against %lf", &a, &c) == 2);
             free(said);
             snprintf(command, sizeof command, "! %s/readme/%s no/such/file %s", build, program, picture);
@@ -163,7 +148,7 @@ static void c_blocks(void)
 /* The program between the first #define and the closing brace of the banner's synopsis. */
 static void synopsis(void)
 {
-    char *header = read_text("spurmem.h"), *program = (char *)calloc(10000, 1), *line, *end;
+    char *header = test_read("spurmem.h", NULL), *program = (char *)calloc(10000, 1), *line, *end;
     size_t n = 0;
     CHECK(header != NULL && program != NULL);
     if (!header || !program) return;
@@ -207,7 +192,7 @@ static void commands(void)
     if (!exists("build/spurmem")) SKIP("build/spurmem is not built");
     CHECK_INT(run(command), 0);
     snprintf(path, sizeof path, "%s/readme/log", build);
-    help = read_text(path);
+    help = test_read(path, NULL);
     line = help ? strstr(help, "commands:\n") : NULL;
     CHECK(line != NULL);
     if (!line) return;
@@ -268,7 +253,7 @@ int main(void)
         return TEST_END;
     }
     snprintf(build, sizeof build, "%.200s", where);
-    readme = read_text("README.md");
+    readme = test_read("README.md", NULL);
     snprintf(command, sizeof command, "mkdir -p build/readme %s/readme", build);
     if (!readme || system(command) != 0) {
         printf("    README.md cannot be read; run this from the root of the repository\n");

@@ -1,96 +1,21 @@
-/* test_synth.c - runs the built data tool synth_birds and looks at what it writes.  SPURMEM_BUILD names the folder that
- * holds the tool; without it every test here is skipped. */
-#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
-  #define _POSIX_C_SOURCE 200809L
-#endif
-#include "../spurmem.h"
-#include "test.h"
-#if !defined(_WIN32)
-  #include <sys/wait.h>
-#endif
-
-static spm_context *ctx;
-static const char *build; /* NULL: no tool to run */
-
-#define NEED_TOOL() do { if (!build) SKIP("SPURMEM_BUILD does not name a folder with synth_birds"); } while (0)
-
-/* Runs the tool; what it says goes to BUILD/test_synth_data/said. Returns its exit status, -1 if it died. */
-static int run(const char *arguments)
-{
-    char command[2000];
-    int status;
-    snprintf(command, sizeof command, "\"%s/synth_birds\" %s > \"%s/test_synth_data/said\" 2>&1", build, arguments, build);
-    status = system(command);
-#if !defined(_WIN32)
-    status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-#endif
-    return status;
-}
+/* test_synth.c - runs the built data tool synth_birds and looks at what it writes. */
+#include "programs.h"
 
 /* Runs it with --out BUILD/test_synth_data/name. */
 static int run_out(const char *name, const char *arguments)
 {
-    char line[1500];
-    snprintf(line, sizeof line, "--out \"%s/test_synth_data/%s\" %s", build, name, arguments);
-    return run(line);
+    return run("synth_birds --out \"@/%s\" %s", name, arguments);
 }
 
-static const char *path(const char *name, char *buffer, size_t size)
-{
-    snprintf(buffer, size, "%s/test_synth_data/%s", build, name);
-    return buffer;
-}
-
-static int exists(const char *name)
-{
-    char buffer[1200];
-    FILE *file = fopen(path(name, buffer, sizeof buffer), "rb");
-    if (file) fclose(file);
-    return file != NULL;
-}
-
-static int said(const char *text)
-{
-    char buffer[1200];
-    uint8_t *data;
-    size_t size;
-    int found;
-    if (spm_file_read(ctx, path("said", buffer, sizeof buffer), &data, &size, NULL)) return 0;
-    found = strstr((const char *)data, text) != NULL;
-    spm_free(ctx, data);
-    return found;
-}
-
-static void write_text(const char *name, const char *text)
-{
-    char buffer[1200];
-    CHECK(spm_file_write(ctx, path(name, buffer, sizeof buffer), text, strlen(text), NULL) == SPM_OK);
-}
-
-/* 1 if two files below BUILD/test_synth_data hold the same bytes. */
-static int same(const char *a, const char *b)
-{
-    char buffer[1200];
-    uint8_t *left = NULL, *right = NULL;
-    size_t m = 0, n = 0;
-    int equal = spm_file_read(ctx, path(a, buffer, sizeof buffer), &left, &m, NULL) == SPM_OK
-             && spm_file_read(ctx, path(b, buffer, sizeof buffer), &right, &n, NULL) == SPM_OK
-             && m == n && memcmp(left, right, m) == 0;
-    spm_free(ctx, left);
-    spm_free(ctx, right);
-    return equal;
-}
+static int exists(const char *name) { return test_exists(at("%s", name)); }
+static int same(const char *a, const char *b) { return test_same_files(at("%s", a), at("%s", b)); }
 
 static spm_csv *metadata(const char *folder)
 {
-    char name[300], buffer[1200];
-    uint8_t *data;
     size_t size;
-    spm_csv *csv;
-    snprintf(name, sizeof name, "%s/metadata.csv", folder);
-    if (spm_file_read(ctx, path(name, buffer, sizeof buffer), &data, &size, NULL)) return NULL;
-    csv = spm_csv_parse(ctx, name, (const char *)data, size, ',', NULL);
-    spm_free(ctx, data);
+    char *data = test_read(at("%s/metadata.csv", folder), &size);
+    spm_csv *csv = data ? spm_csv_parse(ctx, "metadata.csv", data, size, ',', NULL) : NULL;
+    free(data);
     return csv;
 }
 
@@ -119,7 +44,7 @@ static void counts_of_the_defaults(void)
 {
     int counts[3][4], i;
     static const int train[4] = {950, 50, 50, 950};
-    NEED_TOOL();
+    NEED_PROGRAMS();
     CHECK_INT(run_out("default", "--size 16 --quiet"), 0);
     CHECK(said("950"));
     count_groups("default", counts);
@@ -133,7 +58,7 @@ static void counts_of_the_defaults(void)
 static void counts_of_odd_numbers(void)
 {
     int counts[3][4];
-    NEED_TOOL();
+    NEED_PROGRAMS();
     CHECK_INT(run_out("odd", "--size=16 --train=7 --val=0 --test=5 --correlation=1"), 0);
     count_groups("odd", counts);
     CHECK_INT(counts[0][0] + counts[0][3], 7);
@@ -148,18 +73,17 @@ static void pictures_decode(void)
     spm_csv *csv;
     int64_t row;
     uint64_t before = 0;
-    NEED_TOOL();
+    NEED_PROGRAMS();
     CHECK_INT(run_out("pictures", "--train 40 --val 8 --test 16"), 0);
     csv = metadata("pictures");
     CHECK(csv != NULL);
     if (!csv) return;
     CHECK_INT(spm_csv_rows(csv), 64);
     for (row = 0; row < spm_csv_rows(csv); row++) {
-        char name[300], buffer[1200];
+        const char *name = spm_csv_field(csv, row, spm_csv_column(csv, "img_filename"));
         spm_image image = SPM_ZERO;
         spm_error error = SPM_ZERO;
-        snprintf(name, sizeof name, "pictures/%s", spm_csv_field(csv, row, spm_csv_column(csv, "img_filename")));
-        CHECK_MSG(spm_image_load(ctx, path(name, buffer, sizeof buffer), NULL, &image, &error) == SPM_OK, error.text);
+        CHECK_MSG(spm_image_load(ctx, at("pictures/%s", name), NULL, &image, &error) == SPM_OK, error.text);
         if (!image.pixels) continue;
         CHECK_INT(image.width, 64);
         CHECK_INT(image.height, 64);
@@ -184,7 +108,7 @@ static void the_same_seed_gives_the_same_bytes(void)
 {
     char left[200], right[200];
     int i;
-    NEED_TOOL();
+    NEED_PROGRAMS();
     CHECK_INT(run_out("a", "--train 30 --val 4 --test 8 --seed 7"), 0);
     CHECK_INT(run_out("b", "--train 30 --val 4 --test 8 --seed 7 --quiet"), 0);
     CHECK_INT(run_out("c", "--train 30 --val 0 --test 0 --seed 7"), 0);
@@ -209,8 +133,8 @@ static void the_same_seed_gives_the_same_bytes(void)
 
 static void a_wrong_command_line_is_2(void)
 {
-    NEED_TOOL();
-    CHECK_INT(run(""), 2);
+    NEED_PROGRAMS();
+    CHECK_INT(run("synth_birds"), 2);
     CHECK(said("--out"));
     CHECK_INT(run_out("bad", "--trian 5"), 2);
     CHECK(said("--train"));
@@ -231,20 +155,18 @@ static void a_wrong_command_line_is_2(void)
     CHECK_INT(run_out("bad", "--train 0 --val 0 --test 0"), 2);
     CHECK_INT(run_out("bad", "more"), 2);
     CHECK(!exists("bad/metadata.csv"));
-    CHECK_INT(run("--help"), 0);
+    CHECK_INT(run("synth_birds --help"), 0);
     CHECK(said("--difficulty"));
 }
 
 static void folders_that_cannot_be_written_are_1(void)
 {
-    char buffer[1200];
-    NEED_TOOL();
-    write_text("file", "not a folder\n");
+    NEED_PROGRAMS();
+    put_text(at("file"), "not a folder\n");
     CHECK_INT(run_out("file", "--train 2 --val 0 --test 0"), 1);
     CHECK_INT(run_out("file/below", "--train 2 --val 0 --test 0"), 1);
     CHECK(said("file"));
-    CHECK(spm_directory_create(ctx, path("foreign", buffer, sizeof buffer), NULL) == SPM_OK);
-    write_text("foreign/letter.txt", "mine\n");
+    put_text(at("foreign/letter.txt"), "mine\n");
     CHECK_INT(run_out("foreign", "--train 2 --val 0 --test 0"), 1);
     CHECK(said("--force"));
     CHECK(!exists("foreign/metadata.csv"));
@@ -256,7 +178,7 @@ static void folders_that_cannot_be_written_are_1(void)
 /* An earlier set of the tool is replaced, and pictures that the new one does not have go. */
 static void an_earlier_set_is_replaced(void)
 {
-    NEED_TOOL();
+    NEED_PROGRAMS();
     CHECK_INT(run_out("again", "--train 9 --val 2 --test 3 --size 16"), 0);
     CHECK(exists("again/images/train/00008.jpg") && exists("again/images/test/00002.jpg"));
     CHECK_INT(run_out("again", "--train 4 --val 0 --test 3 --size 16"), 0);
@@ -266,22 +188,7 @@ static void an_earlier_set_is_replaced(void)
 
 int main(void)
 {
-    char buffer[1200];
-    FILE *tool = NULL;
-    ctx = spm_context_create(NULL);
-    if (!ctx) return 1;
-    build = getenv("SPURMEM_BUILD");
-    if (build && strlen(build) < 800) {
-        snprintf(buffer, sizeof buffer, "%s/synth_birds", build);
-        tool = fopen(buffer, "rb");
-    }
-    if (!tool) build = NULL;
-    else fclose(tool);
-    if (build) {
-        snprintf(buffer, sizeof buffer, "rm -rf \"%s/test_synth_data\"", build);
-        if (system(buffer) != 0) printf("    note: the folder of an earlier run could not be removed\n");
-        if (spm_directory_create(ctx, path("", buffer, sizeof buffer), NULL)) build = NULL;
-    }
+    programs_begin("test_synth_data", "synth_birds");
     TEST(counts_of_the_defaults);
     TEST(counts_of_odd_numbers);
     TEST(pictures_decode);

@@ -1,91 +1,6 @@
 /* test_tools.c - runs the built data tools and `spurmem pack` on miniatures of the public archives that it draws itself,
- * and reads what they write with the library.  SPURMEM_BUILD names the folder of the programs; without it everything
- * here is skipped.  (synth_birds has a test of its own.) */
-#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
-  #define _POSIX_C_SOURCE 200809L
-#endif
-#include "../spurmem.h"
-#include "test.h"
-#include <stdarg.h>
-#if !defined(_WIN32)
-  #include <sys/wait.h>
-#endif
-
-static spm_context *ctx;
-static const char *build; /* NULL: no tools to run */
-static char root[600];    /* everything is written below it */
-static char said_text[20000];
-
-#define NEED_TOOLS() do { if (!build) SKIP("SPURMEM_BUILD does not name a folder with the tools"); } while (0)
-
-/* Runs "BUILD/<command>", '@' standing for the folder of this test; keeps what it says. Returns its exit status. */
-static int run(const char *format, ...)
-{
-    char command[4000], line[3000];
-    size_t n, i;
-    int status;
-    FILE *pipe;
-    va_list list;
-    va_start(list, format);
-    vsnprintf(line, sizeof line, format, list);
-    va_end(list);
-    n = (size_t)snprintf(command, sizeof command, "%s/", build);
-    for (i = 0; line[i] && n + 700 < sizeof command; i++) {
-        if (line[i] == '@') n += (size_t)snprintf(command + n, sizeof command - n, "%s", root);
-        else command[n++] = line[i];
-    }
-    snprintf(command + n, sizeof command - n, " 2>&1");
-    pipe = popen(command, "r");
-    CHECK(pipe != NULL);
-    if (!pipe) return -1;
-    n = fread(said_text, 1, sizeof said_text - 1, pipe);
-    said_text[n] = 0;
-    while (fread(line, 1, sizeof line, pipe) > 0) continue;
-    status = pclose(pipe);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-static int said(const char *text)
-{
-    if (strstr(said_text, text)) return 1;
-    printf("    said: %.600s\n", said_text);
-    return 0;
-}
-
-static const char *at(const char *format, ...)
-{
-    static char path[4][1200];
-    static int turn;
-    char *to = path[turn = (turn + 1) % 4], folder[1200], *slash;
-    size_t n = (size_t)snprintf(to, 1200, "%s/", root);
-    va_list list;
-    va_start(list, format);
-    vsnprintf(to + n, 1200 - n, format, list);
-    va_end(list);
-    snprintf(folder, sizeof folder, "%s", to);
-    slash = strrchr(folder, '/');
-    *slash = 0;
-    CHECK(spm_directory_create(ctx, folder, NULL) == SPM_OK);
-    return to;
-}
-
-static void put(const char *path, const void *data, size_t size)
-{
-    CHECK(spm_file_write(ctx, path, data, size, NULL) == SPM_OK);
-}
-
-static void put_text(const char *path, const char *text) { put(path, text, strlen(text)); }
-
-static int same_files(const char *a, const char *b)
-{
-    uint8_t *x = NULL, *y = NULL;
-    size_t m = 0, n = 0;
-    int same = spm_file_read(ctx, a, &x, &m, NULL) == SPM_OK && spm_file_read(ctx, b, &y, &n, NULL) == SPM_OK && m == n
-               && memcmp(x, y, m) == 0;
-    spm_free(ctx, x);
-    spm_free(ctx, y);
-    return same;
-}
+ * and reads what they write with the library.  (synth_birds has a test of its own.) */
+#include "programs.h"
 
 static spm_dataset *open_set(const char *path)
 {
@@ -154,7 +69,7 @@ static void dominoes(void)
 {
     spm_dataset *set;
     int64_t i, agree[3] = { 0, 0, 0 };
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     write_digits("mnist", "train", 0, 100, 1);
     write_digits("mnist", "t10k", 1, 100, 0);
     write_cifar();
@@ -197,11 +112,11 @@ static void dominoes(void)
     /* the same seed, the same bytes; another seed, others */
     CHECK_INT(run("make_dominoes --mnist @/mnist --objects @/cifar --out @/dominoes2 --train 10 --val 2 --test 6 "
                   "--correlation=0.8 --quiet"), 0);
-    CHECK(same_files(at("dominoes/metadata.csv"), at("dominoes2/metadata.csv"))
-          && same_files(at("dominoes/images/train/00003.png"), at("dominoes2/images/train/00003.png")));
+    CHECK(test_same_files(at("dominoes/metadata.csv"), at("dominoes2/metadata.csv"))
+          && test_same_files(at("dominoes/images/train/00003.png"), at("dominoes2/images/train/00003.png")));
     CHECK_INT(run("make_dominoes --mnist @/mnist --objects @/cifar --out @/dominoes2 --train 10 --val 2 --test 6 "
                   "--correlation=0.8 --quiet --seed 1"), 0);
-    CHECK(!same_files(at("dominoes/metadata.csv"), at("dominoes2/metadata.csv")));
+    CHECK(!test_same_files(at("dominoes/metadata.csv"), at("dominoes2/metadata.csv")));
     CHECK_INT(run("make_dominoes --mnist @/mnist --objects @/cifar --out @/dominoes3"), 1);
     CHECK(said("6 training pictures of class 1, 4000 are wanted"));
     CHECK_INT(run("make_dominoes --mnist @/mnist --objects @/cifar --out @/dominoes3 --classes 1,1"), 2);
@@ -229,7 +144,7 @@ static void coloured(void)
     spm_image image = SPM_ZERO;
     int64_t i;
     int k, x, y, agree = 0;
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     write_digits("mnist", "train", 0, 100, 1);
     write_digits("mnist", "t10k", 1, 100, 0);
     for (k = 0; k < 6; k++) {
@@ -341,7 +256,7 @@ static void waterbirds(void)
     uint8_t *text = NULL;
     size_t size;
     int s, y;
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     write_cub();
     CHECK_INT(run("make_waterbirds --cub @/CUB --places @/places --out @/birds --quiet"), 0);
     set = open_set(at("birds"));
@@ -380,10 +295,10 @@ static void waterbirds(void)
     CHECK(said("0 of 30 pictures cannot be read"));
     /* a published table is repeated: another seed, the same set */
     CHECK_INT(run("make_waterbirds --cub @/CUB --places @/places --out @/again --like @/birds/metadata.csv --seed 9 --quiet"), 0);
-    CHECK(same_files(at("birds/metadata.csv"), at("again/metadata.csv"))
-          && same_files(at("birds/014.Indigo_Bunting/b_0001.jpg"), at("again/014.Indigo_Bunting/b_0001.jpg")));
+    CHECK(test_same_files(at("birds/metadata.csv"), at("again/metadata.csv"))
+          && test_same_files(at("birds/014.Indigo_Bunting/b_0001.jpg"), at("again/014.Indigo_Bunting/b_0001.jpg")));
     CHECK_INT(run("make_waterbirds --cub @/CUB --places @/places --out @/other --seed 9 --quiet"), 0);
-    CHECK(!same_files(at("birds/metadata.csv"), at("other/metadata.csv")));
+    CHECK(!test_same_files(at("birds/metadata.csv"), at("other/metadata.csv")));
     /* what is missing is named */
     CHECK_INT(run("make_waterbirds --cub @/CUB --places @/CUB --out @/no"), 1);
     CHECK(said("b/bamboo_forest, f/forest/broadleaf, o/ocean and l/lake/natural"));
@@ -408,7 +323,7 @@ static void celeba(void)
     spm_dataset *set;
     spm_image image = SPM_ZERO;
     int i;
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     put_text(at("celeba/list_attr_celeba.txt"),
         "4\nBald Blond_Hair Male Smiling \n000001.jpg -1  1 -1  1\n000002.jpg -1 -1  1 -1\n000003.jpg  1 -1 -1 -1\n"
         "000004.jpg -1  1  1  1\n");
@@ -445,7 +360,7 @@ static void verify(void)
 {
     uint8_t *data = NULL;
     size_t size;
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     write_digits("mnist", "train", 0, 40, 0);
     write_digits("mnist", "t10k", 1, 40, 0);
     CHECK_INT(run("make_cmnist --mnist @/mnist --out @/check --quiet"), 0);
@@ -465,7 +380,7 @@ static void verify(void)
 
 static void pack(void)
 {
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     write_digits("mnist", "train", 0, 40, 0);
     write_digits("mnist", "t10k", 1, 40, 0);
     CHECK_INT(run("make_cmnist --mnist @/mnist --out @/topack --quiet"), 0);
@@ -479,10 +394,10 @@ static void pack(void)
     CHECK_INT(run("spurmem train --data @/topack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r1"), 0);
     CHECK_INT(run("spurmem train --data @/whole.pack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r2"), 0);
     CHECK_INT(run("spurmem train --data @/sized.pack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r3"), 0);
-    CHECK(same_files(at("r1/last.safetensors"), at("r2/last.safetensors")));
-    CHECK(same_files(at("r1/last.safetensors"), at("r3/last.safetensors")));
+    CHECK(test_same_files(at("r1/last.safetensors"), at("r2/last.safetensors")));
+    CHECK(test_same_files(at("r1/last.safetensors"), at("r3/last.safetensors")));
     CHECK_INT(run("spurmem train --data @/whole.pack --arch resnet20 --image-size 14 --epochs 1 --augment light --quiet --out @/r5 --cache 0 --workers 3"), 0);
-    CHECK(said("waiting for pictures") && same_files(at("r1/last.safetensors"), at("r5/last.safetensors")));
+    CHECK(said("waiting for pictures") && test_same_files(at("r1/last.safetensors"), at("r5/last.safetensors")));
     CHECK_INT(run("spurmem train --data @/sized.pack --arch resnet20 --image-size 28 --epochs 1 --quiet --out @/r4"), 1);
     CHECK(said("14 x 14") && said("28 x 28"));
     /* bad pictures */
@@ -507,7 +422,7 @@ static void published(void)
     size_t n = 0, room = 11788 * 48 + 200;
     int s, g, k;
     spm_image one;
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     csv = (char *)malloc(room);
     if (!csv) return;
     one = flat(4, 4, 1, 2, 3);
@@ -531,7 +446,7 @@ static void published(void)
 static void fetch(void)
 {
     char command[1000];
-    NEED_TOOLS();
+    NEED_PROGRAMS();
     snprintf(command, sizeof command, "sh data_tools/fetch.sh >\"%s\"", at("fetched"));
     CHECK_INT(system(command), 0);
     snprintf(command, sizeof command, "sh data_tools/fetch.sh --check \"%s\" nothing 2>/dev/null", root);
@@ -543,16 +458,8 @@ static void fetch(void)
 
 int main(void)
 {
-    build = getenv("SPURMEM_BUILD");
-    if (build && !*build) build = NULL;
+    programs_begin("test_tools_data", "spurmem");
     if (getenv("SPURMEM_SANITIZED")) build = NULL; /* the programs are not the sanitized ones */
-    snprintf(root, sizeof root, "%s/test_tools_data", build ? build : "/tmp/spurmem");
-    ctx = spm_context_create(NULL);
-    if (build) {
-        char command[800];
-        snprintf(command, sizeof command, "rm -rf \"%s\"", root);
-        if (system(command) != 0) printf("    %s: could not be cleared\n", root);
-    }
     TEST(dominoes);
     TEST(coloured);
     TEST(waterbirds);

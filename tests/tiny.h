@@ -18,12 +18,10 @@ static inline spm_context *tiny_context(int threads)
     return spm_context_create(&desc);
 }
 
-/* SPURMEM_BUILD/NAME or /tmp/spurmem/NAME becomes the test's folder. */
 static inline void tiny_begin(const char *name)
 {
-    const char *build = getenv("SPURMEM_BUILD");
     spm_context *ctx = tiny_context(1);
-    snprintf(tiny_root, sizeof tiny_root, "%s/%s", build && *build ? build : "/tmp/spurmem", name);
+    test_folder(tiny_root, sizeof tiny_root, name);
     if (spm_directory_create(ctx, tiny_root, NULL)) printf("    %s cannot be made\n", tiny_root);
     spm_context_destroy(ctx);
 }
