@@ -1,28 +1,11 @@
 /* Section CKPT: checkpoints go out and come back bit for bit, foreign names and layouts are understood, and what does not fit
  * is refused by name without touching the model. */
-#include "../spurmem.h"
-#include "test.h"
+#include "failing.h"
+#include "logged.h"
 #include <stdarg.h>
 #include <stdint.h>
 
 static char root[400];
-static char last_log[600];
-
-static void on_log(void *user, spm_log_level level, const char *text)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_log, sizeof last_log, "%s", text);
-}
-
-static spm_context *make_context(void)
-{
-    spm_context_desc desc = SPM_ZERO;
-    desc.threads = 2;
-    desc.log = on_log;
-    last_log[0] = 0;
-    return spm_context_create(&desc);
-}
 
 static const char *file(const char *name)
 {
@@ -75,7 +58,7 @@ static void round_trips(void)
     static const char archs[][64] = { "resnet18:width=8,stem=cifar", "resnet50:width=8", "resnext50_32x4d:width=16", "resnet20",
                                       "vit:patch=8,dim=16,depth=2,heads=2,mlp=2", "vit:patch=8,dim=16,depth=1,heads=2,mlp=2,distilled=1" };
     static const char names[][20] = { "a.safetensors", "a.pth", "a.pt" };
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     size_t a, n;
     for (a = 0; a < sizeof archs / sizeof archs[0]; a++) {
         for (n = 0; n < 2 + (a == 0); n++) {
@@ -125,7 +108,7 @@ static void round_trips(void)
 /* PyTorch's layouts and names, num_batches_tracked included. */
 static void layout(void)
 {
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL);
     spm_archive *archive;
@@ -272,7 +255,7 @@ static void check_foreign(spm_context *ctx, const char *arch, rename_fn rename_i
 
 static void foreign_names(void)
 {
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     const char *resnet = "resnet18:width=8,stem=cifar", *vit = "vit:patch=8,dim=16,depth=2,heads=2,mlp=2";
     check_foreign(ctx, resnet, as_is, "bn1.num_batches_tracked", 0);
     check_foreign(ctx, resnet, as_module, "optimizer.state.0.exp_avg", 0);
@@ -309,7 +292,7 @@ static const char *as_other(const char *name, char *out, size_t size)
 
 static void differences(void)
 {
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO, load = SPM_ZERO, two = SPM_ZERO;
     spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL), *many = build(ctx, "resnet18:width=8,stem=cifar", 32, 9, 1, NULL);
     spm_archive_writer *writer;
@@ -387,7 +370,7 @@ static void check_refused(spm_model *model, const char *path, int partial, const
 
 static void refusals(void)
 {
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_model *small = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL), *wide = build(ctx, "resnet18:width=16,stem=cifar", 32, 2, 1, NULL);
     spm_model *vit = build(ctx, "vit:patch=8,dim=16,depth=1,heads=2,mlp=2", 32, 2, 1, NULL), *many = build(ctx, "resnet18:width=8,stem=cifar", 32, 9, 1, NULL);
@@ -467,7 +450,7 @@ static void refusals(void)
 static void converting(void)
 {
     static const char ends[3][20] = { "bare.pth", "bare.safetensors", "again.pth" };
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_archive_writer *writer = spm_archive_create(ctx, file("wrapped.pth"), SPM_ARCHIVE_TORCH, &err);
     const int64_t two = 2, steps = 7;
@@ -543,7 +526,7 @@ static void vit_names(void)
 #undef BLOCK
     const int count = (int)(sizeof timm / sizeof timm[0]);
     static const char text[] = "vit:patch=8,dim=16,depth=1,heads=2,mlp=2";
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_checkpoint_info info = SPM_ZERO, back;
     spm_convert_desc desc = SPM_ZERO;
@@ -634,7 +617,7 @@ static const char *as_net(const char *name, char *out, size_t size)
 static void beside(void)
 {
     static const char *const trainers[] = { "optimizer.state.0.exp_avg", "epoch", "lr_scheduler.last_lr", "best_acc", "scaler._scale" };
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_model *model = build(ctx, "resnet18:width=8,stem=cifar", 32, 2, 1, NULL);
     tally t = { { 0, 0, 0 }, { "", "", "" } };
@@ -721,7 +704,7 @@ static void python_objects(void)
         "ccollections\ndefaultdict\nc__builtin__\nlist\n\205RX\1\0\0\0aK\1sccollections\nCounter\n}X\1\0\0\0bK\1s\205R"
         "cbuiltins\nset\n]K\1a\205Rc_codecs\nencode\nX\1\0\0\0xX\6\0\0\0latin1\206Rcbuiltins\ncomplex\nG\0\0\0\0\0\0\0\0"
         "G\0\0\0\0\0\0\0\0\206Rctorch\nSize\nK\2\205\205Rt";
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     spm_error err = SPM_ZERO;
     spm_archive *archive;
     spm_convert_desc desc = SPM_ZERO;
@@ -836,7 +819,7 @@ static const golden_grid grids[] = {
 
 static void position_embeddings(void)
 {
-    spm_context *ctx = make_context();
+    spm_context *ctx = logged_context(2);
     size_t g;
     for (g = 0; g < sizeof grids / sizeof grids[0]; g++) {
         spm_error err = SPM_ZERO;
@@ -869,60 +852,37 @@ static void position_embeddings(void)
 
 /* ---- every allocation made to fail in turn ---- */
 
-static long alloc_left, alloc_live;
-static void *failing_alloc(void *user, size_t bytes)
-{
-    void *memory;
-    (void)user;
-    if (alloc_left-- <= 0) return NULL;
-    memory = malloc(bytes);
-    if (memory) alloc_live++;
-    return memory;
-}
-static void failing_free(void *user, void *memory)
-{
-    (void)user;
-    if (memory) alloc_live--;
-    free(memory);
-}
-
 static void memory_failures(void)
 {
-    spm_context_desc how = SPM_ZERO;
-    spm_context *ctx;
+    failing memory = SPM_ZERO;
+    spm_context *ctx = failing_context(&memory, 1);
     spm_model *model;
     spm_arch arch = SPM_ZERO;
     spm_convert_desc desc = SPM_ZERO;
     int what;
     desc.names = SPM_NAMES_TORCHVISION;
-    how.alloc = failing_alloc;
-    how.free = failing_free;
-    how.threads = 1;
-    alloc_left = 1000000;
-    ctx = spm_context_create(&how);
     model = build(ctx, "vit:patch=8,dim=4,depth=1,heads=2,mlp=2", 16, 2, 1, &arch);
     for (what = 0; model && what < 8; what++) {
-        long n, live = alloc_live;
+        long n, live = memory.live;
         int done = 0;
         for (n = 0; n < 3000 && !done; n++) {
             spm_error err = SPM_ZERO;
             spm_checkpoint_info info = SPM_ZERO;
             const char *path = file(what % 2 ? "oom.pth" : "oom.safetensors");
             info.arch = arch;
-            alloc_left = n;
+            failing_after(&memory, n);
             if (what < 2) done = spm_checkpoint_save(model, path, &info, &err) == SPM_OK;
             else if (what < 4) done = spm_checkpoint_load(model, path, 0, &err) == SPM_OK;
             else if (what < 6) done = spm_checkpoint_inspect(ctx, path, &info, &err) == SPM_OK;
             else done = spm_checkpoint_convert(ctx, path, file("oom.copy.safetensors"), &desc, NULL, &err) == SPM_OK;
             if (!done) CHECK_MSG(err.status == SPM_E_MEMORY, err.text[0] ? err.text : "failed without an error");
-            CHECK_INT(alloc_live, live);
+            CHECK_INT(memory.live, live);
         }
         CHECK(done && n > 3);
     }
-    alloc_left = 1000000;
     spm_model_destroy(model);
     spm_context_destroy(ctx);
-    CHECK_INT(alloc_live, 0);
+    CHECK_INT(memory.live, 0);
 }
 
 /* ---- PyTorch's own file: a legacy checkpoint under state_dict.module., checked by its logits ---- */
@@ -945,7 +905,7 @@ static void resnet20(void)
     int64_t i, n, at, right = 0, c;
     double worst = 0;
     if (!data) SKIP("SPURMEM_TEST_DATA is not set");
-    ctx = make_context();
+    ctx = logged_context(2);
     snprintf(path, sizeof path, "%s/checkpoints/resnet20_expected.json", data);
     if (spm_file_read(ctx, path, &text, &size, NULL)) {
         spm_context_destroy(ctx);
@@ -997,9 +957,8 @@ static void resnet20(void)
 
 int main(void)
 {
-    const char *build_folder = getenv("SPURMEM_BUILD");
-    spm_context *ctx = make_context();
-    snprintf(root, sizeof root, "%s/test_ckpt", build_folder && *build_folder ? build_folder : "/tmp/spurmem");
+    spm_context *ctx = logged_context(2);
+    test_folder(root, sizeof root, "test_ckpt");
     if (spm_directory_create(ctx, root, NULL)) printf("    %s cannot be made\n", root);
     spm_context_destroy(ctx);
     TEST(round_trips);

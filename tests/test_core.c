@@ -2,8 +2,7 @@
 #if defined(__linux__) && !defined(_GNU_SOURCE)
   #define _GNU_SOURCE /* sched_setaffinity */
 #endif
-#include "test.h"
-#include "../spurmem.h"
+#include "failing.h"
 #include <fenv.h>
 #include <pthread.h>
 #ifdef __linux__
@@ -11,25 +10,6 @@
 #endif
 #include <sys/stat.h>
 #include <unistd.h>
-
-/* An allocator that counts, and fails from a chosen call on. */
-typedef struct counting {
-    long calls, live, fail_at;
-} counting;
-
-static void *counting_alloc(void *user, size_t bytes)
-{
-    counting *c = (counting *)user;
-    if (++c->calls == c->fail_at) return NULL;
-    c->live++;
-    return malloc(bytes);
-}
-
-static void counting_free(void *user, void *memory)
-{
-    if (memory) ((counting *)user)->live--;
-    free(memory);
-}
 
 static void test_context(void)
 {
@@ -67,25 +47,18 @@ static void test_allowed_cores(void)
 
 static void test_allocator(void)
 {
-    counting c = { 0, 0, 0 };
-    spm_context_desc desc = SPM_ZERO;
+    failing f = SPM_ZERO;
+    spm_context *ctx = failing_context(&f, 3);
     long calls, i;
-    spm_context *ctx;
-    desc.alloc = counting_alloc;
-    desc.free = counting_free;
-    desc.alloc_user = &c;
-    desc.threads = 3;
-    ctx = spm_context_create(&desc);
     CHECK(ctx != NULL);
     spm_context_destroy(ctx);
-    CHECK_INT(c.live, 0);
-    calls = c.calls;
+    CHECK_INT(f.live, 0);
+    calls = f.calls;
     for (i = 1; i <= calls; i++) { /* every allocation fails once */
-        c.calls = 0;
-        c.fail_at = i;
-        ctx = spm_context_create(&desc);
-        CHECK(ctx == NULL);
-        CHECK_INT(c.live, 0);
+        f.calls = 0;
+        f.fail_at = i;
+        CHECK(failing_context(&f, 3) == NULL);
+        CHECK_INT(f.live, 0);
     }
 }
 

@@ -1,32 +1,13 @@
 /* Sections DATA and LOAD: every data set format, every error sentence, transforms against Pillow and torchvision, and the promise that
  * a batch depends on (seed, epoch, example) alone.  All data sets are written here, below a temporary folder. */
-#include "test.h"
-#include "../spurmem.h"
+#include "failing.h"
+#include "logged.h"
+#include "tar.h"
 #include <stdarg.h>
 #include <stdint.h>
 #include <unistd.h>
 
 static char root[400];
-static char last_log[600];
-static int logs;
-
-static void on_log(void *user, spm_log_level level, const char *text)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_log, sizeof last_log, "%s", text);
-    logs++;
-}
-
-static spm_context *make_context(int threads)
-{
-    spm_context_desc desc = SPM_ZERO;
-    desc.threads = threads;
-    desc.log = on_log;
-    logs = 0;
-    last_log[0] = 0;
-    return spm_context_create(&desc);
-}
 
 /* ---- writing small data sets ---- */
 
@@ -131,7 +112,7 @@ static void write_birds(spm_context *ctx, const char *name, const char *place_fi
 
 static void waterbirds(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set, *other;
     spm_dataset_desc desc = SPM_ZERO;
@@ -209,7 +190,7 @@ static void waterbirds(void)
 
 static void metadata(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     char csv[6000];
@@ -291,7 +272,7 @@ static void metadata(void)
 
 static void celeba(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_dataset_desc desc = SPM_ZERO;
@@ -350,7 +331,7 @@ static void celeba(void)
 
 static void folders(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     int i;
@@ -377,38 +358,13 @@ static void folders(void)
     spm_context_destroy(ctx);
 }
 
-/* A ustar archive of one data set folder, written by hand. */
-static void tar_add(FILE *tar, const char *name, const uint8_t *data, size_t size)
-{
-    unsigned char header[512], zero[512];
-    unsigned sum = 0;
-    size_t i;
-    memset(header, 0, sizeof header);
-    memset(zero, 0, sizeof zero);
-    snprintf((char *)header, 100, "%s", name);
-    memcpy(header + 100, "0000644\0" "0000000\0" "0000000", 23);
-    snprintf((char *)header + 124, 12, "%011lo", (unsigned long)size);
-    snprintf((char *)header + 136, 12, "%011o", 0);
-    memset(header + 148, ' ', 8);
-    header[156] = '0';
-    memcpy(header + 257, "ustar\00000", 8);
-    for (i = 0; i < 512; i++) sum += header[i];
-    snprintf((char *)header + 148, 8, "%06o", sum);
-    fwrite(header, 1, 512, tar);
-    fwrite(data, 1, size, tar);
-    if (size % 512) fwrite(zero, 1, 512 - size % 512, tar);
-}
-
 static void tar_files(void)
 {
-    spm_context *ctx = make_context(2);
+    spm_context *ctx = logged_context(2);
     spm_error err;
     spm_dataset *set, *folder;
     FILE *tar;
-    char name[600];
-    unsigned char zero[1024] = { 0 };
-    uint8_t *data;
-    size_t size;
+    char name[600], path[600];
     int i;
     write_birds(ctx, "birds", "/o/ocean/00001.jpg");
     snprintf(name, sizeof name, "%s/birds.tar", root);
@@ -416,16 +372,12 @@ static void tar_files(void)
     CHECK(tar != NULL);
     if (!tar) return;
     for (i = -1; i < BIRDS; i++) {
-        if (i < 0) snprintf(name, sizeof name, "%s/birds/metadata.csv", root);
-        else snprintf(name, sizeof name, "%s/birds/images/%02d, a.png", root, i);
-        CHECK(spm_file_read(ctx, name, &data, &size, NULL) == SPM_OK);
         if (i < 0) snprintf(name, sizeof name, "./birds/metadata.csv");
         else snprintf(name, sizeof name, "./birds/images/%02d, a.png", i);
-        if (i != 7) tar_add(tar, name, data, size);
-        spm_free(ctx, data);
+        snprintf(path, sizeof path, "%s%.60s", root, name + 1);
+        if (i != 7) tar_add_file(tar, name, path);
     }
-    fwrite(zero, 1, sizeof zero, tar);
-    fclose(tar);
+    tar_close(tar);
     set = open_set(ctx, "birds.tar", SPM_DATA_AUTO, &err);
     CHECK_STR(err.text, "");
     folder = open_set(ctx, "birds", SPM_DATA_AUTO, &err);
@@ -451,7 +403,7 @@ static void tar_files(void)
 
 static void blocks(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_image image = SPM_ZERO;
@@ -566,7 +518,7 @@ static uint64_t epoch_hash(spm_dataset *set, const spm_loader_desc *desc, spm_er
 static void packed(void)
 {
     static const spm_augment augments[] = { SPM_AUGMENT_NONE, SPM_AUGMENT_LIGHT, SPM_AUGMENT_PAPER };
-    spm_context *ctx = make_context(3);
+    spm_context *ctx = logged_context(3);
     spm_error err;
     spm_dataset *set, *whole, *sized, *other;
     spm_transform transform = spm_transform_make(16, 12);
@@ -688,7 +640,7 @@ static void change_one_byte(const char *name)
 static void unsteady_files(void)
 {
     static const char files[][12] = { "birds.tar", "whole.pack" };
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_image image = SPM_ZERO;
@@ -748,7 +700,7 @@ static void unsteady_files(void)
 /* Layouts that other programs and archives use. */
 static void other_layouts(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_image image = SPM_ZERO;
@@ -801,7 +753,7 @@ static void other_layouts(void)
 
 static void refusals(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     const char *head = "img_filename,y,split,place\na.png,0,0,1\n";
     char text[400];
     check_refused(ctx, "nowhere", SPM_DATA_AUTO, "nowhere", "no such file or folder");
@@ -876,7 +828,7 @@ static const golden_transform golden[] = {
 
 static void transforms(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     size_t i;
     static float out[300 * 300 * 3];
     for (i = 0; i < sizeof golden / sizeof golden[0]; i++) {
@@ -952,7 +904,7 @@ static void determinism(void)
     for (a = 0; a < 3; a++) {
         for (workers = 1; workers <= 3; workers++) {
             for (b = 0; b < 5; b++) {
-                spm_context *ctx = make_context(workers);
+                spm_context *ctx = logged_context(workers);
                 spm_error err = SPM_ZERO;
                 spm_dataset_desc where = SPM_ZERO;
                 spm_loader_desc desc = SPM_ZERO;
@@ -996,7 +948,7 @@ static void determinism(void)
 
 static void loading(void)
 {
-    spm_context *ctx = make_context(2);
+    spm_context *ctx = logged_context(2);
     spm_error err;
     spm_dataset *set;
     spm_loader_desc desc = SPM_ZERO;
@@ -1056,7 +1008,7 @@ static void loading(void)
 
 static void bad_pictures(void)
 {
-    spm_context *ctx = make_context(3);
+    spm_context *ctx = logged_context(3);
     spm_error err;
     spm_dataset *set;
     spm_dataset_desc where = SPM_ZERO;
@@ -1127,7 +1079,7 @@ static void bad_pictures(void)
 /* A picture whose red is x and whose green is y, so that the floats tell where a crop came from. */
 static void augmentation(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_loader_desc desc = SPM_ZERO;
@@ -1195,41 +1147,29 @@ static void augmentation(void)
 
 /* ---- every allocation made to fail in turn: an error each time, and nothing is left behind ---- */
 
-static long alloc_left, alloc_live;
-static void *failing_alloc(void *user, size_t bytes)
+static failing memory;
+
+/* A context that has so many allocations left once it stands. */
+static spm_context *short_context(long allocations)
 {
-    void *memory;
-    (void)user;
-    if (alloc_left-- <= 0) return NULL;
-    memory = malloc(bytes);
-    if (memory) alloc_live++;
-    return memory;
-}
-static void failing_free(void *user, void *memory)
-{
-    (void)user;
-    if (memory) alloc_live--;
-    free(memory);
+    spm_context *ctx;
+    memory.fail_at = 0;
+    ctx = failing_context(&memory, 1);
+    failing_after(&memory, allocations);
+    return ctx;
 }
 
 static int load_all(long allocations, const char *name)
 {
-    spm_context_desc how = SPM_ZERO;
     spm_dataset_desc where = SPM_ZERO;
     spm_loader_desc desc = SPM_ZERO;
     spm_error err = SPM_ZERO;
-    spm_context *ctx;
+    spm_context *ctx = short_context(allocations);
     spm_dataset *set;
     spm_loader *loader = NULL;
     spm_batch batch;
     char path[500];
     int done = 0;
-    how.alloc = failing_alloc;
-    how.free = failing_free;
-    how.threads = 1;
-    alloc_left = 1000000;
-    ctx = spm_context_create(&how);
-    alloc_left = allocations;
     snprintf(path, sizeof path, "%s/%s", root, name);
     where.path = path;
     desc.transform = spm_transform_make(8, 8);
@@ -1248,52 +1188,43 @@ static int load_all(long allocations, const char *name)
     spm_loader_destroy(loader);
     spm_dataset_close(set);
     spm_context_destroy(ctx);
-    CHECK_INT(alloc_live, 0);
+    CHECK_INT(memory.live, 0);
     return done;
 }
 
 /* Packs few_birds to small.pack with so many allocations; 1 if that was enough. */
 static int pack_all(long allocations)
 {
-    spm_context_desc how = SPM_ZERO;
     spm_dataset_desc where = SPM_ZERO;
     spm_error err = SPM_ZERO;
-    spm_context *ctx;
+    spm_context *ctx = short_context(1000000);
     spm_dataset *set;
     char path[500], to[500];
     int done = 0;
-    how.alloc = failing_alloc;
-    how.free = failing_free;
-    how.threads = 1;
-    alloc_left = 1000000;
-    ctx = spm_context_create(&how);
     snprintf(path, sizeof path, "%s/few_birds", root);
     snprintf(to, sizeof to, "%s/small.pack", root);
     (void)remove(to);
     where.path = path;
     set = spm_dataset_open(ctx, &where, &err);
-    alloc_left = allocations;
+    failing_after(&memory, allocations);
     done = set && spm_dataset_pack(set, to, NULL, NULL, NULL, &err) == SPM_OK;
     if (!done) {
-        FILE *file = fopen(to, "rb");
-        CHECK(file == NULL);
-        if (file) fclose(file);
+        CHECK(!test_exists(to));
         CHECK_MSG(err.status == SPM_E_MEMORY, err.text[0] ? err.text : "failed without an error");
     }
     spm_dataset_close(set);
     spm_context_destroy(ctx);
-    CHECK_INT(alloc_live, 0);
+    CHECK_INT(memory.live, 0);
     return done;
 }
 
 static void memory_failures(void)
 {
     static const char sets[][12] = { "few_birds", "celeba_ok", "tree", "small.tar", "small.pack", "mnist_gz" };
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     size_t s;
     FILE *tar;
     char path[500];
-    unsigned char zero[1024] = { 0 };
     uint8_t *data;
     size_t size;
     put(ctx, place(ctx, "few_birds/metadata.csv"), "img_filename,y,split,place\na.png,0,0,1\nb.png,1,0,0\n");
@@ -1305,11 +1236,9 @@ static void memory_failures(void)
     snprintf(path, sizeof path, "%s/small.tar", root);
     tar = fopen(path, "wb");
     if (tar) {
-        tar_add(tar, "x/metadata.csv", (const uint8_t *)"img_filename,y,place\na.png,0,1\n", 31);
-        if (spm_file_read(ctx, place(ctx, "few_birds/a.png"), &data, &size, NULL) == SPM_OK) tar_add(tar, "x/a.png", data, size);
-        spm_free(ctx, data);
-        fwrite(zero, 1, sizeof zero, tar);
-        fclose(tar);
+        tar_add(tar, "x/metadata.csv", "img_filename,y,place\na.png,0,1\n", 31);
+        tar_add_file(tar, "x/a.png", place(ctx, "few_birds/a.png"));
+        tar_close(tar);
     }
     CHECK(spm_deflate(ctx, "\0\0\x08\x03\0\0\0\1\0\0\0\2\0\0\0\2abcd", 20, 2, &data, &size, NULL) == SPM_OK);
     CHECK(spm_file_write(ctx, place(ctx, "mnist_gz/train-images-idx3-ubyte.gz"), data, size, NULL) == SPM_OK);
@@ -1336,7 +1265,7 @@ static void real_sets(void)
     spm_dataset_desc where = SPM_ZERO;
     char path[700];
     if (!data) SKIP("SPURMEM_TEST_DATA is not set");
-    ctx = make_context(2);
+    ctx = logged_context(2);
     snprintf(path, sizeof path, "%s/celeba", data);
     where.path = path;
     set = spm_dataset_open(ctx, &where, &err);
@@ -1362,7 +1291,7 @@ static void real_sets(void)
  * turned picture has black corners and a whole middle.  The same bits for any number of workers. */
 static void changes_by_chance(void)
 {
-    spm_context *ctx = make_context(1);
+    spm_context *ctx = logged_context(1);
     spm_error err;
     spm_dataset *set;
     spm_loader_desc desc = SPM_ZERO;
@@ -1428,8 +1357,7 @@ static void changes_by_chance(void)
 
 int main(void)
 {
-    const char *build = getenv("SPURMEM_BUILD");
-    snprintf(root, sizeof root, "%s/test_data", build && *build ? build : "/tmp/spurmem");
+    test_folder(root, sizeof root, "test_data");
     TEST(names);
     TEST(waterbirds);
     TEST(metadata);

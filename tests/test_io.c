@@ -2,6 +2,7 @@
  * training leaves behind.  Full disks are played by a limit on the size of files (RLIMIT_FSIZE), which fails a write at any
  * chosen byte, and by links to /dev/full. */
 #include "failing.h"
+#include "scratch.h"
 #include <signal.h>
 #include <sys/resource.h>
 
@@ -175,16 +176,6 @@ static spm_status train(const char *out, int resume, const char *log_steps, spm_
     return err->status;
 }
 
-static int same_files(const char *a, const char *b)
-{
-    uint8_t *x = NULL, *y = NULL;
-    size_t n = 0, m = 0;
-    int same = spm_file_read(calm, a, &x, &n, NULL) == SPM_OK && spm_file_read(calm, b, &y, &m, NULL) == SPM_OK && n == m && memcmp(x, y, n) == 0;
-    spm_free(calm, x);
-    spm_free(calm, y);
-    return same;
-}
-
 static long file_size(const char *path)
 {
     struct stat info;
@@ -213,8 +204,8 @@ static void full_disk(void)
         memset(&err, 0, sizeof err);
         CHECK_INT(train(run, 1, steps, &err), SPM_OK);
         CHECK_STR(err.text, "");
-        CHECK(same_files(in_scratch("full/last.safetensors"), in_scratch("whole/last.safetensors")));
-        CHECK(same_files(steps, in_scratch("whole/steps.jsonl")));
+        CHECK(test_same_files(in_scratch("full/last.safetensors"), in_scratch("whole/last.safetensors")));
+        CHECK(test_same_files(steps, in_scratch("whole/steps.jsonl")));
     }
 }
 
@@ -238,7 +229,7 @@ static void full_file(const char *name, const char *link)
     memset(&err, 0, sizeof err);
     CHECK_INT(train(run, 1, steps, &err), SPM_OK);
     CHECK_STR(err.text, "");
-    CHECK(same_files(in_scratch("full/last.safetensors"), in_scratch("whole/last.safetensors")));
+    CHECK(test_same_files(in_scratch("full/last.safetensors"), in_scratch("whole/last.safetensors")));
 }
 
 static void full_files(void)

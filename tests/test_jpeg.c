@@ -2,43 +2,7 @@
  * (tests/golden/make_jpeg.py), damaged and hostile files, failing memory. */
 #include "../spurmem.h"
 #include "sha256.h"
-#include "test.h"
-
-/* ---- memory that counts and can fail ---- */
-
-typedef struct memory {
-    long live, calls, fail_at; /* fail_at: index of the call that fails, -1 none */
-    size_t largest;
-} memory;
-
-static void *memory_take(void *user, size_t bytes)
-{
-    memory *m = (memory *)user;
-    void *block;
-    if (m->calls++ == m->fail_at) return NULL;
-    if (bytes > m->largest) m->largest = bytes;
-    block = malloc(bytes);
-    if (block) m->live++;
-    return block;
-}
-
-static void memory_give(void *user, void *block)
-{
-    if (block) ((memory *)user)->live--;
-    free(block);
-}
-
-static spm_context *context_with(memory *m)
-{
-    spm_context_desc desc = SPM_ZERO;
-    memset(m, 0, sizeof *m);
-    m->fail_at = -1;
-    desc.alloc = memory_take;
-    desc.free = memory_give;
-    desc.alloc_user = m;
-    desc.threads = 1;
-    return spm_context_create(&desc);
-}
+#include "failing.h"
 
 /* ---- helpers ---- */
 
@@ -603,8 +567,8 @@ static void hostile_headers_are_refused(void)
         {12, 3, SPM_E_FORMAT, "table 3"},
         {10, 9, SPM_E_FORMAT, "component 1"}
     };
-    memory m;
-    spm_context *ctx = context_with(&m);
+    failing m = SPM_ZERO;
+    spm_context *ctx = failing_context(&m, 1);
     spm_image image = SPM_ZERO;
     spm_error err;
     size_t size, i, frame;
@@ -714,45 +678,45 @@ static void exif_orientation_turns(void)
 static void failing_memory_leaks_nothing(void)
 {
     static uint8_t file[4096];
-    memory m;
-    spm_context *ctx = context_with(&m);
+    failing m = SPM_ZERO;
+    spm_context *ctx = failing_context(&m, 1);
     long live = m.live, n;
     size_t i, size;
     spm_image image = SPM_ZERO;
     spm_error err;
     for (i = 0; i < FILES; i++) {
         size = from_hex(files[i].file, file);
-        for (n = 0;; n++) {
+        for (n = 1;; n++) {
             spm_status status;
             m.calls = 0;
             m.fail_at = n;
             status = decode(ctx, file, size, 0, 0, &image, &err);
-            m.fail_at = -1;
+            m.fail_at = 0;
             if (status == SPM_OK) break;
             CHECK_INT(status, SPM_E_MEMORY);
             CHECK(!image.pixels && err.text[0]);
             CHECK_INT(m.live, live);
         }
-        CHECK(n > 3);
+        CHECK(n > 4);
         spm_image_free(ctx, &image);
         CHECK_INT(m.live, live);
     }
     draw(ctx, 200, 100, &image);
     live = m.live;
-    for (n = 0;; n++) {
+    for (n = 1;; n++) {
         uint8_t *data = NULL;
         spm_status status;
         m.calls = 0;
         m.fail_at = n;
         memset(&err, 0, sizeof err);
         status = spm_image_encode_jpeg(ctx, &image, 95, 1, &data, &size, &err);
-        m.fail_at = -1;
+        m.fail_at = 0;
         spm_free(ctx, data);
         CHECK_INT(m.live, live);
         if (status == SPM_OK) break;
         CHECK_INT(status, SPM_E_MEMORY);
     }
-    CHECK(n > 3);
+    CHECK(n > 4);
     spm_image_free(ctx, &image);
     spm_context_destroy(ctx);
     CHECK_INT(m.live, 0);

@@ -3,102 +3,11 @@
 #include "../spurmem.h"
 #include "test.h"
 #include "tiny.h"
-
-static spm_error last;
-static spm_train_result result;
-static char last_log[600];
-
-static void on_log(void *user, spm_log_level level, const char *text)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_log, sizeof last_log, "%s", text);
-}
-
-typedef struct bench {
-    spm_context *ctx;
-    spm_dataset *set;
-} bench;
-
-static bench bench_open(const char *name, const tiny_counts *counts)
-{
-    bench b;
-    spm_context_desc desc = SPM_ZERO;
-    desc.threads = 2;
-    desc.log = on_log;
-    b.ctx = spm_context_create(&desc);
-    b.set = tiny_data(b.ctx, name, counts);
-    return b;
-}
-
-static void bench_close(bench *b)
-{
-    spm_dataset_close(b->set);
-    spm_context_destroy(b->ctx);
-}
-
-static const char *fresh(const char *name)
-{
-    static const char files[][24] = { "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors",
-                                      "state.safetensors", "steps.jsonl", "history.csv", "interpolation.json" };
-    int i;
-    for (i = 0; i < 8; i++) remove(tiny_path(name, files[i]));
-    return name;
-}
-
-static char *slurp(const char *run, const char *file, size_t *size)
-{
-    spm_context *ctx = tiny_context(1);
-    uint8_t *data = NULL;
-    char *copy = NULL;
-    *size = 0;
-    if (spm_file_read(ctx, tiny_path(run, file), &data, size, NULL) == SPM_OK) {
-        copy = (char *)malloc(*size + 1);
-        memcpy(copy, data, *size + 1);
-    }
-    spm_free(ctx, data);
-    spm_context_destroy(ctx);
-    return copy;
-}
+#include "training.h"
 
 static int same_file(const char *a, const char *b, const char *file)
 {
-    size_t n, m;
-    char *x = slurp(a, file, &n), *y = slurp(b, file, &m);
-    int same = x && y && n == m && memcmp(x, y, n) == 0;
-    free(x);
-    free(y);
-    return same;
-}
-
-static spm_train_desc small_run(spm_context *ctx, spm_method method)
-{
-    spm_train_desc desc = spm_train_desc_init(method);
-    desc.arch = tiny_arch(ctx, method == SPM_METHOD_FAIRDROPOUT ? TINY_ARCH ",always=0.5,off=0.5" : TINY_ARCH);
-    desc.reading = tiny_reading();
-    desc.epochs = 2;
-    desc.batch = 8;
-    desc.seed = 3;
-    desc.optimizer.lr = 2e-3f;
-    return desc;
-}
-
-static spm_status train(bench *b, spm_train_desc *desc, const char *run)
-{
-    char out[900], steps[900];
-    snprintf(out, sizeof out, "%s", tiny_path(run, ""));
-    snprintf(steps, sizeof steps, "%s", tiny_path(run, "steps.jsonl"));
-    CHECK(spm_directory_create(b->ctx, out, NULL) == SPM_OK);
-    desc->out = out;
-    desc->log_steps = steps;
-    memset(&last, 0, sizeof last);
-    return spm_train(b->ctx, b->set, desc, &result, &last);
-}
-
-static void check_trained(bench *b, spm_train_desc *desc, const char *run)
-{
-    CHECK_INT(train(b, desc, run), SPM_OK);
-    CHECK_STR(last.text, "");
+    return test_same_files(tiny_path(a, file), tiny_path(b, file));
 }
 
 static void check_refused(bench *b, spm_train_desc *desc, const char *a, const char *c)
@@ -231,8 +140,7 @@ static double logged_loss(bench *b)
 /* Weighted cross-entropy: groups (n / (G n_g)), classes, and a power of the weights. */
 static void reweight(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_REWEIGHT);
     const int64_t *ids = spm_dataset_split_ids(b.set, SPM_TRAIN);
     double weight[26];
@@ -254,7 +162,7 @@ static void reweight(void)
 static void group_dro(void)
 {
     tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_of("set", &counts, 2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_GROUPDRO);
     const int64_t *ids = spm_dataset_split_ids(b.set, SPM_TRAIN);
     int64_t count;
@@ -327,7 +235,7 @@ static int64_t history_sum(bench *b, const char *run)
 static void orders(void)
 {
     tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_of("set", &counts, 2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_SUBSAMPLE);
     int i, g, of_group[4] = { 0 };
     check_trained(&b, &desc, fresh("order"));
@@ -366,8 +274,7 @@ static void orders(void)
 /* The balanced sampler: over many draws every group comes equally often (through the history's counts of a rate of 0). */
 static void balanced_sampler(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_GROUPDRO);
     const int64_t *ids = spm_dataset_split_ids(b.set, SPM_TRAIN);
     float *wrong, *right;
@@ -398,8 +305,7 @@ static void balanced_sampler(void)
  * the initial weights: with nothing else to tell them apart, stage two of a run equals a run given the checkpoint. */
 static void jtt(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_ERM);
     spm_eval_desc evaluation = SPM_ZERO;
     spm_eval eval;
@@ -462,8 +368,7 @@ static void jtt(void)
  * largest. */
 static void lff(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_LFF);
     const int64_t *ids = spm_dataset_split_ids(b.set, SPM_TRAIN);
     double loss[26], most[2] = { 0 }, weight[26];
@@ -555,7 +460,7 @@ static void dfr(void)
     int64_t n, i, j;
     int c, k, zeros = 0;
     for (k = 0; k < 4; k++) counts.group[1][k] = 10;
-    b = bench_open("dfr_set", &counts);
+    b = bench_of("dfr_set", &counts, 2);
     desc = small_run(b.ctx, SPM_METHOD_DFR);
     spm_model_destroy(start_model(&b, TINY_ARCH, file, sizeof file));
     model = tiny_model(b.ctx, TINY_ARCH, 0);
@@ -639,8 +544,7 @@ static void dfr(void)
 /* AFR with a given gamma and pull: the gradient of sum mu CE + l2 / 2 |w - w_erm|^2 vanishes at the new head. */
 static void afr(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_AFR);
     char file[900];
     float x[64 * 64], z[128];
@@ -705,8 +609,7 @@ static void afr(void)
 /* Label-free: cells (class, memorized) come from the run's own history: Otsu's threshold on the epochs an example was wrong. */
 static void label_free(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_ERM);
     float *wrong, *cell;
     int64_t count, i, k, memorized = 0;
@@ -758,8 +661,7 @@ static void label_free(void)
 /* Frozen units keep their values, all others move; damping multiplies the pruned branch's rows. */
 static void freeze_and_damp(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_INTERVENE);
     char file[900];
     spm_model *start = start_model(&b, TINY_ARCH, file, sizeof file), *after = tiny_model(b.ctx, TINY_ARCH, 0);
@@ -813,8 +715,7 @@ static void freeze_and_damp(void)
 /* The anchor: on the majority the targets are (weight y + anchor p_start) / n; p_start by the network in evaluation mode. */
 static void anchor(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_INTERVENE);
     const int64_t *ids = spm_dataset_split_ids(b.set, SPM_TRAIN);
     char file[900];
@@ -854,7 +755,7 @@ static void resumed(void)
 {
     static const int stops[4] = { 1, 3, 4, 6 };
     tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts), other = b;
+    bench b = bench_of("set", &counts, 2), other = b;
     spm_context_desc threads = SPM_ZERO;
     int m, i;
     for (m = SPM_METHOD_REWEIGHT; m <= SPM_METHOD_FAIRDROPOUT; m++) {
@@ -884,7 +785,7 @@ static void resumed(void)
 static void corners(void)
 {
     tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_of("set", &counts, 2);
     spm_train_desc desc;
     spm_method method;
     int m;
@@ -918,7 +819,7 @@ static void corners(void)
 #undef REFUSED
     bench_close(&b);
     memset(counts.group[1], 0, sizeof counts.group[1]);
-    b = bench_open("noval", &counts);
+    b = bench_of("noval", &counts, 2);
     desc = small_run(b.ctx, SPM_METHOD_DFR);
     check_refused(&b, &desc, "no validation split", "dfr");
     bench_close(&b);
@@ -927,8 +828,7 @@ static void corners(void)
 /* A rate that throws the weights out of range: the layer is named, and last.safetensors holds finite values. */
 static void diverged(void)
 {
-    tiny_counts counts = tiny_usual();
-    bench b = bench_open("set", &counts);
+    bench b = bench_open(2);
     spm_train_desc desc = small_run(b.ctx, SPM_METHOD_ERM);
     spm_model *model = tiny_model(b.ctx, TINY_ARCH, 0);
     spm_archive *archive;

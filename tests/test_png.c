@@ -1,45 +1,20 @@
 /* test_png.c - deflate, PNG, PPM and the recognition of formats: round trips, every kind of PNG built by hand,
  * damage of every sort, bombs, failing allocations, and (with SPURMEM_TEST_DATA) the PNG files of the conformance
  * set. */
-#include "test.h"
+#include "failing.h"
 #include "sha256.h"
 #include "../spurmem.h"
 
 static spm_context *ctx;
 
-/* A context whose allocator counts, and can be told to fail at its n-th call. */
-typedef struct meter {
-    long calls, fail_at, live;
-    size_t largest;
-} meter;
-
-static void *meter_alloc(void *user, size_t bytes)
+/* A context whose allocations are counted from here on. */
+static spm_context *meter_context(failing *f)
 {
-    meter *m = (meter *)user;
-    if (bytes > m->largest) m->largest = bytes;
-    if (++m->calls == m->fail_at) return NULL;
-    m->live++;
-    return malloc(bytes);
-}
-
-static void meter_free(void *user, void *memory)
-{
-    ((meter *)user)->live--;
-    free(memory);
-}
-
-static spm_context *meter_context(meter *m)
-{
-    spm_context_desc desc = SPM_ZERO;
     spm_context *made;
-    memset(m, 0, sizeof *m);
-    desc.alloc = meter_alloc;
-    desc.free = meter_free;
-    desc.alloc_user = m;
-    desc.threads = 1;
-    made = spm_context_create(&desc);
-    m->calls = m->live = 0;
-    m->largest = 0;
+    memset(f, 0, sizeof *f);
+    made = failing_context(f, 1);
+    f->calls = f->live = 0;
+    f->largest = 0;
     return made;
 }
 
@@ -165,7 +140,7 @@ static void inflate_refuses_damage(void)
 
 static void inflate_bomb(void)
 {
-    meter m;
+    failing m;
     spm_context *small = meter_context(&m);
     uint8_t *zeros = (uint8_t *)calloc(1, 20000000), *packed, *out;
     size_t n, size;
@@ -468,7 +443,7 @@ static void png_bombs(void)
     };
     static file f;
     static uint8_t body[900];
-    meter m;
+    failing m;
     spm_context *small = meter_context(&m);
     int k;
     for (k = 0; k < 5; k++) {
@@ -538,7 +513,7 @@ static void failing_allocations(void)
         long fail_at;
         int done = 0;
         for (fail_at = 1; !done && fail_at < 100; fail_at++) {
-            meter m;
+            failing m;
             spm_context *tight = meter_context(&m);
             spm_error err = SPM_ZERO;
             spm_image out;

@@ -1,6 +1,6 @@
 /* test_tape.c - the tape: every operation's gradient, planning, segments, masks, hooks, prefixes, threads. */
 #include "../spurmem.h"
-#include "test.h"
+#include "failing.h"
 
 #include <stdint.h>
 
@@ -549,52 +549,21 @@ static void test_frozen_parameters(void)
 
 /* ---- memory ---- */
 
-typedef struct counter {
-    int64_t live, taken, fail_at;
-} counter;
-
-static void *count_alloc(void *user, size_t bytes)
-{
-    counter *c = (counter *)user;
-    if (c->fail_at && c->taken + 1 >= c->fail_at) return NULL;
-    c->taken++;
-    c->live++;
-    return malloc(bytes);
-}
-
-static void count_free(void *user, void *memory)
-{
-    ((counter *)user)->live--;
-    free(memory);
-}
-
-static spm_context *counted(counter *c)
-{
-    spm_context_desc desc;
-    memset(&desc, 0, sizeof desc);
-    memset(c, 0, sizeof *c);
-    desc.alloc = count_alloc;
-    desc.free = count_free;
-    desc.alloc_user = c;
-    desc.threads = 2;
-    return spm_context_create(&desc);
-}
-
 static void test_steps_do_not_allocate(void)
 {
-    counter c;
-    spm_context *ctx = counted(&c);
+    failing c = SPM_ZERO;
+    spm_context *ctx = failing_context(&c, 2);
     spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 16, 2);
     spm_run *run = run_of(model, 4, 1, 1);
     spm_optimizer *optimizer = spm_optimizer_create(model, NULL, NULL);
     float *image = noise(4 * 16 * 16 * 3, 1), *d = noise(8, 2), *keep = noise(8 * 3 * 3 * 3, 3);
     double sums[16] = { 0 };
-    int64_t before;
+    long before;
     int i;
     CHECK_INT(spm_run_set_mask(run, 0, keep), SPM_OK);
     CHECK_INT(spm_run_hook(run, spm_model_parameter(model, 0)->id, SPM_HOOK_SUM_SQUARES, 1, sums), SPM_OK);
     CHECK_INT(spm_run_own_buffers(run, 1), SPM_OK);
-    before = c.taken;
+    before = c.calls;
     for (i = 0; i < 3; i++) {
         spm_model_zero_gradients(model);
         step(run, model, image, d, i == 1 ? 3 : 4, i != 2);
@@ -602,7 +571,7 @@ static void test_steps_do_not_allocate(void)
         (void)spm_clip_gradients(model, 1);
         spm_optimizer_step(optimizer);
     }
-    CHECK_INT(c.taken, before);
+    CHECK_INT(c.calls, before);
     free(image); free(d); free(keep);
     spm_optimizer_destroy(optimizer);
     spm_run_destroy(run);
@@ -614,11 +583,11 @@ static void test_steps_do_not_allocate(void)
 /* Every allocation made to fail in turn: an error, no leak. */
 static void test_failing_allocations(void)
 {
-    int64_t at;
+    long at;
     int reached_end = 0;
     for (at = 1; at < 600 && !reached_end; at++) {
-        counter c;
-        spm_context *ctx = counted(&c);
+        failing c = SPM_ZERO;
+        spm_context *ctx = failing_context(&c, 2);
         spm_arch arch;
         spm_error err;
         spm_model *model;
@@ -633,7 +602,7 @@ static void test_failing_allocations(void)
         desc.backward = desc.segments = 1;
         arch.height = arch.width_px = 16;
         CHECK_INT(spm_arch_parse(ctx, "resnet18:width=4,stem=cifar", &arch, &err), SPM_OK);
-        c.fail_at = c.taken + at;
+        failing_after(&c, at - 1);
         model = spm_model_build(ctx, &arch, 1, &err);
         if (!model) CHECK_INT(err.status, SPM_E_MEMORY);
         if (model) run = spm_run_create(model, &desc, &err);

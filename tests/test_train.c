@@ -5,71 +5,14 @@
   #define _POSIX_C_SOURCE 200809L /* fork */
 #endif
 #include "../spurmem.h"
-#include "test.h"
+#include "failing.h"
 #include "tiny.h"
+#include "training.h"
 #if !defined(_WIN32)
-  #include <pthread.h>
   #include <sys/types.h>
   #include <sys/wait.h>
   #include <unistd.h>
 #endif
-
-static spm_error last;
-static spm_train_result result;
-static char last_log[600];
-static int logs;
-
-static void on_log(void *user, spm_log_level level, const char *text)
-{
-    (void)user;
-    (void)level;
-    snprintf(last_log, sizeof last_log, "%s", text);
-    logs++;
-}
-
-static spm_context *make_context(int threads)
-{
-    spm_context_desc desc = SPM_ZERO;
-    desc.threads = threads;
-    desc.log = on_log;
-    logs = 0;
-    return spm_context_create(&desc);
-}
-
-/* ---- run folders ---- */
-
-static const char run_files[][24] = { "config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors", "steps.jsonl",
-    "epoch-000.safetensors", "epoch-001.safetensors", "epoch-002.safetensors", "epoch-003.safetensors" };
-
-/* A run folder that holds nothing. */
-static const char *fresh(const char *name)
-{
-    int i;
-    for (i = 0; i < (int)(sizeof run_files / sizeof run_files[0]); i++) remove(tiny_path(name, run_files[i]));
-    return name;
-}
-
-static char *slurp(const char *run, const char *file, size_t *size)
-{
-    spm_context *ctx = tiny_context(1);
-    uint8_t *data = NULL;
-    char *copy = NULL;
-    *size = 0;
-    if (spm_file_read(ctx, tiny_path(run, file), &data, size, NULL) == SPM_OK) {
-        copy = (char *)malloc(*size + 1);
-        memcpy(copy, data, *size + 1);
-    }
-    spm_free(ctx, data);
-    spm_context_destroy(ctx);
-    return copy;
-}
-
-static int file_exists(const char *run, const char *file)
-{
-    FILE *f = fopen(tiny_path(run, file), "rb");
-    if (f) fclose(f);
-    return f != NULL;
-}
 
 /* Takes the value of "seconds" out of every line: the one number that may differ. */
 static size_t without_seconds(char *text, size_t size)
@@ -107,59 +50,6 @@ static int same_runs(const char *a, const char *b, int steps)
         free(y);
     }
     return same;
-}
-
-typedef struct bench {
-    spm_context *ctx;
-    spm_dataset *set;
-} bench;
-
-static bench bench_open(int threads)
-{
-    bench b;
-    tiny_counts counts = tiny_usual();
-    b.ctx = make_context(threads);
-    b.set = tiny_data(b.ctx, "set", &counts);
-    return b;
-}
-
-static void bench_close(bench *b)
-{
-    spm_dataset_close(b->set);
-    spm_context_destroy(b->ctx);
-}
-
-/* Settings of a small run: 26 pictures, batches of 8, so 4 steps an epoch. */
-static spm_train_desc small_run(spm_context *ctx, spm_method method)
-{
-    spm_train_desc desc = spm_train_desc_init(method);
-    desc.arch = tiny_arch(ctx, TINY_ARCH);
-    desc.reading = tiny_reading();
-    desc.epochs = 2;
-    desc.batch = 8;
-    desc.seed = 3;
-    desc.optimizer.lr = 2e-3f;
-    desc.prune_fraction = 0.05;
-    return desc;
-}
-
-/* Trains into a folder below the test's; the log of steps lies in it. */
-static spm_status train(bench *b, spm_train_desc *desc, const char *run)
-{
-    char out[900], steps[900];
-    snprintf(out, sizeof out, "%s", tiny_path(run, ""));
-    snprintf(steps, sizeof steps, "%s", tiny_path(run, "steps.jsonl"));
-    CHECK(spm_directory_create(b->ctx, out, NULL) == SPM_OK);
-    desc->out = out;
-    desc->log_steps = steps;
-    memset(&last, 0, sizeof last);
-    return spm_train(b->ctx, b->set, desc, &result, &last);
-}
-
-static void check_trained(bench *b, spm_train_desc *desc, const char *run)
-{
-    CHECK_INT(train(b, desc, run), SPM_OK);
-    CHECK_STR(last.text, "");
 }
 
 /* Line `index` of a file of JSON lines (free it). */
@@ -232,7 +122,7 @@ static void erm_learns(void)
     CHECK_INT(epochs_seen, 10);
     CHECK_INT(count_lines("learn", "steps.jsonl"), 40);
     CHECK_INT(count_lines("learn", "metrics.jsonl"), 30);
-    CHECK(file_exists("learn", "epoch-003.safetensors") && !file_exists("learn", "epoch-002.safetensors"));
+    CHECK(test_exists(tiny_path("learn", "epoch-003.safetensors")) && !test_exists(tiny_path("learn", "epoch-002.safetensors")));
     for (i = 0; i < 10; i++) {
         if (epoch_wga[i] > best) {
             best = epoch_wga[i];
@@ -918,7 +808,7 @@ static void check_resumed(bench *b, const spm_train_desc *wanted, const int *sto
         check_trained(b, &desc, "broken");
         CHECK_INT(result.steps, i < n_stops ? stops[i] : 8);
         CHECK_INT(result.stopped, i < n_stops && stops[i] < 8);
-        CHECK(file_exists("broken", "best.safetensors") && file_exists("broken", "last.safetensors"));
+        CHECK(test_exists(tiny_path("broken", "best.safetensors")) && test_exists(tiny_path("broken", "last.safetensors")));
     }
     CHECK(same_runs("unbroken", "broken", 1));
 }
@@ -1213,7 +1103,7 @@ static void sentences(void)
     desc.optimizer.momentum = 0.9f; /* Adam has none */
     check_refused(&b, &desc, "bad", "momentum", "");
     desc.optimizer.momentum = 0.0f;
-    CHECK(!file_exists("bad", "config.json")); /* nothing was begun */
+    CHECK(!test_exists(tiny_path("bad", "config.json"))); /* nothing was begun */
     memset(&last, 0, sizeof last);
     desc.out = NULL;
     desc.log_steps = NULL;
@@ -1329,7 +1219,7 @@ static void diverged(void)
     desc.optimizer.lr = 1e30f;
     CHECK_INT(train(&b, &desc, fresh("nan")), SPM_E_NUMERIC);
     CHECK(strstr(last.text, "of epoch 1") && strstr(last.text, "first in"));
-    CHECK(!file_exists("nan", "config.json") && !file_exists("nan", "state.safetensors"));
+    CHECK(!test_exists(tiny_path("nan", "config.json")) && !test_exists(tiny_path("nan", "state.safetensors")));
     desc.optimizer.lr = 1e-3f;
     desc.resume = 1;
     CHECK_INT(train(&b, &desc, "nan"), SPM_E_STATE);
@@ -1341,34 +1231,7 @@ static void diverged(void)
 
 /* ---- memory ---- */
 
-#if !defined(_WIN32)
-static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
-#endif
-static long allocations, allocated_now;
-
-static void *count_alloc(void *user, size_t bytes)
-{
-    (void)user;
-#if !defined(_WIN32)
-    pthread_mutex_lock(&counting);
-    allocations++;
-    allocated_now++;
-    pthread_mutex_unlock(&counting);
-#endif
-    return malloc(bytes);
-}
-
-static void count_free(void *user, void *memory)
-{
-    (void)user;
-#if !defined(_WIN32)
-    pthread_mutex_lock(&counting);
-    allocated_now--;
-    pthread_mutex_unlock(&counting);
-#endif
-    free(memory);
-}
-
+static failing memory;
 static int steps_counted;
 static long allocations_at[16];
 
@@ -1376,11 +1239,9 @@ static int count_step(void *user, const spm_progress *progress)
 {
     (void)user;
     (void)progress;
-#if !defined(_WIN32)
-    pthread_mutex_lock(&counting);
-    if (steps_counted < 16) allocations_at[steps_counted++] = allocations;
-    pthread_mutex_unlock(&counting);
-#endif
+    pthread_mutex_lock(&memory.lock);
+    if (steps_counted < 16) allocations_at[steps_counted++] = memory.calls;
+    pthread_mutex_unlock(&memory.lock);
     return 0;
 }
 
@@ -1389,15 +1250,11 @@ static void no_allocation_in_a_step(void)
 {
     int variant;
     for (variant = 0; variant < 4; variant++) {
-        spm_context_desc making = SPM_ZERO;
         spm_train_desc desc;
         bench b;
         int i;
         tiny_counts counts = tiny_usual();
-        making.alloc = count_alloc;
-        making.free = count_free;
-        making.threads = 2;
-        b.ctx = spm_context_create(&making);
+        b.ctx = failing_context(&memory, 2);
         b.set = tiny_data(b.ctx, "set", &counts);
         desc = small_run(b.ctx, variant > 1 ? SPM_METHOD_INTERVENE : SPM_METHOD_ERM);
         desc.augment = variant == 1 ? SPM_AUGMENT_LIGHT : SPM_AUGMENT_NONE;
@@ -1410,7 +1267,7 @@ static void no_allocation_in_a_step(void)
         CHECK_INT(steps_counted, 8);
         for (i = 5; i < 8; i++) CHECK_INT(allocations_at[i], allocations_at[4]); /* steps 6, 7, 8 of the second epoch */
         bench_close(&b);
-        CHECK_INT(allocated_now, 0);
+        CHECK_INT(memory.live, 0);
     }
 }
 
