@@ -562,10 +562,17 @@ static spm_status train(spm_context *ctx, spm_train_desc *desc, spm_error *err)
     return err->status;
 }
 
+/* A training in an empty folder. */
+static spm_train_desc run_afresh(spm_method method, const char *arch, spm_error *err)
+{
+    spm_train_desc desc = tiny_training(calm, method, arch, in_scratch("run"), err);
+    wipe(desc.out, 0);
+    return desc;
+}
+
 static spm_status job_erm(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_ERM, TINY_RESNET, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_ERM, TINY_RESNET, err);
     desc.select = SPM_SELECT_LAST;
     desc.log_steps = in_scratch("run/steps.jsonl");
     desc.segments = 1;
@@ -576,8 +583,7 @@ static spm_status job_erm(spm_context *ctx, spm_error *err)
 
 static spm_status job_intervene(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_INTERVENE, TINY_VIT, err);
     desc.checkpoint = in_scratch("vit.safetensors");
     desc.clip = 1.0;
     return train(ctx, &desc, err);
@@ -585,8 +591,7 @@ static spm_status job_intervene(spm_context *ctx, spm_error *err)
 
 static spm_status job_official(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_INTERVENE, TINY_VIT, err);
     desc.official = desc.bn_shared = desc.cross_entropy_pruned = 1;
     desc.mask = SPM_MASK_OFFICIAL;
     desc.contrast = SPM_CONTRAST_OUTPUTS;
@@ -595,8 +600,7 @@ static spm_status job_official(spm_context *ctx, spm_error *err)
 
 static spm_status job_dfr(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_DFR, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_DFR, TINY_VIT, err);
     desc.subsets = 1;
     desc.l1 = 1.0;
     return train(ctx, &desc, err);
@@ -604,8 +608,7 @@ static spm_status job_dfr(spm_context *ctx, spm_error *err)
 
 static spm_status job_jtt(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_JTT, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_JTT, TINY_VIT, err);
     desc.identify = in_scratch("vit.safetensors");
     desc.upweight = 2;
     return train(ctx, &desc, err);
@@ -613,16 +616,14 @@ static spm_status job_jtt(spm_context *ctx, spm_error *err)
 
 static spm_status job_lff(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_LFF, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_LFF, TINY_VIT, err);
     return train(ctx, &desc, err);
 }
 
 /* Frozen units, an anchor, no group labels. */
 static spm_status job_frozen(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_INTERVENE, TINY_VIT, err);
     desc.checkpoint = in_scratch("vit.safetensors");
     desc.history = in_scratch("whole");
     desc.group_labels = 0;
@@ -635,11 +636,10 @@ static spm_status job_frozen(spm_context *ctx, spm_error *err)
 /* The mask by gradient of the published code; and a map of integrated gradients. */
 static spm_status job_gradient_mask(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
+    spm_train_desc desc = run_afresh(SPM_METHOD_INTERVENE, TINY_VIT, err);
     static float pixels[64 * 64 * 3];
     spm_model *model;
     spm_map map = SPM_ZERO;
-    wipe(desc.out, 0);
     desc.mask = SPM_MASK_GRADIENT;
     if (train(ctx, &desc, err)) return err->status;
     model = loaded(ctx, TINY_VIT, "vit.safetensors", err);
@@ -677,8 +677,7 @@ static void copy_folder(const char *from, const char *to)
 /* Goes on with a run that was stopped within its epoch. */
 static spm_status job_resume(spm_context *ctx, spm_error *err)
 {
-    spm_train_desc desc = tiny_training(calm, SPM_METHOD_INTERVENE, TINY_VIT, in_scratch("run"), err);
-    wipe(desc.out, 0);
+    spm_train_desc desc = run_afresh(SPM_METHOD_INTERVENE, TINY_VIT, err);
     copy_folder(in_scratch("stopped"), desc.out);
     desc.log_steps = in_scratch("run/steps.jsonl");
     desc.resume = 1;

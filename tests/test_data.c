@@ -94,6 +94,15 @@ static void check_refused(spm_context *ctx, const char *name, spm_data_format fo
     spm_dataset_close(set);
 }
 
+/* The same of a set whose file NAME/... has this text. */
+static void check_refused_file(spm_context *ctx, const char *file, const char *text, spm_data_format format, const char *a, const char *b)
+{
+    char name[40];
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(file, "/"), file);
+    put(ctx, place(ctx, "%s", file), text);
+    check_refused(ctx, name, format, a, b);
+}
+
 #define BIRDS 24
 /* 24 pictures of 32 x 24, y and place by number, splits 14 / 4 / 6. */
 static void write_birds(spm_context *ctx, const char *name, const char *place_file)
@@ -235,10 +244,8 @@ static void metadata(void)
     CHECK_STR(set ? spm_dataset_confounder_name(set, 0) : NULL, "a, b");
     CHECK(set && spm_dataset_example(set, 0)->group == 3 && spm_dataset_example(set, 1)->group == 1 && spm_dataset_example(set, 2)->group == 2);
     spm_dataset_close(set);
-    put(ctx, place(ctx, "named/metadata.csv"), "filename,label,place,split\nx.png,dog,1,0\ny.png,3,1,1\n");
-    check_refused(ctx, "named", SPM_DATA_AUTO, "metadata.csv line 3: label is \"3\"", "line 2 has a name");
-    put(ctx, place(ctx, "named/metadata.csv"), "filename,label,place,split\nx.png,dog,1,0\ny.png,,1,1\n");
-    check_refused(ctx, "named", SPM_DATA_AUTO, "metadata.csv line 3: label is \"\"", "line 2 has a name");
+    check_refused_file(ctx, "named/metadata.csv", "filename,label,place,split\nx.png,dog,1,0\ny.png,3,1,1\n", SPM_DATA_AUTO, "metadata.csv line 3: label is \"3\"", "line 2 has a name");
+    check_refused_file(ctx, "named/metadata.csv", "filename,label,place,split\nx.png,dog,1,0\ny.png,,1,1\n", SPM_DATA_AUTO, "metadata.csv line 3: label is \"\"", "line 2 has a name");
     /* no splits: drawn, the same every time, by group, said once */
     n = snprintf(csv, sizeof csv, "img_filename,y,confounder\n");
     for (i = 0; i < 200; i++) n += snprintf(csv + n, sizeof csv - (size_t)n, "%d.png,%d,%d\n", i, i % 2, i % 20 == 0);
@@ -320,12 +327,9 @@ static void celeba(void)
     CHECK(set && spm_dataset_image(set, 0, &image, &err) == SPM_OK);
     spm_image_free(ctx, &image);
     spm_dataset_close(set);
-    put(ctx, place(ctx, "celeba_bad/list_attr_celeba.txt"), "2\nBlond_Hair Male\n000001.jpg -1 1\n000002.jpg x 1\n");
-    check_refused(ctx, "celeba_bad", SPM_DATA_AUTO, "line 4", "Blond_Hair is \"x\"");
-    put(ctx, place(ctx, "celeba_bad/list_attr_celeba.txt"), "2\nBlond_Hair Male\n000001.jpg -1 1\n000002.jpg -1\n");
-    check_refused(ctx, "celeba_bad", SPM_DATA_AUTO, "line 4", "fields");
-    put(ctx, place(ctx, "celeba_bad/list_attr_celeba.txt"), "");
-    check_refused(ctx, "celeba_bad", SPM_DATA_AUTO, "list_attr_celeba.txt", "empty");
+    check_refused_file(ctx, "celeba_bad/list_attr_celeba.txt", "2\nBlond_Hair Male\n000001.jpg -1 1\n000002.jpg x 1\n", SPM_DATA_AUTO, "line 4", "Blond_Hair is \"x\"");
+    check_refused_file(ctx, "celeba_bad/list_attr_celeba.txt", "2\nBlond_Hair Male\n000001.jpg -1 1\n000002.jpg -1\n", SPM_DATA_AUTO, "line 4", "fields");
+    check_refused_file(ctx, "celeba_bad/list_attr_celeba.txt", "", SPM_DATA_AUTO, "list_attr_celeba.txt", "empty");
     spm_context_destroy(ctx);
 }
 
@@ -753,9 +757,30 @@ static void other_layouts(void)
 
 static void refusals(void)
 {
+    static const struct {
+        const char *text;
+        spm_data_format format;
+        const char *a, *b; /* what the sentence holds */
+    } tables[] = {
+#define HEAD "img_filename,y,split,place\na.png,0,0,1\n"
+        { "img_filename,y,split,spot\na.png,0,0,1\n", SPM_DATA_AUTO, "no column for the confounder", "img_filename, y, split, spot" },
+        { "img_filename,y,split,place,y\na.png,0,0,1,1\n", SPM_DATA_AUTO, "two columns called y", "(2 and 5)" },
+        { "picture,y,split,place\na.png,0,0,1\n", SPM_DATA_WATERBIRDS, "img_filename", "picture, y, split, place" },
+        { "img_filename,kind,split,place\na.png,0,0,1\n", SPM_DATA_AUTO, "the class (y|label)", "kind" },
+        { "img_filename,y,place\na.png,0,0\n", SPM_DATA_WATERBIRDS, "the split", "img_filename, y, place" },
+        { HEAD "b.png,cat,0,1\n", SPM_DATA_AUTO, "metadata.csv line 3", "y is \"cat\"" },
+        { HEAD "b.png,-1,0,1\n", SPM_DATA_AUTO, "line 3: y is -1", "out of range" },
+        { HEAD "b.png,1,0,1000000\n", SPM_DATA_AUTO, "line 3: place is 1000000", "out of range" },
+        { HEAD "b.png,1,0,\n", SPM_DATA_AUTO, "line 3: place is \"\"", "not a whole number" },
+        { HEAD "b.png,1,3,1\n", SPM_DATA_AUTO, "line 3: split is \"3\"", "train" },
+        { HEAD ",1,2,1\n", SPM_DATA_AUTO, "line 3: img_filename is empty", "" },
+        { "img_filename,y,split,place\n", SPM_DATA_AUTO, "metadata.csv", "no examples" },
+        { "", SPM_DATA_AUTO, "metadata.csv", "" },
+        { "img_filename,y,split,place\na.png,9000,0,9000\n", SPM_DATA_AUTO, "groups", "65536" },
+#undef HEAD
+    };
     spm_context *ctx = logged_context(1);
-    const char *head = "img_filename,y,split,place\na.png,0,0,1\n";
-    char text[400];
+    size_t i;
     check_refused(ctx, "nowhere", SPM_DATA_AUTO, "nowhere", "no such file or folder");
     CHECK(spm_directory_create(ctx, place(ctx, "hollow/x"), NULL) == SPM_OK);
     check_refused(ctx, "hollow", SPM_DATA_AUTO, "no data set found", "metadata.csv");
@@ -763,42 +788,9 @@ static void refusals(void)
     check_refused(ctx, "hollow", SPM_DATA_CELEBA, "hollow", "list_attr_celeba");
     check_refused(ctx, "hollow", SPM_DATA_IDX, "hollow", "train-images-idx3-ubyte");
     check_refused(ctx, "hollow", SPM_DATA_CIFAR, "hollow", "data_batch_1.bin");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,spot\na.png,0,0,1\n");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "no column for the confounder", "img_filename, y, split, spot");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,place,y\na.png,0,0,1,1\n");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "two columns called y", "(2 and 5)");
-    put(ctx, place(ctx, "bad/metadata.csv"), "picture,y,split,place\na.png,0,0,1\n");
-    check_refused(ctx, "bad", SPM_DATA_WATERBIRDS, "img_filename", "picture, y, split, place");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,kind,split,place\na.png,0,0,1\n");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "the class (y|label)", "kind");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,place\na.png,0,0\n");
-    check_refused(ctx, "bad", SPM_DATA_WATERBIRDS, "the split", "img_filename, y, place");
-    snprintf(text, sizeof text, "%sb.png,cat,0,1\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "metadata.csv line 3", "y is \"cat\"");
-    snprintf(text, sizeof text, "%sb.png,-1,0,1\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "line 3: y is -1", "out of range");
-    snprintf(text, sizeof text, "%sb.png,1,0,1000000\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "line 3: place is 1000000", "out of range");
-    snprintf(text, sizeof text, "%sb.png,1,0,\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "line 3: place is \"\"", "not a whole number");
-    snprintf(text, sizeof text, "%sb.png,1,3,1\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "line 3: split is \"3\"", "train");
-    snprintf(text, sizeof text, "%s,1,2,1\n", head);
-    put(ctx, place(ctx, "bad/metadata.csv"), text);
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "line 3: img_filename is empty", "");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,place\n");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "metadata.csv", "no examples");
-    put(ctx, place(ctx, "bad/metadata.csv"), "");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "metadata.csv", "");
-    put(ctx, place(ctx, "bad/metadata.csv"), "img_filename,y,split,place\na.png,9000,0,9000\n");
-    check_refused(ctx, "bad", SPM_DATA_AUTO, "groups", "65536");
-    put(ctx, place(ctx, "not.tar"), "this is no tar file");
-    check_refused(ctx, "not.tar", SPM_DATA_AUTO, "not.tar", "");
+    for (i = 0; i < sizeof tables / sizeof tables[0]; i++)
+        check_refused_file(ctx, "bad/metadata.csv", tables[i].text, tables[i].format, tables[i].a, tables[i].b);
+    check_refused_file(ctx, "not.tar", "this is no tar file", SPM_DATA_AUTO, "not.tar", "");
     spm_context_destroy(ctx);
 }
 

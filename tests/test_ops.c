@@ -756,6 +756,32 @@ static void product_sizes(void)
 
 /* ---- corner cases ---- */
 
+/* A case of a few numbers; `op` is one of those below. */
+static op_case case_small(spm_op op, const char *label)
+{
+    op_case t = make_case(op, label);
+    int i;
+    if (op == SPM_OP_LAYER_NORM) {
+        shape(&t, 0, 5, 9, 0, 0);
+        for (i = 1; i < 3; i++) shape(&t, i, 9, 0, 0, 0);
+    } else if (op == SPM_OP_ATTENTION) {
+        t.attr.heads = 2;
+        shape(&t, 0, 2, 7, 30, 0);
+    } else if (op == SPM_OP_TOKENS) {
+        shape(&t, 0, 5, 3, 4, 7);
+        shape(&t, 1, 1, 7, 0, 0);
+        shape(&t, 2, 13, 7, 0, 0);
+    } else if (op == SPM_OP_NTXENT) {
+        t.attr.temperature = 0.5f;
+        for (i = 0; i < 2; i++) shape(&t, i, 4, 6, 0, 0);
+    } else if (op == SPM_OP_DROPOUT) {
+        t.attr.p = 0.5f;
+        t.training = 1;
+        shape(&t, 0, 4, 33, 0, 0);
+    }
+    return t;
+}
+
 /* Gradients are added where asked, and each can be left out without changing the others. */
 static void gradient_modes(void)
 {
@@ -763,26 +789,12 @@ static void gradient_modes(void)
     int i, k, n = 0;
     tests[n++] = case_bn(2, 9, 7, 35, 1, 1, 1);
     tests[n++] = case_bn(2, 9, 7, 35, 0, 1, 1);
-    tests[n] = make_case(SPM_OP_LAYER_NORM, "modes");
-    shape(&tests[n], 0, 5, 9, 0, 0);
-    shape(&tests[n], 1, 9, 0, 0, 0);
-    shape(&tests[n++], 2, 9, 0, 0, 0);
+    tests[n++] = case_small(SPM_OP_LAYER_NORM, "modes");
     tests[n++] = case_pool(SPM_OP_MAX_POOL, 7, 6, 19, 3, 2, 1);
-    tests[n] = make_case(SPM_OP_ATTENTION, "modes");
-    tests[n].attr.heads = 2;
-    shape(&tests[n++], 0, 2, 7, 30, 0);
-    tests[n] = make_case(SPM_OP_TOKENS, "modes");
-    shape(&tests[n], 0, 5, 3, 4, 7);
-    shape(&tests[n], 1, 1, 7, 0, 0);
-    shape(&tests[n++], 2, 13, 7, 0, 0);
-    tests[n] = make_case(SPM_OP_NTXENT, "modes");
-    tests[n].attr.temperature = 0.5f;
-    shape(&tests[n], 0, 4, 6, 0, 0);
-    shape(&tests[n++], 1, 4, 6, 0, 0);
-    tests[n] = make_case(SPM_OP_DROPOUT, "modes");
-    tests[n].attr.p = 0.5f;
-    tests[n].training = 1;
-    shape(&tests[n++], 0, 4, 33, 0, 0);
+    tests[n++] = case_small(SPM_OP_ATTENTION, "modes");
+    tests[n++] = case_small(SPM_OP_TOKENS, "modes");
+    tests[n++] = case_small(SPM_OP_NTXENT, "modes");
+    tests[n++] = case_small(SPM_OP_DROPOUT, "modes");
     for (i = 0; i < n; i++) {
         spm_op_call call, again;
         if (!run_case(&tests[i], &call)) continue;
@@ -817,14 +829,9 @@ static void no_saved_outputs(void)
     op_case tests[6];
     int i, k, n = 0;
     tests[n++] = case_bn(2, 9, 7, 35, 0, 1, 1);
-    tests[n] = make_case(SPM_OP_LAYER_NORM, "modes");
-    shape(&tests[n], 0, 5, 9, 0, 0);
-    shape(&tests[n], 1, 9, 0, 0, 0);
-    shape(&tests[n++], 2, 9, 0, 0, 0);
+    tests[n++] = case_small(SPM_OP_LAYER_NORM, "modes");
     tests[n++] = case_pool(SPM_OP_MAX_POOL, 7, 6, 19, 3, 2, 1);
-    tests[n] = make_case(SPM_OP_ATTENTION, "modes");
-    tests[n].attr.heads = 2;
-    shape(&tests[n++], 0, 2, 7, 30, 0);
+    tests[n++] = case_small(SPM_OP_ATTENTION, "modes");
     tests[n] = make_case(SPM_OP_CROSS_ENTROPY, "modes");
     shape(&tests[n], 0, 4, 6, 0, 0);
     shape(&tests[n++], 1, 4, 6, 0, 0);
@@ -1253,17 +1260,9 @@ static void kept_values(void)
     shape(&tests[n++], 0, 5, 9, 0, 0);
     tests[n] = make_case(SPM_OP_SOFTMAX, "kept");
     shape(&tests[n++], 0, 5, 9, 0, 0);
-    tests[n] = make_case(SPM_OP_LAYER_NORM, "kept");
-    shape(&tests[n], 0, 5, 9, 0, 0);
-    shape(&tests[n], 1, 9, 0, 0, 0);
-    shape(&tests[n++], 2, 9, 0, 0, 0);
-    tests[n] = make_case(SPM_OP_ATTENTION, "kept");
-    tests[n].attr.heads = 2;
-    shape(&tests[n++], 0, 2, 7, 30, 0);
-    tests[n] = make_case(SPM_OP_NTXENT, "kept");
-    tests[n].attr.temperature = 0.5f;
-    shape(&tests[n], 0, 4, 6, 0, 0);
-    shape(&tests[n++], 1, 4, 6, 0, 0);
+    tests[n++] = case_small(SPM_OP_LAYER_NORM, "kept");
+    tests[n++] = case_small(SPM_OP_ATTENTION, "kept");
+    tests[n++] = case_small(SPM_OP_NTXENT, "kept");
     tests[n] = make_case(SPM_OP_CROSS_ENTROPY, "kept");
     shape(&tests[n], 0, 4, 6, 0, 0);
     shape(&tests[n], 1, 4, 6, 0, 0);
@@ -1272,14 +1271,8 @@ static void kept_values(void)
     shape(&tests[n], 0, 4, 6, 0, 0);
     shape(&tests[n], 1, 5, 6, 0, 0);
     shape(&tests[n++], 2, 5, 0, 0, 0);
-    tests[n] = make_case(SPM_OP_TOKENS, "kept");
-    shape(&tests[n], 0, 5, 3, 4, 7);
-    shape(&tests[n], 1, 1, 7, 0, 0);
-    shape(&tests[n++], 2, 13, 7, 0, 0);
-    tests[n] = make_case(SPM_OP_DROPOUT, "kept");
-    tests[n].attr.p = 0.5f;
-    tests[n].training = 1;
-    shape(&tests[n++], 0, 4, 33, 0, 0);
+    tests[n++] = case_small(SPM_OP_TOKENS, "kept");
+    tests[n++] = case_small(SPM_OP_DROPOUT, "kept");
     for (i = 0; i < n; i++) {
         spm_op_call call, again;
         if (!run_case(&tests[i], &call) || !prepare(ctx_of[1], &tests[i], &again)) continue;
