@@ -3678,6 +3678,12 @@ typedef struct spmi_rows {
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
 
+/* Memory that will be read soon: tile n of the first `tiles` fetches the line at + n * tile + p * step with pixel p. */
+typedef struct spmi_fetch {
+    const float *at;
+    int64_t step, tile, tiles;
+} spmi_fetch;
+
 typedef struct spmi_outer {
     const float *a;        /* panels [rows / R][blocks * k][R], zero-padded; R = spmi_outer_rows() */
     int64_t a_panel, a_row; /* floats from panel to panel, and from pixel to pixel in one (R, if dealt) */
@@ -3689,9 +3695,7 @@ typedef struct spmi_outer {
     float *c;
     int64_t c_row, columns;
     int accumulate;
-    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line for every pixel */
-    const float *ahead;
-    int64_t ahead_tiles;
+    spmi_fetch ahead[2];   /* the second by the tiles behind those of the first */
 } spmi_outer;
 #define SPMI_LINE 16       /* floats of a cache line */
 #define SPMI_TILE_CHAIN 64  /* products in one chain of additions */
@@ -3982,15 +3986,13 @@ static void SPMI_K(transpose)(int64_t rows, int64_t columns, const float *from, 
 #endif
 
 /* T_OR rows of C by nv vectors. `last` is the number of valid lanes of the last vector; full says that it is V_W. */
-SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const e_t *a, float *c, const float *ahead, int rows,
-                                    int last, int nv, int full)
+SPMI_INLINE void SPMI_K(outer_tile)(const spmi_outer *g, const e_t *a, float *c, const float *ahead, int64_t line,
+                                    int rows, int last, int nv, int full)
 {
     v_t acc[T_OR][4];
-    const int64_t line = ahead ? SPMI_LINE : 0;
     float aside[T_OR * 4 * V_W];
     int64_t t, p, end, left = E_CHAIN;
     int i, j, cut = 0;
-    if (!ahead) ahead = c;
     if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* as in rows_tile */
     SPMI_UNROLL for (i = 0; i < T_OR; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
@@ -4052,16 +4054,19 @@ static void SPMI_K(outer)(const spmi_outer *g)
     float *c = g->c;
     int64_t i;
     for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
-        const float *ahead = i / T_OR < g->ahead_tiles ? g->ahead + i / T_OR * g->blocks * g->k * SPMI_LINE : NULL;
+        const int64_t first = g->ahead[0].tiles, tile = i / T_OR < first ? i / T_OR : i / T_OR - first;
+        const spmi_fetch *f = g->ahead + (i / T_OR >= first);
+        const float *ahead = tile < f->tiles ? f->at + tile * f->tile : c;
+        const int64_t line = tile < f->tiles ? f->step : 0;
         int rows = (int)SPMI_MIN(g->rows - i, T_OR);
         if (last == V_W) {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 3, 1);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 2, 1);
-            else SPMI_K(outer_tile)(g, a, c, ahead, rows, V_W, 1, 1);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 3, 1);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 2, 1);
+            else SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 1, 1);
         } else {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 3, 0);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 2, 0);
-            else SPMI_K(outer_tile)(g, a, c, ahead, rows, last, 1, 0);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 3, 0);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 2, 0);
+            else SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 1, 0);
         }
     }
 }
@@ -6886,6 +6891,8 @@ typedef struct spmi_weight_job {
     int64_t block, chunk, chunks;        /* output rows that are read together; rows of a chunk */
     int64_t range, ranges;               /* outputs of a task */
     int64_t parts;                       /* of the columns, where there are still too few tasks */
+    int even;                            /* 1: pixels are evenly spaced, as if in one row */
+    int dealt;                           /* 1: dy is copied to panels before it is used */
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
     int turned;                          /* 1: outputs are the vectors, and dw is summed up transposed */
     size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes, dy_bytes;
@@ -6898,8 +6905,9 @@ typedef struct spmi_weight_job {
 
 #define SPMI_WEIGHT_PIXELS 128           /* read together: three vectors of each fill most of the first-level cache */
 #define SPMI_WEIGHT_PARTIAL (1 << 20)    /* floats of partial sums at most */
-#define SPMI_WEIGHT_RANGE 128            /* outputs of a task at least, if there are as many: they share the reading */
+#define SPMI_WEIGHT_RANGE 256            /* outputs of a task at least, if there are as many: they share the reading */
 #define SPMI_WEIGHT_PARTS 4
+#define SPMI_WEIGHT_DIRECT 256           /* more channels, evenly spaced, pay for being copied together */
 
 /* Height of the tile of the `outer` kernel. */
 static int spmi_outer_rows(const spm_context *ctx)
@@ -7110,24 +7118,27 @@ static void spmi_weight_plan(spmi_weight_job *job)
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
     job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
-    job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
+    job->even = s->images * s->w.count * s->taps == 1;
+    job->dealt = job->half || job->outputs % spmi_outer_rows(job->ctx);
+    if (job->even) job->collect = job->half || SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
+    else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
     job->block = job->turned ? 4 * SPMI_WEIGHT_PIXELS : SPMI_WEIGHT_PIXELS << (job->half == 2);
     job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
     blocks = (rows + job->block - 1) / job->block;
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
-    job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), SPMI_TASKS);
-    job->chunk = (blocks + job->chunks - 1) / job->chunks * job->block;
-    job->chunks = (rows + job->chunk - 1) / job->chunk;
-    job->ranges = SPMI_MAX(1, SPMI_MIN((SPMI_TASKS + job->chunks - 1) / job->chunks, job->outputs / SPMI_WEIGHT_RANGE));
+    job->ranges = SPMI_MAX(1, job->outputs / SPMI_WEIGHT_RANGE);
     job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, SPMI_MAX(lanes, 8));
     job->ranges = (job->outputs + job->range - 1) / job->range;
+    job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), (SPMI_TASKS + job->ranges - 1) / job->ranges);
+    job->chunk = (blocks + job->chunks - 1) / job->chunks * job->block;
+    job->chunks = (rows + job->chunk - 1) / job->chunk;
     /* each copies the input */
-    job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / 2 / (job->chunks * job->ranges)) : 1;
+    job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, s->taps * s->run)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
     columns = job->collect ? spmi_outer_columns(job->ctx, s->taps * s->run) : 0;
     job->panel_bytes = spmi_float_bytes(job->block * s->w.count * columns);
-    job->dy_bytes = spmi_float_bytes((job->block * s->w.count + 4) * job->range);
+    job->dy_bytes = job->dealt ? spmi_float_bytes((job->block * s->w.count + 4) * job->range) : 0;
     if (job->turned) { /* the sums, then where their rows and the input's lie */
         job->panel_bytes = spmi_float_bytes(s->taps * s->run * job->range);
         job->dy_bytes = spmi_float_bytes(2 * (2 * s->taps * s->run + SPMI_ROWS_PAD));
@@ -7136,47 +7147,66 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
 
-/* What the next block will read, fetched while this one is computed: two stretches of memory, x and dy. */
+/* What the next block reads, fetched while this one is computed: pixels of dy, and `lines` of a stretch of x (turned: of
+ * dy); where x is evenly spaced, `at` is its next pixel. NULL: nothing. */
 typedef struct spmi_ahead {
-    const float *at[2];
-    int64_t lines[2];
+    const float *dy, *at;
+    int64_t lines;
 } spmi_ahead;
 
-static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, int64_t count)
+static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, const float *dy)
 {
     const spmi_window *s = &job->window;
     const int64_t rows = SPMI_MIN(job->block, end - row), line = s->w.size * s->pixel;
+    const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
     spmi_ahead next = SPM_ZERO;
     if (rows <= 0) return next;
-    if (s->depth == s->pixel) {
-        const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
-        next.at[0] = s->in + y * line;
-        next.lines[0] = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+    if (job->turned) {
+        next.at = dy;
+        next.lines = rows * s->w.count * job->dy_pixel / SPMI_LINE;
+        return next;
     }
-    if (2 * count >= job->dy_pixel) {
-        next.at[1] = job->dy + row * s->w.count * job->dy_pixel;
-        next.lines[1] = rows * s->w.count * job->dy_pixel / SPMI_LINE;
-    }
+    next.dy = dy;
+    next.at = s->in + y * line;
+    if (s->depth == s->pixel) next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
     return next;
 }
 
-/* One kernel's share of the fetching, from *from on: how many of its tiles fetch, `lines` each. */
-static int64_t spmi_weight_fetch(spmi_ahead *next, int64_t lines, int64_t tiles, const float **from)
+/* The share of the stretch that `tiles` tiles of a kernel fetch, `lines` each. */
+static spmi_fetch spmi_weight_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
 {
-    const int which = next->lines[0] >= lines ? 0 : 1;
-    const int64_t some = SPMI_MIN(next->lines[which] / lines, tiles);
-    *from = next->at[which];
-    if (some > 0) next->at[which] += some * lines * SPMI_LINE;
-    next->lines[which] -= some * lines;
-    return some;
+    spmi_fetch f;
+    f.at = next->at;
+    f.step = SPMI_LINE;
+    f.tile = lines * SPMI_LINE;
+    f.tiles = SPMI_MAX(0, SPMI_MIN(next->lines / lines, tiles));
+    next->lines -= f.tiles * lines;
+    if (f.tiles > 0) next->at += f.tiles * f.tile;
+    return f;
 }
 
-/* One call of the kernel. */
-static void spmi_weight_outer(spm_context *ctx, int half, spmi_outer *g, spmi_ahead *next)
+/* The first floats of each pixel, if there are any. */
+static spmi_fetch spmi_weight_pixels(const float *at, int64_t floats, int64_t pixel)
 {
-    const int64_t rows = spmi_outer_rows(ctx);
-    g->ahead_tiles = spmi_weight_fetch(next, g->blocks * g->k, (g->rows + rows - 1) / rows, &g->ahead);
-    spmi_half_outer(ctx, half, g);
+    spmi_fetch f;
+    f.at = at;
+    f.step = pixel;
+    f.tile = SPMI_LINE;
+    f.tiles = at ? (floats + SPMI_LINE - 1) / SPMI_LINE : 0;
+    return f;
+}
+
+/* One call of the kernel, with its share of the fetching; `x`: where the next call's columns lie, if pixels are evenly
+ * spaced, or NULL. */
+static void spmi_weight_outer(const spmi_weight_job *job, spmi_outer *g, spmi_ahead *next, const float *x)
+{
+    const spmi_window *s = &job->window;
+    const int64_t rows = spmi_outer_rows(job->ctx), pair = job->half == 2 ? 2 : 1;
+    g->ahead[0] = spmi_weight_pixels(next->dy, pair * g->rows, pair * job->dy_pixel);
+    if (job->even && !s->copied) g->ahead[1] = spmi_weight_pixels(x, g->columns, s->h_stride * s->at_row);
+    else g->ahead[1] = spmi_weight_stretch(next, (g->rows + rows - 1) / rows - g->ahead[0].tiles, g->blocks * g->k);
+    next->dy = NULL;
+    spmi_half_outer(job->ctx, job->half, g);
 }
 
 /* dw (+)= dy x input over the pixels of g, the input read where it lies. */
@@ -7189,7 +7219,7 @@ static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const i
         for (j = 0; j < s->run; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, s->run - j);
             g.b = b + tap_at[t] + j;
-            spmi_weight_outer(job->ctx, 0, &g, next);
+            spmi_weight_outer(job, &g, next, j + g.columns < s->run ? g.b + g.b_at[0] + g.columns : next->at);
             g.c += g.columns;
         }
     }
@@ -7211,7 +7241,10 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
     if (job->half == 2) p.k = (p.k + 1) / 2;
     for (n = 0; n < end; n++, j += p.columns) {
         p.columns = spmi_outer_columns(job->ctx, size - j);
-        if (n < first) continue;
+        if (n < first) {
+            if (job->even && next->at) next->at += p.columns;
+            continue;
+        }
         p.b_row = job->half == 2 ? 2 * p.columns : p.columns;
         for (i = 0; i < p.columns; i += piece) {
             int64_t tap = (j + i) / s->run, from = (j + i) % s->run;
@@ -7220,7 +7253,7 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
                               panel + i, p.columns);
         }
         p.c = g.c + j;
-        spmi_weight_outer(job->ctx, job->half, &p, next);
+        spmi_weight_outer(job, &p, next, n + 1 < end ? g.b + g.b_at[0] + j + p.columns : next->at);
     }
 }
 
@@ -7231,6 +7264,7 @@ static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, 
 {
     const int64_t run = job->window.run, size = job->window.taps * run;
     int64_t *c_at = a_at + size + SPMI_ROWS_PAD, i, j;
+    spmi_fetch f;
     spmi_rows g = SPM_ZERO;
     for (i = 0; i < size; i++) {
         a_at[i] = tap_at[i / run] + i % run;
@@ -7251,7 +7285,9 @@ static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, 
         g.width = g.columns = spmi_panel_width(job->ctx, p->rows - j);
         g.b = dy + j;
         g.c = sums + j;
-        g.ahead_tiles = spmi_weight_fetch(next, g.taps * g.k, size / 6, &g.ahead);
+        f = spmi_weight_stretch(next, size / 6, g.taps * g.k);
+        g.ahead = f.at;
+        g.ahead_tiles = f.tiles;
         SPMI_KERNEL(job->ctx, rows, (&g));
     }
 }
@@ -7273,7 +7309,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     int64_t *tap_at = row_at + job->block, row;
     int add_dw = job->add_dw, add_db = job->add_db;
     spmi_ahead next;
-    spmi_outer g;
+    spmi_outer g = SPM_ZERO;
     if (chunk > 0) { /* partial sums: [outputs][size] and [outputs] of each chunk */
         float *partial = (float *)(void *)(job->scratch + (size_t)ctx->threads * job->slot_bytes);
         if (dw) dw = partial + (chunk - 1) * job->outputs * (size + 1);
@@ -7296,20 +7332,28 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
         g.b_row = s->w_stride * s->at_pixel;
         g.rows = count;
         g.accumulate = add_dw || row > first;
-        next = spmi_weight_ahead(job, row + rows, end, count);
+        next = spmi_weight_ahead(job, row + rows, end, dy + rows * s->w.count * job->dy_pixel);
         if (job->turned) {
             spmi_weight_turned(job, &g, dy, tap_at, &next, (int64_t *)(void *)dy_panels, panel);
             continue;
         }
-        g.a_row = (job->half == 2 ? 2 : 1) * spmi_outer_rows(ctx);
-        g.a_panel = (rows * s->w.count + (job->half == 2)) * spmi_outer_rows(ctx) + 16;
-        spmi_half_deal(ctx, job->half, rows * s->w.count, count, spmi_outer_rows(ctx), dy, job->dy_pixel, dy_panels,
-                       g.a_panel);
-        g.a = dy_panels;
+        if (job->even) { /* one run */
+            g.blocks = 1;
+            g.k = rows;
+            g.b_row = s->h_stride * s->at_row;
+        }
+        g.a = dy;
+        g.a_row = job->dy_pixel;
+        g.a_panel = spmi_outer_rows(ctx);
+        if (job->dealt) {
+            g.a = dy_panels;
+            g.a_row = (job->half == 2 ? 2 : 1) * spmi_outer_rows(ctx);
+            g.a_panel = (rows * s->w.count + (job->half == 2)) * spmi_outer_rows(ctx) + 16;
+            spmi_half_deal(ctx, job->half, rows * s->w.count, count, spmi_outer_rows(ctx), dy, job->dy_pixel, dy_panels,
+                           g.a_panel);
+        }
         g.c = dw + o0 * size;
         g.c_row = size;
-        g.columns = g.ahead_tiles = 0;
-        g.ahead = NULL;
         if (job->collect) spmi_weight_collected(job, g, tap_at, &next, panel, part * panels / job->parts,
                                                 (part + 1) * panels / job->parts);
         else spmi_weight_direct(job, g, tap_at, &next);
@@ -7326,10 +7370,13 @@ static void spmi_weight_fold(void *arg, int64_t task, int slot)
     const int64_t size = job->window.taps * job->window.run, all = job->outputs * (size + 1);
     const float *partial = (const float *)(const void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
     const int64_t from = task * SPMI_WEIGHT_FOLD, end = SPMI_MIN(from + SPMI_WEIGHT_FOLD, all);
+    const int64_t weights = SPMI_MIN(end, job->outputs * size);
     int64_t i, c;
     (void)slot;
     for (c = 0; c < job->chunks - 1; c++, partial += all) {
-        for (i = from; job->dw && i < SPMI_MIN(end, job->outputs * size); i++) job->dw[i] += partial[i];
+        if (job->dw && from < weights) {
+            SPMI_KERNEL(job->ctx, scale, (weights - from, 1.0f, partial + from, job->dw + from, 1, 0));
+        }
         for (i = SPMI_MAX(from, job->outputs * size); job->db && i < end; i++) {
             job->db[i - job->outputs * size] += partial[i];
         }

@@ -167,7 +167,7 @@ static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t
     const int64_t pixels = blocks * k, r = spmi_outer_rows(ctx), panel = pixels * r + 16;
     float *a = (float *)malloc(sizeof(float) * (size_t)(spmi_round_up(outputs, r) / r * panel));
     int64_t *b_at = (int64_t *)malloc(sizeof(int64_t) * (size_t)blocks), t, j;
-    spmi_outer g;
+    spmi_outer g = SPM_ZERO;
     SPMI_KERNEL(ctx, deal, (pixels, outputs, dy, outputs + 1, a, panel));
     for (t = 0; t < blocks; t++) b_at[t] = t * 17 % 29;
     for (j = 0; j < columns; j += g.columns) {
@@ -184,8 +184,10 @@ static void run_outer(spm_context *ctx, int64_t outputs, int64_t blocks, int64_t
         g.c_row = columns + 5;
         g.columns = spmi_outer_columns(ctx, columns - j);
         g.accumulate = accumulate;
-        g.ahead = x;
-        g.ahead_tiles = 0;
+        g.ahead[0].at = g.ahead[1].at = x; /* fetching changes nothing */
+        g.ahead[0].step = g.ahead[1].tile = 1;
+        g.ahead[0].tiles = j % 3;
+        g.ahead[1].tiles = j % 2;
         SPMI_KERNEL(ctx, outer, (&g));
     }
     free(a);
