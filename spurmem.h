@@ -26909,16 +26909,16 @@ static int spmi_modify_noisy(spm_modify modify)
     return modify == SPM_MODIFY_NOISE || modify == SPM_MODIFY_REINIT;
 }
 
-/* Where the mean outputs of a parameter's channels begin; behind them, for a qkv layer, those of the attention. */
+/* Where the mean outputs of a parameter's channels begin (of parameter n_parameters: how many there are in all); behind
+ * them, for a qkv layer, those of the attention. */
 static int64_t spmi_means_at(const spm_model *model, int parameter, int head)
 {
     spm_value attention;
-    int64_t at = 0;
+    int64_t at = head ? model->parameters[parameter].value.shape[0] : 0;
     int i;
-    for (i = 0; i <= parameter; i++) {
+    for (i = 0; i < parameter; i++) {
         const spm_parameter *p = &model->parameters[i];
         if (!(p->flags & SPM_PARAMETER_PRUNABLE)) continue;
-        if (i == parameter) return at + (head ? p->value.shape[0] : 0);
         at += p->value.shape[0] + (spmi_heads_of(model, p, &attention) ? p->value.shape[0] / 3 : 0);
     }
     return at;
@@ -26932,8 +26932,7 @@ SPMDEF spm_status spm_unit_means(spm_model *model, spm_dataset *dataset, const s
     spm_status status = SPM_OK;
     int kind, i;
     int64_t c, n = spm_dataset_split_size(dataset, split);
-    *means = (double *)spmi_alloc_array(model->ctx, spmi_means_at(model, model->n_parameters - 1, 0) + 1,
-                                        sizeof **means);
+    *means = (double *)spmi_alloc_array(model->ctx, SPMI_MAX(spmi_means_at(model, model->n_parameters, 0), 1), sizeof **means);
     if (!*means) return spmi_fail_memory(model->ctx, err, "mean outputs");
     desc.reading = *reading;
     desc.split = split;

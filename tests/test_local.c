@@ -1136,6 +1136,95 @@ static void mean_output(void)
     }
 }
 
+/* An allocator that finds out who writes behind what was asked for. */
+#define FENCE 1024
+
+static int broken_fences;
+
+static void *fenced_alloc(void *user, size_t bytes)
+{
+    unsigned char *memory = (unsigned char *)malloc(64 + bytes + FENCE);
+    (void)user;
+    if (!memory) return NULL;
+    memcpy(memory, &bytes, sizeof bytes);
+    memset(memory + 64 + bytes, 0x5a, FENCE);
+    return memory + 64;
+}
+
+static void fenced_free(void *user, void *pointer)
+{
+    unsigned char *memory = (unsigned char *)pointer;
+    size_t bytes, i;
+    int whole = 1;
+    (void)user;
+    if (!memory) return;
+    memcpy(&bytes, memory - 64, sizeof bytes);
+    for (i = 0; i < FENCE; i++) whole &= memory[bytes + i] == 0x5a;
+    broken_fences += !whole;
+    free(memory - 64);
+}
+
+/* A recorded program whose last parameter is ranked, without a norm, a bias or a head: the means are its raw outputs'. */
+static void mean_output_of_a_recorded_program(void)
+{
+    static const int64_t image[4] = { 0, TINY_SIZE, TINY_SIZE, 3 }, first[4] = { 8, 3, 3, 3 }, second[4] = { 64, 3, 3, 8 };
+    static float pixels[TINY_SIZE * TINY_SIZE * 3];
+    spm_context_desc fenced = SPM_ZERO;
+    tiny_counts counts = tiny_usual();
+    spm_program *program;
+    spm_value x, outer, inner;
+    spm_reading reading = tiny_reading();
+    spm_unit unit = SPM_ZERO;
+    spm_change change = SPM_ZERO;
+    spm_model *model;
+    spm_run *run;
+    double *means = NULL, sum[64] = { 0 };
+    int64_t n, i, j, c, cells = 0;
+    bench b = SPM_ZERO;
+    fenced.threads = 1;
+    fenced.alloc = fenced_alloc;
+    fenced.free = fenced_free;
+    broken_fences = 0;
+    memset(&last, 0, sizeof last);
+    b.ctx = spm_context_create(&fenced);
+    b.set = tiny_data(b.ctx, "set", &counts);
+    program = spm_program_create(b.ctx);
+    x = spm_program_input(program, "image", 4, image, 0);
+    inner = spm_conv2d(program, x, spm_program_parameter(program, "first", 4, first, SPM_INIT_HE_FAN_OUT, SPM_PARAMETER_PRUNABLE), 0, 2, 1, 1, 1);
+    outer = spm_conv2d(program, spm_relu(program, inner), spm_program_parameter(program, "second", 4, second, SPM_INIT_HE_FAN_OUT, SPM_PARAMETER_PRUNABLE), 0, 2, 1, 1, 1);
+    x = spm_global_pool(program, outer);
+    spm_program_output(program, "logits", x);
+    spm_program_output(program, "outputs", x);
+    model = b.model = spm_model_create(program, 1, &last);
+    CHECK_STR(last.text, "");
+    CHECK_INT(spm_unit_means(model, b.set, &reading, SPM_TRAIN, 1, &means, &last), SPM_OK);
+    CHECK_STR(last.text, "");
+    run = spm_run_create(model, NULL, NULL);
+    CHECK(spm_run_keep(run, outer) == SPM_OK);
+    n = spm_dataset_split_size(b.set, SPM_TRAIN);
+    for (i = 0; i < n; i++) {
+        spm_tensor out;
+        tiny_pixels(b.set, &reading, spm_dataset_split_ids(b.set, SPM_TRAIN)[i], pixels);
+        (void)spm_run_input(run, spm_program_find(program, "image"), pixels);
+        CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
+        out = spm_run_tensor(run, outer);
+        cells += spm_tensor_count(&out) / 64;
+        for (j = 0; j < spm_tensor_count(&out); j++) sum[j % 64] += (double)out.data[j];
+    }
+    for (c = 0; means && c < 64; c++) CHECK_NEAR(means[8 + c], sum[c] / (double)cells, 1e-5);
+    unit.parameter = 1;
+    unit.channel = 63;
+    change.modify = SPM_MODIFY_MEAN;
+    change.means = means;
+    CHECK_INT(spm_modify_units(model, &unit, 1, &change, &last), SPM_E_UNSUPPORTED); /* there is no bias to hold it */
+    CHECK(strstr(last.text, "second: ") != NULL);
+    spm_free(b.ctx, means);
+    CHECK_INT(broken_fences, 0);
+    spm_run_destroy(run);
+    bench_close(&b);
+    CHECK_INT(broken_fences, 0);
+}
+
 /* ---- the exhaustive scan ---- */
 
 static double scan_part(const spm_json_value *root, int64_t u, const char *what, const char *split, int g)
@@ -1404,6 +1493,7 @@ int main(void)
     TEST(single_weights);
     TEST(uniform_noise);
     TEST(mean_output);
+    TEST(mean_output_of_a_recorded_program);
     TEST(exhaustive_scan);
     TEST(paired_rows);
     TEST(paper_grid);
