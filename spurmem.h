@@ -27240,7 +27240,7 @@ static spm_status spmi_probe_create(spmi_probe *probe, spm_model *model, spm_dat
 /* ---- the study ---- */
 
 #define SPMI_SHOWN_WEIGHTS 20 /* of a ranking of single weights the result lists no more */
-#define SPMI_ROWS 512         /* most rows of one ranking */
+#define SPMI_ROWS (SPM_LOCALIZE_MAX * SPM_LOCALIZE_MAX) /* most rows of one ranking: every size with every std */
 
 /* A ranking that rows are made from.  Of single weights it holds every score, in the order of (parameter, index). */
 typedef struct spmi_ranking {

@@ -620,6 +620,33 @@ static void every_modification(void)
     bench_close(&b);
 }
 
+/* As many sizes and standard deviations as there may be: none is lost. */
+static void every_row_is_there(void)
+{
+    bench b = bench_open("resnet18:width=2,stem=cifar", 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root;
+    const spm_json_value *results, *row;
+    int64_t i;
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    desc.modify = SPM_MODIFY_NOISE;
+    desc.repeats = 1;
+    desc.report[SPM_TEST] = 1;
+    desc.n_top = desc.n_std = SPM_LOCALIZE_MAX;
+    for (i = 0; i < SPM_LOCALIZE_MAX; i++) {
+        desc.top[i] = i + 1;
+        desc.std[i] = 0.001 * (double)(i + 1);
+    }
+    root = study(&b, &desc);
+    results = spm_json_get(root, "results");
+    CHECK_INT(spm_json_length(results), SPM_LOCALIZE_MAX * SPM_LOCALIZE_MAX);
+    row = spm_json_at(results, spm_json_length(results) - 1);
+    CHECK_INT(spm_json_as_int(spm_json_get(row, "top"), -1), SPM_LOCALIZE_MAX);
+    CHECK_NEAR(spm_json_as_number(spm_json_get(row, "std"), -1), 0.001 * SPM_LOCALIZE_MAX, 1e-12);
+    spm_json_free(b.ctx, root);
+    bench_close(&b);
+}
+
 /* ---- controls ---- */
 
 typedef struct neighbour {
@@ -1486,6 +1513,7 @@ int main(void)
     TEST(rows_are_what_they_say);
     TEST(prefix_and_threads);
     TEST(every_modification);
+    TEST(every_row_is_there);
     TEST(controls_of_one_unit);
     TEST(number_of_controls);
     TEST(controls_of_single_weights);
