@@ -27867,15 +27867,16 @@ static void spmi_mean_add(spm_eval *mean, const spm_eval *eval, int64_t r, doubl
         spm_group_metrics *m = &mean->groups[g];
         const spm_group_metrics *e = &eval->groups[g];
         double weight = 1.0 / (double)(r + 1), delta = e->accuracy - m->accuracy;
+        if (m->count == 0) continue; /* it has no accuracy */
         m->accuracy += delta * weight;
         squares[g] += delta * (e->accuracy - m->accuracy);
         m->loss += (e->loss - m->loss) * weight;
         m->correct = (int64_t)floor(m->accuracy * (double)m->count + 0.5);
-        if (m->count) spm_wilson(m->correct, m->count, &m->ci_low, &m->ci_high);
+        spm_wilson(m->correct, m->count, &m->ci_low, &m->ci_high);
     }
 }
 
-/* The row "mean" of R repeats: mean accuracies and their standard deviations over the repeats. */
+/* The row "mean" of R repeats: mean accuracies and their standard deviations over the repeats, null for an empty group. */
 static void spmi_row_mean(spmi_study *s, const spmi_ranking *r, const spmi_row *row, const spm_eval *mean,
                           const double *squares)
 {
@@ -27887,8 +27888,9 @@ static void spmi_row_mean(spmi_study *s, const spmi_ranking *r, const spmi_row *
     for (i = 0; i < s->n_reported; i++) {
         spm_json_array_begin(s->json, spm_split_name((spm_split)s->reported[i]));
         for (g = 0; g < s->n_groups; g++) {
-            spm_json_number(s->json, NULL,
-                            sqrt(squares[s->reported[i] * s->n_groups + g] / (double)(row->repeats - 1)));
+            double sum = squares[s->reported[i] * s->n_groups + g];
+            spm_json_number(s->json, NULL, mean[s->reported[i]].groups[g].count ? sqrt(sum / (double)(row->repeats - 1))
+                                                                                : (double)NAN);
         }
         spm_json_array_end(s->json);
     }

@@ -620,6 +620,37 @@ static void every_modification(void)
     bench_close(&b);
 }
 
+/* A group without examples has no mean over repeats: nothing is correct in it, and there is no accuracy or deviation. */
+static void means_of_an_empty_group(void)
+{
+    bench b = bench_open("resnet18:width=2,stem=cifar", 1);
+    spm_localize_desc desc = usual_study(&b);
+    tiny_counts counts = tiny_usual();
+    spm_json_value *root;
+    const spm_json_value *mean, *group;
+    int g;
+    counts.group[2][1] = 0;
+    spm_dataset_close(b.set);
+    b.set = tiny_data(b.ctx, "gap", &counts);
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    desc.modify = SPM_MODIFY_NOISE;
+    desc.std[0] = 1.0;
+    desc.n_std = desc.n_top = 1;
+    desc.top[0] = 3;
+    desc.repeats = 3;
+    root = study(&b, &desc);
+    mean = spm_json_at(spm_json_get(root, "results"), 3);
+    CHECK_STR(spm_json_as_string(spm_json_get(mean, "repeat"), ""), "mean");
+    for (g = 0; g < 4; g++) {
+        group = spm_json_at(spm_json_get(spm_json_get(mean, "splits"), "test"), g);
+        CHECK(g == 1 ? spm_json_as_int(spm_json_get(group, "correct"), -1) == 0 : spm_json_as_int(spm_json_get(group, "correct"), -1) >= 0);
+        CHECK_INT(spm_json_type_of(spm_json_get(group, "accuracy")), g == 1 ? SPM_JSON_NULL : SPM_JSON_NUMBER);
+        CHECK_INT(spm_json_type_of(spm_json_at(spm_json_get(spm_json_get(mean, "accuracy_sd"), "test"), g)), g == 1 ? SPM_JSON_NULL : SPM_JSON_NUMBER);
+    }
+    spm_json_free(b.ctx, root);
+    bench_close(&b);
+}
+
 /* As many sizes and standard deviations as there may be: none is lost. */
 static void every_row_is_there(void)
 {
@@ -1513,6 +1544,7 @@ int main(void)
     TEST(rows_are_what_they_say);
     TEST(prefix_and_threads);
     TEST(every_modification);
+    TEST(means_of_an_empty_group);
     TEST(every_row_is_there);
     TEST(controls_of_one_unit);
     TEST(number_of_controls);
