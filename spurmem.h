@@ -1708,7 +1708,8 @@ typedef struct spm_gradient_share {
     double cosine;             /* of G_g and the whole gradient; NaN where one is 0 */
 } spm_gradient_share;
 /* Rows in the order of (parameter, group), of every parameter that has a gradient and every group that has examples.
- * Memory: a copy of the gradients per group.  *rows is freed with spm_free.  Test: test_ledger.c. */
+ * Memory: a copy of the gradients per group.  *rows is freed with spm_free.  Errors: a head with fewer classes than the
+ * data set has (SPM_E_SHAPE).  Test: test_ledger.c. */
 SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, const spm_reading *reading,
                                       spm_split split, int workers, spm_gradient_share **rows, int64_t *count,
                                       spm_error *err);
@@ -29518,15 +29519,18 @@ SPMDEF spm_status spm_gradient_shares(spm_model *model, spm_dataset *dataset, co
     spm_error *to = err ? err : &ctx->error;
     const int64_t *all = spm_dataset_split_ids(dataset, split);
     int64_t n = spm_dataset_split_size(dataset, split), total = 0, i, k, m, used, *ids;
-    int groups = spm_dataset_groups(dataset), g, p;
-    float **part = (float **)spmi_alloc_array(ctx, groups, sizeof *part);
+    int groups = spm_dataset_groups(dataset), classes, g, p;
+    float **part;
     spm_attr_desc attr = SPM_ZERO;
-    spm_status status = SPM_OK;
+    spm_status status = spmi_eval_classes(model, dataset, &classes, to);
+    *rows = NULL;
+    *count = 0;
+    if (status) return status;
     attr.reading = *reading;
     attr.split = split;
     attr.workers = workers;
-    *count = 0;
     for (p = 0; p < model->n_parameters; p++) total += spm_tensor_count(&model->parameters[p].value);
+    part = (float **)spmi_alloc_array(ctx, groups, sizeof *part);
     ids = (int64_t *)spmi_alloc_array(ctx, SPMI_MAX(n, 1), sizeof *ids);
     *rows = (spm_gradient_share *)spmi_alloc_array(ctx, (int64_t)model->n_parameters * groups, sizeof **rows);
     if (!part || !ids || !*rows) status = spmi_fail_memory(ctx, to, "gradient accounting");

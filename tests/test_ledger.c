@@ -238,6 +238,26 @@ static void gradient_shares(void)
     bench_close(&b);
 }
 
+/* A model whose head has fewer classes than the data: a sentence, and nothing is read behind the logits. */
+static void gradient_shares_of_other_classes(void)
+{
+    bench b = bench_open(SMALL, 1);
+    spm_dataset_desc desc = SPM_ZERO;
+    spm_gradient_share *rows = (spm_gradient_share *)&desc;
+    int64_t count = 7;
+    spm_dataset_close(b.set);
+    tiny_put(b.ctx, tiny_path("set", "metadata.csv"),
+             "img_id,img_filename,y,split,place,place_filename\n1,000.png,0,0,0,a\n2,001.png,1,0,0,a\n3,002.png,4,0,0,a\n4,003.png,4,0,1,b\n");
+    desc.path = tiny_path("set", "");
+    b.set = spm_dataset_open(b.ctx, &desc, &last);
+    CHECK_STR(last.text, "");
+    CHECK_INT(spm_gradient_shares(b.model, b.set, &b.reading, SPM_TRAIN, 1, &rows, &count, &last), SPM_E_SHAPE);
+    CHECK(rows == NULL && count == 0);
+    CHECK(strstr(last.text, "5 classes") && strstr(last.text, "head has 2"));
+    if (rows) spm_free(b.ctx, rows);
+    bench_close(&b);
+}
+
 int main(void)
 {
     tiny_begin("test_ledger");
@@ -245,5 +265,6 @@ int main(void)
     TEST(flip_counts);
     TEST(history);
     TEST(gradient_shares);
+    TEST(gradient_shares_of_other_classes);
     return TEST_END;
 }
