@@ -1645,8 +1645,8 @@ typedef struct spm_localize_desc {
      * modification, top 1 to 3 (zero 1 to 10), three std (five by magnitude), all rewinds.  criterion, unit, top,
      * fraction, std and modify are not read */
     int grid;
-    /* criterion exhaustive: 0 the fast way, 1 every unit by resuming at its block (bit-equal to the plain way), 2 every
-     * unit from the pictures */
+    /* criterion exhaustive: 0 the fast way (in fp32; under bf16 it is way 1), 1 every unit by resuming at its block
+     * (bit-equal to the plain way), 2 every unit from the pictures */
     int scan_plain;
     double screen;             /* exhaustive: share of units that first-order screening leaves out; 0: none */
     /* 1: instead of rankings and rows, every layer alone goes back to rewind_file[0], and with retrain_epochs is then
@@ -28357,6 +28357,12 @@ static spm_status spmi_scan_block_open(spmi_scan *scan)
     return SPM_OK;
 }
 
+/* The fast way updates in fp32 what a run under bf16 would compute from rounded operands: it would measure another network. */
+static int spmi_scan_is_fast(const spmi_scan *scan)
+{
+    return scan->s->desc->scan_plain == 0 && spm_context_precision(scan->s->ctx) == SPM_PRECISION_FP32;
+}
+
 /* All units of block b, numbers first..last, on one split. */
 static spm_status spmi_scan_block(spmi_scan *scan, int b, int64_t first, int64_t last)
 {
@@ -28364,7 +28370,7 @@ static spm_status spmi_scan_block(spmi_scan *scan, int b, int64_t first, int64_t
     spmi_probe *probe = scan->probe;
     spmi_level *level = &probe->levels[b];
     spm_value next = b + 1 < probe->n_levels ? probe->levels[b + 1].value : spm_program_find(s->model->program, "last");
-    int fast = b > 0 && !s->desc->scan_plain && level->values != NULL;
+    int fast = b > 0 && spmi_scan_is_fast(scan) && level->values != NULL;
     int64_t u, count;
     spm_status status = SPM_OK;
     memset(&scan->ending, 0, sizeof scan->ending);
@@ -28556,7 +28562,7 @@ static void spmi_scan_json(const spmi_scan *scan)
     spm_paired pairs[2][SPMI_SCAN_GROUPS + 2];
     int64_t u;
     spm_json_object_begin(json, "scan");
-    spm_json_string(json, "way", s->desc->scan_plain == 0 ? "fast" : s->desc->scan_plain == 1 ? "resumed" : "plain");
+    spm_json_string(json, "way", spmi_scan_is_fast(scan) ? "fast" : s->desc->scan_plain == 2 ? "plain" : "resumed");
     spm_json_int(json, "forwards", scan->forwards);
     spm_json_int(json, "unchanged", scan->unchanged);
     spm_json_number(json, "seconds", scan->seconds);

@@ -364,7 +364,8 @@ static const option options[] = {
     { O_PERMUTATIONS, LOCALIZE, 'i', "permutations", "N", "20", "shapley: orders of removal" },
     { O_TRUNCATION, LOCALIZE, 'n', "truncation", "F", "0.1", "shapley: an order ends this near to chance" },
     { O_SCAN, LOCALIZE, 'c', "scan", "fast|resumed|plain", "fast",
-      "exhaustive: rank-1 updates, resuming at the unit's block (bit-equal), or from the pictures" },
+      "exhaustive: rank-1 updates (fp32 alone, else resumed), resuming at the unit's block (bit-equal), or from the "
+      "pictures" },
     { O_SCREEN, LOCALIZE, 'n', "screen", "F", "0", "exhaustive: share of units left out by first-order screening" },
     { O_QUIRKS, LOCALIZE, 'b', "quirks", NULL, NULL, "repeat the study with each quirk switched and say what it changes" },
     { O_REPEATS, LOCALIZE, 'i', "repeats", "N", NULL, "repetitions (1; noise and reinit 10)" },

@@ -1377,6 +1377,44 @@ static void exhaustive_scan(void)
     }
 }
 
+/* Under bf16 rank-1 updates would be another network's: the fast way resumes there, and says so. */
+static void exhaustive_scan_in_bf16(void)
+{
+    spm_context_desc half = SPM_ZERO;
+    spm_json_value *root[3];
+    tiny_counts counts = tiny_usual();
+    int64_t u, units;
+    int way, g;
+    bench b = bench_open("resnet20:width=2", 1);
+    spm_localize_desc desc = usual_study(&b);
+    bench_close(&b);
+    half.threads = 1;
+    half.precision = SPM_PRECISION_BF16;
+    b.ctx = spm_context_create(&half);
+    b.set = tiny_data(b.ctx, "set", &counts);
+    b.model = tiny_model(b.ctx, "resnet20:width=2", 11);
+    desc.criterion = SPM_CRITERION_EXHAUSTIVE;
+    desc.top[0] = 1;
+    desc.n_top = 1;
+    for (way = 0; way < 3; way++) {
+        desc.scan_plain = way;
+        root[way] = study(&b, &desc);
+        CHECK_STR(spm_json_as_string(spm_json_get(spm_json_get(root[way], "scan"), "way"), ""), way == 2 ? "plain" : "resumed");
+    }
+    units = spm_json_length(spm_json_get(spm_json_get(root[0], "scan"), "units"));
+    CHECK(units > 0);
+    for (u = 0; u < units; u++) {
+        for (g = 0; g < 4; g++) {
+            for (way = 1; way < 3; way++) {
+                CHECK_NEAR(scan_drop(root[0], u, "test", g), scan_drop(root[way], u, "test", g), 0.0);
+                CHECK_NEAR(scan_part(root[0], u, "loss_rise", "train", g), scan_part(root[way], u, "loss_rise", "train", g), 0.0);
+            }
+        }
+    }
+    for (way = 0; way < 3; way++) spm_json_free(b.ctx, root[way]);
+    bench_close(&b);
+}
+
 /* ---- paired tests and the memory index ---- */
 
 static void paired_rows(void)
@@ -1555,6 +1593,7 @@ int main(void)
     TEST(mean_output);
     TEST(mean_output_of_a_recorded_program);
     TEST(exhaustive_scan);
+    TEST(exhaustive_scan_in_bf16);
     TEST(paired_rows);
     TEST(paper_grid);
     TEST(layers);
