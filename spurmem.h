@@ -1632,7 +1632,8 @@ typedef struct spm_localize_desc {
     const char *rewind_file[SPM_LOCALIZE_REWINDS]; /* checkpoints for rewind and layer-rewind, the first NULL ends them */
     spm_arch rewind_arch;      /* their architecture, where the file does not say */
     int64_t repeats;           /* 0: 1 (noise, reinit: 10) */
-    int64_t controls;          /* matched controls for the rows of the largest top or fraction; 0: none (the tool: 19) */
+    int64_t controls;          /* matched controls for the rows of the largest top or fraction, all distinct, so that a
+                                * small layer may have fewer; 0: none (the tool: 19) */
     int64_t samples, batch;
     int64_t steps, permutations; /* of spm_attr_desc */
     double truncation;
@@ -27479,45 +27480,81 @@ static spm_status spmi_control_measure(spmi_study *s, const spmi_trial *other, c
     return SPM_OK;
 }
 
+/* The controls of a row at work. */
+typedef struct spmi_pairing {
+    spm_unit *lists, *chosen; /* lists: of each changed unit, `stride` apart */
+    int64_t *counts, stride, base; /* how many stand in each list; the longest list */
+    int64_t *sets, n;         /* those that were measured: [n][units], each ascending, as parameter and channel in one number */
+    size_t room;              /* bytes at sets */
+} spmi_pairing;
+
+/* Fills chosen[] and the next of sets[] by the digits of t, so that every combination of the lists' places comes once: the
+ * longest list's places run with t, all others beside it, and unit u moves on by u places a lap.  Where an earlier unit has
+ * taken a place, the next free one.  Returns 0 if there is none, or if this set was measured. */
+static int spmi_control_pick(const spmi_trial *trial, spmi_pairing *p, int64_t t)
+{
+    int64_t n = trial->count, *set = p->sets + p->n * n, place = t % p->counts[p->base], lap = -1, u, i, tried;
+    t /= p->counts[p->base];
+    for (u = 0; u < n; u++) {
+        const spm_unit *mine = p->lists + u * p->stride;
+        int64_t at = place, key;
+        if (u != p->base) {
+            at += u * (place / p->counts[u]) + t % p->counts[u] + (lap < 0 ? 0 : u * lap);
+            if (lap < 0) lap = t % p->counts[u];
+            t /= p->counts[u];
+        }
+        at %= p->counts[u];
+        for (tried = 0; tried < p->counts[u] && spmi_is_selected(p->chosen, u, &mine[at]); tried++)
+            at = (at + 1) % p->counts[u];
+        if (tried == p->counts[u]) return 0;
+        p->chosen[u] = mine[at];
+        key = (int64_t)mine[at].parameter << 32 | mine[at].channel;
+        for (i = u; i > 0 && set[i - 1] > key; i--) set[i] = set[i - 1];
+        set[i] = key;
+    }
+    for (i = 0; i < p->n; i++) {
+        if (memcmp(p->sets + i * n, set, (size_t)n * sizeof *set) == 0) return 0;
+    }
+    return 1;
+}
+
 /* The matched controls of a row: control j changes, instead of each selected unit, its j-th nearest neighbour in norm
- * within the same parameter. Where a layer has fewer neighbours than controls are wanted, further laps pair them up
- * differently (unit i moves on by i places a lap); a single unit has as many controls as neighbours. */
+ * within the same parameter.  Where a layer has fewer neighbours than controls are wanted, further laps pair them up
+ * differently.  No set of units is measured twice, so that there may be fewer controls than wanted: a single unit has as
+ * many as neighbours, k of n units of a layer at most as many as there are ways to take k from the other n - k. */
 static spm_status spmi_study_controls(spmi_study *s, const spmi_trial *trial, const spm_eval *evals,
                                       spmi_tally *tally)
 {
-    int64_t widest = 1, u, j, wanted = s->desc->controls, *counts;
-    spm_unit *candidates, *chosen;
+    int64_t wanted = s->desc->controls, tries = 1, most = 1000 + 100 * SPMI_MIN(wanted, INT32_MAX), u, t;
+    spmi_pairing p = SPM_ZERO;
     spm_status status = SPM_OK;
-    for (u = 0; u < trial->count; u++) widest = SPMI_MAX(widest, spmi_units_in(s, &trial->units[u]));
-    candidates = (spm_unit *)spmi_alloc_array(s->ctx, (widest + 1) * trial->count, sizeof *candidates);
-    chosen = (spm_unit *)spmi_alloc_array(s->ctx, trial->count, sizeof *chosen);
-    counts = (int64_t *)spmi_alloc_array(s->ctx, trial->count, sizeof *counts);
-    if (!candidates || !chosen || !counts) status = spmi_fail_memory(s->ctx, s->err, "the controls");
-    for (u = 0; !status && u < trial->count; u++) {
-        counts[u] = spmi_control_candidates(s, trial, u, candidates + u * (widest + 1));
-        if (counts[u] == 0) wanted = 0;
-        if (trial->count == 1) wanted = SPMI_MIN(wanted, counts[u]);
+    if (trial->count == 0) return SPM_OK;
+    for (u = 0; u < trial->count; u++) p.stride = SPMI_MAX(p.stride, spmi_units_in(s, &trial->units[u]) + 1);
+    p.lists = (spm_unit *)spmi_alloc_array(s->ctx, p.stride * trial->count, sizeof *p.lists);
+    p.chosen = (spm_unit *)spmi_alloc_array(s->ctx, trial->count, sizeof *p.chosen);
+    p.counts = (int64_t *)spmi_alloc_array(s->ctx, trial->count, sizeof *p.counts);
+    if (!p.lists || !p.chosen || !p.counts) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+    for (u = 0; !status && u < trial->count; u++) { /* tries: all combinations, or `most` */
+        p.counts[u] = spmi_control_candidates(s, trial, u, p.lists + u * p.stride);
+        if (p.counts[u] > p.counts[p.base]) p.base = u;
+        tries = p.counts[u] && tries > most / p.counts[u] ? most : tries * p.counts[u];
     }
-    for (j = 0; !status && j < wanted; j++) {
+    for (t = 0; !status && t < tries && p.n < wanted; t++) {
+        size_t row = (size_t)trial->count * sizeof *p.sets, used = (size_t)p.n * row;
+        void *memory = p.sets;
         spmi_trial other = *trial;
-        int complete = 1;
-        for (u = 0; u < trial->count && complete; u++) {
-            const spm_unit *mine = candidates + u * (widest + 1);
-            int64_t at = (j + u * (j / counts[u])) % counts[u], tried;
-            for (tried = 0; tried < counts[u] && spmi_is_selected(chosen, u, &mine[at]); tried++)
-                at = (at + 1) % counts[u];
-            complete = tried < counts[u];
-            chosen[u] = mine[at];
-            tally->gap += chosen[u].score / (double)trial->count;
-        }
-        if (!complete) break;
-        other.units = chosen;
-        other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)j);
+        if (!spmi_grow(s->ctx, &memory, used, &p.room, used + row)) status = spmi_fail_memory(s->ctx, s->err, "the controls");
+        p.sets = (int64_t *)memory;
+        if (status || !spmi_control_pick(trial, &p, t)) continue;
+        other.units = p.chosen;
+        other.change.seed = spm_random_key(trial->change.seed, 0x636f6e74u, (uint64_t)p.n++);
+        for (u = 0; u < trial->count; u++) tally->gap += p.chosen[u].score / (double)trial->count;
         status = spmi_control_measure(s, &other, evals, tally);
     }
-    spmi_free(s->ctx, candidates);
-    spmi_free(s->ctx, chosen);
-    spmi_free(s->ctx, counts);
+    spmi_free(s->ctx, p.lists);
+    spmi_free(s->ctx, p.chosen);
+    spmi_free(s->ctx, p.counts);
+    spmi_free(s->ctx, p.sets);
     return status;
 }
 
@@ -28357,7 +28394,8 @@ static spm_status spmi_scan_block_open(spmi_scan *scan)
     return SPM_OK;
 }
 
-/* The fast way updates in fp32 what a run under bf16 would compute from rounded operands: it would measure another network. */
+/* The fast way updates in fp32 what a run under bf16 would compute from rounded operands: beside such a run it would
+ * measure another network. */
 static int spmi_scan_is_fast(const spmi_scan *scan)
 {
     return scan->s->desc->scan_plain == 0 && spm_context_precision(scan->s->ctx) == SPM_PRECISION_FP32;

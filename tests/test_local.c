@@ -535,7 +535,7 @@ static void prefix_and_threads(void)
         spm_localize_desc desc = usual_study(&b);
         desc.prefix_bytes = variant < 4 ? bytes[variant] : 0;
         desc.batch = variant == 1 ? 5 : variant == 2 ? 1 : 0;
-        desc.controls = 3;
+        desc.controls = 9;
         desc.top[0] = 2;
         desc.n_top = 1;
         text = study_text(&b, &desc);
@@ -766,6 +766,106 @@ static void controls_of_one_unit(void)
     spm_json_free(b.ctx, root);
     restore_all(b.model, all, 1);
     bench_close(&b);
+}
+
+static int double_order(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Where more controls are wanted than there are sets of other units, each set is measured, and once: the drops are those
+ * of all sets, changed one by one here. `per`: units of conv1 and of layer1.0.conv1 (8 channels each) that are studied. */
+static void check_all_controls(const int *per, int64_t sets)
+{
+    static const char names[2][24] = { "conv1.weight", "layer1.0.conv1.weight" };
+    bench b = bench_open(TINY_ARCH, 2);
+    spm_localize_desc desc = usual_study(&b);
+    spm_json_value *root;
+    const spm_json_value *controls;
+    float **all;
+    spm_eval base, real, other;
+    double drops[4][64];
+    int parameter[2], k, bits[2], g, studied[2] = { 0, 0 };
+    int64_t n = 0, u, at_least[4] = { 0, 0, 0, 0 }, i;
+    spm_unit units[8];
+    for (k = 0; k < 2; k++) { /* the rows that magnitude finds first */
+        spm_parameter *p;
+        parameter[k] = spm_model_find_parameter(b.model, names[k]);
+        p = spm_model_parameter(b.model, parameter[k]);
+        for (i = 0; i < per[k]; i++) p->value.data[2 * i * row_size(p)] = 30.0f + (float)i;
+        for (i = 0; i < per[k]; i++) studied[k] |= 1 << (2 * i);
+    }
+    spm_model_touch(b.model);
+    all = save_all(b.model);
+    desc.criterion = SPM_CRITERION_MAGNITUDE;
+    desc.modify = SPM_MODIFY_ZERO;
+    desc.top[0] = per[0] + per[1];
+    desc.n_top = 1;
+    desc.controls = 63;
+    desc.report[SPM_TRAIN] = 1;
+    root = study(&b, &desc);
+    base = evaluated(&b, SPM_TRAIN);
+    for (u = 0; u < desc.top[0]; u++) {
+        units[u] = unit_at(&b, root, 0, u);
+        CHECK(studied[units[u].parameter == parameter[1]] >> units[u].channel & 1);
+    }
+    (void)modify_units(b.model, units, desc.top[0], SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+    real = evaluated(&b, SPM_TRAIN);
+    restore_all(b.model, all, 0);
+    for (bits[0] = 0; bits[0] < 256; bits[0]++) {
+        for (bits[1] = 0; bits[1] < 256; bits[1]++) {
+            int fits = 1;
+            for (k = 0, u = 0; k < 2; k++) {
+                int count = 0;
+                for (i = 0; i < 8; i++) count += bits[k] >> i & 1;
+                fits &= count == per[k] && !(bits[k] & studied[k]);
+                for (i = 0; fits && i < 8; i++) {
+                    if (!(bits[k] >> i & 1)) continue;
+                    units[u].parameter = parameter[k];
+                    units[u++].channel = i;
+                }
+            }
+            if (!fits || n >= 64) continue;
+            (void)modify_units(b.model, units, u, SPM_MODIFY_ZERO, 0, 0, NULL, NULL);
+            other = evaluated(&b, SPM_TRAIN);
+            for (g = 0; g < 4; g++) {
+                drops[g][n] = base.groups[g].accuracy - other.groups[g].accuracy;
+                at_least[g] += drops[g][n] >= base.groups[g].accuracy - real.groups[g].accuracy;
+            }
+            n++;
+            spm_eval_free(b.ctx, &other);
+            restore_all(b.model, all, 0);
+        }
+    }
+    CHECK_INT(n, sets);
+    controls = spm_json_get(spm_json_at(spm_json_get(root, "results"), 0), "controls");
+    CHECK_INT(spm_json_length(controls), 4);
+    for (g = 0; g < 4; g++) {
+        const spm_json_value *entry = spm_json_at(controls, g), *list = spm_json_get(entry, "drops");
+        double measured[64];
+        CHECK_INT(spm_json_as_int(spm_json_get(entry, "n"), -1), n);
+        CHECK_INT(spm_json_length(list), n);
+        CHECK_NEAR(spm_json_as_number(spm_json_get(entry, "p_value"), -9), (1.0 + (double)at_least[g]) / ((double)n + 1.0), 1e-8);
+        for (i = 0; i < n; i++) measured[i] = spm_json_as_number(spm_json_at(list, i), -9);
+        qsort(measured, (size_t)n, sizeof measured[0], double_order);
+        qsort(drops[g], (size_t)n, sizeof drops[g][0], double_order);
+        for (i = 0; i < n; i++) CHECK_NEAR(measured[i], drops[g][i], 1e-8);
+    }
+    spm_eval_free(b.ctx, &base);
+    spm_eval_free(b.ctx, &real);
+    spm_json_free(b.ctx, root);
+    restore_all(b.model, all, 1);
+    bench_close(&b);
+}
+
+static void controls_are_distinct(void)
+{
+    static const int pair[2] = { 2, 0 }, three[2] = { 3, 0 }, four[2] = { 4, 0 }, one_each[2] = { 1, 1 };
+    check_all_controls(pair, 15);     /* 2 of the 6 others */
+    check_all_controls(three, 10);    /* 3 of 5 */
+    check_all_controls(four, 1);      /* 4 of 4 */
+    check_all_controls(one_each, 49); /* 7 times 7 */
 }
 
 static void number_of_controls(void)
@@ -1385,9 +1485,10 @@ static void exhaustive_scan_in_bf16(void)
     tiny_counts counts = tiny_usual();
     int64_t u, units;
     int way, g;
-    bench b = bench_open("resnet20:width=2", 1);
-    spm_localize_desc desc = usual_study(&b);
-    bench_close(&b);
+    spm_localize_desc desc;
+    bench b = SPM_ZERO;
+    b.reading = tiny_reading();
+    desc = usual_study(&b);
     half.threads = 1;
     half.precision = SPM_PRECISION_BF16;
     b.ctx = spm_context_create(&half);
@@ -1585,6 +1686,7 @@ int main(void)
     TEST(means_of_an_empty_group);
     TEST(every_row_is_there);
     TEST(controls_of_one_unit);
+    TEST(controls_are_distinct);
     TEST(number_of_controls);
     TEST(controls_of_single_weights);
     TEST(rules_and_sentences);
