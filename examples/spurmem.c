@@ -501,7 +501,8 @@ static void help_command(const command *c)
                "unit, fraction with order and dropout_p, rewind, changed, accuracy_sd (row \"mean\"), paired (examples lost\n"
                "and gained with McNemar's exact p), memory_index (spurious-memory index with 95 %% interval, of all\n"
                "minority groups and of each group); scan (exhaustive): way, forwards, seconds, screening, units with\n"
-               "block, norm, drop and loss_rise by split and group, memory_index.  Single weights have no controls.\n");
+               "block, norm, drop and loss_rise by split and group, memory_index.  Controls are distinct sets of other\n"
+               "units, or of other single weights: n says how many were found and measured.\n");
     }
 }
 
@@ -1365,14 +1366,13 @@ static int find_rewinds(const cli *line, spm_localize_desc *desc, char names[][1
     if (!at && desc->grid) {
         spm_checkpoint_info info;
         spm_error ignored = SPM_ZERO;
-        if (spm_checkpoint_inspect(line->ctx, file, &info, &ignored)) info.epoch = -1;
+        int64_t epoch = spm_checkpoint_inspect(line->ctx, file, &info, &ignored) ? -1 : info.epoch;
         for (back = 5; back <= 10; back += 5) {
             snprintf(names[n], 1024, "%.*sepoch-%03lld.safetensors", folder < 900 ? folder : 900, file,
-                     (long long)info.epoch - back);
-            if (info.epoch >= back && !spm_checkpoint_inspect(line->ctx, names[n], &info, &ignored)) {
+                     (long long)epoch - back);
+            if (epoch >= back && !spm_checkpoint_inspect(line->ctx, names[n], &info, &ignored))
                 n++;
-                info.epoch += back;
-            } else
+            else
                 fprintf(stderr, "grid: no checkpoint %d epochs earlier beside %s (train with --keep-every 5): rewind by %d "
                                 "is left out\n", back, file, back);
         }

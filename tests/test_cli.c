@@ -556,6 +556,45 @@ static void test_localize_kinds(void)
     FAILS(2, "exhaustive", "train --criterion exhaustive --data birds --arch resnet18 --out never");
 }
 
+/* The grid rewinds by 5 and by 10 epochs; where one of the two checkpoints is missing, by the other. */
+static void test_grid_rewinds(void)
+{
+    static const char folder[] = "grid/";
+    spm_arch arch = SPM_ZERO;
+    spm_checkpoint_info info = SPM_ZERO;
+    spm_error why = SPM_ZERO;
+    spm_model *model;
+    const spm_json_value *results;
+    int64_t i;
+    int epoch, rewinds = 0;
+    arch.height = arch.width_px = 32;
+    arch.classes = 2;
+    CHECK(spm_arch_parse(ctx, "resnet20:width=2", &arch, &why) == SPM_OK);
+    CHECK(spm_directory_create(ctx, folder, NULL) == SPM_OK);
+    info.arch = arch;
+    info.transform = spm_transform_make(32, 32);
+    for (epoch = 2; epoch <= 12; epoch += 10) { /* epoch-007 is not there */
+        char path[64];
+        model = spm_model_build(ctx, &arch, (uint64_t)epoch, &why);
+        CHECK_STR(why.text, "");
+        info.epoch = epoch;
+        snprintf(path, sizeof path, "%sepoch-%03d.safetensors", folder, epoch);
+        CHECK(spm_checkpoint_save(model, path, &info, &why) == SPM_OK);
+        spm_model_destroy(model);
+    }
+    RUNS(0, "localize --grid paper --repeats 1 --controls 0 --data birds --checkpoint grid/epoch-012.safetensors --json -");
+    SAYS("no checkpoint 5 epochs earlier");
+    CHECK(strstr(err, "no checkpoint 10 epochs earlier") == NULL);
+    results = list(parse(out), "results");
+    for (i = 0; i < spm_json_length(results); i++) {
+        const spm_json_value *row = spm_json_at(results, i);
+        if (strcmp(string(row, "modify"), "rewind") != 0) continue;
+        CHECK_STR(string(row, "rewind"), "grid/epoch-002.safetensors");
+        rewinds++;
+    }
+    CHECK(rewinds > 0);
+}
+
 static void test_ledger(void)
 {
     const spm_json_value *object;
@@ -1183,6 +1222,7 @@ int main(void)
         TEST(test_localize);
         TEST(test_localize_more);
         TEST(test_localize_kinds);
+        TEST(test_grid_rewinds);
         TEST(test_ledger);
         TEST(test_intervene);
         TEST(test_predict);
