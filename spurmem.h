@@ -1313,8 +1313,10 @@ SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc
 SPMDEF void spm_loader_destroy(spm_loader *loader); /* at any time, also amid an epoch; NULL is fine */
 /* Begins an epoch over order[0..n) (ids, copied; one may come several times), or over the whole split when order is
  * NULL (shuffled if the desc says so).  Ends an epoch under way and clears the loader's error.  Errors (also kept in
- * spm_loader_error): an empty split, no full batch with drop_last, an unknown id. */
+ * spm_loader_error): an empty split, no full batch with drop_last, an unknown id.  An example that comes again in the order
+ * is augmented anew.  Resume goes on at order[from] with the floats that start would give from there. */
 SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n);
+SPMDEF spm_status spm_loader_resume(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n, int64_t from);
 /* 1 and a batch; 0 at the end; -1 after an error: batches before the bad one are delivered, then the first bad example
  * in the order is reported.  With skip_bad_images bad pictures are left out instead (see spm_dataset_bad); a split of
  * which none is left is an error. */
@@ -1335,7 +1337,7 @@ typedef struct spm_checkpoint_info {
                                 * arch but its names are zero and the caller's to fill */
     int64_t epoch;             /* -1: unknown */
     char method[32];           /* "erm", "intervene" ... or "" */
-    char class_names[512];     /* joined by '|', or "" */
+    char class_names[4096];    /* joined by '|', or ""; '|' and '\\' inside a name follow a '\\' */
     char source[16];           /* "safetensors", "torch zip", "torch legacy" */
 } spm_checkpoint_info;
 
@@ -23948,7 +23950,7 @@ typedef struct spmi_loader_slot {
 
 /* Positions 0..n of the epoch's order are taken in turn by the workers; position p belongs to batch p / batch, which
  * lies in slot (p / batch) % slots as soon as the batch before it in that slot has been given back. Who decodes what
- * has no influence: an example's floats depend on (seed, epoch, example) only. */
+ * has no influence: an example's floats depend on (seed, epoch, example, times it came before in the epoch) only. */
 struct spm_loader {
     spm_context *ctx;
     spm_dataset *dataset;
@@ -23957,6 +23959,8 @@ struct spm_loader {
     spmi_loader_slot slot[SPMI_LOADER_SLOTS];
     int slots;
     int64_t *order;
+    uint32_t *draw;       /* [order_room] how often the example of a position came before */
+    uint32_t *seen;       /* [data set] how often an example came so far, while an order is read */
     int64_t order_room;
     int64_t n, next;      /* examples of this epoch; the next one to be taken */
     int64_t batches, delivered, released, given; /* given: examples handed out in this epoch */
@@ -23987,6 +23991,7 @@ static spm_status spmi_loader_fill(spm_loader *loader, int64_t p, spm_error *why
     const int disturbs = spmi_augment_disturbs(&loader->desc);
     int owned = 0;
     spm_status status;
+    if (loader->draw[p]) key = spm_random_key(key, 0x64726177u, loader->draw[p]);
     slot->id[at] = id;
     slot->y[at] = example->y;
     slot->confounder[at] = example->confounder;
@@ -24109,6 +24114,8 @@ SPMDEF void spm_loader_destroy(spm_loader *loader)
         spmi_free(ctx, loader->slot[i].left_out);
     }
     spmi_free(ctx, loader->order);
+    spmi_free(ctx, loader->draw);
+    spmi_free(ctx, loader->seen);
     spmi_free(ctx, loader);
 }
 
@@ -24211,7 +24218,24 @@ SPMDEF spm_loader *spm_loader_create(spm_dataset *dataset, const spm_loader_desc
     return loader;
 }
 
-SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n)
+/* Memory for an order of n examples. */
+static spm_status spmi_loader_room(spm_loader *loader, int64_t n)
+{
+    if (n > loader->order_room) {
+        spmi_free(loader->ctx, loader->order);
+        spmi_free(loader->ctx, loader->draw);
+        loader->order = (int64_t *)spmi_alloc_array(loader->ctx, n, sizeof *loader->order);
+        loader->draw = (uint32_t *)spmi_alloc_array(loader->ctx, n, sizeof *loader->draw);
+        loader->order_room = loader->order && loader->draw ? n : 0;
+    }
+    if (!loader->seen) {
+        loader->seen = (uint32_t *)spmi_alloc_array(loader->ctx, loader->dataset->count, sizeof *loader->seen);
+    }
+    if (loader->order_room && loader->seen) return SPM_OK;
+    return spmi_fail_memory(loader->ctx, &loader->error, "the order of examples");
+}
+
+SPMDEF spm_status spm_loader_resume(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n, int64_t from)
 {
     const int64_t *split = spm_dataset_split_ids(loader->dataset, loader->desc.split);
     int64_t i, b, batch = loader->desc.batch, batches;
@@ -24223,12 +24247,11 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
         return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA, "%s: the %s split has no examples",
                          loader->dataset->path, spm_split_name(loader->desc.split));
     }
-    if (n > loader->order_room) {
-        spmi_free(loader->ctx, loader->order);
-        loader->order = (int64_t *)spmi_alloc_array(loader->ctx, n, sizeof *loader->order);
-        loader->order_room = loader->order ? n : 0;
-        if (!loader->order) return spmi_fail_memory(loader->ctx, &loader->error, "the order of examples");
+    if (from < 0 || from >= n) {
+        return spmi_fail(loader->ctx, &loader->error, SPM_E_ARGUMENT, "an epoch of %ld examples has no position %ld",
+                         (long)n, (long)from);
     }
+    if (spmi_loader_room(loader, n)) return loader->error.status;
     if (order) {
         for (i = 0; i < n; i++) {
             if (order[i] < 0 || order[i] >= loader->dataset->count) {
@@ -24243,6 +24266,11 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     } else {
         memcpy(loader->order, split, (size_t)n * sizeof *split);
     }
+    memset(loader->seen, 0, (size_t)loader->dataset->count * sizeof *loader->seen);
+    for (i = 0; i < n; i++) loader->draw[i] = loader->seen[loader->order[i]]++;
+    n -= from;
+    memmove(loader->order, loader->order + from, (size_t)n * sizeof *loader->order);
+    memmove(loader->draw, loader->draw + from, (size_t)n * sizeof *loader->draw);
     batches = loader->desc.drop_last ? n / batch : (n - 1) / batch + 1;
     if (!batches) {
         return spmi_fail(loader->ctx, &loader->error, SPM_E_DATA,
@@ -24263,6 +24291,11 @@ SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int6
     spmi_lock_leave(&loader->lock);
 #endif
     return SPM_OK;
+}
+
+SPMDEF spm_status spm_loader_start(spm_loader *loader, int64_t epoch, const int64_t *order, int64_t n)
+{
+    return spm_loader_resume(loader, epoch, order, n, 0);
 }
 
 /* Gives the caller's batch back and waits until the next one is complete (or makes it, without workers). */
@@ -29722,6 +29755,7 @@ typedef struct spmi_trainer {
     int cells;                             /* see spm_method */
     float *table[SPMI_TABLES];             /* (state) */
     float *q;                              /* groupdro: weights of the cells (state) */
+    double *rise;                          /* [cells] groupdro: logarithms of what a step multiplies them with */
     float *target, *weight, *cell_weight;  /* [batch][C], [batch], [cells] */
     float **keep;   /* per parameter: the pruned branch's mask or NULL (state, inside an epoch) */
     float **frozen; /* mask mode freeze: the values that stay, where keep is 0 */
@@ -29877,6 +29911,11 @@ static spm_status spmi_cut_back(spm_context *ctx, const char *path, int64_t byte
         (void)remove(path);
         return SPM_OK;
     }
+    if (bytes < 0 || spmi_path_kind(path) != 1) {
+        return spmi_fail(ctx, err, SPM_E_FORMAT,
+                         "%s: the saved state counts on %ld bytes in this file, which is not there; restore it, or give "
+                         "the file that the run began with", path, (long)bytes);
+    }
     status = spm_file_read(ctx, path, &data, &size, err);
     if (!status && (int64_t)size < bytes) {
         status = spmi_fail(ctx, err, SPM_E_FORMAT,
@@ -29946,6 +29985,9 @@ static spm_status spmi_train_config(spmi_trainer *t)
     spm_json_string(json, "initial_checkpoint", d->checkpoint);
     spm_json_int(json, "seed", (int64_t)d->seed);
     spm_json_string(json, "isa", spm_isa_name(spm_context_isa(t->ctx)));
+    spm_json_string(json, "conv", t->ctx->desc.direct_convolution ? "direct" : "auto");
+    spm_json_bool(json, "exif", t->dataset->desc.apply_exif);
+    spm_json_string(json, "on_bad_image", t->dataset->desc.skip_bad_images ? "skip" : "stop");
     spm_json_string(json, "precision", t->ctx->half == 0 ? "fp32" : t->ctx->half == 1 ? "bf16" : "bf16 pairs");
     spm_json_int(json, "epochs", d->epochs);
     spm_json_int(json, "batch", d->batch);
@@ -30199,7 +30241,8 @@ static double spmi_state_number(const spmi_state_walk *walk, const char *key, do
 
 static int64_t spmi_state_whole(const spmi_state_walk *walk, const char *key, int64_t value)
 {
-    return (int64_t)spmi_state_number(walk, key, (double)value);
+    const double number = spmi_state_number(walk, key, (double)value);
+    return number >= -9e15 && number <= 9e15 ? (int64_t)number : -1;
 }
 
 static void spmi_state_numbers(spmi_trainer *t, const spmi_state_walk *walk)
@@ -30220,6 +30263,44 @@ static void spmi_state_numbers(spmi_trainer *t, const spmi_state_walk *walk)
     t->metrics_bytes = spmi_state_whole(walk, "metrics_bytes", t->metrics_bytes);
     t->events_bytes = spmi_state_whole(walk, "events_bytes", t->events_bytes);
     t->steps_bytes = spmi_state_whole(walk, "steps_bytes", t->steps_bytes);
+}
+
+static spm_status spmi_state_damaged(spmi_trainer *t, const char *what)
+{
+    return spmi_fail(t->ctx, t->err, SPM_E_FORMAT,
+                     "%s/state.safetensors: is damaged: %s cannot be; restore the file or start a new run", t->desc->out,
+                     what);
+}
+
+/* 1 for a whole number that counts epochs, copies or cells. */
+static int spmi_is_count(float value)
+{
+    return value >= 0.0f && value <= 1e6f && floorf(value) >= value;
+}
+
+/* Refuses what no run can have saved, before anything is computed from it. */
+static spm_status spmi_state_check(spmi_trainer *t)
+{
+    static const int counted[] = { SPMI_TABLE_WRONG, SPMI_TABLE_CELL, SPMI_TABLE_COPIES };
+    const int64_t n = spm_dataset_size(t->dataset);
+    int64_t i;
+    int k;
+    if (t->epoch < 0 || t->epoch > INT32_MAX) return spmi_state_damaged(t, "epoch");
+    if (t->position < 0 || t->position > INT64_MAX / 2) return spmi_state_damaged(t, "position");
+    if (t->step < 0 || t->step > INT64_MAX / 2) return spmi_state_damaged(t, "step");
+    if (t->retrained && t->epoch < t->epochs) {
+        return spmi_fail(t->ctx, t->err, SPM_E_STATE,
+                         "%s: this run has its new last layer already, which more epochs would undo; give another --out",
+                         t->desc->out);
+    }
+    for (k = 0; k < 3; k++) {
+        const float *table = t->table[counted[k]];
+        for (i = 0; table && i < n; i++) {
+            if (!spmi_is_count(table[i]) || (counted[k] == SPMI_TABLE_CELL && table[i] >= (float)t->cells))
+                return spmi_state_damaged(t, spmi_table_name(counted[k]));
+        }
+    }
+    return SPM_OK;
 }
 
 static spm_status spmi_state_save(spmi_trainer *t)
@@ -30263,6 +30344,7 @@ static spm_status spmi_state_load(spmi_trainer *t)
     spmi_state_numbers(t, &walk);
     if (t->biased) spm_optimizer_set_steps(t->biased_optimizer, spm_optimizer_steps(t->optimizer));
     status = spmi_state_walk_all(t, &walk);
+    if (!status) status = spmi_state_check(t);
     spm_archive_close(walk.archive);
     spmi_free(t->ctx, path);
     spm_model_touch(t->model);
@@ -30363,7 +30445,11 @@ static spm_status spmi_train_memorized(spmi_trainer *t)
         } else
             status = spm_archive_read_f32(archive, tensor, wrong, t->err);
     }
-    for (i = 0; !status && i < n; i++) bins = SPMI_MAX(bins, (int64_t)wrong[ids[i]] + 1);
+    for (i = 0; !status && i < n; i++) {
+        if (spmi_is_count(wrong[ids[i]])) bins = SPMI_MAX(bins, (int64_t)wrong[ids[i]] + 1);
+        else status = spmi_fail(t->ctx, t->err, SPM_E_FORMAT, "%s: its history is damaged: example %ld was wrong in %g "
+                                "epochs", path, (long)ids[i], (double)wrong[ids[i]]);
+    }
     if (!status) {
         histogram = (int64_t *)spmi_alloc_array(t->ctx, bins, sizeof *histogram);
         if (!histogram) status = spmi_fail_memory(t->ctx, t->err, "the history");
@@ -30412,7 +30498,7 @@ static spm_status spmi_train_pool(spmi_trainer *t)
         double weight = count ? (double)t->n_pool / ((double)count * (double)seen) : 1.0;
         int balance = t->desc->method == SPM_METHOD_REWEIGHT
                       || (t->desc->method == SPM_METHOD_INTERVENE && t->desc->group_weighting);
-        if (balance && t->desc->weight_power < 1.0f) weight = pow(weight, (double)t->desc->weight_power);
+        if (balance && fabsf(t->desc->weight_power - 1.0f) > 0.0f) weight = pow(weight, (double)t->desc->weight_power);
         t->cell_weight[c] = balance ? (float)weight : 1.0f;
     }
     return SPM_OK;
@@ -30890,7 +30976,7 @@ static void spmi_train_targets(spmi_trainer *t, const spm_batch *batch)
 /* Group DRO: moves q by the batch's mean losses and weighs the examples of cell c by q_c / (their number). */
 static void spmi_train_dro(spmi_trainer *t, const spm_batch *batch, const float *outputs)
 {
-    double total = 0.0;
+    double total = 0.0, most = 0.0;
     int64_t i;
     int c;
     for (c = 0; c < t->cells; c++) {
@@ -30903,7 +30989,13 @@ static void spmi_train_dro(spmi_trainer *t, const spm_batch *batch, const float 
         }
         if (count) loss /= (double)count;
         if (all) loss += (double)t->desc->dro_adjust / sqrt((double)all);
-        t->q[c] = all ? (float)((double)t->q[c] * exp((double)t->desc->dro_step * loss)) : 0.0f;
+        t->rise[c] = (double)t->desc->dro_step * loss;
+        if (all) most = SPMI_MAX(most, t->rise[c]);
+    }
+    most = most > 80.0 ? most : 0.0; /* only ratios count: no exponential leaves the floats */
+    for (c = 0; c < t->cells; c++) {
+        const int none = t->cell_start[c + 1] == t->cell_start[c];
+        t->q[c] = none ? 0.0f : (float)((double)t->q[c] * exp(t->rise[c] - most));
         total += (double)t->q[c];
     }
     for (c = 0; c < t->cells; c++) {
@@ -31089,10 +31181,19 @@ static spm_checkpoint_info spmi_train_info(spmi_trainer *t)
     info.has_arch = 1;
     info.epoch = t->epoch;
     (void)spmi_format(info.method, sizeof info.method, "%s", spm_method_name(t->desc->method));
-    for (c = 0; c < spm_dataset_classes(t->dataset) && at < sizeof info.class_names; c++) {
-        int n = spmi_format(info.class_names + at, sizeof info.class_names - at, "%s%s", c ? "|" : "",
-                            spm_dataset_class_name(t->dataset, c));
-        at += n > 0 ? (size_t)n : 0;
+    for (c = 0; c < spm_dataset_classes(t->dataset); c++) { /* names that do not fit are left out: numbers stand in */
+        const char *name = spm_dataset_class_name(t->dataset, c);
+        size_t length = at;
+        if (c) info.class_names[length++] = '|';
+        for (; *name && length + 3 < sizeof info.class_names; name++) {
+            if (*name == '|' || *name == '\\') info.class_names[length++] = '\\';
+            info.class_names[length++] = *name;
+        }
+        if (*name) {
+            info.class_names[at] = 0;
+            break;
+        }
+        at = length;
     }
     return info;
 }
@@ -31337,6 +31438,7 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     char name[48];
     if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->epochs) status = spmi_train_evaluate(t);
     if (!status) status = spmi_train_save(t, "last.safetensors");
+    if (!status && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
     if (!status) status = spmi_train_history_write(t);
     if (!status && t->desc->keep_every > 0 && (t->epoch + 1) % t->desc->keep_every == 0) {
         (void)spmi_format(name, sizeof name, "epoch-%03ld.safetensors", (long)t->epoch);
@@ -31409,7 +31511,8 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     spm_run_step(t->dense, (uint64_t)t->epoch);
     if (t->pruned) spm_run_step(t->pruned, (uint64_t)t->epoch);
     if (t->biased) spm_run_step(t->biased_run, (uint64_t)t->epoch);
-    status = spm_loader_start(t->loader, t->epoch, t->order + t->position, end - t->position);
+    if (t->position > 0 && (t->position >= end || t->position % t->desc->batch)) return spmi_state_damaged(t, "position");
+    status = spm_loader_resume(t->loader, t->epoch, t->order, end, t->position);
     if (status) return spmi_fail(t->ctx, t->err, status, "%s", spm_loader_error(t->loader)->text);
     since = spmi_seconds();
     while (!t->stopped && (more = spm_loader_next(t->loader, &batch)) > 0) {
@@ -31846,6 +31949,22 @@ static void spmi_dfr_fit(spmi_trainer *t, spmi_retrain *r, uint64_t draw, int ha
     }
 }
 
+/* Says how far the fits of the new last layer are; 1 when the caller wants to stop. */
+static int spmi_retrain_report(spmi_trainer *t, int64_t done, int64_t total)
+{
+    spm_progress progress = SPM_ZERO;
+    char what[64];
+    if (!t->desc->progress || t->stopped) return t->stopped;
+    (void)spmi_format(what, sizeof what, "%s: the last layer", spm_method_name(t->desc->method));
+    progress.what = what;
+    progress.unit = "fits";
+    progress.done = done;
+    progress.total = total;
+    progress.seconds = spmi_seconds() - t->start;
+    t->stopped = t->desc->progress(t->desc->progress_user, &progress);
+    return t->stopped;
+}
+
 /* DFR.  A penalty that is not given is the one of 1 / {1, .7, .3, .1, .07, .03, .01} whose fit on one half of the
  * validation split has the best worst group on the other. */
 static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
@@ -31855,7 +31974,7 @@ static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
     double l1 = t->desc->l1, best = -1.0;
     int64_t k, subsets = SPMI_MAX(t->desc->subsets, 1);
     memset(r->fit, 0, bytes);
-    for (k = 0; k < 7 && t->desc->l1 < 0.0; k++) {
+    for (k = 0; k < 7 && t->desc->l1 < 0.0 && !spmi_retrain_report(t, k, 7 + subsets); k++) {
         double worst;
         memset(r->head, 0, bytes);
         spmi_dfr_fit(t, r, 0, 0, 1.0 / strength[k], 1.0);
@@ -31866,7 +31985,8 @@ static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
         }
     }
     memset(r->head, 0, bytes);
-    for (k = 0; k < subsets; k++) spmi_dfr_fit(t, r, (uint64_t)k + 1, 2, l1, 1.0 / (double)subsets);
+    for (k = 0; k < subsets && !spmi_retrain_report(t, 7 + k, 7 + subsets); k++)
+        spmi_dfr_fit(t, r, (uint64_t)k + 1, 2, l1, 1.0 / (double)subsets);
 }
 
 /* AFR.  gamma and l2 that are not given come from {4, 6, 10, 20} x {0, .1, .2, .4}, by validation worst group. */
@@ -31890,14 +32010,19 @@ static void spmi_afr(spmi_trainer *t, spmi_retrain *r)
     for (a = 0; a < (t->desc->gamma > 0.0 ? 1 : 4); a++) {
         double gamma = t->desc->gamma > 0.0 ? t->desc->gamma : gammas[a];
         for (b = 0; b < (t->desc->l2 >= 0.0 ? 1 : 4); b++) {
-            double worst;
+            double worst, least = 1.0; /* the smallest probability of an example's own class: only ratios count */
+            if (spmi_retrain_report(t, 4 * a + b, 16)) return;
             for (i = 0; i < f->n; i++) {
                 const double *x = f->x + i * f->dim;
                 double own = spmi_dot(r->erm + f->column[i] * f->dim, x, f->dim), sum = 0.0;
-                int64_t same = 0, k;
                 for (c = 0; c < t->classes; c++) sum += exp(spmi_dot(r->erm + c * f->dim, x, f->dim) - own);
+                r->weight[i] = 1.0 / sum;
+                least = SPMI_MIN(least, r->weight[i]);
+            }
+            for (i = 0; i < f->n; i++) {
+                int64_t same = 0, k;
                 for (k = 0; k < f->n; k++) same += f->column[k] == f->column[i];
-                r->weight[i] = exp(-gamma / sum) / (double)same;
+                r->weight[i] = exp(-gamma * (r->weight[i] - least)) / (double)same;
             }
             p.l2 = t->desc->l2 >= 0.0 ? t->desc->l2 : pulls[b];
             memcpy(r->fit, r->erm, bytes);
@@ -31996,6 +32121,12 @@ static spm_status spmi_train_retrain(spmi_trainer *t)
             spmi_dfr(t, &r);
         else
             spmi_afr(t, &r);
+    }
+    if (!status && t->stopped) { /* the state before it is saved: a resumed run fits anew */
+        spmi_retrain_free(t->ctx, &r);
+        return SPM_OK;
+    }
+    if (!status) {
         spread_erm = spmi_head_spread(t, &r.val, r.erm);
         spread_new = spmi_head_spread(t, &r.val, r.head);
         status = spmi_retrain_line(t, &r, spread_erm, spread_new);
@@ -32078,6 +32209,7 @@ static spm_status spmi_train_memory(spmi_trainer *t)
     t->weight = (float *)spmi_alloc_array(t->ctx, d->batch, sizeof(float));
     t->cell_weight = (float *)spmi_alloc_array(t->ctx, t->cells, sizeof(float));
     t->q = (float *)spmi_alloc_array(t->ctx, t->cells, sizeof(float));
+    t->rise = (double *)spmi_alloc_array(t->ctx, t->cells, sizeof(double));
     t->keep = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->keep);
     t->frozen = (float **)spmi_alloc_array(t->ctx, spm_model_parameter_count(t->model), sizeof *t->frozen);
     for (g = 0; g < SPMI_TABLES; g++) {
@@ -32086,7 +32218,7 @@ static spm_status spmi_train_memory(spmi_trainer *t)
         t->table[g] = (float *)spmi_alloc_array(t->ctx, spm_dataset_size(t->dataset), sizeof(float));
         if (!t->table[g]) return spmi_fail_memory(t->ctx, t->err, "training");
     }
-    if (!t->order || !t->list || !t->pool || !t->cell_start || !t->target || !t->weight || !t->cell_weight || !t->q
+    if (!t->order || !t->list || !t->pool || !t->cell_start || !t->target || !t->weight || !t->cell_weight || !t->q || !t->rise
         || !t->keep || !t->frozen)
         return spmi_fail_memory(t->ctx, t->err, "training");
     for (g = 0; g < t->cells; g++) t->q[g] = 1.0f / (float)t->cells;
@@ -32151,6 +32283,10 @@ static spm_status spmi_train_check_method(spmi_trainer *t)
     else if (d->method == SPM_METHOD_AFR && d->gamma < 0.0) wrong = "gamma must be at least 0";
     else if (d->method == SPM_METHOD_FAIRDROPOUT && !(d->arch.off > 0.0f))
         wrong = "the architecture needs a rate: NAME:always=SHARE,off=RATE";
+    else if (d->balanced && (d->method == SPM_METHOD_JTT || d->method == SPM_METHOD_SUBSAMPLE))
+        wrong = "balanced batches would leave out what the method chooses: switch the balanced sampler off";
+    else if (d->method == SPM_METHOD_INTERVENE && !d->cross_entropy && (d->cross_entropy_pruned || d->anchor > 0.0f))
+        wrong = "the pruned branch's cross-entropy and the anchor come with the dense branch's: switch it on";
     else if (d->method == SPM_METHOD_INTERVENE && !(d->damp >= 0.0f)) wrong = "the damping factor must be at least 0";
     else if (d->method == SPM_METHOD_INTERVENE && !(d->anchor >= 0.0f)) wrong = "the anchor's weight must be at least 0";
     else if (d->method == SPM_METHOD_INTERVENE && d->anchor > 0.0f && !d->checkpoint)
@@ -32183,9 +32319,13 @@ static spm_status spmi_train_check(spmi_trainer *t)
         return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT, "prune fraction is %g; it must be in [0, 1)",
                          d->prune_fraction);
     }
-    if (d->method == SPM_METHOD_INTERVENE && d->contrast == SPM_CONTRAST_NONE && !d->cross_entropy) {
+    if (d->method == SPM_METHOD_INTERVENE && !d->cross_entropy
+        && (d->contrast == SPM_CONTRAST_NONE || d->mask_mode == SPM_MASK_MODE_FREEZE)) {
         return spmi_fail(t->ctx, t->err, SPM_E_ARGUMENT,
-                         "contrast none and ce off leave no loss to train on; switch one of them on");
+                         d->contrast == SPM_CONTRAST_NONE
+                             ? "contrast none and ce off leave no loss to train on; switch one of them on"
+                             : "frozen channels have no second branch to contrast, and ce off leaves no loss to train on; "
+                               "switch it on");
     }
     return spmi_train_check_method(t);
 }
@@ -32280,6 +32420,7 @@ static void spmi_train_free(spmi_trainer *t)
     spmi_free(t->ctx, t->weight);
     spmi_free(t->ctx, t->cell_weight);
     spmi_free(t->ctx, t->q);
+    spmi_free(t->ctx, t->rise);
     spm_optimizer_destroy(t->biased_optimizer);
     spm_run_destroy(t->biased_run);
     spm_run_destroy(t->teacher_run);

@@ -10,6 +10,8 @@
 #endif
 #include "../spurmem.h"
 #include "terminal.h"
+#include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <time.h>
 #if !defined(_WIN32)
@@ -556,7 +558,9 @@ static int check_value(const option *o, const char *value)
     }
     if (o->type == 'i' && o->id != O_SEED) {
         long long number = strtoll(value, &end, 10);
-        int least = o->id == O_BATCH || o->id == O_EPOCHS || o->id == O_SAMPLES || o->id == O_REPEATS;
+        int least = o->id == O_UPWEIGHT ? 2 : o->id == O_BATCH || o->id == O_EPOCHS || o->id == O_SAMPLES
+                                                  || o->id == O_REPEATS || o->id == O_STEPS || o->id == O_PERMUTATIONS
+                                                  || o->id == O_SUBSETS;
         if (end == value || *end || number < least || number > 1000000000) {
             snprintf(text, sizeof text, "--%s %.100s: it must be a whole number from %d to 1000000000", o->name, value,
                      least);
@@ -565,18 +569,22 @@ static int check_value(const option *o, const char *value)
         }
     }
     if (o->id == O_SEED) {
+        errno = 0;
         (void)strtoll(value, &end, 10);
-        if (end == value || *end) {
-            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number", o->name, value);
+        if (end == value || *end || errno == ERANGE) {
+            snprintf(text, sizeof text, "--%s %.100s: it must be a whole number of 63 bits", o->name, value);
             wrong(text);
             return 0;
         }
     }
     if (o->type == 'n') {
         double number = strtod(value, &end);
-        const char *range = o->id == O_TAU ? "above 0" : o->id == O_PRUNE_FRACTION ? "from 0 to below 1" : "0 or more";
-        int inside = number >= 0.0 && number < 1e30 && !(o->id == O_TAU && number <= 0.0)
-                     && !(o->id == O_PRUNE_FRACTION && number >= 1.0);
+        const int positive = o->id == O_TAU || o->id == O_GCE, share = o->id == O_PRUNE_FRACTION || o->id == O_HOLD_OUT;
+        const int whole_share = o->id == O_INTERPOLATE || o->id == O_GCE;
+        const char *range = o->id == O_GCE ? "above 0, at most 1" : positive ? "above 0" : share ? "from 0 to below 1"
+                            : whole_share ? "from 0 to 1" : "0 or more";
+        int inside = number >= 0.0 && number < 1e30 && !(positive && number <= 0.0) && !(share && number >= 1.0)
+                     && !(whole_share && number > 1.0) && ((float)number > 0.0f || number <= 0.0); /* no float: not 0 */
         if (end == value || *end || !inside) {
             snprintf(text, sizeof text, "--%s %.100s: it must be a number, %s", o->name, value, range);
             wrong(text);
@@ -686,6 +694,18 @@ static int parse(cli *line, int argc, char **argv)
         if (o->id == O_QUIRK && read_quirks(line, line->value[O_QUIRK])) return 2;
     }
     return 0;
+}
+
+/* 2 and a sentence if there are words that the command has no use for: "off" behind a switch is one. */
+static int check_operands(const cli *line)
+{
+    char text[300];
+    const char *only = line->value[O_ONLY];
+    if (line->operands == 0 || (*line->command->operands && !(line->command->id == BENCH && only && strcmp(only, "decode"))))
+        return 0;
+    snprintf(text, sizeof text, "%s %.100s: %s; spurmem %s --help lists what it takes", line->command->name, line->operand[0],
+             line->command->id == BENCH ? "files are for --only decode" : "it takes options only", line->command->name);
+    return wrong(text);
 }
 
 static int is_on(const cli *line, option_id id)
@@ -830,7 +850,7 @@ static int parse_normalize(const char *text, spm_transform *transform)
     snprintf(first, sizeof first, "%.*s", (int)(slash - text), text);
     if (number_list(first, mean, 3) != 3 || number_list(slash + 1, std, 3) != 3) return 0;
     for (c = 0; c < 3; c++) {
-        if (!(std[c] > 0.0)) return 0;
+        if (!((float)std[c] >= FLT_MIN && (float)std[c] <= FLT_MAX && fabs(mean[c]) <= (double)FLT_MAX)) return 0;
         transform->mean[c] = (float)mean[c];
         transform->std[c] = (float)std[c];
     }
@@ -2029,12 +2049,16 @@ static void class_name(const char *names, int c, char *text, size_t size)
 {
     int i;
     for (i = 0; names && *names; i++) {
-        size_t n = strcspn(names, "|");
+        size_t n = 0;
+        for (; *names && *names != '|'; names++) {
+            if (*names == '\\' && names[1]) names++;
+            if (i == c && n + 1 < size) text[n++] = *names;
+        }
         if (i == c) {
-            snprintf(text, size, "%.*s", (int)n, names);
+            text[n] = 0;
             return;
         }
-        names += n + (names[n] == '|');
+        names += *names == '|';
     }
     snprintf(text, size, "%d", c);
 }
@@ -2773,8 +2797,8 @@ static int run_pack(cli *line)
     int rc = 1, whole;
     if (!line->value[O_DATA] && used < line->operands) line->value[O_DATA] = line->operand[used++];
     if (!line->value[O_OUT] && used < line->operands) line->value[O_OUT] = line->operand[used++];
-    if (used < line->operands) return wrong("pack takes one data set and one file to write: spurmem pack DATA FILE");
-    if (!required(line, O_DATA) || !required(line, O_OUT)) return 2;
+    if (used < line->operands || !line->value[O_DATA] || !line->value[O_OUT])
+        return wrong("pack takes one data set and one file to write: spurmem pack DATA FILE");
     (void)spm_resize_mode_parse(line->value[O_RESIZE], &transform.resize);
     whole = transform.resize == SPM_RESIZE_NONE;
     if (whole && line->value[O_IMAGE_SIZE]) return wrong("--resize none keeps pictures whole; leave --image-size away");
@@ -2852,7 +2876,8 @@ static int run_inspect(cli *line)
     file = fopen(line->operand[0], "rb");
     if (!file) {
         spm_error err = SPM_ZERO;
-        snprintf(err.text, sizeof err.text, "%.400s: there is no such file or folder", line->operand[0]);
+        snprintf(err.text, sizeof err.text, "%.400s: %s", line->operand[0],
+                 errno == ENOENT ? "there is no such file or folder" : strerror(errno));
         return failed(&err);
     }
     got = fread(head, 1, sizeof head, file);
@@ -3667,6 +3692,7 @@ int main(int argc, char **argv)
     if (!line.operand) return 1;
     command_line(line.text, sizeof line.text, argc, argv);
     rc = parse(&line, argc, argv);
+    if (rc == 0) rc = check_operands(&line);
     if (rc) {
         free((void *)line.operand);
         return rc < 0 ? 0 : rc;

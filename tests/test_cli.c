@@ -237,6 +237,17 @@ static void test_wrong_lines(void)
     FAILS(2, "--quiet takes no value", "eval --quiet=on");
     FAILS(2, "-q", "eval -q");
     FAILS(2, "no option --top", "eval --top 3");
+    FAILS(2, "off: it takes options only", "train --data birds --out r " NET " --drop-last off");
+    FAILS(2, "--only decode", "bench --only train:resnet18 a.jpg");
+    FAILS(2, "from 0 to 1", "train --interpolate 2");
+    FAILS(2, "below 1", "train --hold-out 1");
+    FAILS(2, "at most 1", "train --gce-q 0");
+    FAILS(2, "from 2 to", "train --upweight 1");
+    FAILS(2, "--lr 1e-46", "train --lr 1e-46");
+    FAILS(2, "63 bits", "train --seed 99999999999999999999");
+    FAILS(2, "--permutations 0", "localize " MODEL " --permutations 0");
+    FAILS(2, "--normalize", "eval " MODEL " --normalize 0,0,0/1e-40,1,1");
+    FAILS(2, "pack DATA FILE", "pack birds");
     FAILS(2, "train needs --data", "train --out r " NET);
     FAILS(2, "train needs --out", "train --data birds " NET);
     FAILS(2, "intervene needs --checkpoint", "intervene --data birds --out r");

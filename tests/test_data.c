@@ -938,6 +938,51 @@ static void determinism(void)
     }
 }
 
+/* An example that comes again in an epoch is augmented anew, and an epoch that goes on amid its order knows it. */
+static void repeated_examples(void)
+{
+    enum { FLOATS = 16 * 16 * 3 };
+    static const int64_t order[6] = { 5, 7, 5, 5, 7, 2 };
+    spm_context *ctx = logged_context(2);
+    spm_loader_desc desc = SPM_ZERO;
+    spm_loader *loader;
+    spm_dataset *set;
+    spm_batch batch;
+    spm_error err;
+    float whole[6 * FLOATS];
+    int i;
+    write_birds(ctx, "birds", "/o/ocean/00001.jpg");
+    set = open_set(ctx, "birds", SPM_DATA_AUTO, &err);
+    desc.transform = spm_transform_make(16, 16);
+    desc.batch = 2;
+    desc.seed = 7;
+    desc.augment = SPM_AUGMENT_PAPER;
+    loader = set ? spm_loader_create(set, &desc, &err) : NULL;
+    CHECK(loader != NULL);
+    if (!loader) return;
+    CHECK(spm_loader_start(loader, 1, order, 6) == SPM_OK);
+    for (i = 0; i < 3; i++) {
+        CHECK_INT(spm_loader_next(loader, &batch), 1);
+        memcpy(whole + 2 * i * FLOATS, batch.pixels, 2 * FLOATS * sizeof(float));
+    }
+#define SAME(a, b) (memcmp(whole + (a) * FLOATS, whole + (b) * FLOATS, FLOATS * sizeof(float)) == 0)
+    CHECK(!SAME(0, 2) && !SAME(0, 3) && !SAME(2, 3) && !SAME(1, 4));
+#undef SAME
+    CHECK(spm_loader_start(loader, 1, order, 1) == SPM_OK && spm_loader_next(loader, &batch) == 1); /* the first: as ever */
+    CHECK(memcmp(batch.pixels, whole, FLOATS * sizeof(float)) == 0);
+    CHECK(spm_loader_resume(loader, 1, order, 6, 2) == SPM_OK);
+    for (i = 1; i < 3; i++) {
+        CHECK_INT(spm_loader_next(loader, &batch), 1);
+        CHECK(batch.id[0] == order[2 * i] && batch.id[1] == order[2 * i + 1]);
+        CHECK(memcmp(batch.pixels, whole + 2 * i * FLOATS, 2 * FLOATS * sizeof(float)) == 0);
+    }
+    CHECK_INT(spm_loader_next(loader, &batch), 0);
+    CHECK(spm_loader_resume(loader, 1, order, 6, 6) == SPM_E_ARGUMENT && spm_loader_resume(loader, 1, order, 6, -1) == SPM_E_ARGUMENT);
+    spm_loader_destroy(loader);
+    spm_dataset_close(set);
+    spm_context_destroy(ctx);
+}
+
 static void loading(void)
 {
     spm_context *ctx = logged_context(2);
@@ -1365,6 +1410,7 @@ int main(void)
     TEST(loading);
     TEST(bad_pictures);
     TEST(determinism);
+    TEST(repeated_examples);
     TEST(augmentation);
     TEST(changes_by_chance);
     TEST(memory_failures);

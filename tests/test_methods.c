@@ -442,6 +442,12 @@ static int64_t features_of(bench *b, spm_model *model, const spm_train_desc *des
     return n;
 }
 
+static int stop_at_fits(void *user, const spm_progress *progress)
+{
+    (void)user;
+    return strcmp(progress->unit, "fits") == 0 && progress->done > 0;
+}
+
 /* DFR on a balanced validation split (every subset is the whole of it) is one convex problem: its optimum has, in
  * standardised features, |gradient| <= l1 where a weight is 0, = -l1 sign(w) elsewhere, and 0 for the bias. */
 static void dfr(void)
@@ -536,6 +542,21 @@ static void dfr(void)
     desc.max_steps = 0;
     desc.resume = 1;
     check_trained(&b, &desc, "dfr2");
+    CHECK(same_file("dfr", "dfr2", "last.safetensors") && same_file("dfr", "dfr2", "interpolation.json"));
+    /* more epochs would train over the new last layer */
+    desc.epochs++;
+    CHECK(train(&b, &desc, "dfr2") != SPM_OK);
+    CHECK(strstr(last.text, "new last layer") != NULL);
+    desc.epochs--;
+    /* stopped while the last layer is fitted: a resumed run fits anew */
+    desc.resume = 0;
+    desc.progress = stop_at_fits;
+    check_trained(&b, &desc, fresh("dfr2"));
+    CHECK_INT(result.stopped, 1);
+    desc.progress = NULL;
+    desc.resume = 1;
+    check_trained(&b, &desc, "dfr2");
+    CHECK_INT(result.stopped, 0);
     CHECK(same_file("dfr", "dfr2", "last.safetensors") && same_file("dfr", "dfr2", "interpolation.json"));
     spm_model_destroy(model);
     bench_close(&b);

@@ -1160,6 +1160,17 @@ static void sentences(void)
     check_trained(&b, &desc, fresh("bad"));
     spm_dataset_close(b.set);
     b.set = whole;
+    /* options that would have no effect, or leave no loss */
+    desc = small_run(b.ctx, SPM_METHOD_INTERVENE);
+    desc.cross_entropy = 0;
+    desc.mask_mode = SPM_MASK_MODE_FREEZE;
+    check_refused(&b, &desc, fresh("bad"), "frozen channels", "no loss");
+    desc.mask_mode = SPM_MASK_MODE_OFF;
+    desc.cross_entropy_pruned = 1;
+    check_refused(&b, &desc, fresh("bad"), "pruned branch's cross-entropy", "switch it on");
+    desc = small_run(b.ctx, SPM_METHOD_JTT);
+    desc.balanced = 1;
+    check_refused(&b, &desc, fresh("bad"), "jtt", "balanced");
     /* the state of another network */
     desc = small_run(b.ctx, SPM_METHOD_ERM);
     desc.max_steps = 1;
@@ -1178,6 +1189,92 @@ static void sentences(void)
     desc.resume = 1;
     check_refused(&b, &desc, "bad", "steps.jsonl", "has 1 bytes");
     spm_model_destroy(other);
+    bench_close(&b);
+}
+
+/* Another number of as many digits in the saved state. */
+static void spoil_state(bench *b, const char *run, const char *was, const char *is)
+{
+    size_t size = 0, n = strlen(was), i;
+    char *text = slurp(run, "state.safetensors", &size);
+    FILE *f;
+    (void)b;
+    CHECK(n == strlen(is));
+    for (i = 0; i + n <= size && memcmp(text + i, was, n) != 0; i++) {}
+    CHECK(i + n <= size);
+    if (i + n <= size) memcpy(text + i, is, n);
+    f = fopen(tiny_path(run, "state.safetensors"), "wb");
+    if (f) {
+        fwrite(text, 1, size, f);
+        fclose(f);
+    }
+    free(text);
+}
+
+/* A state that no run can have saved: one sentence, before anything is computed from it. */
+static void damaged_state(void)
+{
+    static const char spoilt[2][2][24] = { { "\"position\": \"8\"", "\"position\": \"3\"" },
+                                           { "\"position\": \"3\"", "\"position\": \"9\"" } };
+    bench b = bench_open(1);
+    spm_train_desc desc = small_run(b.ctx, SPM_METHOD_ERM);
+    spm_archive *state;
+    const spm_archive_tensor *wrong;
+    char past[900], file[950];
+    int i;
+    snprintf(past, sizeof past, "%s", tiny_path("past", ""));
+    snprintf(file, sizeof file, "%s/state.safetensors", past);
+    CHECK(spm_directory_create(b.ctx, past, NULL) == SPM_OK);
+    desc.max_steps = 1;
+    check_trained(&b, &desc, fresh("spoilt"));
+    desc.resume = 1;
+    desc.max_steps = 0;
+    for (i = 0; i < 2; i++) {
+        spoil_state(&b, "spoilt", spoilt[i][0], spoilt[i][1]);
+        check_refused(&b, &desc, "spoilt", "state.safetensors", "position cannot be");
+    }
+    desc.resume = 0;
+    desc.max_steps = 1;
+    check_trained(&b, &desc, fresh("spoilt"));
+    state = spm_archive_open(b.ctx, tiny_path("spoilt", "state.safetensors"), NULL);
+    wrong = state ? spm_archive_find(state, "example.wrong") : NULL;
+    CHECK(wrong != NULL);
+    if (wrong) { /* a state of that tensor alone, as the history of a label-free intervention */
+        float *values = (float *)calloc((size_t)wrong->count, sizeof(float));
+        const int64_t count = wrong->count;
+        static const float odd[3] = { -1000.0f, 0.5f, 1e30f };
+        for (i = 0; i < 3; i++) {
+            spm_archive_writer *writer = spm_archive_create(b.ctx, file, SPM_ARCHIVE_SAFETENSORS, NULL);
+            values[1] = odd[i];
+            CHECK(writer != NULL);
+            spm_archive_add(writer, "example.wrong", SPM_F32, 1, &count);
+            spm_archive_put(writer, values);
+            CHECK(spm_archive_commit(writer, NULL) == SPM_OK);
+            desc = small_run(b.ctx, SPM_METHOD_INTERVENE);
+            desc.group_labels = 0;
+            desc.history = past;
+            check_refused(&b, &desc, fresh("spoilt"), "history is damaged", "state.safetensors");
+        }
+        free(values);
+    }
+    spm_archive_close(state);
+    bench_close(&b);
+}
+
+/* Stopped at the end of an epoch that was not evaluated, a run has both checkpoints all the same. */
+static void both_checkpoints(void)
+{
+    bench b = bench_open(1);
+    spm_train_desc desc = small_run(b.ctx, SPM_METHOD_ERM);
+    size_t size = 0;
+    char *bytes;
+    desc.epochs = 3;
+    desc.eval_every = 3;
+    desc.max_steps = 4;
+    check_trained(&b, &desc, fresh("both"));
+    bytes = slurp("both", "best.safetensors", &size);
+    CHECK(bytes != NULL && size > 0);
+    free(bytes);
     bench_close(&b);
 }
 
@@ -1291,6 +1388,8 @@ int main(void)
     TEST(resume_with_bad_pictures);
     TEST(changed_settings);
     TEST(sentences);
+    TEST(damaged_state);
+    TEST(both_checkpoints);
     TEST(diverged);
     TEST(no_allocation_in_a_step);
     return TEST_END;
