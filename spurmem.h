@@ -7122,9 +7122,9 @@ static void spmi_weight_plan(spmi_weight_job *job)
     rows = s->images * s->h.count;
     size = job->outputs * (s->taps * s->run + 1);
     job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
-    job->even = s->images * s->w.count * s->taps == 1;
+    job->even = !job->half && s->images * s->w.count * s->taps == 1;
     job->dealt = job->half || job->outputs % spmi_outer_rows(job->ctx);
-    if (job->even) job->collect = job->half || SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
+    if (job->even) job->collect = SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
     else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
     job->block = job->turned ? 4 * SPMI_WEIGHT_PIXELS : SPMI_WEIGHT_PIXELS << (job->half == 2);
     job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
