@@ -4212,10 +4212,10 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
   #define v_get(p, r) ((r) == V_W ? v_load(p) : v_loadn(p, r))
   #define v_put(p, v, r) do { if ((r) == V_W) v_store(p, v); else v_storen(p, v, r); } while (0)
 #endif
-/* Outputs that no cache would hold until they are read go past the caches (`far`, see spmi_far: whole aligned vectors):
+/* Outputs that no cache would hold until they are read go past the caches (`past`, see spmi_goes_past: whole aligned vectors):
  * else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
-#define V_OUT(p, v, r, far) do { if (far) v_stream(p, v); else v_put(p, v, r); } while (0)
-#define V_FENCE(far) do { if (far) v_fence(); } while (0)
+#define V_OUT(p, v, r, past) do { if (past) v_stream(p, v); else v_put(p, v, r); } while (0)
+#define V_FENCE(past) do { if (past) v_fence(); } while (0)
 #define V_STEP(i, r, n) for (i = 0; r = (int)SPMI_MIN((int64_t)V_W, (n) - i), i < (n); i += V_W)
 /* v_select_eq(a, b, x, y) = a == b ? x : y; v_select_nan(a, x, y) = a is not a number ? x : y;
  * v_load_bytes, v_store_bytes: V_W unsigned bytes to and from floats. */
@@ -4309,29 +4309,29 @@ SPMI_INLINE v_t SPMI_K(tail)(v_t x, v_t *e)
 }
 
 /* y = max(x, 0); not-a-number stays (hence the order of the arguments of v_max). */
-static void SPMI_K(relu)(int64_t n, const float *x, float *y, int far)
+static void SPMI_K(relu)(int64_t n, const float *x, float *y, int past)
 {
     int64_t i;
     int r;
-    V_STEP(i, r, n) V_OUT(y + i, v_max(v_zero(), v_get(x + i, r)), r, far);
-    V_FENCE(far);
+    V_STEP(i, r, n) V_OUT(y + i, v_max(v_zero(), v_get(x + i, r)), r, past);
+    V_FENCE(past);
 }
 
 /* dx = dy where y > 0, else 0 */
-static void SPMI_K(relu_back)(int64_t n, const float *y, const float *dy, float *dx, int add, int far)
+static void SPMI_K(relu_back)(int64_t n, const float *y, const float *dy, float *dx, int add, int past)
 {
     int64_t i;
     int r;
     V_STEP(i, r, n) {
         v_t g = v_select_gt(v_get(y + i, r), v_zero(), v_get(dy + i, r), v_zero());
         if (add) g = v_add(g, v_get(dx + i, r));
-        V_OUT(dx + i, g, r, far);
+        V_OUT(dx + i, g, r, past);
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* y = x Phi(x) */
-static void SPMI_K(gelu)(int64_t n, const float *x, float *y, int far)
+static void SPMI_K(gelu)(int64_t n, const float *x, float *y, int past)
 {
     int64_t i;
     int r;
@@ -4339,13 +4339,13 @@ static void SPMI_K(gelu)(int64_t n, const float *x, float *y, int far)
         const v_t v = v_get(x + i, r);
         v_t e;
         const v_t h = SPMI_K(tail)(v, &e);
-        V_OUT(y + i, v_mul(v, v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h)), r, far);
+        V_OUT(y + i, v_mul(v, v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h)), r, past);
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* dx = dy (Phi(x) + x exp(-x^2/2) / sqrt(2 pi)) */
-static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float *dx, int add, int far)
+static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float *dx, int add, int past)
 {
     int64_t i;
     int r;
@@ -4356,13 +4356,13 @@ static void SPMI_K(gelu_back)(int64_t n, const float *x, const float *dy, float 
         g = v_select_gt(v, v_zero(), v_sub(v_set(1.0f), h), h);
         g = v_mul(v_fma(v_mul(v, v_set(0.398942280f)), e, g), v_get(dy + i, r));
         if (add) g = v_add(g, v_get(dx + i, r));
-        V_OUT(dx + i, g, r, far);
+        V_OUT(dx + i, g, r, past);
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* y = s x, or y += s x */
-static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add, int far)
+static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add, int past)
 {
     const v_t f = v_set(s);
     int64_t i;
@@ -4370,19 +4370,19 @@ static void SPMI_K(scale)(int64_t n, float s, const float *x, float *y, int add,
     if (add) {
         V_STEP(i, r, n) v_put(y + i, v_fma(v_get(x + i, r), f, v_get(y + i, r)), r);
     } else {
-        V_STEP(i, r, n) V_OUT(y + i, v_mul(v_get(x + i, r), f), r, far);
+        V_STEP(i, r, n) V_OUT(y + i, v_mul(v_get(x + i, r), f), r, past);
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* y = s (a + b) */
-static void SPMI_K(sum_of)(int64_t n, float s, const float *a, const float *b, float *y, int far)
+static void SPMI_K(sum_of)(int64_t n, float s, const float *a, const float *b, float *y, int past)
 {
     const v_t f = v_set(s);
     int64_t i;
     int r;
-    V_STEP(i, r, n) V_OUT(y + i, v_mul(v_add(v_get(a + i, r), v_get(b + i, r)), f), r, far);
-    V_FENCE(far);
+    V_STEP(i, r, n) V_OUT(y + i, v_mul(v_add(v_get(a + i, r), v_get(b + i, r)), f), r, past);
+    V_FENCE(past);
 }
 
 /* ---- sums along a row: four short float chains side by side (16 vectors in all), added in double ---- */
@@ -4461,7 +4461,7 @@ static void SPMI_K(dots)(int64_t rows, int64_t n, float s, const float *a, const
  * largest entry.  A row is one long chain (largest, exponentials, sum, quotient), so short ones go step by step
  * together.  What is behind a row's last whole vector is not stored before its time: a load of other lanes would wait. */
 static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, int64_t x_row, float *y, int64_t y_row,
-                            int far)
+                            int past)
 {
     const int64_t full = n - n % V_W, most = SPMI_MAX(1, SPMI_MIN(SPMI_ABREAST, SPMI_HELD / SPMI_MAX(full, 1)));
     const int rest = (int)(n - full);
@@ -4509,18 +4509,18 @@ static void SPMI_K(softmax)(int64_t rows, int64_t n, float s, const float *x, in
         }
         for (row = 0; row < m; row++, y += y_row) {
             const v_t factor = v_set((float)(1.0 / total[row]));
-            for (i = 0; i < full; i += V_W) V_OUT(y + i, v_mul(v_load(to + row * full + i), factor), V_W, far);
+            for (i = 0; i < full; i += V_W) V_OUT(y + i, v_mul(v_load(to + row * full + i), factor), V_W, past);
             if (rest) v_storen(y + full, v_mul(v_load(last + row * V_W), factor), rest);
         }
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 #undef SPMI_HELD
 
 /* dx = s y (dy - dy . y) of each row: gradient of softmax(s x) by x; dx may be dy; the rows lie as far apart as the
  * names say. */
 static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *y, int64_t y_row, const float *dy,
-                                 int64_t dy_row, float *dx, int64_t dx_row, int add, int far)
+                                 int64_t dy_row, float *dx, int64_t dx_row, int add, int past)
 {
     const v_t f = v_set(s);
     const int64_t most = n > 512 ? 1 : SPMI_ABREAST;
@@ -4541,11 +4541,11 @@ static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *
                 }
                 g = v_mul(v_mul(v_get(y + i, r), f), v_sub(v_get(dy + i, r), by));
                 if (add) g = v_add(g, v_get(dx + i, r));
-                V_OUT(dx + i, g, r, far);
+                V_OUT(dx + i, g, r, past);
             }
         }
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 #undef SPMI_ABREAST
 
@@ -4553,7 +4553,7 @@ static void SPMI_K(softmax_back)(int64_t rows, int64_t n, float s, const float *
 
 /* y = (x - mean) rstd w + b; mean and rstd of each row are kept if wanted.  Two passes over a row that is in L1. */
 static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const float *w, const float *b, float eps,
-                               float *y, int far, float *mean, float *rstd)
+                               float *y, int past, float *mean, float *rstd)
 {
     int64_t row, i;
     int r;
@@ -4565,18 +4565,18 @@ static void SPMI_K(layer_norm)(int64_t rows, int64_t n, const float *x, const fl
         V_STEP(i, r, n) {
             const v_t h = v_mul(v_sub(v_get(x + i, r), center), factor);
             SPMI_PREFETCH(next + i);
-            V_OUT(y + i, v_fma(h, v_get(w + i, r), v_get(b + i, r)), r, far);
+            V_OUT(y + i, v_fma(h, v_get(w + i, r), v_get(b + i, r)), r, past);
         }
         if (mean) mean[row] = m;
         if (rstd) rstd[row] = s;
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* h = (x - mean) rstd, g = dy w:  dx = rstd (g - mean(g) - h mean(g h)), dw += dy h, db += dy.  dx, dw, db may be
  * NULL. */
 static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, const float *w, const float *mean,
-                                    const float *rstd, const float *dy, float *dx, int add, int far, float *dw, float *db)
+                                    const float *rstd, const float *dy, float *dx, int add, int past, float *dw, float *db)
 {
     int64_t row, at, i;
     int r;
@@ -4610,11 +4610,11 @@ static void SPMI_K(layer_norm_back)(int64_t rows, int64_t n, const float *x, con
             v_t g = v_sub(v_mul(v_get(dy + i, r), v_get(w + i, r)), c0);
             g = v_mul(v_sub(g, v_mul(h, c1)), factor);
             if (add) g = v_add(g, v_get(dx + i, r));
-            V_OUT(dx + i, g, r, far);
+            V_OUT(dx + i, g, r, past);
         }
         dx += n;
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* ---- sums along columns: `width` channels of `rows` rows that lie `stride` floats apart ---- */
@@ -4735,7 +4735,7 @@ static void SPMI_K(channel_moments)(int64_t rows, int64_t stride, int64_t width,
 
 /* y = relu?((x - mean) scale + shift + residual?) */
 static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const float *residual, const float *mean,
-                             const float *scale, const float *shift, int relu, float *y, int far)
+                             const float *scale, const float *shift, int relu, float *y, int past)
 {
     int64_t row, i;
     int r;
@@ -4749,11 +4749,11 @@ static void SPMI_K(bn_apply)(int64_t rows, int64_t n, const float *x, const floa
                 SPMI_PREFETCH_L2(residual + i + ahead);
                 v = v_add(v, v_get(residual + i, r));
             }
-            V_OUT(y + i, v_max(floor_at, v), r, far);
+            V_OUT(y + i, v_max(floor_at, v), r, past);
         }
         if (residual) residual += n;
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* dz = dy, or dy where y > 0 (y, or scale and shift to compute it from x, given: a ReLU stands behind), summed over one
@@ -4834,7 +4834,7 @@ static void SPMI_K(bn_back_sums)(int64_t rows, int64_t stride, int64_t width, co
  * them may be dy. */
 static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float *y, const float *dy, const float *mean,
                             const float *scale, const float *shift, const float *a, const float *b, const float *c,
-                            float *dx, int dx_add, float *dr, int dr_add, int far)
+                            float *dx, int dx_add, float *dr, int dr_add, int past)
 {
     int64_t row, i, j;
     int r;
@@ -4856,10 +4856,10 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
             if (!dx) continue;
             d = v_mul(g, v_get(a + i, r));
             if (b) d = v_add(d, v_fma(from_mean, v_get(b + i, r), v_get(c + i, r)));
-            V_OUT(dx + j, dx_add ? v_add(d, v_get(dx + j, r)) : d, r, far);
+            V_OUT(dx + j, dx_add ? v_add(d, v_get(dx + j, r)) : d, r, past);
         }
     }
-    V_FENCE(far);
+    V_FENCE(past);
 }
 
 /* ---- Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2016) at the points 0, +-5/8, +-3/2 and infinity -----------
@@ -7602,13 +7602,13 @@ static size_t spmi_none_packed(spm_context *ctx, const spm_op_call *call)
 
 /* ---- elementwise work in parallel ---- */
 
-#define SPMI_FAR (INT64_C(8) << 20) /* floats: 32 MiB, more than a program's share of the last cache */
+#define SPMI_PAST (INT64_C(8) << 20) /* floats: 32 MiB, more than a program's share of the last cache */
 
 /* 1 if an output of n floats in rows of `row` should go past the caches: no cache would hold it, every row is whole
  * aligned vectors, and its lines were not just read. */
-static int spmi_far(const float *from, const float *to, int64_t row, int64_t n)
+static int spmi_goes_past(const float *from, const float *to, int64_t row, int64_t n)
 {
-    return n >= SPMI_FAR && row % SPMI_LINE == 0 && (uintptr_t)to % (SPMI_LINE * sizeof(float)) == 0 && from != to;
+    return n >= SPMI_PAST && row % SPMI_LINE == 0 && (uintptr_t)to % (SPMI_LINE * sizeof(float)) == 0 && from != to;
 }
 
 typedef enum spmi_each_kind {
@@ -7622,7 +7622,7 @@ typedef struct spmi_each {
     float s;
     const float *a, *b;
     float *y;
-    int add, far;
+    int add, past;
 } spmi_each;
 
 static void spmi_each_task(void *arg, int64_t task, int slot)
@@ -7633,12 +7633,12 @@ static void spmi_each_task(void *arg, int64_t task, int slot)
     float *y = each->y + at;
     (void)slot;
     switch (each->kind) {
-    case SPMI_EACH_SCALE: SPMI_KERNEL(each->ctx, scale, (n, each->s, a, y, each->add, each->far)); break;
-    case SPMI_EACH_SUM: SPMI_KERNEL(each->ctx, sum_of, (n, each->s, a, b, y, each->far)); break;
-    case SPMI_EACH_RELU: SPMI_KERNEL(each->ctx, relu, (n, a, y, each->far)); break;
-    case SPMI_EACH_RELU_BACK: SPMI_KERNEL(each->ctx, relu_back, (n, a, b, y, each->add, each->far)); break;
-    case SPMI_EACH_GELU: SPMI_KERNEL(each->ctx, gelu, (n, a, y, each->far)); break;
-    case SPMI_EACH_GELU_BACK: SPMI_KERNEL(each->ctx, gelu_back, (n, a, b, y, each->add, each->far)); break;
+    case SPMI_EACH_SCALE: SPMI_KERNEL(each->ctx, scale, (n, each->s, a, y, each->add, each->past)); break;
+    case SPMI_EACH_SUM: SPMI_KERNEL(each->ctx, sum_of, (n, each->s, a, b, y, each->past)); break;
+    case SPMI_EACH_RELU: SPMI_KERNEL(each->ctx, relu, (n, a, y, each->past)); break;
+    case SPMI_EACH_RELU_BACK: SPMI_KERNEL(each->ctx, relu_back, (n, a, b, y, each->add, each->past)); break;
+    case SPMI_EACH_GELU: SPMI_KERNEL(each->ctx, gelu, (n, a, y, each->past)); break;
+    case SPMI_EACH_GELU_BACK: SPMI_KERNEL(each->ctx, gelu_back, (n, a, b, y, each->add, each->past)); break;
     }
 }
 
@@ -7655,7 +7655,7 @@ static void spmi_each_run(spm_context *ctx, spmi_each_kind kind, int64_t n, floa
     each.b = b;
     each.y = y;
     each.add = add;
-    each.far = !add && y != b && spmi_far(a, y, n, n);
+    each.past = !add && y != b && spmi_goes_past(a, y, n, n);
     spm_parallel(ctx, spmi_ceil_div(n, SPMI_GRAIN), spmi_each_task, &each);
 }
 
@@ -8258,7 +8258,7 @@ typedef struct spmi_bn {
     const float *x;
     float *dx, *dr;
     int64_t grain;                /* rows per task of the last pass */
-    int far;                      /* its output goes past the caches */
+    int past;                      /* its output goes past the caches */
 } spmi_bn;
 
 /* The cut of the work, and the scratch memory's layout if there is one yet. Returns its size. */
@@ -8363,7 +8363,7 @@ static void spmi_bn_apply_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(bn->ctx, bn_apply,
                 (n, bn->channels, call->in[0].data + at, call->in[5].data ? call->in[5].data + at : NULL, bn->mean,
-                 bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at, bn->far));
+                 bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at, bn->past));
 }
 
 /* w / sqrt(var + eps) */
@@ -8397,8 +8397,8 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         if (call->out[2].data) memcpy(call->out[2].data, call->in[4].data, (size_t)bn.channels * sizeof(float));
     }
     spmi_bn_scale(&bn, var);
-    bn.far = call->in[5].data != call->out[0].data
-             && spmi_far(call->in[0].data, call->out[0].data, bn.channels, bn.rows * bn.channels);
+    bn.past = call->in[5].data != call->out[0].data
+             && spmi_goes_past(call->in[0].data, call->out[0].data, bn.channels, bn.rows * bn.channels);
     spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_apply_task, &bn);
 }
 
@@ -8423,7 +8423,7 @@ static void spmi_bn_back_task(void *arg, int64_t task, int slot)
     SPMI_KERNEL(bn->ctx, bn_back,
                 (n, bn->channels, bn->x ? bn->x + at : NULL, bn->y ? bn->y + at : NULL, bn->dz + at, bn->mean,
                  bn->scale, call->in[2].data, bn->coefficient[0], call->training ? bn->coefficient[1] : NULL, bn->coefficient[2], bn->dx ? bn->dx + at : NULL,
-                 call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5], bn->far));
+                 call->d_in_add[0], bn->dr ? bn->dr + at : NULL, call->d_in_add[5], bn->past));
 }
 
 /* Joins the chunks' sums, in their order: the gradients of w and b, and the coefficients of dx. */
@@ -8478,7 +8478,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
     }
     spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_sums_task, &bn);
     bn.x = call->training || bn.scale ? call->in[0].data : NULL;
-    bn.far = !call->d_in_add[0] && bn.dx != bn.y && spmi_far(bn.dz, bn.dx, bn.channels, bn.rows * bn.channels);
+    bn.past = !call->d_in_add[0] && bn.dx != bn.y && spmi_goes_past(bn.dz, bn.dx, bn.channels, bn.rows * bn.channels);
     if (bn.dx || bn.dr) spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_back_task, &bn);
 }
 
@@ -8493,7 +8493,7 @@ typedef struct spmi_ln {
     spm_context *ctx;
     spm_op_call *call;
     int64_t rows, n, chunk, chunks;
-    int far;
+    int past;
     float *part; /* [chunks][2][n]: sums of dy h and dy */
 } spmi_ln;
 
@@ -8506,7 +8506,7 @@ static void spmi_ln_plan(spm_context *ctx, spm_op_call *call, spmi_ln *ln)
     ln->chunk = SPMI_MIN((int64_t)256, SPMI_MAX((int64_t)16, spmi_ceil_div(ln->rows, 64)));
     ln->chunks = spmi_ceil_div(ln->rows, ln->chunk);
     ln->part = (float *)call->scratch;
-    ln->far = 0;
+    ln->past = 0;
 }
 
 static size_t spmi_layer_norm_scratch(spm_context *ctx, const spm_op_call *call, int backward)
@@ -8537,7 +8537,7 @@ static void spmi_ln_forward_task(void *arg, int64_t task, int slot)
     (void)slot;
     SPMI_KERNEL(ln->ctx, layer_norm,
                 (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->in[2].data, call->attr.eps,
-                 call->out[0].data + row * ln->n, ln->far, call->out[1].data ? call->out[1].data + row : NULL,
+                 call->out[0].data + row * ln->n, ln->past, call->out[1].data ? call->out[1].data + row : NULL,
                  call->out[2].data ? call->out[2].data + row : NULL));
 }
 
@@ -8545,7 +8545,7 @@ static void spmi_layer_norm_forward(spm_context *ctx, spm_op_call *call)
 {
     spmi_ln ln;
     spmi_ln_plan(ctx, call, &ln);
-    ln.far = spmi_far(call->in[0].data, call->out[0].data, ln.n, ln.rows * ln.n);
+    ln.past = spmi_goes_past(call->in[0].data, call->out[0].data, ln.n, ln.rows * ln.n);
     spm_parallel(ctx, ln.chunks, spmi_ln_forward_task, &ln);
 }
 
@@ -8562,7 +8562,7 @@ static void spmi_ln_backward_task(void *arg, int64_t task, int slot)
     SPMI_KERNEL(ln->ctx, layer_norm_back,
                 (rows, ln->n, call->in[0].data + row * ln->n, call->in[1].data, call->out[1].data + row,
                  call->out[2].data + row, call->d_out.data + row * ln->n,
-                 call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], ln->far, dw, db));
+                 call->d_in[0].data ? call->d_in[0].data + row * ln->n : NULL, call->d_in_add[0], ln->past, dw, db));
 }
 
 /* One task: 128 columns of both sums, chunk by chunk. */
@@ -8587,7 +8587,7 @@ static void spmi_layer_norm_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_ln ln;
     spmi_ln_plan(ctx, call, &ln);
-    ln.far = !call->d_in_add[0] && spmi_far(call->d_out.data, call->d_in[0].data, ln.n, ln.rows * ln.n);
+    ln.past = !call->d_in_add[0] && spmi_goes_past(call->d_out.data, call->d_in[0].data, ln.n, ln.rows * ln.n);
     spm_parallel(ctx, ln.chunks, spmi_ln_backward_task, &ln);
     if (call->d_in[1].data || call->d_in[2].data) spm_parallel(ctx, spmi_ceil_div(ln.n, 128), spmi_ln_join_task, &ln);
 }
@@ -8656,7 +8656,7 @@ typedef struct spmi_row_job {
     spm_context *ctx;
     spm_op_call *call;
     int64_t rows, n, grain;
-    int backward, far;
+    int backward, past;
 } spmi_row_job;
 
 static spm_status spmi_softmax_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
@@ -8672,10 +8672,10 @@ static void spmi_softmax_task(void *arg, int64_t task, int slot)
     (void)slot;
     if (job->backward) {
         SPMI_KERNEL(job->ctx, softmax_back, (rows, job->n, 1.0f, call->out[0].data + at, job->n, call->d_out.data + at,
-                                             job->n, call->d_in[0].data + at, job->n, call->d_in_add[0], job->far));
+                                             job->n, call->d_in[0].data + at, job->n, call->d_in_add[0], job->past));
     } else {
         SPMI_KERNEL(job->ctx, softmax, (rows, job->n, 1.0f, call->in[0].data + at, job->n, call->out[0].data + at, job->n,
-                                        job->far));
+                                        job->past));
     }
 }
 
@@ -8688,8 +8688,8 @@ static void spmi_softmax_run(spm_context *ctx, spm_op_call *call, int backward)
     job.rows = spm_tensor_count(&call->in[0]) / job.n;
     job.grain = SPMI_MAX((int64_t)1, SPMI_GRAIN / job.n);
     job.backward = backward;
-    job.far = backward ? !call->d_in_add[0] && spmi_far(call->d_out.data, call->d_in[0].data, job.n, job.rows * job.n)
-                       : spmi_far(call->in[0].data, call->out[0].data, job.n, job.rows * job.n);
+    job.past = backward ? !call->d_in_add[0] && spmi_goes_past(call->d_out.data, call->d_in[0].data, job.n, job.rows * job.n)
+                       : spmi_goes_past(call->in[0].data, call->out[0].data, job.n, job.rows * job.n);
     spm_parallel(ctx, spmi_ceil_div(job.rows, job.grain), spmi_softmax_task, &job);
 }
 

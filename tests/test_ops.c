@@ -1299,7 +1299,7 @@ static void kept_values(void)
     }
 }
 
-/* Outputs beyond SPMI_FAR go past the caches: the same bits as those of the halves, which do not. */
+/* Outputs beyond SPMI_PAST go past the caches: the same bits as those of the halves, which do not. */
 static void large_outputs(void)
 {
     static const int64_t width[2] = { 1024, 1000 };
