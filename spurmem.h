@@ -4212,8 +4212,8 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
   #define v_get(p, r) ((r) == V_W ? v_load(p) : v_loadn(p, r))
   #define v_put(p, v, r) do { if ((r) == V_W) v_store(p, v); else v_storen(p, v, r); } while (0)
 #endif
-/* Outputs that no cache would hold until they are read go past the caches (`past`, see spmi_goes_past: whole aligned vectors):
- * else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
+/* Outputs that no cache would hold until they are read go past the caches (`past`: whole aligned vectors, see
+ * spmi_goes_past), else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
 #define V_OUT(p, v, r, past) do { if (past) v_stream(p, v); else v_put(p, v, r); } while (0)
 #define V_FENCE(past) do { if (past) v_fence(); } while (0)
 #define V_STEP(i, r, n) for (i = 0; r = (int)SPMI_MIN((int64_t)V_W, (n) - i), i < (n); i += V_W)
@@ -8258,7 +8258,7 @@ typedef struct spmi_bn {
     const float *x;
     float *dx, *dr;
     int64_t grain;                /* rows per task of the last pass */
-    int past;                      /* its output goes past the caches */
+    int past;                     /* its output goes past the caches */
 } spmi_bn;
 
 /* The cut of the work, and the scratch memory's layout if there is one yet. Returns its size. */
@@ -8493,7 +8493,7 @@ typedef struct spmi_ln {
     spm_context *ctx;
     spm_op_call *call;
     int64_t rows, n, chunk, chunks;
-    int past;
+    int past;    /* the output goes past the caches */
     float *part; /* [chunks][2][n]: sums of dy h and dy */
 } spmi_ln;
 
@@ -30498,8 +30498,7 @@ static spm_status spmi_train_pool(spmi_trainer *t)
         double weight = count ? (double)t->n_pool / ((double)count * (double)seen) : 1.0;
         int balance = t->desc->method == SPM_METHOD_REWEIGHT
                       || (t->desc->method == SPM_METHOD_INTERVENE && t->desc->group_weighting);
-        if (balance && fabsf(t->desc->weight_power - 1.0f) > 0.0f) weight = pow(weight, (double)t->desc->weight_power);
-        t->cell_weight[c] = balance ? (float)weight : 1.0f;
+        t->cell_weight[c] = balance ? (float)pow(weight, (double)t->desc->weight_power) : 1.0f;
     }
     return SPM_OK;
 }
@@ -31438,7 +31437,7 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     char name[48];
     if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->epochs) status = spmi_train_evaluate(t);
     if (!status) status = spmi_train_save(t, "last.safetensors");
-    if (!status && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
+    if (!status && t->stopped && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
     if (!status) status = spmi_train_history_write(t);
     if (!status && t->desc->keep_every > 0 && (t->epoch + 1) % t->desc->keep_every == 0) {
         (void)spmi_format(name, sizeof name, "epoch-%03ld.safetensors", (long)t->epoch);

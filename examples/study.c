@@ -297,8 +297,7 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
         desc.identify = first;
         desc.upweight = 20;
     }
-    if (methods[m].kind != SPM_METHOD_ERM && m != REWEIGHT && m != INTERVENE_FULL && m != LABEL_FREE_FULL)
-        desc.weight_power = how->power;
+    if (methods[m].via == START) desc.weight_power = how->power; /* over another method the line ends at power 1 */
     if (m >= INTERVENE) { /* both branches learn */
         desc.lambda = 10.0f;
         desc.mask = SPM_MASK_MEMORY;

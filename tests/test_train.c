@@ -1193,12 +1193,11 @@ static void sentences(void)
 }
 
 /* Another number of as many digits in the saved state. */
-static void spoil_state(bench *b, const char *run, const char *was, const char *is)
+static void spoil_state(const char *run, const char *was, const char *is)
 {
     size_t size = 0, n = strlen(was), i;
     char *text = slurp(run, "state.safetensors", &size);
     FILE *f;
-    (void)b;
     CHECK(n == strlen(is));
     for (i = 0; i + n <= size && memcmp(text + i, was, n) != 0; i++) {}
     CHECK(i + n <= size);
@@ -1230,7 +1229,7 @@ static void damaged_state(void)
     desc.resume = 1;
     desc.max_steps = 0;
     for (i = 0; i < 2; i++) {
-        spoil_state(&b, "spoilt", spoilt[i][0], spoilt[i][1]);
+        spoil_state("spoilt", spoilt[i][0], spoilt[i][1]);
         check_refused(&b, &desc, "spoilt", "state.safetensors", "position cannot be");
     }
     desc.resume = 0;
