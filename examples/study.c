@@ -308,7 +308,7 @@ static int train_method(study *s, spm_dataset *data, int set, int net, int seed,
     if (m == RANDOM_MASK) desc.mask = SPM_MASK_RANDOM;
     if (m == OFFICIAL_MASK) desc.mask = SPM_MASK_OFFICIAL;
     if (m == NO_MASK) desc.mask = SPM_MASK_NONE;
-    if (m == NTX_ONLY) desc.cross_entropy = 0;
+    if (m == NTX_ONLY) desc.cross_entropy = desc.cross_entropy_pruned = 0;
     return train_into(s, data, &desc, run);
 }
 

@@ -456,6 +456,35 @@ static void fetch(void)
     CHECK(system(command) != 0);
 }
 
+/* Every method of the study trains, stops and goes on: on a dozen pictures of a group its rows mean nothing. */
+static void study(void)
+{
+    static const char line[] = "study @/study @/few @/none full nets=resnet sets=birds seeds=1-1 threads=1";
+    uint8_t *table = NULL, *again = NULL;
+    size_t size = 0, same = 0;
+    spm_json_value *results;
+    NEED_PROGRAMS();
+    CHECK_INT(run("synth_birds --out @/few --train 24 --val 12 --test 12 --correlation 0.75 --quiet"), 0);
+    CHECK_INT(run(line), 0);
+    CHECK(said("birds    resnet seed 1  ERM, the start") && said("seed 1  intervention, contrast alone"));
+    CHECK(spm_file_read(ctx, at("study/table.md"), &table, &size, NULL) == SPM_OK);
+    CHECK_INT(spm_file_read(ctx, at("study/results.json"), &again, &same, NULL), SPM_OK);
+    results = again ? spm_json_parse(ctx, "results.json", (const char *)again, same, NULL) : NULL;
+    CHECK_INT(spm_json_length(spm_json_get(results, "runs")), 15);
+    spm_json_free(ctx, results);
+    spm_free(ctx, again);
+    /* a run that was not measured is gone on with: nothing is left of it to train, so the row is the same */
+    CHECK_INT(remove(at("study/birds-resnet-1/ntx-only/row.txt")), 0);
+    CHECK_INT(run(line), 0);
+    again = NULL;
+    CHECK(spm_file_read(ctx, at("study/table.md"), &again, &same, NULL) == SPM_OK);
+    CHECK(table && again && size == same && memcmp(table, again, size) == 0);
+    spm_free(ctx, table);
+    spm_free(ctx, again);
+    CHECK_INT(run("study @/study @/few @/none weekly"), 2);
+    CHECK(said("usage: study OUT BIRDS DATA quick|full"));
+}
+
 int main(void)
 {
     programs_begin("test_tools_data", "spurmem");
@@ -468,6 +497,7 @@ int main(void)
     TEST(pack);
     TEST(published);
     TEST(fetch);
+    TEST(study);
     spm_context_destroy(ctx);
     return TEST_END;
 }
