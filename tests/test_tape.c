@@ -1,6 +1,7 @@
 /* test_tape.c - the tape: every operation's gradient, planning, segments, masks, hooks, prefixes, threads. */
 #include "../spurmem.h"
 #include "failing.h"
+#include <pthread.h>
 
 #include <stdint.h>
 
@@ -1170,6 +1171,67 @@ static void test_runs_on_two_threads(void)
     spm_context_destroy(ctx);
 }
 
+/* Three application threads train on one context: one of them at a time gets the pool. */
+typedef struct training {
+    spm_context *ctx;
+    float *image, *gradients; /* of three passes backward, one behind the other */
+    int failed;
+} training;
+
+static void *train_alone(void *user)
+{
+    training *t = (training *)user;
+    spm_model *model = network(t->ctx, "resnet50:width=8", 32, 4);
+    spm_run *run = run_of(model, 4, 1, 0);
+    float upstream[16], *to = t->gradients;
+    int k, p;
+    for (k = 0; k < 16; k++) upstream[k] = 0.1f * (float)(k - 7);
+    t->failed = spm_run_input(run, value_of(model, "image"), t->image) != SPM_OK;
+    for (k = 0; k < 3; k++) {
+        t->failed |= spm_run_forward(run, 4, 1) || spm_run_set_gradient(run, value_of(model, "logits"), upstream);
+        spm_model_zero_gradients(model);
+        t->failed |= spm_run_backward(run) != SPM_OK;
+        for (p = 0; p < spm_model_parameter_count(model); p++) {
+            const spm_parameter *own = spm_model_parameter(model, p);
+            const int64_t n = spm_tensor_count(&own->value);
+            if (own->flags & SPM_PARAMETER_BUFFER) continue;
+            memcpy(to, own->gradient, (size_t)n * sizeof(float));
+            to += n;
+        }
+    }
+    spm_run_destroy(run);
+    spm_model_destroy(model);
+    return NULL;
+}
+
+static void test_training_on_three_threads(void)
+{
+    const int64_t room = 3 * 500000;
+    float *image = noise(4 * 32 * 32 * 3, 1);
+    training t[4];
+    pthread_t thread[3];
+    int k, started = 0;
+    for (k = 0; k < 4; k++) { /* the last one: on one thread */
+        memset(&t[k], 0, sizeof t[k]);
+        t[k].ctx = k % 3 == 0 ? context(k ? 1 : 3) : t[0].ctx;
+        t[k].image = image;
+        t[k].gradients = (float *)calloc((size_t)room, sizeof(float));
+    }
+    (void)train_alone(&t[3]);
+    while (started < 3 && pthread_create(&thread[started], NULL, train_alone, &t[started]) == 0) started++;
+    for (k = 0; k < started; k++) {
+        pthread_join(thread[k], NULL);
+        CHECK(!t[k].failed && same(t[k].gradients, t[3].gradients, (int)room));
+    }
+    CHECK(!t[3].failed && t[3].gradients[0] != 0.0f);
+    for (k = 0; k < 4; k++) {
+        free(t[k].gradients);
+        if (k % 3 == 0) spm_context_destroy(t[k].ctx);
+    }
+    free(image);
+    if (started < 3) SKIP("no thread");
+}
+
 /* A convolution and its batch norm in one pass over memory (runs without backward) give the bits of two passes (runs
  * with), also in training, with a hook between them, with a kept value between them, and started in the middle. */
 static void test_norms_in_one_go(void)
@@ -1250,5 +1312,6 @@ int main(void)
     TEST(test_recorders);
     TEST(test_batches_do_not_matter);
     TEST(test_runs_on_two_threads);
+    TEST(test_training_on_three_threads);
     return TEST_END;
 }
