@@ -7123,7 +7123,9 @@ static void spmi_weight_plan(spmi_weight_job *job)
     size = job->outputs * (s->taps * s->run + 1);
     job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
     job->even = !job->half && s->images * s->w.count * s->taps == 1;
-    job->dealt = job->half || job->outputs % spmi_outer_rows(job->ctx);
+    /* pixels 4 KiB apart share a set of the cache, which holds no quarter lines of theirs until the next quarter's turn */
+    job->dealt = job->half || job->outputs % spmi_outer_rows(job->ctx)
+              || (spmi_outer_rows(job->ctx) < 8 && job->dy_pixel % 1024 == 0);
     if (job->even) job->collect = SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
     else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
     job->block = job->turned ? 4 * SPMI_WEIGHT_PIXELS : SPMI_WEIGHT_PIXELS << (job->half == 2);
