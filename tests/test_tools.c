@@ -1,5 +1,5 @@
-/* test_tools.c - runs the built data tools and `spurmem pack` on miniatures of the public archives that it draws itself,
- * and reads what they write with the library.  (synth_birds has a test of its own.) */
+/* test_tools.c - runs the built data tools, `spurmem pack` and the study on miniatures of the public archives that it draws
+ * itself, and reads what they write with the library.  (synth_birds has a test of its own.) */
 #include "programs.h"
 
 static spm_dataset *open_set(const char *path)
@@ -456,7 +456,7 @@ static void fetch(void)
     CHECK(system(command) != 0);
 }
 
-/* Every method of the study trains, stops and goes on: on a dozen pictures of a group its rows mean nothing. */
+/* Every method of the study trains, and what is there is gone on with; on 24 pictures its rows mean nothing. */
 static void study(void)
 {
     static const char line[] = "study @/study @/few @/none full nets=resnet sets=birds seeds=1-1 threads=1";
