@@ -474,59 +474,59 @@ static void test_bf16(void)
 
 /* ---- outputs that go past the caches: the same bits as through them ---- */
 
-enum { FAR_ROWS = 5, FAR_N = 96, FAR_COUNT = FAR_ROWS * FAR_N };
+enum { PAST_ROWS = 5, PAST_N = 96, PAST_COUNT = PAST_ROWS * PAST_N };
 
 /* Kernel number `which` on fixed inputs, its output at y (which held `before`). */
-static void run_far(spm_context *ctx, int which, const float *x, const float *b, float *y, int past)
+static void run_past(spm_context *ctx, int which, const float *x, const float *b, float *y, int past)
 {
-    const volatile int64_t width = FAR_N; /* a constant makes gcc reason about rows of that length, and warn */
+    const volatile int64_t width = PAST_N; /* a constant makes gcc reason about rows of that length, and warn */
     const int64_t n = width;
-    float mean[FAR_N], rstd[FAR_N];
+    float mean[PAST_N], rstd[PAST_N];
     int i;
-    for (i = 0; i < FAR_N; i++) {
+    for (i = 0; i < PAST_N; i++) {
         mean[i] = 0.25f * b[i];
         rstd[i] = 1.5f + b[i];
     }
     switch (which) {
-    case 0: SPMI_KERNEL(ctx, relu, (FAR_ROWS * n, x, y, past)); break;
-    case 1: SPMI_KERNEL(ctx, relu_back, (FAR_ROWS * n, x, b, y, 0, past)); break;
-    case 2: SPMI_KERNEL(ctx, gelu, (FAR_ROWS * n, x, y, past)); break;
-    case 3: SPMI_KERNEL(ctx, gelu_back, (FAR_ROWS * n, x, b, y, 0, past)); break;
-    case 4: SPMI_KERNEL(ctx, scale, (FAR_ROWS * n, 0.75f, x, y, 0, past)); break;
-    case 5: SPMI_KERNEL(ctx, sum_of, (FAR_ROWS * n, 0.5f, x, b, y, past)); break;
-    case 6: SPMI_KERNEL(ctx, softmax, (FAR_ROWS, n, 2.0f, x, n, y, n, past)); break;
-    case 7: SPMI_KERNEL(ctx, softmax_back, (FAR_ROWS, n, 2.0f, x, n, b, n, y, n, 0, past)); break;
-    case 8: SPMI_KERNEL(ctx, layer_norm, (FAR_ROWS, n, x, b, b + FAR_N, 1e-5f, y, past, NULL, NULL)); break;
-    case 9: SPMI_KERNEL(ctx, layer_norm_back, (FAR_ROWS, n, x, b, mean, rstd, b, y, 0, past, NULL, NULL)); break;
-    case 10: SPMI_KERNEL(ctx, bn_apply, (FAR_ROWS, n, x, b, mean, rstd, b, 1, y, past)); break;
+    case 0: SPMI_KERNEL(ctx, relu, (PAST_ROWS * n, x, y, past)); break;
+    case 1: SPMI_KERNEL(ctx, relu_back, (PAST_ROWS * n, x, b, y, 0, past)); break;
+    case 2: SPMI_KERNEL(ctx, gelu, (PAST_ROWS * n, x, y, past)); break;
+    case 3: SPMI_KERNEL(ctx, gelu_back, (PAST_ROWS * n, x, b, y, 0, past)); break;
+    case 4: SPMI_KERNEL(ctx, scale, (PAST_ROWS * n, 0.75f, x, y, 0, past)); break;
+    case 5: SPMI_KERNEL(ctx, sum_of, (PAST_ROWS * n, 0.5f, x, b, y, past)); break;
+    case 6: SPMI_KERNEL(ctx, softmax, (PAST_ROWS, n, 2.0f, x, n, y, n, past)); break;
+    case 7: SPMI_KERNEL(ctx, softmax_back, (PAST_ROWS, n, 2.0f, x, n, b, n, y, n, 0, past)); break;
+    case 8: SPMI_KERNEL(ctx, layer_norm, (PAST_ROWS, n, x, b, b + PAST_N, 1e-5f, y, past, NULL, NULL)); break;
+    case 9: SPMI_KERNEL(ctx, layer_norm_back, (PAST_ROWS, n, x, b, mean, rstd, b, y, 0, past, NULL, NULL)); break;
+    case 10: SPMI_KERNEL(ctx, bn_apply, (PAST_ROWS, n, x, b, mean, rstd, b, 1, y, past)); break;
     default:
-        SPMI_KERNEL(ctx, bn_back, (FAR_ROWS, n, x, NULL, b, mean, rstd, mean, rstd, mean, rstd, y, 0, NULL, 0, past));
+        SPMI_KERNEL(ctx, bn_back, (PAST_ROWS, n, x, NULL, b, mean, rstd, mean, rstd, mean, rstd, y, 0, NULL, 0, past));
         break;
     }
 }
 
-static void check_far(spm_context *plain, spm_context *ctx)
+static void check_past(spm_context *plain, spm_context *ctx)
 {
-    float *x = random_floats(FAR_COUNT), *b = random_floats(FAR_COUNT), *raw = random_floats(2 * FAR_COUNT + 64);
-    float *through = raw + (16 - (uintptr_t)raw / sizeof(float) % 16) % 16, *past = through + FAR_COUNT + 16;
+    float *x = random_floats(PAST_COUNT), *b = random_floats(PAST_COUNT), *raw = random_floats(2 * PAST_COUNT + 64);
+    float *through = raw + (16 - (uintptr_t)raw / sizeof(float) % 16) % 16, *past = through + PAST_COUNT + 16;
     int which;
     (void)plain;
     for (which = 0; which < 12; which++) {
-        const float guard = past[FAR_COUNT];
-        run_far(ctx, which, x, b, through, 0);
-        run_far(ctx, which, x, b, past, 1);
-        CHECK(memcmp(through, past, FAR_COUNT * sizeof *past) == 0);
-        CHECK(memcmp(&guard, past + FAR_COUNT, sizeof guard) == 0);
+        const float guard = past[PAST_COUNT];
+        run_past(ctx, which, x, b, through, 0);
+        run_past(ctx, which, x, b, past, 1);
+        CHECK(memcmp(through, past, PAST_COUNT * sizeof *past) == 0);
+        CHECK(memcmp(&guard, past + PAST_COUNT, sizeof guard) == 0);
     }
     free(x);
     free(b);
     free(raw);
 }
 
-static void test_far(void)
+static void test_past(void)
 {
     float *to = NULL, *from = to + 16;
-    each_isa(check_far);
+    each_isa(check_past);
     CHECK(spmi_goes_past(from, to, 64, SPMI_PAST));
     CHECK(!spmi_goes_past(from, to, 64, SPMI_PAST - 1)); /* a cache holds it */
     CHECK(!spmi_goes_past(to, to, 64, SPMI_PAST));       /* in place: its lines were just read */
@@ -541,6 +541,6 @@ int main(void)
     TEST(test_moves);
     TEST(test_products);
     TEST(test_bf16);
-    TEST(test_far);
+    TEST(test_past);
     return TEST_END;
 }

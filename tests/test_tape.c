@@ -1172,15 +1172,16 @@ static void test_runs_on_two_threads(void)
 }
 
 /* Three application threads train on one context: one of them at a time gets the pool. */
-typedef struct training {
+typedef struct trainee {
     spm_context *ctx;
     float *image, *gradients; /* of three passes backward, one behind the other */
     int failed;
-} training;
+} trainee;
+enum { TRAINING_ROOM = 3 * 500000 };
 
 static void *train_alone(void *user)
 {
-    training *t = (training *)user;
+    trainee *t = (trainee *)user;
     spm_model *model = network(t->ctx, "resnet50:width=8", 32, 4);
     spm_run *run = run_of(model, 4, 1, 0);
     float upstream[16], *to = t->gradients;
@@ -1195,6 +1196,7 @@ static void *train_alone(void *user)
             const spm_parameter *own = spm_model_parameter(model, p);
             const int64_t n = spm_tensor_count(&own->value);
             if (own->flags & SPM_PARAMETER_BUFFER) continue;
+            if ((t->failed |= n > t->gradients + TRAINING_ROOM - to) != 0) break;
             memcpy(to, own->gradient, (size_t)n * sizeof(float));
             to += n;
         }
@@ -1206,22 +1208,21 @@ static void *train_alone(void *user)
 
 static void test_training_on_three_threads(void)
 {
-    const int64_t room = 3 * 500000;
     float *image = noise(4 * 32 * 32 * 3, 1);
-    training t[4];
+    trainee t[4];
     pthread_t thread[3];
     int k, started = 0;
     for (k = 0; k < 4; k++) { /* the last one: on one thread */
         memset(&t[k], 0, sizeof t[k]);
         t[k].ctx = k % 3 == 0 ? context(k ? 1 : 3) : t[0].ctx;
         t[k].image = image;
-        t[k].gradients = (float *)calloc((size_t)room, sizeof(float));
+        t[k].gradients = (float *)calloc(TRAINING_ROOM, sizeof(float));
     }
     (void)train_alone(&t[3]);
     while (started < 3 && pthread_create(&thread[started], NULL, train_alone, &t[started]) == 0) started++;
     for (k = 0; k < started; k++) {
         pthread_join(thread[k], NULL);
-        CHECK(!t[k].failed && same(t[k].gradients, t[3].gradients, (int)room));
+        CHECK(!t[k].failed && same(t[k].gradients, t[3].gradients, TRAINING_ROOM));
     }
     CHECK(!t[3].failed && t[3].gradients[0] != 0.0f);
     for (k = 0; k < 4; k++) {
