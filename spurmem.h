@@ -438,6 +438,7 @@ typedef struct spm_op_call {
     int packed_ready;                /* 0: the weights have changed since `packed` was written; the op sets it to 1 */
     int statistics_ready;            /* batch_norm: 1: out[1] and out[2] hold what this very call has computed before */
     spm_op_norm norm;                /* conv2d, linear: applied to y before it is stored */
+    struct spmi_beside *beside;      /* the tape's: passes of batch norms that go on meanwhile; NULL: none */
 } spm_op_call;
 
 SPMDEF const char *spm_op_name(spm_op op);                 /* "conv2d" ... */
@@ -1915,6 +1916,7 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
   #endif
   #ifdef SPURMEM_THREADS
     #include <pthread.h>
+    #include <sched.h>
   #endif
 #endif
 
@@ -2809,6 +2811,17 @@ static void spmi_denormals_restore(unsigned mode)
  * >>POOL  03  threads, parallel-for, the life of a context
  * ============================================================================================================= */
 
+/* Some 32-bit targets have atomic 64-bit counters in an extra library only: they get the lock. */
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__GCC_ATOMIC_LLONG_LOCK_FREE)
+  #define SPMI_ATOMICS (__GCC_ATOMIC_LLONG_LOCK_FREE == 2)
+#else
+  #define SPMI_ATOMICS 0
+#endif
+#if SPMI_ATOMICS
+  #define SPMI_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+  #define SPMI_FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL)
+#endif
+
 /* ---- threads: pthreads, Win32, or none ---- */
 
 #if defined(SPURMEM_THREADS) && defined(_WIN32)
@@ -2818,6 +2831,26 @@ typedef CONDITION_VARIABLE spmi_condition;
 typedef pthread_t spmi_thread;
 typedef pthread_cond_t spmi_condition;
 #endif
+
+/* Lets another thread have the processor. */
+static void spmi_yield(void)
+{
+#if defined(SPURMEM_THREADS) && defined(_WIN32)
+    (void)SwitchToThread();
+#elif defined(SPURMEM_THREADS)
+    (void)sched_yield();
+#endif
+}
+
+/* A moment's wait for another thread, which leaves its core's units to a sibling. */
+static void spmi_pause(void)
+{
+#if SPMI_HAS_X86
+    _mm_pause();
+#elif SPMI_ATOMICS && defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
 #ifdef SPURMEM_THREADS
 /* What a new thread runs; the pool and the loader both start theirs through this. */
@@ -2897,17 +2930,6 @@ static void spmi_condition_wake_all(spmi_condition *condition)
 
 /* ---- the pool ---- */
 
-/* Some 32-bit targets have atomic 64-bit counters in an extra library only: they get the lock. */
-#if (defined(__GNUC__) || defined(__clang__)) && defined(__GCC_ATOMIC_LLONG_LOCK_FREE)
-  #define SPMI_ATOMICS (__GCC_ATOMIC_LLONG_LOCK_FREE == 2)
-#else
-  #define SPMI_ATOMICS 0
-#endif
-#if SPMI_ATOMICS
-  #define SPMI_LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
-  #define SPMI_FETCH_ADD(p, v) __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL)
-#endif
-
 typedef struct spmi_worker {
     struct spmi_pool *pool;
     int slot;
@@ -2984,13 +3006,7 @@ static void spmi_pool_spin(struct spmi_pool *pool, int64_t seen, int ending)
     int i, j;
     for (i = 0; i < 400; i++) {
         if (ending ? !SPMI_LOAD(&pool->working) : SPMI_LOAD(&pool->sequence) != seen || SPMI_LOAD(&pool->quit)) return;
-        for (j = 0; j < 8; j++) {
-  #if SPMI_HAS_X86
-            _mm_pause();
-  #elif defined(__aarch64__)
-            __asm__ volatile("yield");
-  #endif
-        }
+        for (j = 0; j < 8; j++) spmi_pause();
     }
 #else
     (void)pool;
@@ -3148,6 +3164,120 @@ SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, 
     }
     spmi_denormals_restore(mode);
 }
+
+/* ---- passes beside a job ----
+ * Memory serves few threads, so a pass over it is best made while others multiply; and what a task has just written, or
+ * is about to read, is near.  So passes of batch norms go on inside the convolutions before and behind them.  The work on
+ * a chunk of rows is the same whoever does it and when: it gives the same bits as a job of its own.  Where there are no
+ * atomic counters, passes stay jobs of their own. */
+
+/* A pass over what a job writes: tasks count off what they have written, and who counts off the last of a chunk does the
+ * pass over it. */
+typedef struct spmi_watch {
+    int64_t columns, chunk;    /* of a row; rows */
+    int64_t *left;             /* of each chunk: numbers not yet written */
+    void (*fn)(void *arg, int64_t chunk);
+    void *arg;
+} spmi_watch;
+
+/* What a task has written of one chunk and not yet counted off. It begins with zeros. */
+typedef struct spmi_written {
+    int64_t chunk, count;
+} spmi_written;
+
+static void spmi_watch_count(const spmi_watch *watch, spmi_written *written)
+{
+#if SPMI_ATOMICS
+    if (written->count && SPMI_FETCH_ADD(&watch->left[written->chunk], -written->count) == written->count)
+        watch->fn(watch->arg, written->chunk);
+#else
+    (void)watch;
+#endif
+    written->count = 0;
+}
+
+/* `columns` numbers were written of each of n rows, which lie `step` apart.  A task ends with spmi_watch_count. */
+static void spmi_watch_rows(const spmi_watch *watch, spmi_written *written, int64_t row, int64_t step, int64_t n,
+                            int64_t columns)
+{
+    while (n > 0) {
+        const int64_t chunk = row / watch->chunk;
+        const int64_t here = SPMI_MIN(n, ((chunk + 1) * watch->chunk - row + step - 1) / step);
+        if (chunk != written->chunk) spmi_watch_count(watch, written);
+        written->chunk = chunk;
+        written->count += here * columns;
+        row += here * step;
+        n -= here;
+    }
+}
+
+/* 1 if all was written and passed over.  A job may leave rows alone (taps of a wide stride that meet none): then the pass
+ * has to be made again. */
+static int spmi_watch_done(const spmi_watch *watch, int64_t chunks)
+{
+    int64_t chunk = 0;
+    while (chunk < chunks && !watch->left[chunk]) chunk++;
+    return chunk == chunks;
+}
+
+/* A pass that makes what a job reads: the first task to want rows of a chunk makes them, others wait for it. */
+typedef struct spmi_lead {
+    int64_t chunk, chunks;     /* rows; of all */
+    int64_t *state;            /* of each chunk: 0 nobody has come, SPMI_LEAD_DONE and more: it is there */
+    void (*fn)(void *arg, int64_t chunk, int slot);
+    void *arg;
+} spmi_lead;
+
+#define SPMI_LEAD_DONE (INT64_C(1) << 32)
+
+/* Returns when rows [first, end) are there. */
+static void spmi_lead_rows(const spmi_lead *lead, int64_t first, int64_t end)
+{
+#if SPMI_ATOMICS
+    const int64_t last = (end - 1) / lead->chunk;
+    int64_t chunk;
+    int spins;
+    for (chunk = first / lead->chunk; chunk <= last; chunk++) {
+        if (SPMI_LOAD(&lead->state[chunk]) || SPMI_FETCH_ADD(&lead->state[chunk], 1)) continue;
+        lead->fn(lead->arg, chunk, 0);
+        (void)SPMI_FETCH_ADD(&lead->state[chunk], SPMI_LEAD_DONE);
+    }
+    for (chunk = first / lead->chunk; chunk <= last; chunk++) {
+        for (spins = 0; SPMI_LOAD(&lead->state[chunk]) < SPMI_LEAD_DONE; spins++) {
+            if (spins < 1000) spmi_pause();
+            else spmi_yield(); /* whoever makes it has lost its processor */
+        }
+    }
+#else
+    (void)lead;
+    (void)first;
+    (void)end;
+#endif
+}
+
+static void spmi_lead_task(void *arg, int64_t task, int slot)
+{
+    const spmi_lead *lead = (const spmi_lead *)arg;
+    (void)slot;
+    spmi_lead_rows(lead, task * lead->chunk, (task + 1) * lead->chunk);
+}
+
+/* Makes the chunks that nobody has asked for. NULL: nothing to do. */
+static void spmi_lead_finish(spm_context *ctx, spmi_lead *lead)
+{
+    int64_t chunk = 0;
+    if (!lead) return;
+    while (chunk < lead->chunks && lead->state[chunk]) chunk++;
+    if (chunk < lead->chunks) spm_parallel(ctx, lead->chunks, spmi_lead_task, lead);
+}
+
+/* What goes on beside a call. */
+typedef struct spmi_beside {
+    const spmi_watch *watch;    /* conv2d: is told of y, or of the gradient of x */
+    spmi_lead *x, *d_out;       /* conv2d: are asked for x (forward, and for the gradient of w) and d_out (for that of w) */
+    struct spmi_bn_lead *leave; /* batch_norm: takes the last pass */
+    int sums_ready;             /* batch_norm: `scratch` holds the first pass's sums */
+} spmi_beside;
 
 /* ---- the life of a context ---- */
 
@@ -6345,6 +6475,7 @@ typedef struct spmi_axis {
 
 typedef struct spmi_window {
     const float *in;
+    const spmi_lead *lead;               /* to be asked for rows of `in` first; NULL: they are there */
     int64_t images, pixel, depth;        /* floats from pixel to pixel, and how many of them are read */
     spmi_axis h, w;
     int half;                            /* the copy is rounded to bf16 */
@@ -6421,6 +6552,17 @@ static void spmi_window_copy_row(spm_context *ctx, const spmi_window *s, int64_t
     } else SPMI_KERNEL(ctx, collect, (1, end - first, from, &start, step * s->pixel, s->depth, to, s->at_pixel));
 }
 
+/* Asks the lead for all that output rows [row0, row1) read. */
+static void spmi_window_ask(const spmi_window *s, int64_t row0, int64_t row1)
+{
+    const spmi_axis *h = &s->h;
+    const int64_t y0 = row0 % h->count * h->stride + h->offset;
+    const int64_t y1 = (row1 - 1) % h->count * h->stride + h->offset + s->span_h;
+    const int64_t first = row0 / h->count * h->size + SPMI_MAX(y0, 0);
+    const int64_t end = (row1 - 1) / h->count * h->size + SPMI_MIN(y1, h->size);
+    if (s->lead && first < end) spmi_lead_rows(s->lead, first * s->w.size, end * s->w.size);
+}
+
 /* Makes output rows [row0, row1) readable: copies if need be, and writes the offset of each row's first pixel, counted
  * from what it returns, to row_at. */
 static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int64_t row0, int64_t row1, float *copy,
@@ -6428,6 +6570,7 @@ static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int
 {
     const spmi_axis *h = &s->h;
     int64_t row = row0, used = 0;
+    spmi_window_ask(s, row0, row1);
     if (!s->copied) {
         for (; row < row1; row++) {
             int64_t y = row / h->count * h->size + row % h->count * h->stride + h->offset;
@@ -6516,6 +6659,10 @@ static const float *spmi_wino_patch(const spmi_window *s, int64_t image, int64_t
     int64_t i, j;
     *row = s->w.size * s->pixel;
     *pixel = s->pixel;
+    if (s->lead && y < s->h.size && y + size > 0) {
+        spmi_lead_rows(s->lead, (image * s->h.size + SPMI_MAX(y, 0)) * s->w.size,
+                       (image * s->h.size + SPMI_MIN(y + size, s->h.size)) * s->w.size);
+    }
     if (first == 0 && end == size && y >= 0 && y + size <= s->h.size) return from;
     for (i = 0; i < size; i++) {
         float *to = patch + i * size * depth;
@@ -6544,6 +6691,8 @@ typedef struct spmi_taps_job {
     spm_op_norm norm;                    /* its residual lies like `out` */
     int accumulate, input_gradient;
     int fast_filters;                    /* 1: evaluation mode, filters of Winograd are transformed in floats */
+    const spmi_watch *watch;             /* told what is written; NULL: nobody is */
+    int64_t watch_row;                   /* the row that `out` begins with, as the watch counts them */
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
     size_t slot_bytes, shared_bytes;     /* of scratch memory: a thread's own, then everybody's */
@@ -6657,21 +6806,34 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     }
 }
 
+/* n pixels of the output were written from float `at` on. */
+static void spmi_taps_wrote(const spmi_taps_job *job, spmi_written *written, int64_t at, int64_t n, int64_t columns)
+{
+    spmi_watch_rows(job->watch, written, job->watch_row + at / job->watch->columns,
+                    job->out_pixel / job->watch->columns, n, columns);
+}
+
 /* Transforms the products of tiles [first, end) back: outputs [j, j + width). */
 static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t j, int width,
                               const float *m)
 {
     const int64_t picture = job->tiles.down * job->tiles.across, n = SPMI_MIN((int64_t)width, job->columns - j);
+    spmi_written written = SPM_ZERO;
     int64_t t;
     for (t = first; t < end; t++, m += width) {
         const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
-        const int64_t at = t / picture * job->out_image + y * job->out_row + x * job->out_pixel + j;
-        const spm_op_norm norm = spmi_norm_at(job->norm, j, at);
+        const int64_t down = SPMI_MIN(4, job->window.h.count - y), across = SPMI_MIN(4, job->window.w.count - x);
+        const int64_t at = t / picture * job->out_image + y * job->out_row + x * job->out_pixel;
+        const spm_op_norm norm = spmi_norm_at(job->norm, j, at + j);
+        int64_t i;
         SPMI_KERNEL(job->ctx, wino_output,
-                    (n, m, job->m_at, job->bias ? job->bias + j : NULL, norm.scale ? &norm : NULL, job->out + at,
-                     job->out_row, job->out_pixel, (int)SPMI_MIN(4, job->window.h.count - y),
-                     (int)SPMI_MIN(4, job->window.w.count - x), job->accumulate));
+                    (n, m, job->m_at, job->bias ? job->bias + j : NULL, norm.scale ? &norm : NULL, job->out + at + j,
+                     job->out_row, job->out_pixel, (int)down, (int)across, job->accumulate));
+        for (i = 0; job->watch && i < down; i++) {
+            spmi_taps_wrote(job, &written, at + i * job->out_row, across, n);
+        }
     }
+    if (job->watch) spmi_watch_count(job->watch, &written);
 }
 
 /* The first column of a panel and its width. */
@@ -6823,8 +6985,9 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
-    int64_t row, i, n = 0, t, k0, j, panel;
+    int64_t row, i, n = 0, t, k0, j, panel, columns = 0;
     spm_op_norm norm;
+    spmi_written written = SPM_ZERO;
     spmi_rows g = SPM_ZERO;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
@@ -6847,10 +7010,11 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
             g.taps = SPMI_MIN(s->taps - t, together);
             g.k = SPMI_MIN(s->run - k0, piece);
             g.accumulate = job->accumulate || t > 0 || k0 > 0;
-            for (j = 0, panel = 0; panel < panel1; j += g.width, panel++) {
+            for (columns = 0, j = 0, panel = 0; panel < panel1; j += g.width, panel++) {
                 g.width = spmi_panel_width(ctx, job->columns - j);
                 if (panel < panel0) continue;
                 g.columns = (int)SPMI_MIN(job->columns - j, g.width);
+                columns += g.columns;
                 g.b = spmi_half_from(s->half, job->packed, j * depth + (t * s->run + k0) * g.width);
                 g.c = job->out + j;
                 g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
@@ -6863,6 +7027,13 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
         }
         t += together;
     } while (t < s->taps);
+    if (!job->watch) return;
+    if (job->out_image == s->h.count * job->out_row && job->out_row == s->w.count * job->out_pixel) {
+        spmi_taps_wrote(job, &written, c_at[0], pixels, columns);
+    } else {
+        for (n = 0; n < pixels; n += s->w.count) spmi_taps_wrote(job, &written, c_at[n], s->w.count, columns);
+    }
+    spmi_watch_count(job->watch, &written);
 }
 
 static size_t spmi_taps_scratch(const spmi_taps_job *job)
@@ -6888,6 +7059,7 @@ typedef struct spmi_weight_job {
     spm_context *ctx;
     spmi_window window;
     const float *dy;
+    const spmi_lead *dy_lead;            /* as window.lead, for dy */
     int64_t dy_pixel, outputs;           /* floats from pixel to pixel; o of this group */
     float *dw, *db;                      /* [outputs][taps * run], [outputs]; either may be NULL */
     int add_dw, add_db, half;
@@ -7010,6 +7182,7 @@ static void spmi_wino_dw_input_task(void *arg, int64_t task, int slot)
     spmi_window g = *s;
     int64_t t, c, row, pixel;
     g.in = job->dy;
+    g.lead = job->dy_lead;
     g.pixel = job->dy_pixel;
     g.depth = job->outputs;
     g.h.size = s->h.count;
@@ -7329,6 +7502,7 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     for (row = first; row < end; row += job->block) {
         int64_t rows = SPMI_MIN(job->block, end - row);
         const float *dy = job->dy + row * s->w.count * job->dy_pixel + o0;
+        if (job->dy_lead) spmi_lead_rows(job->dy_lead, row * s->w.count, (row + rows) * s->w.count);
         if (db) SPMI_KERNEL(ctx, column_sums, (rows * s->w.count, count, dy, job->dy_pixel, db + o0));
         if (!dw) continue;
         g.b = spmi_window_rows(ctx, s, row, row + rows, copy, row_at);
@@ -7993,6 +8167,10 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
         job.packed = packed + g * spmi_conv_packed_floats(ctx, &v);
         job.bias = bias ? bias + g * v.co : NULL;
         job.norm = spmi_norm_at(call->norm, g * v.co, g * v.co);
+        if (call->beside) {
+            job.window.lead = call->beside->x;
+            job.watch = call->beside->watch;
+        }
         spmi_taps_run(&job);
     }
 }
@@ -8096,6 +8274,8 @@ static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op
                 if (pack.taps_h * pack.taps_w > 0) spmi_conv_pack_run(&pack);
                 job.window.in = call->d_out.data + g * v->co;
                 job.out = call->d_in[0].data + (h * v->w + w) * v->c + g * v->ci;
+                if (call->beside) job.watch = call->beside->watch;
+                job.watch_row = h * v->w + w;
                 spmi_taps_run(&job);
             }
         }
@@ -8118,7 +8298,9 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
 {
     const spmi_conv v = spmi_conv_of(ctx, call, linear);
     float *db = call->n_in > 2 && call->in[2].data ? call->d_in[2].data : NULL;
+    const spmi_beside none = SPM_ZERO, *beside = call->beside ? call->beside : &none;
     int64_t g;
+    if (db) spmi_lead_finish(ctx, beside->d_out);
     if (call->d_in[1].data || db) {
         spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
         float *dw = call->d_in[1].data, *wide = (float *)call->scratch;
@@ -8128,13 +8310,17 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
         job.add_db = call->d_in_add[2];
         for (g = 0; g < v.groups; g++) {
             job.window.in = call->in[0].data + g * v.ci;
+            job.window.lead = beside->x;
             job.dy = call->d_out.data + g * v.co;
+            job.dy_lead = beside->d_out;
             job.dw = dw ? dw + g * v.co * v.k : NULL;
             job.db = db ? db + g * v.co : NULL;
             spmi_weight_run(&job);
         }
         if (dw && v.joined > 1) spmi_conv_narrow(&v, wide, call->d_in[1].data, call->d_in_add[1]);
     }
+    spmi_lead_finish(ctx, beside->x);
+    spmi_lead_finish(ctx, beside->d_out);
     /* last: what comes next reads dx, and x has just been replayed */
     if (call->d_in[0].data) spmi_conv_backward_data(ctx, &v, call);
 }
@@ -8261,7 +8447,15 @@ typedef struct spmi_bn {
     float *dx, *dr;
     int64_t grain;                /* rows per task of the last pass */
     int past;                     /* its output goes past the caches */
+    int64_t *left, *state;        /* tables of a watch and of a lead */
 } spmi_bn;
+
+/* The last pass of a batch norm, left to the convolution that reads its result. */
+struct spmi_bn_lead {
+    spmi_lead lead;
+    spmi_bn bn;
+    spm_op_call call;
+};
 
 /* The cut of the work, and the scratch memory's layout if there is one yet. Returns its size. */
 static size_t spmi_bn_plan(spm_context *ctx, const spm_op_call *call, int backward, spmi_bn *bn)
@@ -8288,6 +8482,11 @@ static size_t spmi_bn_plan(spm_context *ctx, const spm_op_call *call, int backwa
         const size_t bytes = spmi_bytes(bn->channels, 1, sizeof(float));
         total += bytes;
         if (at) bn->coefficient[i] = (float *)spmi_carve(&at, bytes);
+    }
+    for (i = 0; i < 2; i++) {
+        const size_t bytes = spmi_bytes(i ? spmi_ceil_div(bn->rows, bn->grain) : bn->chunks, 1, sizeof(int64_t));
+        total += bytes;
+        if (at) *(i ? &bn->state : &bn->left) = (int64_t *)spmi_carve(&at, bytes);
     }
     return total;
 }
@@ -8318,17 +8517,28 @@ static spm_status spmi_batch_norm_infer(spm_context *ctx, spm_op_call *call, spm
     return SPM_OK;
 }
 
+static void spmi_bn_moments(const spmi_bn *bn, int64_t chunk, int64_t slab)
+{
+    const int64_t c = slab * bn->slab, row = chunk * bn->chunk, at = chunk * bn->channels + c;
+    SPMI_KERNEL(bn->ctx, channel_moments,
+                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
+                 bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at, bn->part[2] + at));
+}
+
 /* The last rows come first: they were written last, so that they are still near; what the pass behind begins with is read
  * last.  The same in the backward pass. */
 static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
-    const int64_t chunk = bn->chunks - 1 - task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
-    const int64_t at = chunk * bn->channels + c;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, channel_moments,
-                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
-                 bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at, bn->part[2] + at));
+    spmi_bn_moments(bn, bn->chunks - 1 - task / bn->slabs, task % bn->slabs);
+}
+
+static void spmi_bn_moments_watch(void *arg, int64_t chunk)
+{
+    const spmi_bn *bn = (const spmi_bn *)arg;
+    int64_t slab;
+    for (slab = 0; slab < bn->slabs; slab++) spmi_bn_moments(bn, chunk, slab);
 }
 
 #define SPMI_BN_JOIN 16 /* channels whose partial sums are joined by one task */
@@ -8368,6 +8578,33 @@ static void spmi_bn_apply_task(void *arg, int64_t task, int slot)
                  bn->scale, call->in[2].data, call->attr.relu, call->out[0].data + at, bn->past));
 }
 
+static int spmi_bn_sums_ready(const spm_op_call *call)
+{
+    return call->beside && call->beside->sums_ready;
+}
+
+/* Makes the last pass, or leaves it to the reader of its result, whose caches that then stays in. */
+static void spmi_bn_last(spmi_bn *bn, void (*fn)(void *, int64_t, int))
+{
+    struct spmi_bn_lead *leave = bn->call->beside ? bn->call->beside->leave : NULL;
+    const int64_t tasks = spmi_ceil_div(bn->rows, bn->grain);
+    if (!leave) {
+        spm_parallel(bn->ctx, tasks, fn, bn);
+        return;
+    }
+    leave->call = *bn->call;
+    leave->call.beside = NULL;
+    leave->bn = *bn;
+    leave->bn.call = &leave->call;
+    leave->bn.past = 0;
+    leave->lead.chunk = bn->grain;
+    leave->lead.chunks = tasks;
+    leave->lead.state = bn->state;
+    leave->lead.fn = fn;
+    leave->lead.arg = &leave->bn;
+    memset(bn->state, 0, (size_t)tasks * sizeof *bn->state);
+}
+
 /* w / sqrt(var + eps) */
 static void spmi_bn_scale(spmi_bn *bn, const float *var)
 {
@@ -8390,7 +8627,7 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         bn.mean = call->out[1].data;
         var = call->out[2].data;
     } else if (call->training) {
-        spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn);
+        if (!spmi_bn_sums_ready(call)) spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn);
         spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_task, &bn);
         bn.mean = call->out[1].data;
         var = call->out[2].data;
@@ -8401,19 +8638,32 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
     spmi_bn_scale(&bn, var);
     bn.past = call->in[5].data != call->out[0].data
              && spmi_goes_past(call->in[0].data, call->out[0].data, bn.channels, bn.rows * bn.channels);
-    spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_apply_task, &bn);
+    spmi_bn_last(&bn, spmi_bn_apply_task);
+}
+
+static void spmi_bn_sums(const spmi_bn *bn, int64_t chunk, int64_t slab)
+{
+    const int64_t c = slab * bn->slab, row = chunk * bn->chunk, at = chunk * bn->channels + c;
+    const int64_t from = row * bn->channels + c;
+    SPMI_KERNEL(bn->ctx, bn_back_sums,
+                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
+                 bn->call->in[0].data + from, bn->y ? bn->y + from : NULL, bn->dz + from, bn->mean + c,
+                 bn->scale ? bn->scale + c : NULL, bn->call->in[2].data + c, bn->store ? bn->store + from : NULL,
+                 bn->part[0] + at, bn->part[1] + at));
 }
 
 static void spmi_bn_sums_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
-    const int64_t chunk = bn->chunks - 1 - task / bn->slabs, c = task % bn->slabs * bn->slab, row = chunk * bn->chunk;
-    const int64_t at = chunk * bn->channels + c, from = row * bn->channels + c;
     (void)slot;
-    SPMI_KERNEL(bn->ctx, bn_back_sums,
-                (SPMI_MIN(bn->chunk, bn->rows - row), bn->channels, SPMI_MIN(bn->slab, bn->channels - c),
-                 bn->call->in[0].data + from, bn->y ? bn->y + from : NULL, bn->dz + from, bn->mean + c,
-                 bn->scale ? bn->scale + c : NULL, bn->call->in[2].data + c, bn->store ? bn->store + from : NULL, bn->part[0] + at, bn->part[1] + at));
+    spmi_bn_sums(bn, bn->chunks - 1 - task / bn->slabs, task % bn->slabs);
+}
+
+static void spmi_bn_sums_watch(void *arg, int64_t chunk)
+{
+    const spmi_bn *bn = (const spmi_bn *)arg;
+    int64_t slab;
+    for (slab = 0; slab < bn->slabs; slab++) spmi_bn_sums(bn, chunk, slab);
 }
 
 static void spmi_bn_back_task(void *arg, int64_t task, int slot)
@@ -8455,33 +8705,62 @@ static void spmi_bn_join_sums_task(void *arg, int64_t task, int slot)
     }
 }
 
-/* Two passes over the data; the first one stores dz where a residual wants it, and the second reads it from there. */
+/* What the first pass of the backward pass reads and writes: it stores dz where a residual wants it. */
+static void spmi_bn_back_begin(spm_context *ctx, spm_op_call *call, spmi_bn *bn)
+{
+    (void)spmi_bn_plan(ctx, call, 1, bn);
+    bn->call = call;
+    bn->mean = call->out[1].data ? call->out[1].data : call->in[3].data;
+    bn->var = call->out[2].data ? call->out[2].data : call->in[4].data;
+    bn->dz = call->d_out.data;
+    bn->y = call->attr.relu ? call->out[0].data : NULL;
+    if (call->attr.relu && !bn->y) spmi_bn_scale(bn, bn->var);
+    bn->dx = call->d_in[0].data;
+    bn->dr = call->in[5].data ? call->d_in[5].data : NULL;
+    bn->sums = call->d_in[1].data || call->d_in[2].data || (bn->dx && call->training);
+    if (bn->sums && bn->dr && !call->d_in_add[5]) bn->store = bn->dr;
+}
+
+/* Two passes over the data; the second one reads dz from where the first one has stored it. */
 static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_bn bn;
-    (void)spmi_bn_plan(ctx, call, 1, &bn);
-    bn.call = call;
-    bn.mean = call->out[1].data ? call->out[1].data : call->in[3].data;
-    bn.var = call->out[2].data ? call->out[2].data : call->in[4].data;
-    bn.dz = call->d_out.data;
-    bn.y = call->attr.relu ? call->out[0].data : NULL;
-    if (call->attr.relu && !bn.y) spmi_bn_scale(&bn, bn.var);
-    bn.dx = call->d_in[0].data;
-    bn.dr = call->in[5].data ? call->d_in[5].data : NULL;
-    bn.sums = call->d_in[1].data || call->d_in[2].data || (bn.dx && call->training);
-    if (bn.sums) {
-        if (bn.dr && !call->d_in_add[5]) bn.store = bn.dr;
-        spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn);
-        if (bn.store) {
-            bn.dz = bn.store;
-            bn.y = bn.scale = NULL;
-            bn.dr = NULL;
-        }
+    spmi_bn_back_begin(ctx, call, &bn);
+    if (bn.sums && !spmi_bn_sums_ready(call)) spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn);
+    if (bn.store) {
+        bn.dz = bn.store;
+        bn.y = bn.scale = NULL;
+        bn.dr = NULL;
     }
     spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_sums_task, &bn);
     bn.x = call->training || bn.scale ? call->in[0].data : NULL;
     bn.past = !call->d_in_add[0] && bn.dx != bn.y && spmi_goes_past(bn.dz, bn.dx, bn.channels, bn.rows * bn.channels);
-    if (bn.dx || bn.dr) spm_parallel(ctx, spmi_ceil_div(bn.rows, bn.grain), spmi_bn_back_task, &bn);
+    if (bn.dx || bn.dr) spmi_bn_last(&bn, spmi_bn_back_task);
+}
+
+#define SPMI_BN_WATCH 16 /* chunks at least: whoever has the last one works alone */
+
+/* Lets the first pass of a batch norm watch who writes its x (or its d_out, `backward`), if it is fit for that: then the
+ * call finds the sums in its scratch memory.  All else that the pass reads must be there already, and it writes over its
+ * d_out at most. */
+static int spmi_bn_watch(spm_context *ctx, spm_op_call *call, int backward, spmi_bn *bn, spmi_watch *watch)
+{
+    int64_t i;
+    if (backward) {
+        spmi_bn_back_begin(ctx, call, bn);
+    } else {
+        (void)spmi_bn_plan(ctx, call, 0, bn);
+        bn->call = call;
+        bn->sums = call->training && !call->statistics_ready;
+    }
+    if (!SPMI_ATOMICS || !bn->sums || bn->chunks < SPMI_BN_WATCH || (bn->store && bn->store != bn->dz)) return 0;
+    watch->columns = bn->channels;
+    watch->chunk = bn->chunk;
+    watch->left = bn->left;
+    watch->fn = backward ? spmi_bn_sums_watch : spmi_bn_moments_watch;
+    watch->arg = bn;
+    for (i = 0; i < bn->chunks; i++) watch->left[i] = SPMI_MIN(bn->chunk, bn->rows - i * bn->chunk) * bn->channels;
+    return 1;
 }
 
 static double spmi_batch_norm_flops(const spm_op_call *call, int backward)
@@ -11284,6 +11563,13 @@ struct spm_run {
     uint64_t *packed_version; /* per step: of the model, + 1; 0: the packed weights are stale */
     char *arena, *packed, *scratch;
     size_t packed_bytes, scratch_bytes;
+    size_t norm_at, norm_bytes; /* of batch norms, which go on beside others: three places behind those others' scratch */
+    spmi_watch watch;           /* the first pass, `watched`, of batch norm watched_step; -1: of none */
+    spmi_bn watched;
+    int watched_step;
+    struct spmi_bn_lead lead[2]; /* the last pass of a forward and of a backward step, left to step reader[]; -1: of none */
+    int reader[2];
+    int pointed;             /* the step whose call is set up for its backward pass already */
     float *scale;            /* of a batch norm that is computed with its convolution */
     float *aside;            /* gradients of masked and hooked parameters of one step */
     int64_t aside_count;
@@ -11366,7 +11652,7 @@ static spm_status spmi_run_shapes(spm_run *run, int64_t n)
 {
     spm_status status;
     int s, pass;
-    size_t scratch = 0;
+    size_t scratch = 0, norm = 0;
     run->n = 0;
     for (s = 0; s < run->program->n_steps; s++) {
         const spmi_tape_step *step = &run->program->steps[s];
@@ -11379,11 +11665,16 @@ static spm_status spmi_run_shapes(spm_run *run, int64_t n)
         status = spm_op_infer(run->ctx, step->op, call, &run->error);
         if (status) return status;
         for (pass = 0; pass < 2; pass++) {
+            size_t *most = step->op == SPM_OP_BATCH_NORM ? &norm : &scratch;
             call->training = pass;
-            scratch = SPMI_MAX(scratch, spm_op_scratch(run->ctx, step->op, call, 0));
-            if (run->desc.backward) scratch = SPMI_MAX(scratch, spm_op_scratch(run->ctx, step->op, call, 1));
+            *most = SPMI_MAX(*most, spm_op_scratch(run->ctx, step->op, call, 0));
+            if (run->desc.backward) *most = SPMI_MAX(*most, spm_op_scratch(run->ctx, step->op, call, 1));
         }
     }
+    scratch = spmi_line_bytes(scratch);
+    run->norm_at = scratch;
+    run->norm_bytes = spmi_line_bytes(norm);
+    scratch += 3 * run->norm_bytes;
     if (scratch > run->scratch_bytes || !run->scratch) {
         char *larger = (char *)spmi_alloc(run->ctx, scratch + SPMI_ALIGN);
         if (!larger) return spmi_fail_memory(run->ctx, &run->error, "the scratch memory of a run");
@@ -11643,6 +11934,20 @@ static void spmi_run_hooks(spm_run *run, int v, float *data, float *gradient, in
 
 /* ---- forward ---- */
 
+/* 1 if no byte is in both. */
+static int spmi_tensor_apart(const spm_tensor *a, const spm_tensor *b)
+{
+    const float *x = a->data, *y = b->data;
+    return !x || !y || x + spm_tensor_count(a) <= y || y + spm_tensor_count(b) <= x;
+}
+
+/* Of two batch norms with a convolution between, one may still be at work when the other begins: steps s and s + 2 take
+ * turns, and replays have the last place. */
+static char *spmi_run_norm_scratch(const spm_run *run, int place)
+{
+    return run->scratch + run->norm_at + (size_t)place * run->norm_bytes;
+}
+
 /* Points a call's inputs and outputs to their data. */
 static void spmi_run_point(spm_run *run, int s, int replay)
 {
@@ -11657,6 +11962,7 @@ static void spmi_run_point(spm_run *run, int s, int replay)
         call->out[i].data = replay ? out->replay : out->data;
     }
     call->scratch = run->scratch;
+    if (step->op == SPM_OP_BATCH_NORM) call->scratch = spmi_run_norm_scratch(run, s / 2 % 2);
 }
 
 static void spmi_run_step_hooks(spm_run *run, int s, int replay)
@@ -11669,11 +11975,67 @@ static void spmi_run_step_hooks(spm_run *run, int s, int replay)
     }
 }
 
-static void spmi_run_forward_alone(spm_run *run, int s, int replay)
+/* 1 if batch norm s may leave its last pass to `reader`, a convolution of its result that runs next.  What the pass reads
+ * must outlast that: a forward pass writes its result meanwhile, a backward pass has all made before it writes dx. */
+static int spmi_run_may_leave(const spm_run *run, int s, int reader, int replay)
 {
+    const spm_program *program = run->program;
+    const spm_op_call *call = &run->calls[s];
+    spm_tensor y;
+    if (!SPMI_ATOMICS || reader < 0 || reader >= program->n_steps || program->steps[reader].op != SPM_OP_CONV2D
+        || program->steps[reader].in[0] != program->steps[s].out || run->values[program->steps[s].out].hooked
+        || spm_tensor_count(&call->out[0]) < SPMI_TASKS * SPMI_GRAIN) return 0;
+    if (replay) return 1;
+    y = run->calls[reader].out[0];
+    y.data = run->values[program->steps[reader].out].data;
+    return run->training && (run->plan.behind[reader] == reader || run->plan.behind[reader] == reader + 1)
+        && spmi_tensor_apart(&y, &call->in[0]) && spmi_tensor_apart(&y, &call->in[5]);
+}
+
+/* Makes what was left to step s and still is to be made. */
+static void spmi_run_settle(spm_run *run, int s)
+{
+    int i;
+    for (i = 0; i < 2; i++) {
+        if (run->reader[i] != s) continue;
+        spmi_lead_finish(run->ctx, &run->lead[i].lead);
+        run->reader[i] = -1;
+    }
+}
+
+/* Step s, with what goes on beside it.  `reader` is the step that runs next: behind the last replay the backward step that
+ * waits for it; -1: none. */
+static void spmi_run_forward_alone(spm_run *run, int s, int reader, int replay)
+{
+    const spm_program *program = run->program;
+    const spmi_tape_step *step = &program->steps[s];
+    spm_op_call *call = &run->calls[s];
+    spmi_beside beside = SPM_ZERO;
     spmi_run_point(run, s, replay);
-    run->calls[s].statistics_ready = replay;
-    spm_op_forward(run->ctx, run->program->steps[s].op, &run->calls[s]);
+    call->statistics_ready = replay;
+    if (replay && step->op == SPM_OP_BATCH_NORM) call->scratch = spmi_run_norm_scratch(run, 2);
+    beside.sums_ready = run->watched_step == s;
+    run->watched_step = -1;
+    if (run->reader[0] == s) beside.x = &run->lead[0].lead;
+    if (step->op == SPM_OP_CONV2D && !replay && run->training && reader < program->n_steps
+        && program->steps[reader].op == SPM_OP_BATCH_NORM && program->steps[reader].in[0] == step->out
+        && !run->values[step->out].hooked) {
+        spmi_run_point(run, reader, 0);
+        run->calls[reader].statistics_ready = 0;
+        if (spmi_bn_watch(run->ctx, &run->calls[reader], 0, &run->watched, &run->watch)) {
+            beside.watch = &run->watch;
+            run->watched_step = reader;
+        }
+    }
+    if (step->op == SPM_OP_BATCH_NORM && spmi_run_may_leave(run, s, reader, replay)) {
+        beside.leave = &run->lead[0];
+        run->reader[0] = reader;
+    }
+    call->beside = &beside;
+    spm_op_forward(run->ctx, step->op, call);
+    call->beside = NULL;
+    if (beside.watch && !spmi_watch_done(beside.watch, run->watched.chunks)) run->watched_step = -1;
+    spmi_run_settle(run, s);
     spmi_run_step_hooks(run, s, replay);
 }
 
@@ -11708,16 +12070,16 @@ static int spmi_run_forward_together(spm_run *run, int conv, int s)
     return 1;
 }
 
-static void spmi_run_forward_step(spm_run *run, int s, int replay)
+static void spmi_run_forward_step(spm_run *run, int s, int reader, int replay)
 {
     const spmi_tape_step *step = &run->program->steps[s];
     const spmi_tape_value *x = &run->program->values[step->in[0]];
     if (run->plan.behind[s] != s) return; /* its batch norm calls it */
     if (step->op == SPM_OP_BATCH_NORM && x->kind == SPMI_VALUE_RESULT && run->plan.behind[x->index] == s) {
         if (spmi_run_forward_together(run, x->index, s)) return;
-        if (x->index >= run->first_step) spmi_run_forward_alone(run, x->index, replay);
+        if (x->index >= run->first_step) spmi_run_forward_alone(run, x->index, s, replay);
     }
-    spmi_run_forward_alone(run, s, replay);
+    spmi_run_forward_alone(run, s, reader, replay);
 }
 
 /* Renews what was derived from parameters: masked copies, and packed weights, which the first pass with new weights packs
@@ -11803,6 +12165,7 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
     if (status) return status;
     run->training = training != 0;
     run->set_gradients = 0;
+    run->watched_step = run->reader[0] = run->reader[1] = -1;
     for (v = 0; v < program->n_values; v++) run->values[v].written = 0;
     mode = spmi_denormals_off();
     spmi_run_refresh(run);
@@ -11816,8 +12179,8 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
         call->seed = spm_random_key(run->desc.seed, (uint64_t)s, 0);
         call->stream = run->stream;
         call->example = run->examples;
-        spmi_run_forward_step(run, s, 0);
     }
+    for (s = first_step; s < program->n_steps; s++) spmi_run_forward_step(run, s, s + 1, 0);
     spmi_denormals_restore(mode);
     run->state = SPMI_RUN_FORWARD;
     return SPM_OK;
@@ -11989,21 +12352,20 @@ static void spmi_run_collect(spm_run *run, int s)
     }
 }
 
-static void spmi_run_backward_step(spm_run *run, int s)
+/* Points the call of step s to its gradients. 0 if none of its inputs wants one. */
+static int spmi_run_point_backward(spm_run *run, int s)
 {
     const spmi_tape_step *step = &run->program->steps[s];
     spm_op_call *call = &run->calls[s];
-    spmi_run_value *out = &run->values[step->out];
+    const spmi_run_value *out = &run->values[step->out];
     int64_t aside = 0;
     int i, wanted = 0;
-    if (!out->written) return;
-    if (out->hooked) spmi_run_hooks(run, step->out, spmi_run_value_data(run, step->out, 1), out->gradient, 0);
     for (i = 0; i < step->n_in; i++) {
         call->d_in[i].data = NULL;
         call->d_in_add[i] = 0;
         if (step->in[i] && run->values[step->in[i]].need && spm_op_differentiable(step->op, i)) wanted = 1;
     }
-    if (!wanted) return;
+    if (!wanted) return 0;
     spmi_run_point(run, s, 1);
     if (!spmi_tape_reads(step, out->want & SPMI_WANT_WRITTEN, 1, 0)) call->out[0].data = NULL;
     call->d_out = call->out[0];
@@ -12012,8 +12374,78 @@ static void spmi_run_backward_step(spm_run *run, int s)
         if (step->in[i] && run->values[step->in[i]].need && spm_op_differentiable(step->op, i))
             spmi_run_point_gradient(run, s, i, &aside);
     }
+    return 1;
+}
+
+/* 1 if step s is a convolution and the next one a batch norm whose d_out it completes, that nobody else looks at, with
+ * no replay between. */
+static int spmi_run_norm_behind(const spm_run *run, int s)
+{
+    const spmi_tape_step *step = &run->program->steps[s], *norm = &run->program->steps[SPMI_MAX(s - 1, 0)];
+    const spm_op_call *call = &run->calls[s];
+    return step->op == SPM_OP_CONV2D && s > run->first_step && norm->op == SPM_OP_BATCH_NORM && norm->out == step->in[0]
+        && norm->in[0] != norm->in[5] && call->d_in[0].data && !run->values[norm->out].hooked
+        && run->plan.replays[s] == run->plan.replays[s - 1];
+}
+
+/* 1 if step s is a batch norm and the next one a convolution that alone looks at its gradient. */
+static int spmi_run_conv_behind(const spm_run *run, int s)
+{
+    const spmi_tape_step *step = &run->program->steps[s], *conv = &run->program->steps[SPMI_MAX(s - 1, 0)];
+    const spm_op_call *call = &run->calls[s];
+    return SPMI_ATOMICS && step->op == SPM_OP_BATCH_NORM && s > run->first_step && conv->op == SPM_OP_CONV2D
+        && conv->out == step->in[0] && call->d_in[0].data && !run->values[conv->out].hooked
+        && spm_tensor_count(&call->out[0]) >= SPMI_TASKS * SPMI_GRAIN;
+}
+
+static void spmi_run_backward_step(spm_run *run, int s)
+{
+    const spmi_tape_step *step = &run->program->steps[s];
+    spm_op_call *call = &run->calls[s];
+    const spmi_run_value *out = &run->values[step->out];
+    spmi_beside beside = SPM_ZERO;
+    if (run->pointed != s) {
+        if (!out->written) return;
+        if (out->hooked) spmi_run_hooks(run, step->out, spmi_run_value_data(run, step->out, 1), out->gradient, 0);
+        if (!spmi_run_point_backward(run, s)) return;
+    }
+    beside.sums_ready = run->watched_step == s;
+    run->watched_step = -1;
+    if (run->reader[0] == s) beside.x = &run->lead[0].lead;
+    if (run->reader[1] == s) beside.d_out = &run->lead[1].lead;
+    if (spmi_run_norm_behind(run, s) && spmi_run_point_backward(run, s - 1)) {
+        run->pointed = s - 1;
+        if (spmi_bn_watch(run->ctx, &run->calls[s - 1], 1, &run->watched, &run->watch)) {
+            beside.watch = &run->watch;
+            run->watched_step = s - 1;
+        }
+    }
+    if (spmi_run_conv_behind(run, s)) {
+        beside.leave = &run->lead[1];
+        run->reader[1] = s - 1;
+    }
+    call->beside = &beside;
     spm_op_backward(run->ctx, step->op, call);
+    call->beside = NULL;
+    if (beside.watch && !spmi_watch_done(beside.watch, run->watched.chunks)) run->watched_step = -1;
     spmi_run_collect(run, s);
+}
+
+/* Replays step s; `reader`: the backward step right behind it, or -1.  What a gradient is still to be made from must not
+ * be written over. */
+static void spmi_run_replay(spm_run *run, int s, int reader)
+{
+    const spmi_tape_step *step = &run->program->steps[s];
+    const spm_op_call *left = &run->lead[1].call;
+    int i;
+    for (i = 0; i < step->n_out && run->reader[1] >= 0; i++) {
+        spm_tensor y = run->calls[s].out[i];
+        y.data = run->values[step->out + i].replay;
+        if (!spmi_tensor_apart(&y, &left->in[0]) || !spmi_tensor_apart(&y, &left->out[0])
+            || !spmi_tensor_apart(&y, &left->d_out) || !spmi_tensor_apart(&y, &left->d_in[5]))
+            spmi_run_settle(run, run->reader[1]);
+    }
+    spmi_run_forward_step(run, s, reader, 1);
 }
 
 /* The default: a scalar output "loss" sends 1. */
@@ -12041,13 +12473,16 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
     if (!run->set_gradients) status = spmi_run_default_gradient(run);
     if (status) return status;
     mode = spmi_denormals_off();
+    run->pointed = run->watched_step = run->reader[0] = run->reader[1] = -1;
     spmi_run_needs(run);
     for (useful = run->first_step; useful < program->n_steps && !run->values[program->steps[useful].out].need;) useful++;
     for (s = program->n_steps - 1; s >= useful; s--) {
         for (; done < run->plan.replays[s]; done++) {
-            if (run->plan.order[done] >= run->first_step) spmi_run_forward_step(run, run->plan.order[done], 1);
+            if (run->plan.order[done] >= run->first_step)
+                spmi_run_replay(run, run->plan.order[done], done + 1 == run->plan.replays[s] ? s : -1);
         }
         spmi_run_backward_step(run, s);
+        spmi_run_settle(run, s);
     }
     for (v = 1; v < program->n_values && run->n_hooks; v++) {
         if (run->values[v].hooked && run->values[v].written

@@ -1292,6 +1292,118 @@ static void test_norms_in_one_go(void)
     spm_context_destroy(ctx);
 }
 
+/* ---- passes of batch norms inside the convolutions beside them ---- */
+
+/* A convolution whose wide, dilated stride leaves three of four phases of dx without a tap, and adds to what another
+ * reader has sent; one of 1x1 whose stride passes over three of four pixels; and a residual; with a batch norm before and
+ * behind each. */
+static spm_model *strides(spm_context *ctx)
+{
+    spm_program *p = spm_program_create(ctx);
+    const int64_t sx[4] = { 0, 64, 64, 16 }, s3[4] = { 16, 3, 3, 16 }, s1[4] = { 16, 1, 1, 16 }, sc[1] = { 16 };
+    spm_value x = spm_program_input(p, "image", 4, sx, 1), first = 0, second = 0;
+    int i;
+    for (i = 0; i < 5; i++) {
+        const int wide = i == 2;
+        char name[5][8];
+        spm_value in[6], w;
+        spm_op_attr attr;
+        int k;
+        for (k = 0; k < 5; k++) sprintf(name[k], "%c%d", "wgbmv"[k], i);
+        w = spm_program_parameter(p, name[0], 4, i == 3 ? s1 : s3, SPM_INIT_HE_FAN_OUT, 0);
+        memset(&attr, 0, sizeof attr);
+        attr.stride[0] = attr.stride[1] = i == 2 || i == 3 ? 2 : 1;
+        attr.dilation[0] = attr.dilation[1] = wide ? 2 : 1;
+        attr.padding[0] = attr.padding[1] = wide ? 2 : i != 3;
+        in[0] = x;
+        in[1] = w;
+        x = spm_program_op(p, SPM_OP_CONV2D, in, 2, &attr);
+        memset(&attr, 0, sizeof attr);
+        attr.relu = 1;
+        attr.eps = 1e-5f;
+        in[0] = x;
+        in[1] = spm_program_parameter(p, name[1], 1, sc, SPM_INIT_ONE, 0);
+        in[2] = spm_program_parameter(p, name[2], 1, sc, SPM_INIT_ZERO, 0);
+        in[3] = spm_program_parameter(p, name[3], 1, sc, SPM_INIT_ZERO, SPM_PARAMETER_BUFFER);
+        in[4] = spm_program_parameter(p, name[4], 1, sc, SPM_INIT_ONE, SPM_PARAMETER_BUFFER);
+        in[5] = first;
+        x = spm_program_op(p, SPM_OP_BATCH_NORM, in, i == 1 ? 6 : 5, &attr);
+        first = x;
+        if (i == 1) second = x;
+    }
+    spm_program_output(p, "logits", spm_add(p, spm_global_pool(p, x), spm_global_pool(p, second)));
+    return spm_model_create(p, 5, NULL);
+}
+
+/* Where every value and gradient is watched, passes are jobs of their own; else they go on beside: the same bits. */
+static void test_passes_beside(void)
+{
+    static const char nets[][48] = { "", "resnet18:width=32,stem=cifar", "resnet50:width=16,stem=cifar",
+                                     "resnext50_32x4d:width=16,stem=cifar" };
+    int i, way, v, frozen;
+    for (i = 0; i < 4; i++) {
+        const int channels = i ? 3 : 16;
+        float *image = noise(4 * 64 * 64 * channels, 1), *d = noise(4 * 16, 2);
+        double *sums = (double *)malloc(4096 * sizeof *sums);
+        for (frozen = 0; frozen < 2; frozen++) {
+            float *want[2] = { NULL, NULL }, *dx = NULL;
+            for (way = 0; way < 6; way++) { /* watched; then with one thread and three, segments, kept norms, direct */
+                const int threads = way == 1 ? 1 : 3;
+                int training;
+                int64_t total = 0;
+                spm_context *ctx = context(threads);
+                spm_model *model = i ? network(ctx, nets[i], 64, 3) : strides(ctx);
+                const spm_program *program = spm_model_program(model);
+                spm_run_desc desc = SPM_ZERO;
+                spm_run *run;
+                for (v = 0; frozen && v < spm_model_parameter_count(model); v++) {
+                    if (v % 2 == 0) spm_model_parameter(model, v)->flags |= SPM_PARAMETER_FROZEN;
+                }
+                desc.max_batch = 4;
+                desc.backward = 1;
+                desc.segments = way == 3;
+                desc.keep_norms = way == 4;
+                desc.seed = 11;
+                run = spm_run_create(model, &desc, NULL);
+                for (v = 1; way == 0 && spm_program_shape(program, v, 1).rank; v++) {
+                    (void)spm_run_hook(run, v, SPM_HOOK_SUM, 0, sums);
+                    (void)spm_run_hook(run, v, SPM_HOOK_SUM, 1, sums);
+                    spm_run_error(run)->status = SPM_OK;
+                    spm_run_error(run)->text[0] = 0;
+                }
+                for (training = 1; training >= 0; training--) {
+                    float *got;
+                    spm_model_zero_gradients(model);
+                    step(run, model, image, d, 4, training);
+                    spm_model_finish_gradients(model);
+                    got = gradients(model, &total);
+                    if (way == 0) want[training] = got;
+                    else {
+                        CHECK_MSG(same(want[training], got, total), nets[i]);
+                        free(got);
+                    }
+                }
+                if (!i) { /* the gradient of the input as well */
+                    const size_t bytes = 4 * 64 * 64 * 16 * sizeof(float);
+                    const float *now = spm_run_gradient(run, spm_program_find(program, "image"));
+                    CHECK(now != NULL);
+                    if (way == 0) memcpy(dx = (float *)malloc(bytes), now, bytes);
+                    else CHECK(memcmp(dx, now, bytes) == 0);
+                }
+                spm_run_destroy(run);
+                spm_model_destroy(model);
+                spm_context_destroy(ctx);
+            }
+            free(want[0]);
+            free(want[1]);
+            free(dx);
+        }
+        free(image);
+        free(d);
+        free(sums);
+    }
+}
+
 int main(void)
 {
     TEST(test_gradients_of_all_ops);
@@ -1305,6 +1417,7 @@ int main(void)
     TEST(test_hooks);
     TEST(test_forward_from);
     TEST(test_norms_in_one_go);
+    TEST(test_passes_beside);
     TEST(test_statistics);
     TEST(test_loss_program);
     TEST(test_calls_out_of_order);
