@@ -3806,9 +3806,10 @@ typedef struct spmi_rows {
     const float *bias;     /* [columns] or NULL */
     const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
     int64_t chain;         /* products in one chain of additions; 0: SPMI_TILE_CHAIN */
-    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line at each step */
-    const float *ahead;
-    int64_t ahead_tiles;
+    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line at each step, the `next_tiles` behind
+     * them go on at `next` */
+    const float *ahead, *next;
+    int64_t ahead_tiles, next_tiles;
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
 
@@ -3904,7 +3905,8 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         for (k = 0; k < run;) {
             end = SPMI_MIN(run, k + left);
             left -= end - k;
-            for (i = mr; i < 2 * mr && i < used && !g->a_step; i++) { /* short runs, which no processor foresees */
+            /* short runs, which no processor foresees; bf16 copies are in that cache already */
+            for (i = mr; i < 2 * mr && i < used && !g->a_step && SPMI_PASS != 5; i++) {
                 for (j = (int)k; j < end; j += E_LINE) SPMI_PREFETCH_L2(x + a_at[i] + j);
             }
             for (; k < end; k += a_step) {
@@ -3974,7 +3976,9 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
 /* What tile number `tile` fetches, or NULL. */
 SPMI_INLINE const float *SPMI_K(rows_ahead)(const spmi_rows *g, int64_t tile)
 {
-    return tile < g->ahead_tiles ? g->ahead + tile * (g->taps * g->k / E_PAIR) * SPMI_LINE : NULL;
+    const int64_t floats = g->taps * g->k / E_PAIR * SPMI_LINE;
+    if (tile < g->ahead_tiles) return g->ahead + tile * floats;
+    return tile - g->ahead_tiles < g->next_tiles ? g->next + (tile - g->ahead_tiles) * floats : NULL;
 }
 
 #if SPMI_PASS != 1
@@ -4246,7 +4250,10 @@ static void spmi_half_collect_bf16(int64_t blocks, int64_t k, const float *from,
             p = 0;
             if (++t < blocks) x = from + at[t];
         }
-        for (j = 0; j < columns; j += 16) {
+        for (j = 0; j + 16 <= columns && pixel[1]; j += 16) {
+            _mm512_storeu_si512(to + 2 * j, spmi_half_join(pixel[0] + j, pixel[1] + j, 16));
+        }
+        for (; j < columns; j += 16) {
             const int r = (int)SPMI_MIN(columns - j, 16);
             const __m512i pair = spmi_half_join(pixel[0] + j, pixel[1] ? pixel[1] + j : NULL, r);
             if (r == 16) _mm512_storeu_si512(to + 2 * j, pair);
@@ -6601,6 +6608,38 @@ static void spmi_window_taps(const spmi_window *s, int64_t *tap_at)
     }
 }
 
+/* What the next strip or block reads, fetched while this one is computed: `lines` of a stretch of the input; for weight
+ * gradients also pixels of dy (turned: the stretch is dy's), and where x is evenly spaced, `at` is its next pixel.
+ * NULL: nothing. */
+typedef struct spmi_ahead {
+    const float *dy, *at;
+    int64_t lines;
+} spmi_ahead;
+
+static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t rows)
+{
+    const int64_t line = s->w.size * s->pixel;
+    const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
+    spmi_ahead next = SPM_ZERO;
+    if (rows <= 0) return next;
+    next.at = s->in + y * line;
+    if (s->depth == s->pixel) next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+    return next;
+}
+
+/* The share of the stretch that `tiles` tiles of a kernel fetch, `lines` each. */
+static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
+{
+    spmi_fetch f;
+    f.at = next->at;
+    f.step = SPMI_LINE;
+    f.tile = lines * SPMI_LINE;
+    f.tiles = SPMI_MAX(0, SPMI_MIN(next->lines / lines, tiles));
+    next->lines -= f.tiles * lines;
+    if (f.tiles > 0) next->at += f.tiles * f.tile;
+    return f;
+}
+
 #define SPMI_TASKS 16      /* a job is cut into about this many tasks at least, if it is large enough */
 #define SPMI_TASK_MACS 1000000 /* less than this is not worth a task */
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
@@ -6951,7 +6990,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
-    pixels = (SPMI_STRIP_FLOATS << (s->half == 2)) / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
+    pixels = SPMI_STRIP_FLOATS / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
     pixels = SPMI_MAX(56, SPMI_MIN(pixels, 2048));
     least = SPMI_MAX(56, SPMI_TASK_MACS / macs);
     wanted = rows * s->w.count / SPMI_TASKS;
@@ -6988,7 +7027,13 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t row, i, n = 0, t, k0, j, panel, columns = 0;
     spm_op_norm norm;
     spmi_written written = SPM_ZERO;
+    spmi_ahead next = SPM_ZERO;
+    spmi_fetch f;
     spmi_rows g = SPM_ZERO;
+    /* rounding a strip waits for memory, where the products would leave it idle */
+    if (s->half == 2 && group + 1 == job->groups && s->h.stride <= s->h.taps) {
+        next = spmi_window_ahead(s, row1, SPMI_MIN(job->strip, s->images * s->h.count - row1));
+    }
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
@@ -7022,6 +7067,9 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
                 g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
                 g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
+                f = spmi_ahead_stretch(&next, pixels / 6 - g.ahead_tiles, SPMI_MAX(1, g.taps * g.k / 2));
+                g.next = f.at;
+                g.next_tiles = f.tiles;
                 spmi_half_rows(ctx, s->half, &g);
             }
         }
@@ -7301,7 +7349,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
               || (spmi_outer_rows(job->ctx) < 8 && job->dy_pixel % 1024 == 0);
     if (job->even) job->collect = SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
     else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
-    job->block = job->turned ? 4 * SPMI_WEIGHT_PIXELS : SPMI_WEIGHT_PIXELS << (job->half == 2);
+    job->block = (job->turned ? 4 : 1) * SPMI_WEIGHT_PIXELS;
     job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
     blocks = (rows + job->block - 1) / job->block;
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
@@ -7326,42 +7374,16 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
 
-/* What the next block reads, fetched while this one is computed: pixels of dy, and `lines` of a stretch of x (turned: of
- * dy); where x is evenly spaced, `at` is its next pixel. NULL: nothing. */
-typedef struct spmi_ahead {
-    const float *dy, *at;
-    int64_t lines;
-} spmi_ahead;
-
 static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, const float *dy)
 {
-    const spmi_window *s = &job->window;
-    const int64_t rows = SPMI_MIN(job->block, end - row), line = s->w.size * s->pixel;
-    const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
-    spmi_ahead next = SPM_ZERO;
+    const int64_t rows = SPMI_MIN(job->block, end - row);
+    spmi_ahead next = spmi_window_ahead(&job->window, row, rows);
     if (rows <= 0) return next;
     if (job->turned) {
         next.at = dy;
-        next.lines = rows * s->w.count * job->dy_pixel / SPMI_LINE;
-        return next;
-    }
-    next.dy = dy;
-    next.at = s->in + y * line;
-    if (s->depth == s->pixel) next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+        next.lines = rows * job->window.w.count * job->dy_pixel / SPMI_LINE;
+    } else next.dy = dy;
     return next;
-}
-
-/* The share of the stretch that `tiles` tiles of a kernel fetch, `lines` each. */
-static spmi_fetch spmi_weight_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
-{
-    spmi_fetch f;
-    f.at = next->at;
-    f.step = SPMI_LINE;
-    f.tile = lines * SPMI_LINE;
-    f.tiles = SPMI_MAX(0, SPMI_MIN(next->lines / lines, tiles));
-    next->lines -= f.tiles * lines;
-    if (f.tiles > 0) next->at += f.tiles * f.tile;
-    return f;
 }
 
 /* The first floats of each pixel, if there are any. */
@@ -7381,9 +7403,10 @@ static void spmi_weight_outer(const spmi_weight_job *job, spmi_outer *g, spmi_ah
 {
     const spmi_window *s = &job->window;
     const int64_t rows = spmi_outer_rows(job->ctx), pair = job->half == 2 ? 2 : 1;
-    g->ahead[0] = spmi_weight_pixels(next->dy, pair * g->rows, pair * job->dy_pixel);
+    g->ahead[0] = spmi_weight_pixels(next->dy, g->rows, pair * job->dy_pixel);
     if (job->even && !s->copied) g->ahead[1] = spmi_weight_pixels(x, g->columns, s->h_stride * s->at_row);
-    else g->ahead[1] = spmi_weight_stretch(next, (g->rows + rows - 1) / rows - g->ahead[0].tiles, g->blocks * g->k);
+    else if (pair == 2 && next->dy) g->ahead[1] = spmi_weight_pixels(next->dy + job->dy_pixel, g->rows, 2 * job->dy_pixel);
+    else g->ahead[1] = spmi_ahead_stretch(next, (g->rows + rows - 1) / rows - g->ahead[0].tiles, g->blocks * g->k);
     next->dy = NULL;
     spmi_half_outer(job->ctx, job->half, g);
 }
@@ -7464,7 +7487,7 @@ static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, 
         g.width = g.columns = spmi_panel_width(job->ctx, p->rows - j);
         g.b = dy + j;
         g.c = sums + j;
-        f = spmi_weight_stretch(next, size / 6, g.taps * g.k);
+        f = spmi_ahead_stretch(next, size / 6, g.taps * g.k);
         g.ahead = f.at;
         g.ahead_tiles = f.tiles;
         SPMI_KERNEL(job->ctx, rows, (&g));
