@@ -228,7 +228,8 @@ typedef struct spm_context_desc {
     void *log_user;
     /* An application's own executor: calls fn(arg, task, slot) once for every task in [0, tasks), from any threads, and
      * returns when all are done; two calls that run at the same time have different slots in [0, threads), with the
-     * `threads` that spm_context_threads() gives.  Its threads' denormal mode does not matter.
+     * `threads` that spm_context_threads() gives.  Its threads' denormal mode does not matter.  A task may wait for one
+     * that has begun on another thread (it yields), so threads of unequal real-time priority must not share a processor.
      * NULL: the library's own pool (SPURMEM_THREADS), or the caller's thread. */
     void (*execute)(void *user, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg);
     void *execute_user;
@@ -2832,25 +2833,27 @@ typedef pthread_t spmi_thread;
 typedef pthread_cond_t spmi_condition;
 #endif
 
+#if SPMI_ATOMICS
 /* Lets another thread have the processor. */
 static void spmi_yield(void)
 {
-#if defined(SPURMEM_THREADS) && defined(_WIN32)
+  #if defined(SPURMEM_THREADS) && defined(_WIN32)
     (void)SwitchToThread();
-#elif defined(SPURMEM_THREADS)
+  #elif defined(SPURMEM_THREADS)
     (void)sched_yield();
-#endif
+  #endif
 }
 
 /* A moment's wait for another thread, which leaves its core's units to a sibling. */
 static void spmi_pause(void)
 {
-#if SPMI_HAS_X86
+  #if SPMI_HAS_X86
     _mm_pause();
-#elif SPMI_ATOMICS && defined(__aarch64__)
+  #elif defined(__aarch64__)
     __asm__ volatile("yield");
-#endif
+  #endif
 }
+#endif
 
 #ifdef SPURMEM_THREADS
 /* What a new thread runs; the pool and the loader both start theirs through this. */
@@ -6565,8 +6568,8 @@ static void spmi_window_ask(const spmi_window *s, int64_t row0, int64_t row1)
     const spmi_axis *h = &s->h;
     const int64_t y0 = row0 % h->count * h->stride + h->offset;
     const int64_t y1 = (row1 - 1) % h->count * h->stride + h->offset + s->span_h;
-    const int64_t first = row0 / h->count * h->size + SPMI_MAX(y0, 0);
-    const int64_t end = (row1 - 1) / h->count * h->size + SPMI_MIN(y1, h->size);
+    const int64_t first = row0 / h->count * h->size + SPMI_MIN(SPMI_MAX(y0, 0), h->size);
+    const int64_t end = (row1 - 1) / h->count * h->size + SPMI_MAX(SPMI_MIN(y1, h->size), 0);
     if (s->lead && first < end) spmi_lead_rows(s->lead, first * s->w.size, end * s->w.size);
 }
 
@@ -8506,10 +8509,10 @@ static size_t spmi_bn_plan(spm_context *ctx, const spm_op_call *call, int backwa
         total += bytes;
         if (at) bn->coefficient[i] = (float *)spmi_carve(&at, bytes);
     }
-    for (i = 0; i < 2; i++) {
-        const size_t bytes = spmi_bytes(i ? spmi_ceil_div(bn->rows, bn->grain) : bn->chunks, 1, sizeof(int64_t));
-        total += bytes;
-        if (at) *(i ? &bn->state : &bn->left) = (int64_t *)spmi_carve(&at, bytes);
+    total += spmi_bytes(bn->chunks, 1, sizeof(int64_t)) + spmi_bytes(spmi_ceil_div(bn->rows, bn->grain), 1, sizeof(int64_t));
+    if (at) {
+        bn->left = (int64_t *)spmi_carve(&at, spmi_bytes(bn->chunks, 1, sizeof(int64_t)));
+        bn->state = (int64_t *)at;
     }
     return total;
 }
@@ -11998,15 +12001,38 @@ static void spmi_run_step_hooks(spm_run *run, int s, int replay)
     }
 }
 
-/* 1 if batch norm s may leave its last pass to `reader`, a convolution of its result that runs next.  What the pass reads
- * must outlast that: a forward pass writes its result meanwhile, a backward pass has all made before it writes dx. */
+/* 1 if passes of batch norm `norm` may go on beside convolution `conv`, steps that run one behind the other and share a
+ * value: they share nothing else, nobody looks at their results meanwhile, and all else that they read are parameters,
+ * whose gradients have memory of their own too. */
+static int spmi_run_beside(const spm_run *run, int norm, int conv)
+{
+    const spm_program *program = run->program;
+    const spmi_tape_step *n = &program->steps[norm], *c = &program->steps[conv];
+    int i;
+    if (!SPMI_ATOMICS || n->op != SPM_OP_BATCH_NORM || c->op != SPM_OP_CONV2D || n->in[0] == n->in[5]
+        || (c->in[0] != n->out && n->in[0] != c->out) || run->values[c->out].hooked) return 0;
+    for (i = 1; i < c->n_in; i++) {
+        if (c->in[i] && program->values[c->in[i]].kind != SPMI_VALUE_PARAMETER) return 0;
+    }
+    for (i = 1; i < 5; i++) {
+        if (program->values[n->in[i]].kind != SPMI_VALUE_PARAMETER) return 0;
+    }
+    for (i = 0; i < n->n_out; i++) {
+        if (run->values[n->out + i].hooked) return 0;
+    }
+    return 1;
+}
+
+/* 1 if batch norm s may leave its last pass to `reader`, a convolution of its result that runs next: forward, or behind
+ * the replay its backward pass, which has all made before it writes dx.  A forward pass writes meanwhile: not over what
+ * the batch norm reads. */
 static int spmi_run_may_leave(const spm_run *run, int s, int reader, int replay)
 {
     const spm_program *program = run->program;
     const spm_op_call *call = &run->calls[s];
     spm_tensor y;
-    if (!SPMI_ATOMICS || reader < 0 || reader >= program->n_steps || program->steps[reader].op != SPM_OP_CONV2D
-        || program->steps[reader].in[0] != program->steps[s].out || run->values[program->steps[s].out].hooked
+    if (reader < 0 || reader >= program->n_steps || !spmi_run_beside(run, s, reader)
+        || program->steps[reader].in[0] != program->steps[s].out
         || spm_tensor_count(&call->out[0]) < SPMI_TASKS * SPMI_GRAIN) return 0;
     if (replay) return 1;
     y = run->calls[reader].out[0];
@@ -12040,9 +12066,8 @@ static void spmi_run_forward_alone(spm_run *run, int s, int reader, int replay)
     beside.sums_ready = run->watched_step == s;
     run->watched_step = -1;
     if (run->reader[0] == s) beside.x = &run->lead[0].lead;
-    if (step->op == SPM_OP_CONV2D && !replay && run->training && reader < program->n_steps
-        && program->steps[reader].op == SPM_OP_BATCH_NORM && program->steps[reader].in[0] == step->out
-        && !run->values[step->out].hooked) {
+    if (!replay && run->training && reader >= 0 && reader < program->n_steps && spmi_run_beside(run, reader, s)
+        && program->steps[reader].in[0] == step->out) {
         spmi_run_point(run, reader, 0);
         run->calls[reader].statistics_ready = 0;
         if (spmi_bn_watch(run->ctx, &run->calls[reader], 0, &run->watched, &run->watch)) {
@@ -12375,7 +12400,8 @@ static void spmi_run_collect(spm_run *run, int s)
     }
 }
 
-/* Points the call of step s to its gradients. 0 if none of its inputs wants one. */
+/* Points the call of step s to its gradients. 0 if none of its inputs wants one.  It may be called while the step before
+ * still runs, as long as no gradient goes to the same place. */
 static int spmi_run_point_backward(spm_run *run, int s)
 {
     const spmi_tape_step *step = &run->program->steps[s];
@@ -12400,25 +12426,21 @@ static int spmi_run_point_backward(spm_run *run, int s)
     return 1;
 }
 
-/* 1 if step s is a convolution and the next one a batch norm whose d_out it completes, that nobody else looks at, with
- * no replay between. */
+/* 1 if step s is a convolution and the next one the batch norm of its x, whose d_out it completes, with no replay
+ * between. */
 static int spmi_run_norm_behind(const spm_run *run, int s)
 {
-    const spmi_tape_step *step = &run->program->steps[s], *norm = &run->program->steps[SPMI_MAX(s - 1, 0)];
-    const spm_op_call *call = &run->calls[s];
-    return step->op == SPM_OP_CONV2D && s > run->first_step && norm->op == SPM_OP_BATCH_NORM && norm->out == step->in[0]
-        && norm->in[0] != norm->in[5] && call->d_in[0].data && !run->values[norm->out].hooked
+    return s > run->first_step && spmi_run_beside(run, s - 1, s) && run->calls[s].d_in[0].data
+        && run->program->steps[s - 1].out == run->program->steps[s].in[0]
         && run->plan.replays[s] == run->plan.replays[s - 1];
 }
 
-/* 1 if step s is a batch norm and the next one a convolution that alone looks at its gradient. */
+/* 1 if step s is a batch norm and the next one the convolution that has made its x. */
 static int spmi_run_conv_behind(const spm_run *run, int s)
 {
-    const spmi_tape_step *step = &run->program->steps[s], *conv = &run->program->steps[SPMI_MAX(s - 1, 0)];
-    const spm_op_call *call = &run->calls[s];
-    return SPMI_ATOMICS && step->op == SPM_OP_BATCH_NORM && s > run->first_step && conv->op == SPM_OP_CONV2D
-        && conv->out == step->in[0] && call->d_in[0].data && !run->values[conv->out].hooked
-        && spm_tensor_count(&call->out[0]) >= SPMI_TASKS * SPMI_GRAIN;
+    return s > run->first_step && spmi_run_beside(run, s, s - 1) && run->calls[s].d_in[0].data
+        && run->program->steps[s - 1].out == run->program->steps[s].in[0]
+        && spm_tensor_count(&run->calls[s].out[0]) >= SPMI_TASKS * SPMI_GRAIN;
 }
 
 static void spmi_run_backward_step(spm_run *run, int s)

@@ -29,6 +29,8 @@ for row in "gcc c99" "gcc c11" "gcc c17" "gcc c2x" "clang c99" "clang c11" "clan
     try "$row" $1 -std=$2 $strict $extra -DSPURMEM_THREADS -I. -fsyntax-only "$work/full.$end"
     try "$row SPURMEM_STATIC" $1 -std=$2 $strict $extra -I. -fsyntax-only "$work/static.$end"
 done
+have clang && try "clang without atomic counters" clang -std=c99 $strict -DSPURMEM_THREADS -U__GCC_ATOMIC_LLONG_LOCK_FREE \
+    -D__GCC_ATOMIC_LLONG_LOCK_FREE=1 -Wno-builtin-macro-redefined -I. -fsyntax-only "$work/full.c"
 try "cc -O2, everything" ${CC:-cc} -O2 $strict -DSPURMEM_THREADS -I. -c -o "$work/full.o" "$work/full.c"
 for f in examples/*.c data_tools/*.c; do try "$f" ${CC:-cc} -O2 -std=c99 $strict -DSPURMEM_THREADS -I. -fsyntax-only "$f"; done
 

@@ -1294,55 +1294,77 @@ static void test_norms_in_one_go(void)
 
 /* ---- passes of batch norms inside the convolutions beside them ---- */
 
-/* A convolution whose wide, dilated stride leaves three of four phases of dx without a tap, and adds to what another
- * reader has sent; one of 1x1 whose stride passes over three of four pixels; and a residual; with a batch norm before and
- * behind each. */
-static spm_model *strides(spm_context *ctx)
+/* A convolution with a batch norm behind it: parameters named after `i`. */
+static spm_value conv_norm(spm_program *p, int i, spm_value x, spm_value w, const spm_op_attr *attr, spm_value residual)
+{
+    const int64_t sc[1] = { 16 };
+    char name[4][8];
+    spm_value in[6];
+    spm_op_attr norm;
+    int k;
+    for (k = 0; k < 4; k++) sprintf(name[k], "%c%d", "gbmv"[k], i);
+    in[0] = x;
+    in[1] = w;
+    x = spm_program_op(p, SPM_OP_CONV2D, in, 2, attr);
+    memset(&norm, 0, sizeof norm);
+    norm.relu = 1;
+    norm.eps = 1e-5f;
+    in[0] = x;
+    in[1] = spm_program_parameter(p, name[0], 1, sc, SPM_INIT_ONE, 0);
+    in[2] = spm_program_parameter(p, name[1], 1, sc, SPM_INIT_ZERO, 0);
+    in[3] = spm_program_parameter(p, name[2], 1, sc, SPM_INIT_ZERO, SPM_PARAMETER_BUFFER);
+    in[4] = spm_program_parameter(p, name[3], 1, sc, SPM_INIT_ONE, SPM_PARAMETER_BUFFER);
+    in[5] = residual < 0 ? x : residual;
+    return spm_program_op(p, SPM_OP_BATCH_NORM, in, residual ? 6 : 5, &norm);
+}
+
+/* Convolutions with batch norms that stand in each other's way.  0: a wide, dilated stride, which leaves three of four
+ * phases of dx without a tap and adds to what another reader has sent, one of 1x1 that passes over three of four pixels, a
+ * residual; 1: a residual that is the norm's own x; 2: weights that are computed; 3: more padding than kernel; 4: a
+ * picture that is its own weight. */
+static spm_model *odd_network(spm_context *ctx, int kind)
 {
     spm_program *p = spm_program_create(ctx);
-    const int64_t sx[4] = { 0, 64, 64, 16 }, s3[4] = { 16, 3, 3, 16 }, s1[4] = { 16, 1, 1, 16 }, sc[1] = { 16 };
-    spm_value x = spm_program_input(p, "image", 4, sx, 1), first = 0, second = 0;
+    const int64_t sx[4] = { 0, 64, 64, 16 }, s3[4] = { 16, 3, 3, 16 }, s1[4] = { 16, 1, 1, 16 };
+    spm_value x = spm_program_input(p, "image", 4, sx, 1), before = 0, second = 0, w, in[2];
+    spm_op_attr attr;
     int i;
     for (i = 0; i < 5; i++) {
-        const int wide = i == 2;
-        char name[5][8];
-        spm_value in[6], w;
-        spm_op_attr attr;
-        int k;
-        for (k = 0; k < 5; k++) sprintf(name[k], "%c%d", "wgbmv"[k], i);
-        w = spm_program_parameter(p, name[0], 4, i == 3 ? s1 : s3, SPM_INIT_HE_FAN_OUT, 0);
+        const int wide = kind == 0 && i == 2, point = (kind == 0 && i == 3) || (kind == 3 && i % 2);
+        char name[2][8];
+        sprintf(name[0], "w%d", i);
+        sprintf(name[1], "u%d", i);
         memset(&attr, 0, sizeof attr);
-        attr.stride[0] = attr.stride[1] = i == 2 || i == 3 ? 2 : 1;
+        attr.stride[0] = attr.stride[1] = kind == 0 && (i == 2 || i == 3) ? 2 : 1;
+        if (kind == 3 && point) attr.stride[1] = 4;
         attr.dilation[0] = attr.dilation[1] = wide ? 2 : 1;
-        attr.padding[0] = attr.padding[1] = wide ? 2 : i != 3;
-        in[0] = x;
-        in[1] = w;
-        x = spm_program_op(p, SPM_OP_CONV2D, in, 2, &attr);
-        memset(&attr, 0, sizeof attr);
-        attr.relu = 1;
-        attr.eps = 1e-5f;
-        in[0] = x;
-        in[1] = spm_program_parameter(p, name[1], 1, sc, SPM_INIT_ONE, 0);
-        in[2] = spm_program_parameter(p, name[2], 1, sc, SPM_INIT_ZERO, 0);
-        in[3] = spm_program_parameter(p, name[3], 1, sc, SPM_INIT_ZERO, SPM_PARAMETER_BUFFER);
-        in[4] = spm_program_parameter(p, name[4], 1, sc, SPM_INIT_ONE, SPM_PARAMETER_BUFFER);
-        in[5] = first;
-        x = spm_program_op(p, SPM_OP_BATCH_NORM, in, i == 1 ? 6 : 5, &attr);
-        first = x;
+        attr.padding[0] = attr.padding[1] = wide ? 2 : !point;
+        if (kind == 3 && point) attr.padding[0] = 2;
+        w = spm_program_parameter(p, name[0], 4, point ? s1 : s3, SPM_INIT_HE_FAN_OUT, 0);
+        if (kind == 2) w = spm_add(p, w, spm_program_parameter(p, name[1], 4, s3, SPM_INIT_HE_FAN_OUT, 0));
+        x = conv_norm(p, i, x, w, &attr, kind == 1 ? -1 : kind == 0 && i == 1 ? before : 0);
+        before = x;
         if (i == 1) second = x;
     }
-    spm_program_output(p, "logits", spm_add(p, spm_global_pool(p, x), spm_global_pool(p, second)));
+    if (kind == 4) {
+        memset(&attr, 0, sizeof attr);
+        in[0] = in[1] = x;
+        x = spm_program_op(p, SPM_OP_CONV2D, in, 2, &attr); /* [4,1,1,4] */
+        spm_program_output(p, "logits", spm_global_pool(p, x));
+    } else {
+        spm_program_output(p, "logits", spm_add(p, spm_global_pool(p, x), spm_global_pool(p, second)));
+    }
     return spm_model_create(p, 5, NULL);
 }
 
 /* Where every value and gradient is watched, passes are jobs of their own; else they go on beside: the same bits. */
 static void test_passes_beside(void)
 {
-    static const char nets[][48] = { "", "resnet18:width=32,stem=cifar", "resnet50:width=16,stem=cifar",
+    static const char nets[][48] = { "", "", "", "", "", "resnet18:width=32,stem=cifar", "resnet50:width=16,stem=cifar",
                                      "resnext50_32x4d:width=16,stem=cifar" };
     int i, way, v, frozen;
-    for (i = 0; i < 4; i++) {
-        const int channels = i ? 3 : 16;
+    for (i = 0; i < 8; i++) {
+        const int channels = i < 5 ? 16 : 3;
         float *image = noise(4 * 64 * 64 * channels, 1), *d = noise(4 * 16, 2);
         double *sums = (double *)malloc(4096 * sizeof *sums);
         for (frozen = 0; frozen < 2; frozen++) {
@@ -1352,7 +1374,7 @@ static void test_passes_beside(void)
                 int training;
                 int64_t total = 0;
                 spm_context *ctx = context(threads);
-                spm_model *model = i ? network(ctx, nets[i], 64, 3) : strides(ctx);
+                spm_model *model = i < 5 ? odd_network(ctx, i) : network(ctx, nets[i], 64, 3);
                 const spm_program *program = spm_model_program(model);
                 spm_run_desc desc = SPM_ZERO;
                 spm_run *run;
@@ -1379,11 +1401,11 @@ static void test_passes_beside(void)
                     got = gradients(model, &total);
                     if (way == 0) want[training] = got;
                     else {
-                        CHECK_MSG(same(want[training], got, total), nets[i]);
+                        CHECK_MSG(same(want[training], got, total), i < 5 ? "odd network" : nets[i]);
                         free(got);
                     }
                 }
-                if (!i) { /* the gradient of the input as well */
+                if (i < 5) { /* the gradient of the input as well */
                     const size_t bytes = 4 * 64 * 64 * 16 * sizeof(float);
                     const float *now = spm_run_gradient(run, spm_program_find(program, "image"));
                     CHECK(now != NULL);
@@ -1404,6 +1426,41 @@ static void test_passes_beside(void)
     }
 }
 
+static void add_one(void *user, spm_tensor *value)
+{
+    int64_t i;
+    for (i = 0; i < spm_tensor_count(value); i++) value->data[i] += 1.0f;
+    ++*(int *)user;
+}
+
+/* A hook that writes to a batch norm's mean comes behind the result that was made with it. */
+static void test_hook_behind_norm(void)
+{
+    float *image = noise(4 * 64 * 64 * 16, 1), *d = noise(4 * 16, 2), want[64];
+    int way, calls = 0;
+    for (way = 0; way < 2; way++) {
+        spm_context *ctx = context(2);
+        spm_model *model = odd_network(ctx, 0);
+        spm_run *run = run_of(model, 4, 1, 0);
+        spm_value norm = 0, got, in[SPM_OP_MAX_IN];
+        spm_op op = SPM_OP_NONE;
+        spm_op_attr attr;
+        int i;
+        for (i = 0; op != SPM_OP_BATCH_NORM; i++) norm = spm_program_op_at(spm_model_program(model), i, &op, &attr, in);
+        if (way) CHECK_INT(spm_run_hook_write(run, norm + 1, add_one, &calls), SPM_OK);
+        step(run, model, image, d, 4, 1);
+        got = value_of(model, "logits");
+        if (way) CHECK(memcmp(want, spm_run_data(run, got), sizeof want) == 0);
+        else memcpy(want, spm_run_data(run, got), sizeof want);
+        spm_run_destroy(run);
+        spm_model_destroy(model);
+        spm_context_destroy(ctx);
+    }
+    CHECK(calls > 0);
+    free(image);
+    free(d);
+}
+
 int main(void)
 {
     TEST(test_gradients_of_all_ops);
@@ -1418,6 +1475,7 @@ int main(void)
     TEST(test_forward_from);
     TEST(test_norms_in_one_go);
     TEST(test_passes_beside);
+    TEST(test_hook_behind_norm);
     TEST(test_statistics);
     TEST(test_loss_program);
     TEST(test_calls_out_of_order);
