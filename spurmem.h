@@ -6570,7 +6570,7 @@ static void spmi_window_ask(const spmi_window *s, int64_t row0, int64_t row1)
     const int64_t y1 = (row1 - 1) % h->count * h->stride + h->offset + s->span_h;
     const int64_t first = row0 / h->count * h->size + SPMI_MIN(SPMI_MAX(y0, 0), h->size);
     const int64_t end = (row1 - 1) / h->count * h->size + SPMI_MAX(SPMI_MIN(y1, h->size), 0);
-    if (s->lead && first < end) spmi_lead_rows(s->lead, first * s->w.size, end * s->w.size);
+    if (first < end) spmi_lead_rows(s->lead, first * s->w.size, end * s->w.size);
 }
 
 /* Makes output rows [row0, row1) readable: copies if need be, and writes the offset of each row's first pixel, counted
@@ -6580,7 +6580,7 @@ static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int
 {
     const spmi_axis *h = &s->h;
     int64_t row = row0, used = 0;
-    spmi_window_ask(s, row0, row1);
+    if (s->lead) spmi_window_ask(s, row0, row1);
     if (!s->copied) {
         for (; row < row1; row++) {
             int64_t y = row / h->count * h->size + row % h->count * h->stride + h->offset;
@@ -7377,6 +7377,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
 }
 
+/* What the block of rows from `row` on reads, its dy from `dy` on. */
 static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, const float *dy)
 {
     const int64_t rows = SPMI_MIN(job->block, end - row);
@@ -12052,6 +12053,30 @@ static void spmi_run_settle(spm_run *run, int s)
     }
 }
 
+/* What was begun beside earlier steps and step s takes up. */
+static spmi_beside spmi_run_taken_up(spm_run *run, int s)
+{
+    spmi_beside beside = SPM_ZERO;
+    beside.sums_ready = run->watched_step == s;
+    run->watched_step = -1;
+    if (run->reader[0] == s) beside.x = &run->lead[0].lead;
+    if (run->reader[1] == s) beside.d_out = &run->lead[1].lead;
+    return beside;
+}
+
+/* Runs the call of step s with what goes on beside it, the first pass of batch norm `norm` (if not -1) included. */
+static void spmi_run_call(spm_run *run, int s, int norm, int backward, spmi_beside *beside)
+{
+    spm_op_call *call = &run->calls[s];
+    if (norm >= 0 && spmi_bn_watch(run->ctx, &run->calls[norm], backward, &run->watched, &run->watch))
+        beside->watch = &run->watch;
+    call->beside = beside;
+    if (backward) spm_op_backward(run->ctx, run->program->steps[s].op, call);
+    else spm_op_forward(run->ctx, run->program->steps[s].op, call);
+    call->beside = NULL;
+    if (beside->watch && spmi_watch_done(beside->watch, run->watched.chunks)) run->watched_step = norm;
+}
+
 /* Step s, with what goes on beside it.  `reader` is the step that runs next: behind the last replay the backward step that
  * waits for it; -1: none. */
 static void spmi_run_forward_alone(spm_run *run, int s, int reader, int replay)
@@ -12059,30 +12084,22 @@ static void spmi_run_forward_alone(spm_run *run, int s, int reader, int replay)
     const spm_program *program = run->program;
     const spmi_tape_step *step = &program->steps[s];
     spm_op_call *call = &run->calls[s];
-    spmi_beside beside = SPM_ZERO;
+    spmi_beside beside = spmi_run_taken_up(run, s);
+    int norm = -1;
     spmi_run_point(run, s, replay);
     call->statistics_ready = replay;
     if (replay && step->op == SPM_OP_BATCH_NORM) call->scratch = spmi_run_norm_scratch(run, 2);
-    beside.sums_ready = run->watched_step == s;
-    run->watched_step = -1;
-    if (run->reader[0] == s) beside.x = &run->lead[0].lead;
     if (!replay && run->training && reader >= 0 && reader < program->n_steps && spmi_run_beside(run, reader, s)
         && program->steps[reader].in[0] == step->out) {
         spmi_run_point(run, reader, 0);
         run->calls[reader].statistics_ready = 0;
-        if (spmi_bn_watch(run->ctx, &run->calls[reader], 0, &run->watched, &run->watch)) {
-            beside.watch = &run->watch;
-            run->watched_step = reader;
-        }
+        norm = reader;
     }
     if (step->op == SPM_OP_BATCH_NORM && spmi_run_may_leave(run, s, reader, replay)) {
         beside.leave = &run->lead[0];
         run->reader[0] = reader;
     }
-    call->beside = &beside;
-    spm_op_forward(run->ctx, step->op, call);
-    call->beside = NULL;
-    if (beside.watch && !spmi_watch_done(beside.watch, run->watched.chunks)) run->watched_step = -1;
+    spmi_run_call(run, s, norm, 0, &beside);
     spmi_run_settle(run, s);
     spmi_run_step_hooks(run, s, replay);
 }
@@ -12445,34 +12462,22 @@ static int spmi_run_conv_behind(const spm_run *run, int s)
 
 static void spmi_run_backward_step(spm_run *run, int s)
 {
-    const spmi_tape_step *step = &run->program->steps[s];
-    spm_op_call *call = &run->calls[s];
-    const spmi_run_value *out = &run->values[step->out];
-    spmi_beside beside = SPM_ZERO;
+    const int v = run->program->steps[s].out;
+    const spmi_run_value *out = &run->values[v];
+    spmi_beside beside;
+    int norm = -1;
     if (run->pointed != s) {
         if (!out->written) return;
-        if (out->hooked) spmi_run_hooks(run, step->out, spmi_run_value_data(run, step->out, 1), out->gradient, 0);
+        if (out->hooked) spmi_run_hooks(run, v, spmi_run_value_data(run, v, 1), out->gradient, 0);
         if (!spmi_run_point_backward(run, s)) return;
     }
-    beside.sums_ready = run->watched_step == s;
-    run->watched_step = -1;
-    if (run->reader[0] == s) beside.x = &run->lead[0].lead;
-    if (run->reader[1] == s) beside.d_out = &run->lead[1].lead;
-    if (spmi_run_norm_behind(run, s) && spmi_run_point_backward(run, s - 1)) {
-        run->pointed = s - 1;
-        if (spmi_bn_watch(run->ctx, &run->calls[s - 1], 1, &run->watched, &run->watch)) {
-            beside.watch = &run->watch;
-            run->watched_step = s - 1;
-        }
-    }
+    beside = spmi_run_taken_up(run, s);
+    if (spmi_run_norm_behind(run, s) && spmi_run_point_backward(run, s - 1)) norm = run->pointed = s - 1;
     if (spmi_run_conv_behind(run, s)) {
         beside.leave = &run->lead[1];
         run->reader[1] = s - 1;
     }
-    call->beside = &beside;
-    spm_op_backward(run->ctx, step->op, call);
-    call->beside = NULL;
-    if (beside.watch && !spmi_watch_done(beside.watch, run->watched.chunks)) run->watched_step = -1;
+    spmi_run_call(run, s, norm, 1, &beside);
     spmi_run_collect(run, s);
 }
 

@@ -1362,23 +1362,29 @@ static void test_passes_beside(void)
 {
     static const char nets[][48] = { "", "", "", "", "", "resnet18:width=32,stem=cifar", "resnet50:width=16,stem=cifar",
                                      "resnext50_32x4d:width=16,stem=cifar" };
-    int i, way, v, frozen;
+    int i, way, v, mode;
     for (i = 0; i < 8; i++) {
         const int channels = i < 5 ? 16 : 3;
         float *image = noise(4 * 64 * 64 * channels, 1), *d = noise(4 * 16, 2);
         double *sums = (double *)malloc(4096 * sizeof *sums);
-        for (frozen = 0; frozen < 2; frozen++) {
+        for (mode = 0; mode < 4; mode++) { /* as it is, every second parameter frozen, bf16, no Winograd */
             float *want[2] = { NULL, NULL }, *dx = NULL;
-            for (way = 0; way < 6; way++) { /* watched; then with one thread and three, segments, kept norms, direct */
-                const int threads = way == 1 ? 1 : 3;
+            for (way = 0; way < 5; way++) { /* watched; then with one thread and three, segments, kept norms */
                 int training;
                 int64_t total = 0;
-                spm_context *ctx = context(threads);
-                spm_model *model = i < 5 ? odd_network(ctx, i) : network(ctx, nets[i], 64, 3);
-                const spm_program *program = spm_model_program(model);
+                spm_context_desc machine = SPM_ZERO;
+                spm_context *ctx;
+                spm_model *model;
+                const spm_program *program;
                 spm_run_desc desc = SPM_ZERO;
                 spm_run *run;
-                for (v = 0; frozen && v < spm_model_parameter_count(model); v++) {
+                machine.threads = way == 1 ? 1 : 3;
+                machine.precision = mode == 2 ? SPM_PRECISION_BF16 : SPM_PRECISION_FP32;
+                machine.direct_convolution = mode == 3;
+                ctx = spm_context_create(&machine);
+                model = i < 5 ? odd_network(ctx, i) : network(ctx, nets[i], 64, 3);
+                program = spm_model_program(model);
+                for (v = 0; mode == 1 && v < spm_model_parameter_count(model); v++) {
                     if (v % 2 == 0) spm_model_parameter(model, v)->flags |= SPM_PARAMETER_FROZEN;
                 }
                 desc.max_batch = 4;
