@@ -669,6 +669,14 @@ SPMDEF spm_status spm_run_commit_statistics(spm_run *run, float momentum);
  * computes with value * keep, and its gradient of that parameter is multiplied by keep before it is added. */
 SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *keep);
 SPMDEF void spm_run_clear_masks(spm_run *run);
+/* Two branches of one network: from now on `run` takes from `source`, another run of the model, all that both compute
+ * alike, which is what was recorded before the first operation that tells them apart or is looked at: a masked parameter,
+ * dropout, a hook, an output, a kept value.  A step then is: source forward; run forward, with the same n and inputs, in
+ * training mode; run backward; source backward, which takes both gradients through the common part at once (a sum in
+ * another order than two backward passes give).  run holds no memory for the common part.  Plans memory anew: call it
+ * after masks and hooks are set, and again when they have changed (forward says so).  NULL: on its own again.  SPM_E_ARGUMENT
+ * unless both were made with backward = 1 and neither shares with a third.  Covered by test_tape. */
+SPMDEF spm_status spm_run_share(spm_run *run, spm_run *source);
 /* own = 1: this run reads and commits running statistics of its own copy, made now (separate BN); 0: the model's. */
 SPMDEF spm_status spm_run_own_buffers(spm_run *run, int own);
 SPMDEF float *spm_run_buffer(spm_run *run, int parameter); /* the buffer this run uses; NULL if it is none */
@@ -7622,12 +7630,13 @@ static void spmi_peak_task(void *arg, int64_t task, int slot)
 
 SPMDEF double spm_measure_peak(spm_context *ctx)
 {
+    const double end = spmi_seconds() + 0.08; /* new threads may share a core with their maker for tens of milliseconds */
     int threads = ctx->threads, round;
     float *sinks = (float *)spmi_alloc_array(ctx, 16 * (threads + 1), sizeof *sinks);
     double best = 0.0;
     if (!sinks) return 0.0;
     memcpy(sinks, &ctx, sizeof ctx);
-    for (round = 0; round < 5; round++) {
+    for (round = 0; round < 5 || spmi_seconds() < end; round++) {
         double start = spmi_seconds(), seconds, rate;
         spm_parallel(ctx, threads, spmi_peak_task, sinks);
         seconds = spmi_seconds() - start;
@@ -11145,10 +11154,12 @@ typedef struct spmi_buffer {
 #define SPMI_WANT_GRADIENT 2        /* a hook reads its gradient */
 #define SPMI_WANT_VALUE_GRADIENT 4  /* a hook reads both at the same time */
 #define SPMI_WANT_WRITTEN 8         /* a hook changes it: it does not follow from its inputs */
+#define SPMI_WANT_SHARED 16         /* another run reads it, and adds to its gradient */
 
 typedef struct spmi_plan {
     size_t bytes;            /* of the arena */
     int last;                /* the end of time */
+    int from;                /* the first step of this run's own: what comes before it is bound, as inputs are */
     unsigned char *wanted;   /* per value: its gradient is for somebody outside */
     unsigned char *need, *have; /* per value: its gradient is of use; one can arrive */
     unsigned char *active;   /* per step: can have a backward pass */
@@ -11170,11 +11181,13 @@ static void spmi_plan_free(spm_context *ctx, spmi_plan *plan)
     memset(plan, 0, sizeof *plan);
 }
 
-/* Memory for the tables of a plan; the byte tables share one block, as do the times. 0 if memory runs out. */
-static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
+/* Memory for the tables of a plan of the steps from `from` on; the byte tables share one block, as do the times. 0 if
+ * memory runs out. */
+static int spmi_plan_alloc(const spm_program *program, int from, spmi_plan *plan)
 {
     const int values = program->n_values, steps = program->n_steps;
     memset(plan, 0, sizeof *plan);
+    plan->from = from;
     plan->n_buffers = 3 * values + steps;
     plan->wanted = (unsigned char *)spmi_alloc_array(program->ctx, 6 * (int64_t)values + steps, 1);
     plan->replay_time = (int *)spmi_alloc_array(program->ctx, 5 * (int64_t)steps, sizeof(int));
@@ -11196,6 +11209,12 @@ static int spmi_plan_alloc(const spm_program *program, spmi_plan *plan)
     return 1;
 }
 
+/* 1 if value v is the result of a step of the plan. */
+static int spmi_plan_makes(const spm_program *program, const spmi_plan *plan, int v)
+{
+    return program->values[v].kind == SPMI_VALUE_RESULT && program->values[v].index >= plan->from;
+}
+
 /* Wanted, needed and possible gradients; pinned values. */
 static void spmi_plan_gradients(const spm_program *program, const unsigned char *want, int backward, spmi_plan *plan)
 {
@@ -11203,16 +11222,17 @@ static void spmi_plan_gradients(const spm_program *program, const unsigned char 
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
         plan->wanted[v] = value->kind != SPMI_VALUE_PARAMETER && (value->wanted || want[v]);
-        plan->pinned[v] = value->kind == SPMI_VALUE_RESULT && (value->wanted || (want[v] & SPMI_WANT_KEEP));
+        plan->pinned[v] = spmi_plan_makes(program, plan, v)
+            && (value->wanted || (want[v] & (SPMI_WANT_KEEP | SPMI_WANT_SHARED)));
         plan->have[v] = plan->pinned[v];
     }
-    for (s = 0; s < program->n_steps; s++) { /* batch statistics wait for their commit */
+    for (s = plan->from; s < program->n_steps; s++) { /* batch statistics wait for their commit */
         const spmi_tape_step *step = &program->steps[s];
         if (step->op == SPM_OP_BATCH_NORM) plan->pinned[step->out + 1] = plan->pinned[step->out + 2] = 1;
     }
     if (!backward) return;
     spmi_tape_needs(program, plan->wanted, plan->need);
-    for (s = program->n_steps - 1; s >= 0; s--) {
+    for (s = program->n_steps - 1; s >= plan->from; s--) {
         const spmi_tape_step *step = &program->steps[s];
         if (!plan->have[step->out]) continue;
         for (i = 0; i < step->n_in; i++) {
@@ -11246,12 +11266,12 @@ static void spmi_plan_kept(const spm_program *program, const unsigned char *want
     const int last_segment = program->n_steps && segments ? program->steps[program->n_steps - 1].segment : -1;
     int v, s, i;
     memset(plan->kept, 0, (size_t)program->n_values);
-    for (s = 0; s < program->n_steps; s++) {
+    for (s = plan->from; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
         for (i = 0; i < step->n_in; i++) {
             v = step->in[i];
             if (plan->active[s] && spmi_tape_reads(step, 0, 0, i)) plan->saved[v] = 1;
-            if (segments && program->values[v].kind == SPMI_VALUE_RESULT
+            if (segments && spmi_plan_makes(program, plan, v)
                 && program->steps[program->values[v].index].segment != step->segment) plan->kept[v] = 1;
         }
         for (i = 0; i < step->n_out; i++) {
@@ -11261,13 +11281,13 @@ static void spmi_plan_kept(const spm_program *program, const unsigned char *want
             if (plan->pinned[v]) plan->kept[v] = 1;
         }
     }
-    for (s = 0; s < program->n_steps; s++) {
+    for (s = plan->from; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
         int depth = 1; /* replays in a row; of the steps before this one: plan->order */
         if (segments && step->segment != last_segment) continue;
         for (i = 0; i < step->n_in; i++) {
             const spmi_tape_value *x = &program->values[step->in[i]];
-            if (x->kind != SPMI_VALUE_RESULT) continue;
+            if (!spmi_plan_makes(program, plan, step->in[i])) continue;
             if (!plan->kept[step->in[i]]) depth = SPMI_MAX(depth, plan->order[x->index] + 1);
             else if (!plan->saved[step->in[i]]) depth = INT_MAX;
         }
@@ -11304,7 +11324,7 @@ static void spmi_plan_behind(const spm_program *program, int backward, spmi_plan
 static int spmi_plan_mark(const spm_program *program, int v, int earliest, spmi_plan *plan)
 {
     const spmi_tape_value *value = &program->values[v];
-    if (value->kind != SPMI_VALUE_RESULT || plan->kept[v] || plan->replay_time[value->index] != -1) return earliest;
+    if (!spmi_plan_makes(program, plan, v) || plan->kept[v] || plan->replay_time[value->index] != -1) return earliest;
     plan->replay_time[value->index] = -2;
     return SPMI_MIN(earliest, value->index);
 }
@@ -11314,7 +11334,7 @@ static void spmi_plan_times(const spm_program *program, const unsigned char *wan
 {
     int s, t, i, now = program->n_steps, n = 0;
     for (s = 0; s < program->n_steps; s++) plan->replay_time[s] = plan->backward_time[s] = -1;
-    for (s = program->n_steps - 1; backward && s >= 0; s--) {
+    for (s = program->n_steps - 1; backward && s >= plan->from; s--) {
         const spmi_tape_step *step = &program->steps[s];
         int earliest = s + 1;
         for (i = 0; i < step->n_in && plan->active[s]; i++) {
@@ -11364,7 +11384,7 @@ static void spmi_plan_step(const spm_program *program, const unsigned char *want
         const int saved = spmi_tape_reads(step, want[step->out] & SPMI_WANT_WRITTEN, !is_in, is_in ? i : i - step->n_in);
         spmi_buffer *first = &plan->buffers[SPMI_BUFFER_VALUE(v)];
         spmi_buffer *second = plan->kept[v] ? first : &plan->buffers[SPMI_BUFFER_REPLAY(v)];
-        if (!v || program->values[v].kind != SPMI_VALUE_RESULT) continue;
+        if (!v || !spmi_plan_makes(program, plan, v)) continue;
         spmi_buffer_use(first, plan->behind[s]);
         spmi_buffer_use(second, replay);
         if (saved) spmi_buffer_use(second, back);
@@ -11378,7 +11398,7 @@ static void spmi_plan_step(const spm_program *program, const unsigned char *want
     for (i = 0; i < step->n_in && plan->active[s]; i++) {
         const int v = step->in[i];
         if (!plan->need[v] || !spm_op_differentiable(step->op, i)) continue;
-        if (program->values[v].kind != SPMI_VALUE_PARAMETER) {
+        if (program->values[v].kind == SPMI_VALUE_INPUT || spmi_plan_makes(program, plan, v)) {
             spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], back);
         }
         for (j = 0; j < i; j++) {
@@ -11398,7 +11418,7 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
         plan->buffers[i].id = i;
         plan->buffers[i].same = -1;
     }
-    for (s = 0; s < program->n_steps; s++) spmi_plan_step(program, want, s, plan);
+    for (s = plan->from; s < program->n_steps; s++) spmi_plan_step(program, want, s, plan);
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
         const spm_tensor shape = spmi_tape_shape(program, v, n, NULL);
@@ -11417,7 +11437,7 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
             spmi_buffer_use(&plan->buffers[SPMI_BUFFER_GRADIENT(v)], plan->last);
         }
         /* a hook reads the value when its gradient is complete: just before its own step goes backward */
-        if ((want[v] & SPMI_WANT_VALUE_GRADIENT) && value->kind == SPMI_VALUE_RESULT) {
+        if ((want[v] & SPMI_WANT_VALUE_GRADIENT) && spmi_plan_makes(program, plan, v)) {
             spmi_buffer_use(&plan->buffers[plan->kept[v] ? SPMI_BUFFER_VALUE(v) : SPMI_BUFFER_REPLAY(v)],
                             plan->backward_time[value->index]);
         }
@@ -11440,7 +11460,7 @@ static int spmi_plan_lives(const spm_program *program, const unsigned char *want
 static void spmi_plan_in_place(const spm_program *program, spmi_plan *plan)
 {
     int s, i, k;
-    for (s = program->n_steps - 1; s >= 0; s--) {
+    for (s = program->n_steps - 1; s >= plan->from; s--) {
         const spmi_tape_step *step = &program->steps[s];
         const int now = plan->backward_time[s];
         spmi_buffer *from = &plan->buffers[SPMI_BUFFER_GRADIENT(step->out)];
@@ -11506,17 +11526,17 @@ static int spmi_plan_pack(spm_context *ctx, spmi_plan *plan)
     return good;
 }
 
-/* A plan for batches of n with at most `chain` cheap replays in a row; `want` are the run's wishes per value. 0 if memory
- * runs out. */
-static int spmi_plan_try(const spm_program *program, const unsigned char *want, int64_t n, const spm_run_desc *desc,
+/* A plan of the steps from `from` on for batches of desc->max_batch, with at most `chain` cheap replays in a row; `want`
+ * are the run's wishes per value. 0 if memory runs out. */
+static int spmi_plan_try(const spm_program *program, const unsigned char *want, int from, const spm_run_desc *desc,
                          int chain, spmi_plan *plan)
 {
-    if (!spmi_plan_alloc(program, plan)) return 0;
+    if (!spmi_plan_alloc(program, from, plan)) return 0;
     spmi_plan_gradients(program, want, desc->backward, plan);
     spmi_plan_kept(program, want, desc->backward, desc->backward && desc->segments, chain, plan);
     spmi_plan_times(program, want, desc->backward, plan);
     spmi_plan_behind(program, desc->backward, plan);
-    if (spmi_plan_lives(program, want, n, desc->backward, plan)) {
+    if (spmi_plan_lives(program, want, desc->max_batch, desc->backward, plan)) {
         spmi_plan_in_place(program, plan);
         if (spmi_plan_pack(program->ctx, plan)) return 1;
     }
@@ -11526,7 +11546,7 @@ static int spmi_plan_try(const spm_program *program, const unsigned char *want, 
 
 /* Long chains of replays let more go, cost a pass over memory for each link, and live again at the same time: the
  * shortest whose plan is at most an eighth larger than the smallest. */
-static int spmi_plan_create(const spm_program *program, const unsigned char *want, const spm_run_desc *desc,
+static int spmi_plan_create(const spm_program *program, const unsigned char *want, int from, const spm_run_desc *desc,
                             spmi_plan *plan)
 {
     static const int chains[] = { 0, 1, 2, 3, 4, 6, 8, INT_MAX - 1 };
@@ -11534,20 +11554,22 @@ static int spmi_plan_create(const spm_program *program, const unsigned char *wan
     size_t bytes[8], least = SIZE_MAX;
     int i;
     for (i = 0; i < n; i++) {
-        if (!spmi_plan_try(program, want, desc->max_batch, desc, chains[i], plan)) return 0;
+        if (!spmi_plan_try(program, want, from, desc, chains[i], plan)) return 0;
         bytes[i] = plan->bytes;
         least = SPMI_MIN(least, bytes[i]);
         spmi_plan_free(program->ctx, plan);
     }
     for (i = 0; i < n && bytes[i] - least > least / 8; i++) {
     }
-    return spmi_plan_try(program, want, desc->max_batch, desc, chains[i], plan);
+    return spmi_plan_try(program, want, from, desc, chains[i], plan);
 }
 
 /* ---- runs ---- */
 
 #define SPMI_TAPE_CHUNK 32768 /* floats per task of an element-wise pass */
+#define SPMI_WRITTEN_SHARED 2
 #define SPMI_HOOK_CHUNKS 16   /* partial sums of a hook */
+#define SPMI_SPAN_ELEMENTS 16 /* a mask of spans has no more than one in so many elements */
 
 typedef struct spmi_hook {
     int value;
@@ -11563,12 +11585,22 @@ typedef struct spmi_run_value {
     float *bound;                    /* the caller's */
     unsigned char want;              /* SPMI_WANT_... */
     unsigned char hooked;            /* 1: some hook watches it */
-    unsigned char need, written;     /* of the gradient, in this backward pass */
+    unsigned char need, written;     /* of the gradient, in this backward pass; SPMI_WRITTEN_SHARED: by another run's */
 } spmi_run_value;
 
+/* Elements [start, start + count) of a parameter. */
+typedef struct spmi_span {
+    int64_t start, count;
+} spmi_span;
+
 typedef struct spmi_run_parameter {
-    float *keep, *masked;   /* the mask, and value * keep; NULL: none */
+    float *masked;          /* value * mask; NULL: no mask */
+    float *keep;            /* the mask; NULL if it takes whole spans away, such as units, and leaves the rest as it is: */
+    spmi_span *off;         /* those */
+    int64_t n_off;
+    float *before;          /* the gradient's elements in them, while a backward step works on the others */
     uint64_t masked_version;
+    size_t mask_bytes;
     float *own;             /* the run's own buffer; NULL: the model's */
     int uses;               /* operations that read it */
     unsigned char hooked;   /* 1: some hook watches its gradient */
@@ -11611,9 +11643,24 @@ struct spm_run {
     uint64_t stream;
     int64_t n;               /* the last batch; 0: shapes are not set */
     int first, first_step;   /* forward_from: the value it began behind (0: none) and the step */
+    spm_run *source, *taker; /* spm_run_share: whom this run takes its values before plan.from from, and who takes its own */
     int training, set_gradients;
     spmi_run_state state;
 };
+
+static void spmi_mask_free(spm_run *run, int parameter)
+{
+    spmi_run_parameter *p = &run->parameters[parameter];
+    spmi_free(run->ctx, p->keep);
+    spmi_free(run->ctx, p->masked);
+    spmi_free(run->ctx, p->off);
+    spmi_free(run->ctx, p->before);
+    run->mask_bytes -= p->mask_bytes;
+    p->keep = p->masked = p->before = NULL;
+    p->off = NULL;
+    p->n_off = 0;
+    p->mask_bytes = 0;
+}
 
 SPMDEF void spm_run_destroy(spm_run *run)
 {
@@ -11621,10 +11668,9 @@ SPMDEF void spm_run_destroy(spm_run *run)
     int i;
     if (!run) return;
     ctx = run->ctx;
-    for (i = 0; run->parameters && i < run->model->n_parameters; i++) {
-        spmi_free(ctx, run->parameters[i].keep);
-        spmi_free(ctx, run->parameters[i].masked);
-    }
+    if (run->source) run->source->taker = NULL;
+    if (run->taker) run->taker->source = NULL;
+    for (i = 0; run->parameters && i < run->model->n_parameters; i++) spmi_mask_free(run, i);
     spmi_plan_free(ctx, &run->plan);
     spmi_free(ctx, run->values);
     spmi_free(ctx, run->parameters);
@@ -11642,8 +11688,8 @@ SPMDEF void spm_run_destroy(spm_run *run)
     spmi_free(ctx, run);
 }
 
-/* Plans anew after the wishes have changed; the old plan stays when memory runs out. */
-static spm_status spmi_run_plan(spm_run *run)
+/* Plans anew, for the steps from `from` on, after the wishes have changed; the old plan stays when memory runs out. */
+static spm_status spmi_run_plan(spm_run *run, int from)
 {
     const spm_program *program = run->program;
     unsigned char *want = (unsigned char *)spmi_alloc_array(run->ctx, program->n_values, 1);
@@ -11651,7 +11697,7 @@ static spm_status spmi_run_plan(spm_run *run)
     char *arena = NULL;
     int v;
     for (v = 0; want && v < program->n_values; v++) want[v] = run->values[v].want;
-    if (want && spmi_plan_create(program, want, &run->desc, &plan)) {
+    if (want && spmi_plan_create(program, want, from, &run->desc, &plan)) {
         if (plan.bytes < SIZE_MAX - SPMI_ALIGN) arena = (char *)spmi_alloc(run->ctx, plan.bytes + SPMI_ALIGN);
         if (!arena) spmi_plan_free(run->ctx, &plan);
     }
@@ -11772,7 +11818,7 @@ SPMDEF spm_run *spm_run_create(spm_model *model, const spm_run_desc *desc, spm_e
     if (!run->values || !run->parameters || !run->calls || !run->packed_at || !run->packed_version || !run->scale)
         (void)spmi_fail_memory(ctx, &run->error, "a run");
     if (!run->error.status && !spmi_run_shapes(run, run->desc.max_batch) && !spmi_run_pack_memory(run))
-        (void)spmi_run_plan(run);
+        (void)spmi_run_plan(run, 0);
     if (run->error.status) {
         (void)spmi_fail(ctx, err, run->error.status, "%s", run->error.text);
         spm_run_destroy(run);
@@ -11875,6 +11921,21 @@ static void spmi_masked(spm_context *ctx, int64_t count, const float *x, const f
     job.count = count;
     job.add = add;
     spm_parallel(ctx, (count + SPMI_TAPE_CHUNK - 1) / SPMI_TAPE_CHUNK, spmi_masked_task, &job);
+}
+
+/* Goes through the elements that a mask takes away: out of `data` into `copy` (put = 0) or back again; with NULL for it
+ * they become 0. */
+static void spmi_spans(const spmi_run_parameter *p, float *data, float *copy, int put)
+{
+    int64_t i, at = 0;
+    for (i = 0; i < p->n_off; i++) {
+        const size_t bytes = (size_t)p->off[i].count * sizeof(float);
+        float *here = data + p->off[i].start;
+        if (!copy) memset(here, 0, bytes);
+        else if (put) memcpy(here, copy + at, bytes);
+        else memcpy(copy + at, here, bytes);
+        at += p->off[i].count;
+    }
 }
 
 static double spmi_hook_term(const spmi_tape_job *job, int64_t i)
@@ -12159,6 +12220,7 @@ static void spmi_run_refresh(spm_run *run)
         const spm_tensor *value = &run->model->parameters[p].value;
         if (!own->masked || own->masked_version == now) continue;
         spmi_masked(run->ctx, spm_tensor_count(value), value->data, own->keep, own->masked, 0);
+        spmi_spans(own, own->masked, NULL, 1);
         own->masked_version = now;
     }
     for (s = 0; s < program->n_steps; s++) {
@@ -12211,10 +12273,110 @@ static spm_status spmi_run_check_bound(spm_run *run)
     return SPM_OK;
 }
 
+/* The first step whose result may differ between two runs in training mode, or that somebody looks at: all before it is
+ * the same in both. */
+static int spmi_run_alike(const spm_run *a, const spm_run *b)
+{
+    const spm_program *program = a->program;
+    int s, i;
+    for (s = 0; s < program->n_steps; s++) {
+        const spmi_tape_step *step = &program->steps[s];
+        if (step->op == SPM_OP_DROPOUT || step->op == SPM_OP_DROP_PATH || step->op == SPM_OP_TIED_DROPOUT) return s;
+        for (i = 0; i < step->n_in + step->n_out; i++) {
+            const int v = i < step->n_in ? step->in[i] : step->out + i - step->n_in;
+            const spmi_tape_value *value = &program->values[v];
+            if (!v) continue;
+            if (a->values[v].hooked || b->values[v].hooked) return s;
+            if (value->kind == SPMI_VALUE_PARAMETER
+                && (a->parameters[value->index].masked || b->parameters[value->index].masked)) return s;
+            if (i >= step->n_in && (value->wanted || (a->values[v].want & SPMI_WANT_KEEP))) return s;
+        }
+    }
+    return s;
+}
+
+/* 1 if value v, a result of a step before `from`, is read by one behind it. */
+static int spmi_program_crosses(const spm_program *program, int from, int v)
+{
+    int s, i;
+    if (program->values[v].kind != SPMI_VALUE_RESULT || program->values[v].index >= from) return 0;
+    for (s = from; s < program->n_steps; s++) {
+        for (i = 0; i < program->steps[s].n_in; i++) {
+            if (program->steps[s].in[i] == v) return 1;
+        }
+    }
+    return 0;
+}
+
+/* Marks what crosses `from` as shared, and nothing else. 1 if that is something new. */
+static int spmi_run_mark_shared(spm_run *run, int from)
+{
+    int v, changed = 0;
+    for (v = 1; v < run->program->n_values; v++) {
+        spmi_run_value *value = &run->values[v];
+        const unsigned char shared = spmi_program_crosses(run->program, from, v) ? SPMI_WANT_SHARED : 0;
+        if ((value->want & SPMI_WANT_SHARED) == shared) continue;
+        value->want = (unsigned char)((value->want & ~SPMI_WANT_SHARED) | shared);
+        changed = 1;
+    }
+    return changed;
+}
+
+SPMDEF spm_status spm_run_share(spm_run *run, spm_run *source)
+{
+    const int from = source && source->model == run->model ? spmi_run_alike(run, source) : 0;
+    spm_run *old = run->source;
+    spm_status status = SPM_OK;
+    if (source && (source->model != run->model || source == run || source->source || run->taker
+                   || (source->taker && source->taker != run)
+                   || !run->desc.backward || !source->desc.backward)) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
+                         "spm_run_share: the source must be another run of the same model, both made with backward = 1,"
+                         " and share with no third run");
+    }
+    if (old && old != source) {
+        old->taker = NULL;
+        if (spmi_run_mark_shared(old, 0)) (void)spmi_run_plan(old, 0); /* too much memory at worst */
+    }
+    run->source = NULL;
+    if (from != run->plan.from) status = spmi_run_plan(run, from);
+    if (!status && source && spmi_run_mark_shared(source, from)) {
+        status = spmi_run_plan(source, 0);
+        if (status) (void)spmi_fail(run->ctx, &run->error, status, "%s", source->error.text);
+    }
+    if (status || !source) return status;
+    run->source = source;
+    source->taker = run;
+    return SPM_OK;
+}
+
+/* Takes from the source what a forward pass starts from. */
+static spm_status spmi_run_take(spm_run *run, int64_t n, int training)
+{
+    const spm_run *source = run->source;
+    int v;
+    if (source->state != SPMI_RUN_FORWARD || !source->training || !training || source->n != n) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "a run that shares with another one goes forward in training mode, behind that one and with as"
+                         " many examples");
+    }
+    if (spmi_run_alike(run, source) < run->plan.from) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "masks or hooks have changed what two runs have in common; call spm_run_share again");
+    }
+    for (v = 1; v < run->program->n_values; v++) {
+        const spmi_run_value *from = &source->values[v];
+        if (!(from->want & SPMI_WANT_SHARED)) continue;
+        run->values[v].bound = from->data;
+        run->values[v].gradient = from->gradient;
+    }
+    return SPM_OK;
+}
+
 static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int64_t n, int training)
 {
     const spm_program *program = run->program;
-    spm_status status;
+    spm_status status = SPM_OK;
     unsigned mode;
     int s, v;
     run->state = SPMI_RUN_IDLE;
@@ -12223,9 +12385,14 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
                          "a forward pass of %lld examples in a run made for 1 to %lld", (long long)n,
                          (long long)run->desc.max_batch);
     }
+    if (run->plan.from && !run->source) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "the run that this one shares with is gone, or memory ran out; call spm_run_share");
+    }
     run->first = first;
     run->first_step = first_step;
-    status = spmi_run_check_bound(run);
+    if (run->source) status = spmi_run_take(run, n, training);
+    if (!status) status = spmi_run_check_bound(run);
     if (!status && run->n != n) status = spmi_run_shapes(run, n);
     if (status) return status;
     run->training = training != 0;
@@ -12253,7 +12420,7 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
 
 SPMDEF spm_status spm_run_forward(spm_run *run, int64_t n, int training)
 {
-    return spmi_run_forward(run, 0, 0, n, training);
+    return spmi_run_forward(run, 0, run->plan.from, n, training);
 }
 
 SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n, int training)
@@ -12262,6 +12429,11 @@ SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n,
     if (!spmi_run_has(run, first)) return spmi_run_no_value(run, first, "spm_run_forward_from");
     value = &run->program->values[first];
     if (value->kind == SPMI_VALUE_PARAMETER) return spmi_run_no_value(run, first, "spm_run_forward_from");
+    if (run->source) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "spm_run_forward_from: this run starts where it leaves the run that it shares with"
+                         " (spm_run_share)");
+    }
     return spmi_run_forward(run, first, value->index + 1, n, training);
 }
 
@@ -12269,7 +12441,8 @@ SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n,
 static int spmi_run_kept(const spm_run *run, int v)
 {
     const spmi_tape_value *value = &run->program->values[v];
-    return value->kind == SPMI_VALUE_RESULT && (value->wanted || (run->values[v].want & SPMI_WANT_KEEP));
+    return value->kind == SPMI_VALUE_RESULT
+        && (value->wanted || (run->values[v].want & (SPMI_WANT_KEEP | SPMI_WANT_SHARED)));
 }
 
 SPMDEF float *spm_run_data(spm_run *run, spm_value value)
@@ -12296,7 +12469,7 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value)
         return spmi_run_no_value(run, value, "spm_run_keep");
     if (spmi_run_kept(run, value)) return SPM_OK;
     run->values[value].want |= SPMI_WANT_KEEP;
-    status = spmi_run_plan(run);
+    status = spmi_run_plan(run, run->plan.from);
     if (status) run->values[value].want &= (unsigned char)~SPMI_WANT_KEEP;
     return status;
 }
@@ -12317,15 +12490,37 @@ SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const floa
     run->set_gradients = 1;
     if (!run->values[value].gradient) return SPM_OK; /* nothing it could reach */
     shape = spmi_tape_shape(run->program, value, run->n, NULL);
-    memcpy(run->values[value].gradient, gradient, (size_t)spm_tensor_count(&shape) * sizeof(float));
+    if (run->values[value].written == SPMI_WRITTEN_SHARED)
+        spmi_masked(run->ctx, spm_tensor_count(&shape), gradient, NULL, run->values[value].gradient, 1);
+    else
+        memcpy(run->values[value].gradient, gradient, (size_t)spm_tensor_count(&shape) * sizeof(float));
     run->values[value].written = 1;
     return SPM_OK;
 }
 
-/* 1 if the parameter's gradient takes a way around: it is masked or watched. */
+/* 1 if the parameter's gradient takes a way around: it is masked element by element or watched. */
 static int spmi_run_aside(const spm_run *run, int parameter)
 {
     return run->parameters[parameter].keep != NULL || run->parameters[parameter].hooked;
+}
+
+/* Around the backward pass of step s: what masks take away of its parameters' gradients, put = 0 before it and 1 after
+ * it, stays as it was. */
+static void spmi_run_spare(spm_run *run, int s, int put)
+{
+    const spmi_tape_step *step = &run->program->steps[s];
+    const spm_op_call *call = &run->calls[s];
+    int i;
+    for (i = 0; i < step->n_in; i++) {
+        const int p = run->program->values[step->in[i]].index;
+        spmi_run_parameter *own = &run->parameters[p];
+        float *gradient;
+        if (!step->in[i] || run->program->values[step->in[i]].kind != SPMI_VALUE_PARAMETER || !own->n_off) continue;
+        gradient = run->model->parameters[p].gradient;
+        if (call->d_in[i].data != gradient) continue;
+        if (call->d_in_add[i]) spmi_spans(own, gradient, own->before, put);
+        else if (put) spmi_spans(own, gradient, NULL, 1);
+    }
 }
 
 /* Which gradients this backward pass computes: spmi_tape_needs, less frozen parameters, plus watched ones, and nothing
@@ -12342,8 +12537,9 @@ static void spmi_run_needs(spm_run *run)
             mine->need = !(flags & SPM_PARAMETER_BUFFER)
                 && (!(flags & SPM_PARAMETER_FROZEN) || run->parameters[value->index].hooked);
         } else {
-            mine->need = run->plan.wanted[v] && mine->gradient
-                && (value->kind == SPMI_VALUE_INPUT || value->index >= run->first_step || v == run->first);
+            mine->need = mine->gradient
+                && (value->kind == SPMI_VALUE_INPUT || value->index >= run->first_step || v == run->first
+                    ? run->plan.wanted[v] : run->source != NULL);
         }
     }
     for (s = run->first_step; s < program->n_steps; s++) {
@@ -12400,6 +12596,7 @@ static void spmi_run_collect(spm_run *run, int s)
             break;
         }
     }
+    spmi_run_spare(run, s, 1);
     for (i = 0; i < step->n_in; i++) {
         const int v = step->in[i], p = run->program->values[v].index;
         spm_parameter *parameter;
@@ -12411,6 +12608,7 @@ static void spmi_run_collect(spm_run *run, int s)
         parameter = &run->model->parameters[p];
         if (run->parameters[p].hooked) spmi_run_hooks(run, v, call->in[i].data, call->d_in[i].data, 0);
         if (parameter->flags & SPM_PARAMETER_FROZEN) continue;
+        spmi_spans(&run->parameters[p], call->d_in[i].data, NULL, 1);
         spmi_masked(run->ctx, spm_tensor_count(&parameter->value), call->d_in[i].data, run->parameters[p].keep,
                     parameter->gradient, run->model->written[p]);
         run->model->written[p] = 1;
@@ -12477,6 +12675,7 @@ static void spmi_run_backward_step(spm_run *run, int s)
         beside.leave = &run->lead[1];
         run->reader[1] = s - 1;
     }
+    spmi_run_spare(run, s, 0);
     spmi_run_call(run, s, norm, 1, &beside);
     spmi_run_collect(run, s);
 }
@@ -12510,6 +12709,20 @@ static spm_status spmi_run_default_gradient(spm_run *run)
                      " \"loss\"");
 }
 
+/* The gradients of what is shared stand with the source: before the backward pass (done = 0) some may be there already,
+ * after it the source knows of more. */
+static void spmi_run_give(spm_run *run, int done)
+{
+    int v;
+    for (v = 1; run->source && v < run->program->n_values; v++) {
+        spmi_run_value *mine = &run->values[v], *theirs = &run->source->values[v];
+        if (!(theirs->want & SPMI_WANT_SHARED)) continue;
+        if (!done) mine->written = theirs->written;
+        else if (mine->written) theirs->written = SPMI_WRITTEN_SHARED;
+        if (done && mine->written) run->source->set_gradients = 1;
+    }
+}
+
 SPMDEF spm_status spm_run_backward(spm_run *run)
 {
     const spm_program *program = run->program;
@@ -12520,8 +12733,13 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                          "a backward pass wants a forward pass before it, in a run made with backward = 1");
     }
+    if (run->source && run->source->state != SPMI_RUN_FORWARD) {
+        return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
+                         "a run that shares with another one goes backward before that one does");
+    }
     if (!run->set_gradients) status = spmi_run_default_gradient(run);
     if (status) return status;
+    spmi_run_give(run, 0);
     mode = spmi_denormals_off();
     run->pointed = run->watched_step = run->reader[0] = run->reader[1] = -1;
     spmi_run_needs(run);
@@ -12541,6 +12759,7 @@ SPMDEF spm_status spm_run_backward(spm_run *run)
         }
     }
     spmi_denormals_restore(mode);
+    spmi_run_give(run, 1);
     run->state = SPMI_RUN_BACKWARD;
     return SPM_OK;
 }
@@ -12570,8 +12789,9 @@ SPMDEF spm_status spm_run_commit_statistics(spm_run *run, float momentum)
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                          "there are no batch statistics to commit: the last forward pass was not in training mode");
     }
-    for (s = run->first_step; s < program->n_steps; s++) {
+    for (s = run->source ? 0 : run->first_step; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
+        const spm_run *from = s < run->first_step ? run->source : run;
         const spm_tensor *x = &run->calls[s].in[0];
         double count, unbiased;
         if (step->op != SPM_OP_BATCH_NORM) continue;
@@ -12579,7 +12799,7 @@ SPMDEF spm_status spm_run_commit_statistics(spm_run *run, float momentum)
         unbiased = count > 1.0 ? count / (count - 1.0) : 1.0;
         for (k = 0; k < 2; k++) {
             const spmi_tape_value *target = &program->values[step->in[3 + k]];
-            const float *batch = run->values[step->out + 1 + k].data;
+            const float *batch = from->values[step->out + 1 + k].data;
             float *running;
             if (target->kind != SPMI_VALUE_PARAMETER) continue;
             running = spmi_run_parameter_data(run, target->index);
@@ -12643,15 +12863,6 @@ static spm_status spmi_run_aside_memory(spm_run *run)
     return SPM_OK;
 }
 
-static void spmi_run_drop_mask(spm_run *run, int parameter)
-{
-    spmi_run_parameter *p = &run->parameters[parameter];
-    run->mask_bytes -= 2 * (size_t)spm_tensor_count(&run->model->parameters[parameter].value) * sizeof(float);
-    spmi_free(run->ctx, p->keep);
-    spmi_free(run->ctx, p->masked);
-    p->keep = p->masked = NULL;
-}
-
 /* Weights packed from this parameter are stale. */
 static void spmi_run_stale(spm_run *run, int parameter)
 {
@@ -12664,10 +12875,29 @@ static void spmi_run_stale(spm_run *run, int parameter)
     }
 }
 
+/* The spans of zeros in a mask; `off` NULL: only counts them.  *zeros: how many elements they have.  -1 if something other
+ * than 0 and 1 is in it. */
+static int64_t spmi_mask_spans(const float *keep, int64_t count, spmi_span *off, int64_t *zeros)
+{
+    int64_t i, n = 0, end = -1; /* of the last span */
+    *zeros = 0;
+    for (i = 0; i < count; i++) {
+        if (keep[i] >= 1.0f && keep[i] <= 1.0f) continue;
+        if (!(keep[i] >= 0.0f && keep[i] <= 0.0f)) return -1;
+        if (i != end) n++;
+        if (off && i != end) off[n - 1].start = i;
+        if (off) off[n - 1].count++;
+        end = i + 1;
+        ++*zeros;
+    }
+    return n;
+}
+
 SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *keep)
 {
     spmi_run_parameter *p;
-    int64_t count;
+    int64_t count, spans, zeros;
+    int good;
     if (parameter < 0 || parameter >= run->model->n_parameters
         || (run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) {
         return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
@@ -12678,29 +12908,35 @@ SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *kee
     count = spm_tensor_count(&run->model->parameters[parameter].value);
     run->state = SPMI_RUN_IDLE;
     spmi_run_stale(run, parameter);
-    if (!keep) {
-        if (p->keep) spmi_run_drop_mask(run, parameter);
-        return SPM_OK;
-    }
-    if (!p->keep) {
+    spmi_mask_free(run, parameter);
+    spans = keep ? spmi_mask_spans(keep, count, NULL, &zeros) : 0;
+    if (spans == 0) return SPM_OK; /* nothing is taken away */
+    p->masked = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
+    p->mask_bytes = (size_t)count * sizeof(float);
+    if (spans > 0 && spans <= count / SPMI_SPAN_ELEMENTS) {
+        p->off = (spmi_span *)spmi_alloc_array(run->ctx, spans, sizeof *p->off);
+        p->before = (float *)spmi_alloc_array(run->ctx, zeros, sizeof(float));
+        p->mask_bytes += (size_t)spans * sizeof *p->off + (size_t)zeros * sizeof(float);
+        good = p->masked && p->off && p->before;
+        if (good) p->n_off = spmi_mask_spans(keep, count, p->off, &zeros);
+    } else {
         p->keep = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
-        p->masked = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
-        run->mask_bytes += 2 * (size_t)count * sizeof(float);
-        if (!p->keep || !p->masked || spmi_run_aside_memory(run)) {
-            spmi_run_drop_mask(run, parameter);
-            return spmi_fail_memory(run->ctx, &run->error, run->model->parameters[parameter].name);
-        }
+        p->mask_bytes += (size_t)count * sizeof(float);
+        good = p->masked && p->keep && !spmi_run_aside_memory(run);
+        if (good) memcpy(p->keep, keep, (size_t)count * sizeof(float));
     }
-    memcpy(p->keep, keep, (size_t)count * sizeof(float));
+    run->mask_bytes += p->mask_bytes;
     p->masked_version = 0;
-    return SPM_OK;
+    if (good) return SPM_OK;
+    spmi_mask_free(run, parameter);
+    return spmi_fail_memory(run->ctx, &run->error, run->model->parameters[parameter].name);
 }
 
 SPMDEF void spm_run_clear_masks(spm_run *run)
 {
     int i;
     for (i = 0; i < run->model->n_parameters; i++) {
-        if (run->parameters[i].keep) (void)spm_run_set_mask(run, i, NULL);
+        if (run->parameters[i].masked) (void)spm_run_set_mask(run, i, NULL);
     }
 }
 
@@ -12736,7 +12972,7 @@ static spm_status spmi_run_add_hook(spm_run *run, const spmi_hook *hook, unsigne
         if (status) run->parameters[value->index].hooked = watched;
     } else if (want & (unsigned char)~before) {
         run->values[hook->value].want |= want;
-        status = spmi_run_plan(run);
+        status = spmi_run_plan(run, run->plan.from);
         if (status) run->values[hook->value].want = before;
     }
     if (status) return status;
@@ -31392,6 +31628,7 @@ static spm_status spmi_mask_apply(spmi_trainer *t)
         for (j = 0; damp && j < n; j++) t->frozen[i][j] = t->keep[i][j] > 0.5f ? 1.0f : t->desc->damp;
         if (!freeze) status = spm_run_set_mask(t->pruned, i, damp ? t->frozen[i] : t->keep[i]);
     }
+    if (!status && !freeze) status = spm_run_share(t->pruned, t->dense);
     return status ? spmi_fail(t->ctx, t->err, status, "%s", spm_run_error(t->pruned)->text) : SPM_OK;
 }
 

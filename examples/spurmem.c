@@ -3156,7 +3156,9 @@ static int bench_branch(cli *line, bench_state *s, spm_error *err)
         }
         free(keep);
     }
-    return 1;
+    if (!spm_run_share(s->pruned, s->run)) return 1;
+    *err = *spm_run_error(s->pruned);
+    return 0;
 }
 
 /* One step; 0 with an error. */

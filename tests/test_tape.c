@@ -444,9 +444,17 @@ static void test_shared_values(void)
     spm_context_destroy(ctx);
 }
 
+/* A call that is refused with a sentence. */
+static void refused(spm_run *run, spm_status got, spm_status want, const char *part)
+{
+    CHECK_INT(got, want);
+    CHECK_MSG(strstr(spm_run_error(run)->text, part) != NULL, spm_run_error(run)->text);
+    memset(spm_run_error(run), 0, sizeof(spm_error));
+}
+
 /* ---- masks: the dense and the pruned branch ---- */
 
-static void test_masks_and_accumulation(void)
+static void masks_and_accumulation(int units)
 {
     spm_context *ctx = context(2);
     spm_model *model = network(ctx, "resnet18:width=8,stem=cifar", 16, 2);
@@ -457,7 +465,10 @@ static void test_masks_and_accumulation(void)
     spm_parameter *p = spm_model_parameter(model, w);
     const int64_t n = spm_tensor_count(&p->value);
     float *keep = (float *)malloc((size_t)n * sizeof(float)), *saved = (float *)malloc((size_t)n * sizeof(float));
-    for (k = 0; k < n; k++) keep[k] = spm_random_uniform(3, 4, (uint64_t)k) < 0.3f ? 0.0f : 1.0f;
+    for (k = 0; k < n; k++) {
+        const int64_t unit = k / (n / p->value.shape[0]);
+        keep[k] = spm_random_uniform(3, 4, (uint64_t)(units ? unit : k)) < 0.3f ? 0.0f : 1.0f;
+    }
     step(dense, model, image, d, 4, 1);
     spm_model_finish_gradients(model);
     one = gradients(model, &total);
@@ -513,6 +524,242 @@ static void test_masks_and_accumulation(void)
     spm_run_destroy(dense);
     spm_run_destroy(pruned);
     spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
+static void test_masks_and_accumulation(void)
+{
+    masks_and_accumulation(0);
+    masks_and_accumulation(1);
+}
+
+/* Two branches that share what they have in common: outputs and statistics are the same bits as without, gradients the
+ * same sums, in another order in the common part; all of it the same bits with any number of threads. */
+typedef struct branches {
+    float *gradient, logits[2][8], features[2][1024];
+    float *statistics;
+    int64_t total, count;
+    size_t bytes;
+} branches;
+
+static branches branches_of(const char *name, int px, const char *masked, int way, int share, int threads)
+{
+    branches b;
+    spm_context_desc desc;
+    spm_context *ctx;
+    spm_model *model;
+    spm_run *dense, *pruned;
+    spm_run_desc running;
+    float *image = noise(4 * px * px * 3, 1), *d = noise(8, 2), *e = noise(2 * 1024, 3), *keep;
+    int i, turn;
+    int64_t k, n;
+    spm_tensor features;
+    memset(&b, 0, sizeof b);
+    memset(&desc, 0, sizeof desc);
+    memset(&running, 0, sizeof running);
+    desc.threads = threads;
+    ctx = spm_context_create(&desc);
+    model = network(ctx, name, px, 2);
+    running.max_batch = 4;
+    running.backward = 1;
+    running.segments = way == 1;
+    running.keep_norms = way == 2;
+    dense = spm_run_create(model, &running, NULL);
+    pruned = spm_run_create(model, &running, NULL);
+    CHECK(dense && pruned);
+    CHECK_INT(spm_run_own_buffers(pruned, 1), SPM_OK);
+    i = spm_model_find_parameter(model, masked);
+    CHECK_MSG(i >= 0, masked);
+    n = spm_tensor_count(&spm_model_parameter(model, i)->value);
+    keep = noise(n, 4);
+    for (k = 0; k < n; k++) keep[k] = k < n / spm_model_parameter(model, i)->value.shape[0] ? 0.0f : 1.0f;
+    CHECK_INT(spm_run_set_mask(pruned, i, keep), SPM_OK);
+    if (share) CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+    features = spm_run_tensor(dense, value_of(model, "features"));
+    for (turn = 0; turn < 2; turn++) { /* the second one with what the first has left in memory */
+        spm_model_zero_gradients(model);
+        CHECK_INT(spm_run_input(dense, value_of(model, "image"), image), SPM_OK);
+        CHECK_INT(spm_run_input(pruned, value_of(model, "image"), image), SPM_OK);
+        CHECK_INT(spm_run_forward(dense, 4, 1), SPM_OK);
+        CHECK_INT(spm_run_forward(pruned, 4, 1), SPM_OK);
+        CHECK_INT(spm_run_set_gradient(pruned, value_of(model, "features"), e), SPM_OK);
+        CHECK_INT(spm_run_backward(pruned), SPM_OK);
+        CHECK_INT(spm_run_set_gradient(dense, value_of(model, "features"), e + 4 * features.shape[1]), SPM_OK);
+        CHECK_INT(spm_run_set_gradient(dense, value_of(model, "logits"), d), SPM_OK);
+        CHECK_INT(spm_run_backward(dense), SPM_OK);
+        CHECK_INT(spm_run_commit_statistics(dense, .1f), SPM_OK);
+        CHECK_INT(spm_run_commit_statistics(pruned, .1f), SPM_OK);
+        spm_model_finish_gradients(model);
+    }
+    CHECK_STR(spm_run_error(dense)->text, "");
+    CHECK_STR(spm_run_error(pruned)->text, "");
+    for (turn = 0; turn < 2; turn++) {
+        spm_run *run = turn ? pruned : dense;
+        memcpy(b.logits[turn], spm_run_data(run, value_of(model, "logits")), sizeof b.logits[turn]);
+        memcpy(b.features[turn], spm_run_data(run, value_of(model, "features")),
+               (size_t)(4 * features.shape[1]) * sizeof(float));
+    }
+    for (turn = 0; turn < 2; turn++) {
+        b.count = 0;
+        for (i = 0; i < spm_model_parameter_count(model); i++) {
+            const float *buffer = spm_run_buffer(pruned, i);
+            n = spm_tensor_count(&spm_model_parameter(model, i)->value);
+            for (k = 0; buffer && k < n; k++, b.count++) if (turn) b.statistics[b.count] = buffer[k];
+        }
+        if (!turn) b.statistics = (float *)calloc((size_t)b.count + 1, sizeof(float));
+    }
+    b.gradient = gradients(model, &b.total);
+    b.bytes = spm_run_bytes(pruned);
+    free(image); free(d); free(e); free(keep);
+    spm_run_destroy(way ? dense : pruned); /* in either order */
+    spm_run_destroy(way ? pruned : dense);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+    return b;
+}
+
+static void branches_free(branches *b)
+{
+    free(b->gradient);
+    free(b->statistics);
+}
+
+static void test_shared_branches(void)
+{
+    static const struct {
+        const char *name, *masked;
+        int px, common; /* 1: there is a common part */
+    } nets[] = {
+        { "resnet18:width=8,stem=cifar", "conv1.weight", 16, 0 },
+        { "resnet18:width=8,stem=cifar", "layer1.0.conv1.weight", 16, 1 },
+        { "resnet18:width=8,stem=cifar", "layer2.0.downsample.0.weight", 16, 1 },
+        { "resnet18:width=8,stem=cifar", "fc.weight", 16, 1 },
+        { "resnet50:width=8", "layer1.0.conv3.weight", 64, 1 },
+        { "resnet50:width=8", "layer3.1.conv2.weight", 64, 1 },
+        { "resnet18:width=32", "layer2.1.conv1.weight", 64, 1 },
+        { "vit:patch=8,dim=24,depth=3,heads=3,mlp=2", "blocks.1.attn.proj.weight", 16, 1 },
+        { "vit:patch=8,dim=24,depth=3,heads=3,mlp=2", "blocks.0.attn.qkv.weight", 16, 1 },
+        { "vit:patch=8,dim=24,depth=3,heads=3,mlp=2,drop=0.2", "blocks.1.attn.proj.weight", 16, 1 },
+    };
+    int c, way; /* plain, by segments, with batch norms kept: each of them with every third network, all with one */
+    for (c = 0; c < (int)(sizeof nets / sizeof *nets); c++) {
+        for (way = 0; way < 3; way++) {
+            branches apart, one, three;
+            int64_t k, differ = 0;
+            double off = 0, top = 0;
+            if (way != c % 3 && c != 4) continue;
+            apart = branches_of(nets[c].name, nets[c].px, nets[c].masked, way, 0, 2);
+            one = branches_of(nets[c].name, nets[c].px, nets[c].masked, way, 1, 1);
+            three = branches_of(nets[c].name, nets[c].px, nets[c].masked, way, 1, 3);
+            CHECK(apart.total == one.total && apart.count == one.count);
+            CHECK(same(apart.logits[0], one.logits[0], 16));
+            CHECK(same(apart.features[0], one.features[0], 2 * 1024));
+            CHECK(same(apart.statistics, one.statistics, apart.count));
+            CHECK(same(three.gradient, one.gradient, one.total) && same(three.logits[0], one.logits[0], 16));
+            for (k = 0; k < one.total; k++) {
+                const double x = (double)apart.gradient[k], y = (double)one.gradient[k];
+                if (fabs(x) > top) top = fabs(x);
+                if (!(fabs(x - y) <= off)) off = fabs(x - y);
+                differ += !same(&apart.gradient[k], &one.gradient[k], 1);
+            }
+            CHECK_MSG(off <= 2e-6 * top && top > 0, nets[c].masked);
+            CHECK_MSG((differ > 0) == nets[c].common, nets[c].masked);
+            CHECK_MSG(one.bytes < apart.bytes || !nets[c].common, nets[c].masked);
+            branches_free(&apart);
+            branches_free(&one);
+            branches_free(&three);
+        }
+    }
+}
+
+/* What a run that shares with another one is told when the two do not go together. */
+static void test_sharing_out_of_order(void)
+{
+    spm_context *ctx = context(1);
+    spm_model *model = network(ctx, "resnet18:width=4,stem=cifar", 16, 2);
+    spm_model *other = network(ctx, "resnet18:width=4,stem=cifar", 16, 2);
+    spm_run *dense = run_of(model, 2, 1, 0), *pruned = run_of(model, 2, 1, 0), *third = run_of(model, 2, 1, 0);
+    spm_run *plain = run_of(model, 2, 0, 0), *foreign = run_of(other, 2, 1, 0);
+    spm_value image = value_of(model, "image"), logits = value_of(model, "logits"), block = value_of(model, "block5");
+    float *picture = noise(2 * 16 * 16 * 3, 1), *d = noise(4, 2), *d_block = noise(2 * 8 * 8 * 8, 3), *keep = noise(16 * 16 * 9, 4);
+    const int masked = spm_model_find_parameter(model, "layer3.0.conv2.weight");
+    const int before = spm_model_find_parameter(model, "layer1.0.conv1.weight");
+    size_t whole = spm_run_bytes(pruned), k;
+    float *alone, *sum;
+    int64_t total;
+    double off = 0, top = 0;
+    int turn;
+    memset(keep, 0, 16 * sizeof(float));
+    CHECK_INT(spm_run_set_mask(pruned, masked, keep), SPM_OK);
+    refused(pruned, spm_run_share(pruned, pruned), SPM_E_ARGUMENT, "another run of the same model");
+    refused(pruned, spm_run_share(pruned, plain), SPM_E_ARGUMENT, "backward = 1");
+    refused(pruned, spm_run_share(pruned, foreign), SPM_E_ARGUMENT, "the same model");
+    CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+    CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+    CHECK(spm_run_bytes(pruned) < whole);
+    refused(third, spm_run_share(third, dense), SPM_E_ARGUMENT, "no third run");
+    refused(third, spm_run_share(third, pruned), SPM_E_ARGUMENT, "no third run");
+    refused(dense, spm_run_share(dense, third), SPM_E_ARGUMENT, "no third run");
+    (void)spm_run_input(dense, image, picture);
+    (void)spm_run_input(pruned, image, picture);
+    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "behind that one");
+    CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+    refused(pruned, spm_run_forward(pruned, 1, 1), SPM_E_STATE, "as many examples");
+    refused(pruned, spm_run_forward(pruned, 2, 0), SPM_E_STATE, "training mode");
+    refused(pruned, spm_run_forward_from(pruned, block, 2, 1), SPM_E_STATE, "spm_run_share");
+    CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(dense, logits, d), SPM_OK);
+    CHECK_INT(spm_run_set_gradient(pruned, logits, d), SPM_OK);
+    CHECK_INT(spm_run_backward(dense), SPM_OK);
+    refused(pruned, spm_run_backward(pruned), SPM_E_STATE, "before that one");
+    /* a mask in the common part, a value of it that is wanted: not before they agree on it */
+    CHECK_INT(spm_run_set_mask(pruned, before, keep), SPM_OK);
+    CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "call spm_run_share again");
+    CHECK_INT(spm_run_set_mask(pruned, before, NULL), SPM_OK);
+    CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_keep(pruned, value_of(model, "block3")), SPM_OK);
+    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "call spm_run_share again");
+    CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+    CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+    CHECK(spm_run_data(pruned, value_of(model, "block3")) != NULL);
+    /* a gradient that the caller sends into what crosses over is added, whenever it comes */
+    CHECK_INT(spm_run_share(pruned, NULL), SPM_OK);
+    CHECK_INT(spm_run_keep(dense, block), SPM_OK);
+    for (turn = 0, alone = NULL; turn < 3; turn++) {
+        spm_model_zero_gradients(model);
+        if (turn) CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+        CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+        CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+        if (turn < 2) CHECK_INT(spm_run_set_gradient(dense, block, d_block), SPM_OK);
+        CHECK_INT(spm_run_set_gradient(pruned, logits, d), SPM_OK);
+        CHECK_INT(spm_run_backward(pruned), SPM_OK);
+        if (turn == 2) CHECK_INT(spm_run_set_gradient(dense, block, d_block), SPM_OK);
+        CHECK_INT(spm_run_backward(dense), SPM_OK);
+        spm_model_finish_gradients(model);
+        sum = gradients(model, &total);
+        for (k = 0, off = top = 0; turn && k < (size_t)total; k++) {
+            top = fmax(top, fabs((double)alone[k]));
+            off = fmax(off, fabs((double)alone[k] - (double)sum[k]));
+        }
+        CHECK(off <= 2e-6 * top && (!turn || top > 0));
+        if (turn) free(sum);
+        else alone = sum;
+    }
+    CHECK_INT(spm_run_share(pruned, third), SPM_OK); /* and on to another one */
+    CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+    spm_run_destroy(dense);
+    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "is gone");
+    CHECK_INT(spm_run_share(pruned, NULL), SPM_OK);
+    CHECK_INT(spm_run_forward(pruned, 2, 0), SPM_OK);
+    free(picture); free(d); free(d_block); free(keep); free(alone);
+    spm_run_destroy(pruned);
+    spm_run_destroy(third);
+    spm_run_destroy(plain);
+    spm_run_destroy(foreign);
+    spm_model_destroy(model);
+    spm_model_destroy(other);
     spm_context_destroy(ctx);
 }
 
@@ -881,14 +1128,7 @@ static void test_loss_program(void)
     spm_context_destroy(ctx);
 }
 
-/* Calls out of order and arguments that do not fit are refused with a sentence. */
-static void refused(spm_run *run, spm_status got, spm_status want, const char *part)
-{
-    CHECK_INT(got, want);
-    CHECK_MSG(strstr(spm_run_error(run)->text, part) != NULL, spm_run_error(run)->text);
-    memset(spm_run_error(run), 0, sizeof(spm_error));
-}
-
+/* Calls out of order and arguments that do not fit. */
 static void test_calls_out_of_order(void)
 {
     spm_context *ctx = context(1);
@@ -1474,6 +1714,8 @@ int main(void)
     TEST(test_plans_and_segments_change_nothing);
     TEST(test_shared_values);
     TEST(test_masks_and_accumulation);
+    TEST(test_shared_branches);
+    TEST(test_sharing_out_of_order);
     TEST(test_frozen_parameters);
     TEST(test_steps_do_not_allocate);
     TEST(test_failing_allocations);
