@@ -1831,6 +1831,8 @@ typedef struct spm_train_desc {
     spm_augment augment;
     float rotate, jitter[4];       /* see spm_loader_desc */
     spm_select select;
+    /* called after each step, and with "evaluate SPLIT" for what it says after each batch of an evaluation, of which a stop
+     * there leaves nothing: the resumed run evaluates first */
     spm_progress_fn progress;
     void *progress_user;
     /* called after each evaluation of an epoch (metrics as in metrics.jsonl), may be NULL */
@@ -32119,10 +32121,12 @@ static spm_status spmi_train_record(spmi_trainer *t, const spm_eval *evals)
     return status;
 }
 
-/* Evaluates every split that exists, records the metrics, keeps the best. */
+/* Evaluates every split that exists, records the metrics, keeps the best.  SPM_E_STOPPED, and nothing is recorded, when
+ * the caller wants to stop amid it. */
 static spm_status spmi_train_evaluate(spmi_trainer *t)
 {
     spm_eval evals[SPM_SPLITS];
+    spm_error error = SPM_ZERO;
     spm_status status = SPM_OK;
     int s;
     memset(evals, 0, sizeof evals);
@@ -32134,8 +32138,12 @@ static spm_status spmi_train_evaluate(spmi_trainer *t)
         evaluation.split = (spm_split)s;
         evaluation.batch = t->desc->batch;
         evaluation.workers = t->desc->workers;
-        status = spm_evaluate(t->model, t->dataset, &evaluation, &evals[s], t->err);
+        evaluation.progress = t->desc->progress;
+        evaluation.progress_user = t->desc->progress_user;
+        status = spm_evaluate(t->model, t->dataset, &evaluation, &evals[s], &error);
     }
+    if (status == SPM_E_STOPPED) t->stopped = 1;
+    else if (status) (void)spmi_fail(t->ctx, t->err, status, "%s", error.text);
     if (!status) status = spmi_train_record(t, evals);
     if (!status) {
         double score = spmi_train_score(t, &evals[SPM_VAL]);
@@ -32153,6 +32161,15 @@ static spm_status spmi_train_evaluate(spmi_trainer *t)
     return status;
 }
 
+/* Stopped amid an epoch, or behind its last step and before its metrics: the run folder holds both checkpoints and the
+ * state to go on from. */
+static spm_status spmi_train_pause(spmi_trainer *t)
+{
+    spm_status status = spmi_train_save(t, "last.safetensors");
+    if (!status && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
+    return status ? status : spmi_state_save(t);
+}
+
 /* After the last batch of an epoch: metrics, checkpoints, schedule, state. */
 static spm_status spmi_train_epoch_end(spmi_trainer *t)
 {
@@ -32160,6 +32177,7 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     spm_status status = SPM_OK;
     char name[48];
     if ((t->epoch + 1) % every == 0 || t->epoch + 1 == t->epochs) status = spmi_train_evaluate(t);
+    if (status == SPM_E_STOPPED) return spmi_train_pause(t);
     if (!status) status = spmi_train_save(t, "last.safetensors");
     if (!status && t->stopped && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
     if (!status) status = spmi_train_history_write(t);
@@ -32174,13 +32192,19 @@ static spm_status spmi_train_epoch_end(spmi_trainer *t)
     return status ? status : spmi_state_save(t);
 }
 
+/* 1 when the run has had all the steps that it may have. */
+static int spmi_train_enough(const spmi_trainer *t)
+{
+    return t->desc->max_steps > 0 && t->step >= t->desc->max_steps;
+}
+
 /* 1 when the caller wants to stop here. */
 static int spmi_train_report(spmi_trainer *t, int64_t count)
 {
     spm_progress progress = SPM_ZERO;
     char what[64];
     t->images_done += count;
-    if (t->desc->max_steps > 0 && t->step >= t->desc->max_steps) return 1;
+    if (spmi_train_enough(t)) return 1;
     if (!t->desc->progress) return 0;
     (void)spmi_format(what, sizeof what, "%s epoch %ld/%ld", spm_method_name(t->desc->method), (long)t->epoch + 1,
                       (long)t->epochs);
@@ -32199,14 +32223,6 @@ static int64_t spmi_train_next_position(const spmi_trainer *t, const spm_batch *
     int64_t at = t->position;
     while (at < end - 1 && t->order[at] != batch->id[batch->count - 1]) at++;
     return SPMI_MIN((at / t->desc->batch + 1) * t->desc->batch, end);
-}
-
-/* Stopped amid an epoch: the run folder holds both checkpoints and the state to go on from. */
-static spm_status spmi_train_pause(spmi_trainer *t)
-{
-    spm_status status = spmi_train_save(t, "last.safetensors");
-    if (!status && t->best_epoch < 0) status = spmi_train_save(t, "best.safetensors");
-    return status ? status : spmi_state_save(t);
 }
 
 static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pruned)
@@ -32234,7 +32250,9 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
     spm_run_step(t->dense, (uint64_t)t->epoch);
     if (t->pruned) spm_run_step(t->pruned, (uint64_t)t->epoch);
     if (t->biased) spm_run_step(t->biased_run, (uint64_t)t->epoch);
-    if (t->position > 0 && (t->position >= end || t->position % t->desc->batch)) return spmi_state_damaged(t, "position");
+    if (t->position > end || (t->position < end && t->position % t->desc->batch)) return spmi_state_damaged(t, "position");
+    t->stopped = spmi_train_enough(t);
+    if (t->position > 0 && t->position == end) return spmi_train_epoch_end(t); /* it was stopped in its evaluation */
     status = spm_loader_resume(t->loader, t->epoch, t->order, end, t->position);
     if (status) return spmi_fail(t->ctx, t->err, status, "%s", spm_loader_error(t->loader)->text);
     since = spmi_seconds();
@@ -32254,9 +32272,11 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
 
 /* ---- JTT: the error set ---- */
 
-/* Marks the training examples that `model` gets wrong; an epoch has them `upweight` times. */
+/* Marks the training examples that `model` gets wrong; an epoch has them `upweight` times.  SPM_E_STOPPED when the caller
+ * wants to stop amid it. */
 static spm_status spmi_jtt_mark(spmi_trainer *t, spm_model *model)
 {
+    spm_error error = SPM_ZERO;
     spm_eval eval;
     spm_eval_desc evaluation = SPM_ZERO;
     int64_t i, errors = 0;
@@ -32265,8 +32285,11 @@ static spm_status spmi_jtt_mark(spmi_trainer *t, spm_model *model)
     evaluation.split = SPM_TRAIN;
     evaluation.batch = t->desc->batch;
     evaluation.workers = t->desc->workers;
-    status = spm_evaluate(model, t->dataset, &evaluation, &eval, t->err);
-    if (status) return status;
+    evaluation.progress = t->desc->progress;
+    evaluation.progress_user = t->desc->progress_user;
+    status = spm_evaluate(model, t->dataset, &evaluation, &eval, &error);
+    if (status == SPM_E_STOPPED) t->stopped = 1;
+    if (status) return status == SPM_E_STOPPED ? status : spmi_fail(t->ctx, t->err, status, "%s", error.text);
     for (i = 0; i < eval.count; i++) {
         int wrong = eval.predicted[i] != eval.y[i] && !spmi_held_out(t, eval.example[i]);
         errors += wrong;
@@ -32298,6 +32321,7 @@ static spm_status spmi_jtt_begin(spmi_trainer *t)
         spm_model_destroy(model);
     } else
         status = spmi_jtt_mark(t, t->model);
+    if (status == SPM_E_STOPPED) return spmi_train_pause(t);
     if (status) return status;
     if (!d->identify) {
         spm_model_initialize(t->model, spm_random_key(d->seed, 0x696e6974u, 0));
@@ -32955,6 +32979,7 @@ static spm_status spmi_train_memory(spmi_trainer *t)
         t->pruned = spm_run_create(t->model, &running, t->err);
         if (!t->pruned) return t->err->status;
         if (!d->bn_shared && spm_run_own_buffers(t->pruned, 1)) return spmi_run_failed(t, t->pruned);
+        if (spm_run_share(t->pruned, t->dense)) return spmi_run_failed(t, t->pruned);
     }
     t->masked = d->method == SPM_METHOD_INTERVENE && d->mask != SPM_MASK_NONE
                 && (t->pruned || d->mask_mode == SPM_MASK_MODE_FREEZE);
@@ -33196,10 +33221,10 @@ SPMDEF spm_status spm_train(spm_context *ctx, spm_dataset *dataset, const spm_tr
         spmi_log(ctx, SPM_LOG_INFO, "%s: no validation split, so the last epoch is kept as the best",
                  spm_dataset_path(dataset));
     }
-    t.stopped = desc->max_steps > 0 && t.step >= desc->max_steps;
+    t.stopped = spmi_train_enough(&t) && t.position == 0;
     while (!status && !t.stopped && t.epoch < t.epochs) {
         if (desc->method == SPM_METHOD_JTT && !t.identified && t.epoch == t.first_epoch) status = spmi_jtt_begin(&t);
-        if (!status) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
+        if (!status && !t.stopped) status = spmi_train_epoch(&t, gradients, gradients + desc->batch * t.classes);
     }
     if (!status && !t.stopped && spmi_retrains(desc) && !t.retrained) status = spmi_train_retrain(&t);
     if (status && t.begun && t.epoch == 0) spmi_train_forget(&t);
