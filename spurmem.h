@@ -63,9 +63,9 @@
  *    [O][KH][KW][I].  An operation (section OPS) is a forward and a backward function without any graph.  A *program*
  *    (section TAPE) records operations once; a *model* adds parameter values; a *run* executes it and owns activations,
  *    masks, batch statistics and random stream.  Several runs may share a model: that is how a network is trained
- *    against a copy of itself without some units.  Losses are small programs of their own: read a run's output, bind it
- *    as the loss's input, send the loss's gradient back with spm_run_set_gradient.  Batch norm never updates its
- *    running statistics by itself: spm_run_commit_statistics does.
+ *    against a copy of itself without some units, and spm_run_share computes once what both have in common.  Losses are
+ *    small programs of their own: read a run's output, bind it as the loss's input, send the loss's gradient back with
+ *    spm_run_set_gradient.  Batch norm never updates its running statistics by itself: spm_run_commit_statistics does.
  *
  * 4. NETWORKS AND CHECKPOINTS
  *    spm_arch_parse("resnet18:width=16,stem=cifar") or ("vit:patch=8,dim=96,depth=6,heads=3,mlp=2") and
@@ -89,10 +89,10 @@
  *    goes on to the same bits.  The methods of the field stand beside ERM (spm_method): reweighting, resampling,
  *    subsampling, Group DRO, JTT, LfF, DFR, AFR and example-tied dropout.
  *    SPM_METHOD_INTERVENE starts from a checkpoint.  Per step, a dense and a pruned branch see the same batch; the
- *    pruned one lacks the critical units (or has them damped; spm_mask_kind has other choices); their features are pulled
- *    together (NT-Xent), and the dense branch keeps its cross-entropy, in which groups weigh
- *    (n / (groups n_g))^weight_power.  The power moves the result along its Pareto line: 1 treats all groups alike, 0 is
- *    plain training.
+ *    pruned one lacks the critical units (or has them damped; spm_mask_kind has other choices), so that both are one up
+ *    to the first of them; their features are pulled together (NT-Xent), and the dense branch keeps its cross-entropy, in
+ *    which groups weigh (n / (groups n_g))^weight_power.  The power moves the result along its Pareto line: 1 treats all
+ *    groups alike, 0 is plain training.
  *    Profile `sound` is this; `official` is the published code's behaviour, quirks included.
  *    Without group labels, (class, memorized) takes the place of groups: the run that trained the checkpoint has
  *    counted in how many epochs it was wrong about each training example, and within a class Otsu's threshold parts
@@ -652,8 +652,8 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value);
 /* Data of inputs, parameters (masked if they are), outputs and kept values, after forward; NULL for any other. */
 SPMDEF float *spm_run_data(spm_run *run, spm_value value);
 SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value); /* the same with its shape for the last n */
-/* The gradient a loss sends into an output, [n, ...], copied; between forward and backward.  Several outputs may have
- * one; they count for one backward pass.  Without any, a scalar output named "loss" gets 1.  Secondary results
+/* The gradient a loss sends into an output, [n, ...], copied; between forward and backward, once (where a run that
+ * shares with this one has left its own, it is added).  Several outputs may have one; they count for one backward pass.  Without any, a scalar output named "loss" gets 1.  Secondary results
  * (spm_program_result) have no gradient: SPM_E_ARGUMENT. */
 SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const float *gradient);
 /* Adds into the model's parameter gradients (masked by the run's mask set) and fills the gradients of inputs.  Once per
@@ -671,11 +671,14 @@ SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *kee
 SPMDEF void spm_run_clear_masks(spm_run *run);
 /* Two branches of one network: from now on `run` takes from `source`, another run of the model, all that both compute
  * alike, which is what was recorded before the first operation that tells them apart or is looked at: a masked parameter,
- * dropout, a hook, an output, a kept value.  A step then is: source forward; run forward, with the same n and inputs, in
- * training mode; run backward; source backward, which takes both gradients through the common part at once (a sum in
- * another order than two backward passes give).  run holds no memory for the common part.  Plans memory anew: call it
- * after masks and hooks are set, and again when they have changed (forward says so).  NULL: on its own again.  SPM_E_ARGUMENT
- * unless both were made with backward = 1 and neither shares with a third.  Covered by test_tape. */
+ * dropout, a hook, an output, a value that `run` keeps, an input whose gradient is wanted.  A step then is: source
+ * forward; run forward, with the same n and inputs, in training mode; run backward; source backward, which takes both
+ * gradients through the common part at once (a sum in another order than two backward passes give; the gradients of the
+ * common part's values, too, are had from the source alone, as sums).  The activations of the common part are the
+ * source's; run has no memory for them.  Plans memory anew: call it after masks and hooks are set, and again when they
+ * have changed (forward says so).  NULL: on its own again.  SPM_E_ARGUMENT unless both were made with backward = 1 and
+ * neither shares with a third; SPM_E_MEMORY leaves run on its own, to be asked again before its next forward.
+ * Covered by test_tape. */
 SPMDEF spm_status spm_run_share(spm_run *run, spm_run *source);
 /* own = 1: this run reads and commits running statistics of its own copy, made now (separate BN); 0: the model's. */
 SPMDEF spm_status spm_run_own_buffers(spm_run *run, int own);
@@ -11223,7 +11226,9 @@ static void spmi_plan_gradients(const spm_program *program, const unsigned char 
     int v, s, i;
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
-        plan->wanted[v] = value->kind != SPMI_VALUE_PARAMETER && (value->wanted || want[v]);
+        plan->wanted[v] = value->kind != SPMI_VALUE_PARAMETER
+            && (value->wanted || (want[v] & ~SPMI_WANT_SHARED)
+                || (value->kind == SPMI_VALUE_RESULT && value->index < plan->from)); /* by its maker, perhaps */
         plan->pinned[v] = spmi_plan_makes(program, plan, v)
             && (value->wanted || (want[v] & (SPMI_WANT_KEEP | SPMI_WANT_SHARED)));
         plan->have[v] = plan->pinned[v];
@@ -11569,7 +11574,6 @@ static int spmi_plan_create(const spm_program *program, const unsigned char *wan
 /* ---- runs ---- */
 
 #define SPMI_TAPE_CHUNK 32768 /* floats per task of an element-wise pass */
-#define SPMI_WRITTEN_SHARED 2
 #define SPMI_HOOK_CHUNKS 16   /* partial sums of a hook */
 #define SPMI_SPAN_ELEMENTS 16 /* a mask of spans has no more than one in so many elements */
 
@@ -11582,12 +11586,14 @@ typedef struct spmi_hook {
     void *user;
 } spmi_hook;
 
+#define SPMI_WRITTEN_SHARED 2 /* a gradient is there, and (part of) it comes from a run that shares with this one */
+
 typedef struct spmi_run_value {
     float *data, *replay, *gradient; /* planned memory; `replay` is `data` unless the value has a second life */
-    float *bound;                    /* the caller's */
+    float *bound;                    /* the caller's; of what is shared it and `gradient` are the source's */
     unsigned char want;              /* SPMI_WANT_... */
     unsigned char hooked;            /* 1: some hook watches it */
-    unsigned char need, written;     /* of the gradient, in this backward pass; SPMI_WRITTEN_SHARED: by another run's */
+    unsigned char need, written;     /* of the gradient, in this backward pass */
 } spmi_run_value;
 
 /* Elements [start, start + count) of a parameter. */
@@ -11595,14 +11601,18 @@ typedef struct spmi_span {
     int64_t start, count;
 } spmi_span;
 
-typedef struct spmi_run_parameter {
+typedef struct spmi_run_mask {
     float *masked;          /* value * mask; NULL: no mask */
     float *keep;            /* the mask; NULL if it takes whole spans away, such as units, and leaves the rest as it is: */
     spmi_span *off;         /* those */
     int64_t n_off;
     float *before;          /* the gradient's elements in them, while a backward step works on the others */
+    size_t bytes;
+} spmi_run_mask;
+
+typedef struct spmi_run_parameter {
+    spmi_run_mask mask;
     uint64_t masked_version;
-    size_t mask_bytes;
     float *own;             /* the run's own buffer; NULL: the model's */
     int uses;               /* operations that read it */
     unsigned char hooked;   /* 1: some hook watches its gradient */
@@ -11646,22 +11656,16 @@ struct spm_run {
     int64_t n;               /* the last batch; 0: shapes are not set */
     int first, first_step;   /* forward_from: the value it began behind (0: none) and the step */
     spm_run *source, *taker; /* spm_run_share: whom this run takes its values before plan.from from, and who takes its own */
-    int training, set_gradients;
+    int training, set_gradients, received; /* received: gradients of what is shared */
     spmi_run_state state;
 };
 
-static void spmi_mask_free(spm_run *run, int parameter)
+static void spmi_mask_free(spm_context *ctx, spmi_run_mask *mask)
 {
-    spmi_run_parameter *p = &run->parameters[parameter];
-    spmi_free(run->ctx, p->keep);
-    spmi_free(run->ctx, p->masked);
-    spmi_free(run->ctx, p->off);
-    spmi_free(run->ctx, p->before);
-    run->mask_bytes -= p->mask_bytes;
-    p->keep = p->masked = p->before = NULL;
-    p->off = NULL;
-    p->n_off = 0;
-    p->mask_bytes = 0;
+    spmi_free(ctx, mask->masked);
+    spmi_free(ctx, mask->keep);
+    spmi_free(ctx, mask->off);
+    spmi_free(ctx, mask->before);
 }
 
 SPMDEF void spm_run_destroy(spm_run *run)
@@ -11671,8 +11675,11 @@ SPMDEF void spm_run_destroy(spm_run *run)
     if (!run) return;
     ctx = run->ctx;
     if (run->source) run->source->taker = NULL;
-    if (run->taker) run->taker->source = NULL;
-    for (i = 0; run->parameters && i < run->model->n_parameters; i++) spmi_mask_free(run, i);
+    if (run->taker) {
+        run->taker->source = NULL;
+        run->taker->state = SPMI_RUN_IDLE;
+    }
+    for (i = 0; run->parameters && i < run->model->n_parameters; i++) spmi_mask_free(ctx, &run->parameters[i].mask);
     spmi_plan_free(ctx, &run->plan);
     spmi_free(ctx, run->values);
     spmi_free(ctx, run->parameters);
@@ -11711,6 +11718,7 @@ static spm_status spmi_run_plan(spm_run *run, int from)
     run->plan = plan;
     run->arena = arena;
     run->state = SPMI_RUN_IDLE;
+    if (run->taker) run->taker->state = SPMI_RUN_IDLE;
     for (v = 1; v < program->n_values; v++) {
         const spmi_buffer *b = &plan.buffers[3 * v];
         spmi_run_value *value = &run->values[v];
@@ -11863,7 +11871,7 @@ static spm_status spmi_run_no_value(spm_run *run, spm_value value, const char *w
 static float *spmi_run_parameter_data(const spm_run *run, int index)
 {
     const spmi_run_parameter *p = &run->parameters[index];
-    return p->masked ? p->masked : p->own ? p->own : run->model->parameters[index].value.data;
+    return p->mask.masked ? p->mask.masked : p->own ? p->own : run->model->parameters[index].value.data;
 }
 
 /* A value's data: in its first life, or (replay = 1) during the backward pass. */
@@ -11925,18 +11933,23 @@ static void spmi_masked(spm_context *ctx, int64_t count, const float *x, const f
     spm_parallel(ctx, (count + SPMI_TAPE_CHUNK - 1) / SPMI_TAPE_CHUNK, spmi_masked_task, &job);
 }
 
-/* Goes through the elements that a mask takes away: out of `data` into `copy` (put = 0) or back again; with NULL for it
- * they become 0. */
-static void spmi_spans(const spmi_run_parameter *p, float *data, float *copy, int put)
+/* The elements that a mask takes away become 0. */
+static void spmi_spans_clear(const spmi_run_mask *mask, float *data)
+{
+    int64_t i;
+    for (i = 0; i < mask->n_off; i++) memset(data + mask->off[i].start, 0, (size_t)mask->off[i].count * sizeof(float));
+}
+
+/* Takes them out of `data` into mask->before, or (put = 1) puts them back. */
+static void spmi_spans_move(const spmi_run_mask *mask, float *data, int put)
 {
     int64_t i, at = 0;
-    for (i = 0; i < p->n_off; i++) {
-        const size_t bytes = (size_t)p->off[i].count * sizeof(float);
-        float *here = data + p->off[i].start;
-        if (!copy) memset(here, 0, bytes);
-        else if (put) memcpy(here, copy + at, bytes);
-        else memcpy(copy + at, here, bytes);
-        at += p->off[i].count;
+    for (i = 0; i < mask->n_off; i++) {
+        const size_t bytes = (size_t)mask->off[i].count * sizeof(float);
+        float *here = data + mask->off[i].start;
+        if (put) memcpy(here, mask->before + at, bytes);
+        else memcpy(mask->before + at, here, bytes);
+        at += mask->off[i].count;
     }
 }
 
@@ -12074,6 +12087,7 @@ static int spmi_run_beside(const spm_run *run, int norm, int conv)
     const spmi_tape_step *n = &program->steps[norm], *c = &program->steps[conv];
     int i;
     if (!SPMI_ATOMICS || n->op != SPM_OP_BATCH_NORM || c->op != SPM_OP_CONV2D || n->in[0] == n->in[5]
+        || (n->in[5] && program->values[n->in[5]].kind == SPMI_VALUE_PARAMETER)
         || (c->in[0] != n->out && n->in[0] != c->out) || run->values[c->out].hooked) return 0;
     for (i = 1; i < c->n_in; i++) {
         if (c->in[i] && program->values[c->in[i]].kind != SPMI_VALUE_PARAMETER) return 0;
@@ -12220,9 +12234,9 @@ static void spmi_run_refresh(spm_run *run)
     for (p = 0; p < run->model->n_parameters; p++) {
         spmi_run_parameter *own = &run->parameters[p];
         const spm_tensor *value = &run->model->parameters[p].value;
-        if (!own->masked || own->masked_version == now) continue;
-        spmi_masked(run->ctx, spm_tensor_count(value), value->data, own->keep, own->masked, 0);
-        spmi_spans(own, own->masked, NULL, 1);
+        if (!own->mask.masked || own->masked_version == now) continue;
+        spmi_masked(run->ctx, spm_tensor_count(value), value->data, own->mask.keep, own->mask.masked, 0);
+        spmi_spans_clear(&own->mask, own->mask.masked);
         own->masked_version = now;
     }
     for (s = 0; s < program->n_steps; s++) {
@@ -12275,23 +12289,33 @@ static spm_status spmi_run_check_bound(spm_run *run)
     return SPM_OK;
 }
 
-/* The first step whose result may differ between two runs in training mode, or that somebody looks at: all before it is
- * the same in both. */
-static int spmi_run_alike(const spm_run *a, const spm_run *b)
+/* 1 if value v, which step s reads (i: the how manyth input; n_in and up: outputs), tells a run from its source in
+ * training mode, or is looked at: a mask, a hook, running statistics that are more than that, what is wanted of the run. */
+static int spmi_run_parts(const spm_run *run, const spm_run *source, const spmi_tape_step *step, int i, int v)
 {
-    const spm_program *program = a->program;
+    const spmi_tape_value *value = &run->program->values[v];
+    if (run->values[v].hooked || source->values[v].hooked) return 1;
+    if (value->kind == SPMI_VALUE_PARAMETER) {
+        const spmi_run_parameter *mine = &run->parameters[value->index], *theirs = &source->parameters[value->index];
+        if (mine->mask.masked || theirs->mask.masked) return 1;
+        return (mine->own || theirs->own) && !(step->op == SPM_OP_BATCH_NORM && (i == 3 || i == 4));
+    }
+    if (value->kind == SPMI_VALUE_INPUT)
+        return value->wanted || ((run->values[v].want | source->values[v].want) & SPMI_WANT_KEEP);
+    return i >= step->n_in && (value->wanted || (run->values[v].want & SPMI_WANT_KEEP));
+}
+
+/* The first step that tells a run from its source: all before it is the same in both. */
+static int spmi_run_alike(const spm_run *run, const spm_run *source)
+{
+    const spm_program *program = run->program;
     int s, i;
     for (s = 0; s < program->n_steps; s++) {
         const spmi_tape_step *step = &program->steps[s];
         if (step->op == SPM_OP_DROPOUT || step->op == SPM_OP_DROP_PATH || step->op == SPM_OP_TIED_DROPOUT) return s;
         for (i = 0; i < step->n_in + step->n_out; i++) {
             const int v = i < step->n_in ? step->in[i] : step->out + i - step->n_in;
-            const spmi_tape_value *value = &program->values[v];
-            if (!v) continue;
-            if (a->values[v].hooked || b->values[v].hooked) return s;
-            if (value->kind == SPMI_VALUE_PARAMETER
-                && (a->parameters[value->index].masked || b->parameters[value->index].masked)) return s;
-            if (i >= step->n_in && (value->wanted || (a->values[v].want & SPMI_WANT_KEEP))) return s;
+            if (v && spmi_run_parts(run, source, step, i, v)) return s;
         }
     }
     return s;
@@ -12329,6 +12353,7 @@ SPMDEF spm_status spm_run_share(spm_run *run, spm_run *source)
     const int from = source && source->model == run->model ? spmi_run_alike(run, source) : 0;
     spm_run *old = run->source;
     spm_status status = SPM_OK;
+    int v;
     if (source && (source->model != run->model || source == run || source->source || run->taker
                    || (source->taker && source->taker != run)
                    || !run->desc.backward || !source->desc.backward)) {
@@ -12336,14 +12361,21 @@ SPMDEF spm_status spm_run_share(spm_run *run, spm_run *source)
                          "spm_run_share: the source must be another run of the same model, both made with backward = 1,"
                          " and share with no third run");
     }
-    if (old && old != source) {
-        old->taker = NULL;
-        if (spmi_run_mark_shared(old, 0)) (void)spmi_run_plan(old, 0); /* too much memory at worst */
-    }
     run->source = NULL;
+    run->state = SPMI_RUN_IDLE;
+    for (v = 1; v < run->program->n_values; v++) {
+        if (run->program->values[v].kind == SPMI_VALUE_RESULT && run->program->values[v].index < run->plan.from)
+            run->values[v].bound = NULL;
+    }
+    if (old) old->taker = NULL;
+    if (old && old != source && spmi_run_mark_shared(old, 0)) {
+        const spm_error error = old->error;
+        if (spmi_run_plan(old, 0)) old->error = error; /* its old plan does as well, with more memory */
+    }
     if (from != run->plan.from) status = spmi_run_plan(run, from);
     if (!status && source && spmi_run_mark_shared(source, from)) {
         status = spmi_run_plan(source, 0);
+        if (status) (void)spmi_run_mark_shared(source, 0);
         if (status) (void)spmi_fail(run->ctx, &run->error, status, "%s", source->error.text);
     }
     if (status || !source) return status;
@@ -12357,10 +12389,10 @@ static spm_status spmi_run_take(spm_run *run, int64_t n, int training)
 {
     const spm_run *source = run->source;
     int v;
-    if (source->state != SPMI_RUN_FORWARD || !source->training || !training || source->n != n) {
+    if (source->state != SPMI_RUN_FORWARD || source->first_step || !source->training || !training || source->n != n) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
-                         "a run that shares with another one goes forward in training mode, behind that one and with as"
-                         " many examples");
+                         "a run that shares with another one goes forward in training mode, behind a whole forward pass of"
+                         " that one and with as many examples");
     }
     if (spmi_run_alike(run, source) < run->plan.from) {
         return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
@@ -12398,7 +12430,8 @@ static spm_status spmi_run_forward(spm_run *run, int first, int first_step, int6
     if (!status && run->n != n) status = spmi_run_shapes(run, n);
     if (status) return status;
     run->training = training != 0;
-    run->set_gradients = 0;
+    run->set_gradients = run->received = 0;
+    if (run->taker) run->taker->state = SPMI_RUN_IDLE; /* what it has from this run is no more */
     run->watched_step = run->reader[0] = run->reader[1] = -1;
     for (v = 0; v < program->n_values; v++) run->values[v].written = 0;
     mode = spmi_denormals_off();
@@ -12443,8 +12476,7 @@ SPMDEF spm_status spm_run_forward_from(spm_run *run, spm_value first, int64_t n,
 static int spmi_run_kept(const spm_run *run, int v)
 {
     const spmi_tape_value *value = &run->program->values[v];
-    return value->kind == SPMI_VALUE_RESULT
-        && (value->wanted || (run->values[v].want & (SPMI_WANT_KEEP | SPMI_WANT_SHARED)));
+    return value->kind == SPMI_VALUE_RESULT && (value->wanted || (run->values[v].want & SPMI_WANT_KEEP));
 }
 
 SPMDEF float *spm_run_data(spm_run *run, spm_value value)
@@ -12492,18 +12524,19 @@ SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const floa
     run->set_gradients = 1;
     if (!run->values[value].gradient) return SPM_OK; /* nothing it could reach */
     shape = spmi_tape_shape(run->program, value, run->n, NULL);
-    if (run->values[value].written == SPMI_WRITTEN_SHARED)
+    if (run->values[value].written == SPMI_WRITTEN_SHARED) {
         spmi_masked(run->ctx, spm_tensor_count(&shape), gradient, NULL, run->values[value].gradient, 1);
-    else
+    } else {
         memcpy(run->values[value].gradient, gradient, (size_t)spm_tensor_count(&shape) * sizeof(float));
-    run->values[value].written = 1;
+        run->values[value].written = 1;
+    }
     return SPM_OK;
 }
 
 /* 1 if the parameter's gradient takes a way around: it is masked element by element or watched. */
 static int spmi_run_aside(const spm_run *run, int parameter)
 {
-    return run->parameters[parameter].keep != NULL || run->parameters[parameter].hooked;
+    return run->parameters[parameter].mask.keep != NULL || run->parameters[parameter].hooked;
 }
 
 /* Around the backward pass of step s: what masks take away of its parameters' gradients, put = 0 before it and 1 after
@@ -12515,22 +12548,23 @@ static void spmi_run_spare(spm_run *run, int s, int put)
     int i;
     for (i = 0; i < step->n_in; i++) {
         const int p = run->program->values[step->in[i]].index;
-        spmi_run_parameter *own = &run->parameters[p];
+        const spmi_run_mask *mask = &run->parameters[p].mask;
         float *gradient;
-        if (!step->in[i] || run->program->values[step->in[i]].kind != SPMI_VALUE_PARAMETER || !own->n_off) continue;
+        if (!step->in[i] || run->program->values[step->in[i]].kind != SPMI_VALUE_PARAMETER || !mask->n_off) continue;
         gradient = run->model->parameters[p].gradient;
         if (call->d_in[i].data != gradient) continue;
-        if (call->d_in_add[i]) spmi_spans(own, gradient, own->before, put);
-        else if (put) spmi_spans(own, gradient, NULL, 1);
+        if (call->d_in_add[i]) spmi_spans_move(mask, gradient, put);
+        else if (put) spmi_spans_clear(mask, gradient);
     }
 }
 
 /* Which gradients this backward pass computes: spmi_tape_needs, less frozen parameters, plus watched ones, and nothing
- * from before the value that the pass started from. */
+ * from before the value that the pass started from but what the run shared with needs. */
 static void spmi_run_needs(spm_run *run)
 {
     const spm_program *program = run->program;
     int v, s, i;
+    if (run->source) spmi_run_needs(run->source);
     for (v = 1; v < program->n_values; v++) {
         const spmi_tape_value *value = &program->values[v];
         spmi_run_value *mine = &run->values[v];
@@ -12541,7 +12575,7 @@ static void spmi_run_needs(spm_run *run)
         } else {
             mine->need = mine->gradient
                 && (value->kind == SPMI_VALUE_INPUT || value->index >= run->first_step || v == run->first
-                    ? run->plan.wanted[v] : run->source != NULL);
+                    ? run->plan.wanted[v] : run->source && run->source->values[v].need);
         }
     }
     for (s = run->first_step; s < program->n_steps; s++) {
@@ -12610,8 +12644,8 @@ static void spmi_run_collect(spm_run *run, int s)
         parameter = &run->model->parameters[p];
         if (run->parameters[p].hooked) spmi_run_hooks(run, v, call->in[i].data, call->d_in[i].data, 0);
         if (parameter->flags & SPM_PARAMETER_FROZEN) continue;
-        spmi_spans(&run->parameters[p], call->d_in[i].data, NULL, 1);
-        spmi_masked(run->ctx, spm_tensor_count(&parameter->value), call->d_in[i].data, run->parameters[p].keep,
+        spmi_spans_clear(&run->parameters[p].mask, call->d_in[i].data);
+        spmi_masked(run->ctx, spm_tensor_count(&parameter->value), call->d_in[i].data, run->parameters[p].mask.keep,
                     parameter->gradient, run->model->written[p]);
         run->model->written[p] = 1;
     }
@@ -12706,6 +12740,7 @@ static spm_status spmi_run_default_gradient(spm_run *run)
     const spm_value loss = spm_program_find(run->program, "loss");
     const spm_tensor shape = spm_program_shape(run->program, loss, run->n);
     if (loss && spm_tensor_count(&shape) == 1 && spmi_run_kept(run, loss)) return spm_run_set_gradient(run, loss, &one);
+    if (run->received) return SPM_OK;
     return spmi_fail(run->ctx, &run->error, SPM_E_STATE,
                      "nothing to go backward from: set a gradient with spm_run_set_gradient, or name a scalar output"
                      " \"loss\"");
@@ -12721,7 +12756,7 @@ static void spmi_run_give(spm_run *run, int done)
         if (!(theirs->want & SPMI_WANT_SHARED)) continue;
         if (!done) mine->written = theirs->written;
         else if (mine->written) theirs->written = SPMI_WRITTEN_SHARED;
-        if (done && mine->written) run->source->set_gradients = 1;
+        if (done && mine->written) run->source->received = 1;
     }
 }
 
@@ -12898,8 +12933,9 @@ static int64_t spmi_mask_spans(const float *keep, int64_t count, spmi_span *off,
 SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *keep)
 {
     spmi_run_parameter *p;
+    spmi_run_mask mask = SPM_ZERO, before;
     int64_t count, spans, zeros;
-    int good;
+    int good = 1;
     if (parameter < 0 || parameter >= run->model->n_parameters
         || (run->model->parameters[parameter].flags & SPM_PARAMETER_BUFFER)) {
         return spmi_fail(run->ctx, &run->error, SPM_E_ARGUMENT,
@@ -12908,37 +12944,42 @@ SPMDEF spm_status spm_run_set_mask(spm_run *run, int parameter, const float *kee
     }
     p = &run->parameters[parameter];
     count = spm_tensor_count(&run->model->parameters[parameter].value);
+    spans = keep ? spmi_mask_spans(keep, count, NULL, &zeros) : 0;
+    if (spans != 0) { /* else nothing is taken away */
+        mask.masked = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
+        mask.bytes = (size_t)count * sizeof(float);
+        good = mask.masked != NULL;
+    }
+    if (spans > 0 && spans <= count / SPMI_SPAN_ELEMENTS) {
+        mask.off = (spmi_span *)spmi_alloc_array(run->ctx, spans, sizeof *mask.off);
+        mask.before = (float *)spmi_alloc_array(run->ctx, zeros, sizeof(float));
+        mask.bytes += (size_t)spans * sizeof *mask.off + (size_t)zeros * sizeof(float);
+        good = good && mask.off && mask.before;
+        if (good) mask.n_off = spmi_mask_spans(keep, count, mask.off, &zeros);
+    } else if (spans != 0) {
+        mask.keep = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
+        mask.bytes += (size_t)count * sizeof(float);
+        good = good && mask.keep;
+        if (good) memcpy(mask.keep, keep, (size_t)count * sizeof(float));
+    }
+    before = p->mask;
+    p->mask = mask;
+    if (good && mask.keep) good = !spmi_run_aside_memory(run);
+    if (!good) p->mask = before;
+    spmi_mask_free(run->ctx, good ? &before : &mask);
+    if (!good) return spmi_fail_memory(run->ctx, &run->error, run->model->parameters[parameter].name);
+    run->mask_bytes = run->mask_bytes - before.bytes + mask.bytes;
     run->state = SPMI_RUN_IDLE;
     spmi_run_stale(run, parameter);
-    spmi_mask_free(run, parameter);
-    spans = keep ? spmi_mask_spans(keep, count, NULL, &zeros) : 0;
-    if (spans == 0) return SPM_OK; /* nothing is taken away */
-    p->masked = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
-    p->mask_bytes = (size_t)count * sizeof(float);
-    if (spans > 0 && spans <= count / SPMI_SPAN_ELEMENTS) {
-        p->off = (spmi_span *)spmi_alloc_array(run->ctx, spans, sizeof *p->off);
-        p->before = (float *)spmi_alloc_array(run->ctx, zeros, sizeof(float));
-        p->mask_bytes += (size_t)spans * sizeof *p->off + (size_t)zeros * sizeof(float);
-        good = p->masked && p->off && p->before;
-        if (good) p->n_off = spmi_mask_spans(keep, count, p->off, &zeros);
-    } else {
-        p->keep = (float *)spmi_alloc_array(run->ctx, count, sizeof(float));
-        p->mask_bytes += (size_t)count * sizeof(float);
-        good = p->masked && p->keep && !spmi_run_aside_memory(run);
-        if (good) memcpy(p->keep, keep, (size_t)count * sizeof(float));
-    }
-    run->mask_bytes += p->mask_bytes;
     p->masked_version = 0;
-    if (good) return SPM_OK;
-    spmi_mask_free(run, parameter);
-    return spmi_fail_memory(run->ctx, &run->error, run->model->parameters[parameter].name);
+    return SPM_OK;
 }
 
 SPMDEF void spm_run_clear_masks(spm_run *run)
 {
     int i;
     for (i = 0; i < run->model->n_parameters; i++) {
-        if (run->parameters[i].masked) (void)spm_run_set_mask(run, i, NULL);
+        if (run->parameters[i].mask.masked) (void)spm_run_set_mask(run, i, NULL);
     }
 }
 

@@ -672,6 +672,155 @@ static void test_shared_branches(void)
     }
 }
 
+/* Two branches by hand: x -> a = relu(x W0 + x) -> a W1 (masked) + gelu(x) V -> loss, which sends its gradient by default.
+ * gelu(x) crosses over and wants no gradient. */
+static void test_shared_program(void)
+{
+    int mode, share, i;
+    for (mode = 0; mode < 3; mode++) { /* plain; what is in common frozen; and still its gradient wanted of the source */
+        float *sums[2] = { NULL, NULL };
+        int64_t total = 0, k;
+        for (share = 0; share < 2; share++) {
+            spm_context *ctx = context(2);
+            spm_program *p = spm_program_create(ctx);
+            const int64_t sx[2] = { 0, 32 }, sw[2] = { 32, 32 };
+            spm_value x = spm_program_input(p, "x", 2, sx, 0), target = spm_program_input(p, "t", 2, sx, 0), w[3], a, y;
+            float *data = noise(4 * 32, 1), *hot = noise(4 * 32, 2), *keep = noise(32 * 32, 3);
+            spm_model *model;
+            spm_run *runs[2];
+            for (i = 0; i < 3; i++) {
+                char name[8];
+                snprintf(name, sizeof name, "w%d", i);
+                w[i] = spm_program_parameter(p, name, 2, sw, SPM_INIT_TRUNC_NORMAL, 0);
+            }
+            y = spm_gelu(p, x);
+            a = spm_relu(p, spm_add(p, spm_linear(p, x, w[0], 0), x));
+            a = spm_add(p, spm_linear(p, a, w[1], 0), spm_linear(p, y, w[2], 0));
+            spm_program_output(p, "loss", spm_cross_entropy(p, a, target, 0, 0));
+            model = spm_model_create(p, 5, NULL);
+            if (mode) spm_model_parameter(model, 0)->flags |= SPM_PARAMETER_FROZEN;
+            for (i = 0; i < 2; i++) {
+                runs[i] = run_of(model, 4, 1, 0);
+                CHECK_INT(spm_run_input(runs[i], x, data), SPM_OK);
+                CHECK_INT(spm_run_input(runs[i], target, hot), SPM_OK);
+            }
+            for (i = 0; i < 32 * 32; i++) keep[i] = i / 32 % 3 ? 1.0f : 0.0f;
+            CHECK_INT(spm_run_set_mask(runs[1], spm_model_find_parameter(model, "w1"), keep), SPM_OK);
+            if (mode == 2) CHECK_INT(spm_run_keep(runs[0], y), SPM_OK);
+            if (share) CHECK_INT(spm_run_share(runs[1], runs[0]), SPM_OK);
+            spm_model_zero_gradients(model);
+            for (i = 0; i < 2; i++) CHECK_INT(spm_run_forward(runs[i], 4, 1), SPM_OK);
+            for (i = 1; i >= 0; i--) CHECK_INT(spm_run_backward(runs[i]), SPM_OK);
+            if (mode == 2) CHECK(spm_run_gradient(runs[0], y) != NULL);
+            spm_model_finish_gradients(model);
+            sums[share] = gradients(model, &total);
+            for (i = 0; i < 2; i++) spm_run_destroy(runs[i]);
+            spm_model_destroy(model);
+            free(data); free(hot); free(keep);
+            spm_context_destroy(ctx);
+        }
+        for (k = 0; k < total; k++) CHECK_NEAR(sums[0][k], sums[1][k], 1e-6);
+        free(sums[0]);
+        free(sums[1]);
+    }
+}
+
+/* Every allocation of spm_run_share made to fail in turn, at first and at a move: the next call makes up for it. */
+static void test_failing_share(void)
+{
+    long at;
+    int done = 0, moved;
+    for (at = 1; at < 400 && !done; at++) {
+        for (moved = 0; moved < 2; moved++) {
+            failing c = SPM_ZERO;
+            spm_context *ctx = failing_context(&c, 2);
+            spm_model *model = network(ctx, "resnet18:width=4,stem=cifar", 16, 2);
+            spm_run *dense = run_of(model, 2, 1, 0), *pruned = run_of(model, 2, 1, 0);
+            float *picture = noise(2 * 16 * 16 * 3, 1), keep[4 * 36], want[4];
+            spm_status status;
+            memset(keep, 0, sizeof keep);
+            CHECK_INT(spm_run_set_mask(pruned, spm_model_find_parameter(model, "layer1.0.conv2.weight"), keep), SPM_OK);
+            (void)spm_run_input(dense, value_of(model, "image"), picture);
+            (void)spm_run_input(pruned, value_of(model, "image"), picture);
+            CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+            memcpy(want, spm_run_data(pruned, value_of(model, "logits")), sizeof want);
+            if (moved) {
+                CHECK_INT(spm_run_keep(pruned, value_of(model, "block1")), SPM_OK);
+                CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+                CHECK_INT(spm_run_set_mask(pruned, spm_model_find_parameter(model, "layer1.0.conv1.weight"), keep), SPM_OK);
+                CHECK_INT(spm_run_set_mask(pruned, spm_model_find_parameter(model, "layer1.0.conv1.weight"), NULL), SPM_OK);
+            }
+            failing_after(&c, at - 1);
+            status = spm_run_share(pruned, dense);
+            c.fail_at = 0;
+            if (status) {
+                CHECK_INT(status, SPM_E_MEMORY);
+                memset(spm_run_error(pruned), 0, sizeof(spm_error));
+                if (at % 3 == 0) CHECK_INT(spm_run_share(pruned, dense), SPM_OK);
+            } else if (!moved) done = 1;
+            if (!status || at % 3 == 0) {
+                CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+                CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+                CHECK(same(want, spm_run_data(pruned, value_of(model, "logits")), 4));
+            }
+            spm_run_destroy(at % 2 ? dense : pruned);
+            spm_run_destroy(at % 2 ? pruned : dense);
+            free(picture);
+            spm_model_destroy(model);
+            spm_context_destroy(ctx);
+            CHECK_INT(c.live, 0);
+        }
+    }
+    CHECK(done);
+}
+
+/* A mask of whole units on what a batch norm adds, whose gradient the norm still reads when its step is over. */
+static void test_masked_residual(void)
+{
+    spm_context *ctx = context(3);
+    spm_program *p = spm_program_create(ctx);
+    const int64_t sx[4] = { 4, 64, 64, 16 }, sw[4] = { 16, 3, 3, 16 }, sc[1] = { 16 };
+    const int64_t n = 4 * 64 * 64 * 16;
+    spm_value x = spm_program_parameter(p, "x", 4, sx, SPM_INIT_TRUNC_NORMAL, 0), c[4], y;
+    spm_value w = spm_program_parameter(p, "w", 4, sw, SPM_INIT_HE_FAN_OUT, 0);
+    spm_value r = spm_program_parameter(p, "r", 4, sx, SPM_INIT_TRUNC_NORMAL, 0);
+    float *keep = noise(n, 1), *d = noise(n, 2);
+    spm_model *model;
+    spm_run *run;
+    int64_t k;
+    int i, way;
+    double gradient[2] = { 0, 0 };
+    for (i = 0; i < 4; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "c%d", i);
+        c[i] = spm_program_parameter(p, name, 1, sc, SPM_INIT_ONE, i < 2 ? 0 : SPM_PARAMETER_BUFFER);
+    }
+    y = spm_batch_norm(p, spm_conv2d(p, x, w, 0, 1, 1, 1, 1), c[0], c[1], c[2], c[3], r, 1e-5f, 1);
+    spm_program_output(p, "y", y);
+    model = spm_model_create(p, 5, NULL);
+    for (k = 0; k < n; k++) keep[k] = k < n / 4 * 3 ? 0.0f : 1.0f;
+    for (way = 0; way < 2; way++) { /* masked; then with zeros in its place */
+        spm_parameter *residual = spm_model_parameter(model, spm_model_find_parameter(model, "r"));
+        run = run_of(model, 4, 1, 0);
+        if (!way) CHECK_INT(spm_run_set_mask(run, spm_model_find_parameter(model, "r"), keep), SPM_OK);
+        for (k = 0; way && k < n; k++) residual->value.data[k] *= keep[k];
+        spm_model_touch(model);
+        spm_model_zero_gradients(model);
+        CHECK_INT(spm_run_forward(run, 4, 1), SPM_OK);
+        CHECK_INT(spm_run_set_gradient(run, y, d), SPM_OK);
+        CHECK_INT(spm_run_backward(run), SPM_OK);
+        spm_model_finish_gradients(model);
+        for (k = 0; k < n; k++) CHECK(way || keep[k] > 0 || residual->gradient[k] == 0.0f);
+        for (k = 0; k < 16 * 9 * 16; k++)
+            gradient[way] += fabs((double)spm_model_parameter(model, spm_model_find_parameter(model, "w"))->gradient[k]);
+        spm_run_destroy(run);
+    }
+    CHECK(gradient[0] > 0 && gradient[0] == gradient[1]);
+    free(keep); free(d);
+    spm_model_destroy(model);
+    spm_context_destroy(ctx);
+}
+
 /* What a run that shares with another one is told when the two do not go together. */
 static void test_sharing_out_of_order(void)
 {
@@ -702,7 +851,7 @@ static void test_sharing_out_of_order(void)
     refused(dense, spm_run_share(dense, third), SPM_E_ARGUMENT, "no third run");
     (void)spm_run_input(dense, image, picture);
     (void)spm_run_input(pruned, image, picture);
-    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "behind that one");
+    refused(pruned, spm_run_forward(pruned, 2, 1), SPM_E_STATE, "behind a whole forward pass");
     CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
     refused(pruned, spm_run_forward(pruned, 1, 1), SPM_E_STATE, "as many examples");
     refused(pruned, spm_run_forward(pruned, 2, 0), SPM_E_STATE, "training mode");
@@ -712,6 +861,15 @@ static void test_sharing_out_of_order(void)
     CHECK_INT(spm_run_set_gradient(pruned, logits, d), SPM_OK);
     CHECK_INT(spm_run_backward(dense), SPM_OK);
     refused(pruned, spm_run_backward(pruned), SPM_E_STATE, "before that one");
+    /* what was taken from a pass that is no more */
+    CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
+    refused(pruned, spm_run_backward(pruned), SPM_E_STATE, "wants a forward pass");
+    refused(pruned, spm_run_commit_statistics(pruned, .1f), SPM_E_STATE, "no batch statistics");
+    CHECK_INT(spm_run_forward(pruned, 2, 1), SPM_OK);
+    CHECK_INT(spm_run_keep(dense, value_of(model, "block6")), SPM_OK);
+    refused(pruned, spm_run_backward(pruned), SPM_E_STATE, "wants a forward pass");
     /* a mask in the common part, a value of it that is wanted: not before they agree on it */
     CHECK_INT(spm_run_set_mask(pruned, before, keep), SPM_OK);
     CHECK_INT(spm_run_forward(dense, 2, 1), SPM_OK);
@@ -1715,6 +1873,9 @@ int main(void)
     TEST(test_shared_values);
     TEST(test_masks_and_accumulation);
     TEST(test_shared_branches);
+    TEST(test_shared_program);
+    TEST(test_failing_share);
+    TEST(test_masked_residual);
     TEST(test_sharing_out_of_order);
     TEST(test_frozen_parameters);
     TEST(test_steps_do_not_allocate);
