@@ -653,8 +653,9 @@ SPMDEF spm_status spm_run_keep(spm_run *run, spm_value value);
 SPMDEF float *spm_run_data(spm_run *run, spm_value value);
 SPMDEF spm_tensor spm_run_tensor(spm_run *run, spm_value value); /* the same with its shape for the last n */
 /* The gradient a loss sends into an output, [n, ...], copied; between forward and backward, once (where a run that
- * shares with this one has left its own, it is added).  Several outputs may have one; they count for one backward pass.  Without any, a scalar output named "loss" gets 1.  Secondary results
- * (spm_program_result) have no gradient: SPM_E_ARGUMENT. */
+ * shares with this one has left its own, it is added).  Several outputs may have one; they count for one backward pass.
+ * Without any, a scalar output named "loss" gets 1.  Secondary results (spm_program_result) have no gradient:
+ * SPM_E_ARGUMENT. */
 SPMDEF spm_status spm_run_set_gradient(spm_run *run, spm_value value, const float *gradient);
 /* Adds into the model's parameter gradients (masked by the run's mask set) and fills the gradients of inputs.  Once per
  * forward.  Branches that lead only to frozen parameters and inputs without gradient are not computed. Parameters
