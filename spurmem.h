@@ -32163,29 +32163,37 @@ static spm_status spmi_train_record(spmi_trainer *t, const spm_eval *evals)
     return status;
 }
 
+/* Evaluates a model on a split.  SPM_E_STOPPED, with t->stopped and no error, when the caller wants to stop amid it. */
+static spm_status spmi_train_measure(spmi_trainer *t, spm_model *model, spm_split split, spm_eval *eval)
+{
+    spm_eval_desc evaluation = SPM_ZERO;
+    spm_error error = SPM_ZERO;
+    spm_status status;
+    evaluation.reading = t->desc->reading;
+    evaluation.split = split;
+    evaluation.batch = t->desc->batch;
+    evaluation.workers = t->desc->workers;
+    evaluation.progress = t->desc->progress;
+    evaluation.progress_user = t->desc->progress_user;
+    status = spm_evaluate(model, t->dataset, &evaluation, eval, &error);
+    if (status == SPM_E_STOPPED) t->stopped = 1;
+    else if (status) (void)spmi_fail(t->ctx, t->err, status, "%s", error.text);
+    return status;
+}
+
 /* Evaluates every split that exists, records the metrics, keeps the best.  SPM_E_STOPPED, and nothing is recorded, when
  * the caller wants to stop amid it. */
 static spm_status spmi_train_evaluate(spmi_trainer *t)
 {
     spm_eval evals[SPM_SPLITS];
-    spm_error error = SPM_ZERO;
     spm_status status = SPM_OK;
     int s;
     memset(evals, 0, sizeof evals);
     for (s = 0; !status && s < SPM_SPLITS; s++) {
-        spm_eval_desc evaluation = SPM_ZERO;
         evals[s].split = (spm_split)s;
         if (spm_dataset_split_size(t->dataset, (spm_split)s) == 0) continue;
-        evaluation.reading = t->desc->reading;
-        evaluation.split = (spm_split)s;
-        evaluation.batch = t->desc->batch;
-        evaluation.workers = t->desc->workers;
-        evaluation.progress = t->desc->progress;
-        evaluation.progress_user = t->desc->progress_user;
-        status = spm_evaluate(t->model, t->dataset, &evaluation, &evals[s], &error);
+        status = spmi_train_measure(t, t->model, (spm_split)s, &evals[s]);
     }
-    if (status == SPM_E_STOPPED) t->stopped = 1;
-    else if (status) (void)spmi_fail(t->ctx, t->err, status, "%s", error.text);
     if (!status) status = spmi_train_record(t, evals);
     if (!status) {
         double score = spmi_train_score(t, &evals[SPM_VAL]);
@@ -32318,20 +32326,10 @@ static spm_status spmi_train_epoch(spmi_trainer *t, float *d_dense, float *d_pru
  * wants to stop amid it. */
 static spm_status spmi_jtt_mark(spmi_trainer *t, spm_model *model)
 {
-    spm_error error = SPM_ZERO;
     spm_eval eval;
-    spm_eval_desc evaluation = SPM_ZERO;
     int64_t i, errors = 0;
-    spm_status status;
-    evaluation.reading = t->desc->reading;
-    evaluation.split = SPM_TRAIN;
-    evaluation.batch = t->desc->batch;
-    evaluation.workers = t->desc->workers;
-    evaluation.progress = t->desc->progress;
-    evaluation.progress_user = t->desc->progress_user;
-    status = spm_evaluate(model, t->dataset, &evaluation, &eval, &error);
-    if (status == SPM_E_STOPPED) t->stopped = 1;
-    if (status) return status == SPM_E_STOPPED ? status : spmi_fail(t->ctx, t->err, status, "%s", error.text);
+    const spm_status status = spmi_train_measure(t, model, SPM_TRAIN, &eval);
+    if (status) return status;
     for (i = 0; i < eval.count; i++) {
         int wrong = eval.predicted[i] != eval.y[i] && !spmi_held_out(t, eval.example[i]);
         errors += wrong;
@@ -33021,10 +33019,10 @@ static spm_status spmi_train_memory(spmi_trainer *t)
         t->pruned = spm_run_create(t->model, &running, t->err);
         if (!t->pruned) return t->err->status;
         if (!d->bn_shared && spm_run_own_buffers(t->pruned, 1)) return spmi_run_failed(t, t->pruned);
-        if (spm_run_share(t->pruned, t->dense)) return spmi_run_failed(t, t->pruned);
     }
     t->masked = d->method == SPM_METHOD_INTERVENE && d->mask != SPM_MASK_NONE
                 && (t->pruned || d->mask_mode == SPM_MASK_MODE_FREEZE);
+    if (t->pruned && !t->masked && spm_run_share(t->pruned, t->dense)) return spmi_run_failed(t, t->pruned);
     if (d->method == SPM_METHOD_LFF) {
         running.seed = spm_random_key(d->seed, 0x64726f70u, 2);
         t->biased = spm_model_build(t->ctx, &d->arch, spm_random_key(d->seed, 0x696e6974u, 1), t->err);
