@@ -5106,16 +5106,18 @@ SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
     r[2] = v_fma(v_set(W_A2), ea, v_fma(v_set(W_B2), eb, u[5 * step]));
 }
 
-/* `n` channels of one tile: x + i row + j pixel -> to + (6 i + j) component, B^T d B. */
-static void SPMI_K(wino_input)(int64_t n, const float *x, int64_t row, int64_t pixel, float *to, int64_t component)
+/* `n` channels from `from` on of one tile: pixel (i, j) at x[6 i + j] -> to + (6 i + j) component, B^T d B.  What the
+ * tile to the right has more, `next` floats on, is fetched. */
+static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
+                               int64_t component)
 {
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
         SPMI_UNROLL for (i = 0; i < 6; i++) {
-            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x + i * row + j * pixel + c, r);
-            SPMI_UNROLL for (j = 6; j < 10; j++) SPMI_PREFETCH(x + i * row + j * pixel + c); /* the next tile */
+            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+            SPMI_UNROLL for (j = 2; j < 6; j++) SPMI_PREFETCH(x[6 * i + j] + from + next + c);
             SPMI_K(wino_bt)(d, 1, t + 6 * i);
         }
         SPMI_UNROLL for (j = 0; j < 6; j++) {
@@ -5125,15 +5127,15 @@ static void SPMI_K(wino_input)(int64_t n, const float *x, int64_t row, int64_t p
     }
 }
 
-/* The same for a 4x4 tile of an output's gradient: A dy A^T. */
-static void SPMI_K(wino_gradient)(int64_t n, const float *dy, int64_t row, int64_t pixel, float *to, int64_t component)
+/* The same for a 4x4 tile of an output's gradient, pixels at dy[4 i + j]: A dy A^T. */
+static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component)
 {
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[4], t[24], q[6];
         SPMI_UNROLL for (i = 0; i < 4; i++) {
-            SPMI_UNROLL for (j = 0; j < 4; j++) d[j] = v_get(dy + i * row + j * pixel + c, r);
+            SPMI_UNROLL for (j = 0; j < 4; j++) d[j] = v_get(dy[4 * i + j] + from + c, r);
             SPMI_K(wino_a)(d, 1, t + 6 * i);
         }
         SPMI_UNROLL for (j = 0; j < 6; j++) {
@@ -6288,6 +6290,11 @@ static int spmi_panel_width(const spm_context *ctx, int64_t columns)
     return width;
 }
 
+static int64_t spmi_ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
 static int64_t spmi_round_up(int64_t n, int64_t to)
 {
     return (n + to - 1) / to * to;
@@ -6640,7 +6647,9 @@ static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t r
     spmi_ahead next = SPM_ZERO;
     if (rows <= 0) return next;
     next.at = s->in + y * line;
-    if (s->depth == s->pixel) next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+    if (s->depth == s->pixel && s->h.stride <= s->h.taps) { /* else most of it is not read */
+        next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+    }
     return next;
 }
 
@@ -6706,35 +6715,21 @@ static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, 
     return t;
 }
 
-/* `size` by `size` pixels from (y, x) of a picture, zeros outside: where they lie, or copied to `patch`. */
-static const float *spmi_wino_patch(const spmi_window *s, int64_t image, int64_t y, int64_t x, int size, float *patch,
-                                    int64_t *row, int64_t *pixel)
+/* Where `size` by `size` pixels from (y, x) of a picture lie; outside: at `zeros`. */
+static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int64_t x, int size, const float *zeros,
+                             const float **at)
 {
-    const float *from = s->in + (image * s->h.size + y) * s->w.size * s->pixel + x * s->pixel;
-    const int64_t first = SPMI_MAX(0, -x), end = SPMI_MIN((int64_t)size, s->w.size - x), depth = s->depth;
-    int64_t i, j;
-    *row = s->w.size * s->pixel;
-    *pixel = s->pixel;
+    const int64_t row = s->w.size * s->pixel;
+    const float *from = s->in + (image * s->h.size + y) * row + x * s->pixel;
+    int i, j;
     if (s->lead && y < s->h.size && y + size > 0) {
         spmi_lead_rows(s->lead, (image * s->h.size + SPMI_MAX(y, 0)) * s->w.size,
                        (image * s->h.size + SPMI_MIN(y + size, s->h.size)) * s->w.size);
     }
-    if (first == 0 && end == size && y >= 0 && y + size <= s->h.size) return from;
-    for (i = 0; i < size; i++) {
-        float *to = patch + i * size * depth;
-        if (y + i < 0 || y + i >= s->h.size || first >= end) {
-            memset(to, 0, (size_t)(size * depth) * sizeof *to);
-            continue;
-        }
-        memset(to, 0, (size_t)(first * depth) * sizeof *to);
-        for (j = first; j < end; j++) {
-            memcpy(to + j * depth, from + i * *row + j * s->pixel, (size_t)depth * sizeof *to);
-        }
-        memset(to + end * depth, 0, (size_t)((size - end) * depth) * sizeof *to);
+    for (i = 0; i < size; i++, from += row) {
+        const int inside = y + i >= 0 && y + i < s->h.size;
+        for (j = 0; j < size; j++) *at++ = inside && x + j >= 0 && x + j < s->w.size ? from + j * s->pixel : zeros;
     }
-    *row = size * depth;
-    *pixel = depth;
-    return patch;
 }
 
 typedef struct spmi_taps_job {
@@ -6802,7 +6797,7 @@ static void spmi_wino_plan(spmi_taps_job *job)
         job->shared_bytes = spmi_float_bytes((job->chunk + job->block - 1) / job->block * blocks * SPMI_WINO * job->v_at);
     }
     job->m_at = spmi_wino_stride(job->block * width);
-    job->slot_bytes = spmi_float_bytes(SPMI_WINO * s->depth) + spmi_float_bytes(own)
+    job->slot_bytes = spmi_float_bytes(s->depth) + spmi_float_bytes(own)
                     + spmi_float_bytes(SPMI_WINO * job->m_at);
 }
 
@@ -6812,19 +6807,21 @@ static float *spmi_wino_shared(const spmi_taps_job *job)
 }
 
 /* Transforms the input of tiles [first, end); `to` is the place of tile `origin`. */
-static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t origin, float *patch,
+static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t origin, float *zeros,
                              float *to)
 {
     const spmi_window *s = &job->window;
     const int64_t picture = job->tiles.down * job->tiles.across;
     const int64_t blocks = (s->depth + job->kc - 1) / job->kc;
-    int64_t t, row, pixel, k;
+    const float *x[36];
+    int64_t t, k;
+    memset(zeros, 0, (size_t)s->depth * sizeof *zeros);
     for (t = first; t < end; t++) {
-        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
-        const float *from = spmi_wino_patch(s, t / picture, y + s->h.offset, x + s->w.offset, 6, patch, &row, &pixel);
         float *at = to + (t - origin) / job->block * blocks * SPMI_WINO * job->v_at + (t - origin) % job->block * job->kc;
+        spmi_wino_pixels(s, t / picture, t % picture / job->tiles.across * 4 + s->h.offset,
+                         t % job->tiles.across * 4 + s->w.offset, 6, zeros, x);
         for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), from + k, row, pixel, at, job->v_at));
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at));
         }
     }
 }
@@ -6946,14 +6943,14 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     const int64_t depth = job->window.depth, panels = job->shared_filters ? 1 : spmi_panel_count(job->ctx, job->columns);
     const int64_t first = job->first + task / panels * job->block;
     const int64_t end = SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
-    float *patch = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
-    float *own = patch + spmi_float_bytes(SPMI_WINO * depth) / sizeof *patch;
+    float *zeros = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
+    float *own = zeros + spmi_float_bytes(depth) / sizeof *zeros;
     float *m = own + (job->shared_filters ? SPMI_WINO * job->v_at : 12 * job->u_at);
     const float *shared = spmi_wino_shared(job), *next;
     int64_t j, k;
     int width, pair;
     if (job->shared_filters) {
-        spmi_wino_inputs(job, first, end, first, patch, own);
+        spmi_wino_inputs(job, first, end, first, zeros, own);
         for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
             width = spmi_panel_width(job->ctx, job->columns - j);
             for (pair = 0; pair < 3; pair++) {
@@ -7048,7 +7045,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_fetch f;
     spmi_rows g = SPM_ZERO;
     /* rounding a strip waits for memory, where the products would leave it idle */
-    if (s->half == 2 && group + 1 == job->groups && s->h.stride <= s->h.taps) {
+    if (s->half == 2 && group + 1 == job->groups) {
         next = spmi_window_ahead(s, row1, SPMI_MIN(job->strip, s->images * s->h.count - row1));
     }
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
@@ -7129,6 +7126,7 @@ typedef struct spmi_weight_job {
     float *dw, *db;                      /* [outputs][taps * run], [outputs]; either may be NULL */
     int add_dw, add_db, half;
     /* worked out by spmi_weight_plan */
+    int64_t filter;                      /* floats of dw per output */
     int64_t block, chunk, chunks;        /* output rows that are read together; rows of a chunk */
     int64_t range, ranges;               /* outputs of a task */
     int64_t parts;                       /* of the columns, where there are still too few tasks */
@@ -7137,12 +7135,31 @@ typedef struct spmi_weight_job {
     int collect;                         /* 1: the pixels of a panel are copied together before they are used */
     int turned;                          /* 1: outputs are the vectors, and dw is summed up transposed */
     size_t slot_bytes, partial_bytes, copy_bytes, panel_bytes, dy_bytes;
-    char *scratch;                       /* slots, then partial sums of chunks 1.. */
-    /* by Winograd (tiles.count > 0); `chunk` counts tiles then, and partial_bytes is what all tasks share */
+    int slots;
+    char *scratch;                       /* slots, then partial sums of chunks 1.., or what tasks share */
+    /* by Winograd (tiles.count > 0); `chunk` counts tiles then, and a slot begins with copy_bytes of zeros */
     spmi_tiles tiles;
-    int64_t first, v_at, z_at;           /* first tile of the chunk; floats from component to component */
-    int64_t o_blocks, c_blocks, groups;  /* groups of components; 1: a task finishes its block of dw */
+    int64_t o_blocks, c_blocks;
+    int64_t piece;                       /* tiles that are transformed together */
+    int64_t v_at;                        /* floats from component to component */
+    int64_t first, groups;               /* of one chunk: first tile of the piece; groups of components */
 } spmi_weight_job;
+
+static float *spmi_weight_slot(const spmi_weight_job *job, int64_t slot)
+{
+    return (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
+}
+
+static float *spmi_weight_shared(const spmi_weight_job *job)
+{
+    return spmi_weight_slot(job, job->slots);
+}
+
+/* The partial sums of a chunk that is not the first: [outputs][filter], [outputs] of db. */
+static float *spmi_weight_partial(const spmi_weight_job *job, int64_t chunk)
+{
+    return spmi_weight_shared(job) + (chunk - 1) * job->outputs * (job->filter + 1);
+}
 
 #define SPMI_WEIGHT_PIXELS 128           /* read together: three vectors of each fill most of the first-level cache */
 #define SPMI_WEIGHT_PARTIAL (1 << 20)    /* floats of partial sums at most */
@@ -7200,117 +7217,182 @@ static void spmi_outer_product(spm_context *ctx, int64_t m, int64_t n, int64_t k
 }
 
 /* Winograd: per component a matrix product over tiles, of (A dy A^T) and (B^T x B).  Both lie in blocks of channels,
- * [block][component][tile][channel]; tasks are blocks of dw, all components or, where blocks are few, some. */
+ * [block][component][tile][channel], and tiles are transformed a piece at a time.  What another core has read or written
+ * is far away (in another part of the last cache, or on another socket): the less tasks share the better.  So where dw is
+ * small, a task takes a chunk of tiles all the way from the pictures to a partial dw.  Else one piece would have too few
+ * tiles for all that a task then needs, and all tasks share it: they are blocks of dw or, where these are few, groups of
+ * components of a block. */
 #define SPMI_WINO_BLOCK 64
 #define SPMI_WINO_DW_AT (SPMI_WINO_BLOCK * SPMI_WINO_BLOCK + 16) /* from component to component of a block's sums */
 #define SPMI_WINO_DW (SPMI_WINO * SPMI_WINO_DW_AT)
-#define SPMI_WINO_DW_CHUNK (1 << 19)     /* floats of transformed input and gradient at most */
-#define SPMI_WINO_DW_TILES 256           /* summed up in registers */
+#define SPMI_WINO_DW_SMALL 4             /* blocks of a small dw at most */
+#define SPMI_WINO_DW_CHUNK 96            /* tiles of a chunk at least */
+#define SPMI_WINO_DW_OWN (1 << 20)       /* floats of a task's own piece at most, */
+#define SPMI_WINO_DW_SHARED (1 << 19)    /* and of one for all */
+
+/* Floats of a transformed piece. */
+static int64_t spmi_wino_dw_floats(const spmi_weight_job *job)
+{
+    return SPMI_WINO * job->v_at * (job->o_blocks + job->c_blocks);
+}
 
 static void spmi_wino_dw_plan(spmi_weight_job *job)
 {
-    const int64_t channels = SPMI_WINO_BLOCK * ((job->o_blocks = (job->outputs + SPMI_WINO_BLOCK - 1) / SPMI_WINO_BLOCK)
-        + (job->c_blocks = (job->window.depth + SPMI_WINO_BLOCK - 1) / SPMI_WINO_BLOCK));
-    const int64_t most = SPMI_MAX(64, SPMI_WINO_DW_CHUNK / (SPMI_WINO * channels)), count = job->tiles.count;
-    const int64_t chunks = (count + most - 1) / most, blocks = job->o_blocks * job->c_blocks;
-    job->chunk = (count + chunks - 1) / chunks;
-    job->groups = chunks > 1 || blocks < SPMI_TASKS ? SPMI_MIN(SPMI_WINO, (SPMI_TASKS + blocks - 1) / blocks) : 1;
-    if (chunks > 1 && job->groups == 1) job->groups = 2; /* sums have to outlive their task */
-    job->v_at = job->z_at = spmi_wino_stride(job->chunk * SPMI_WINO_BLOCK);
-    job->copy_bytes = spmi_float_bytes(SPMI_WINO * SPMI_MAX(job->window.depth, job->outputs));
+    const int64_t count = job->tiles.count, o = spmi_ceil_div(job->outputs, SPMI_WINO_BLOCK);
+    const int64_t c = spmi_ceil_div(job->window.depth, SPMI_WINO_BLOCK), blocks = o * c;
+    int64_t most; /* tiles of a piece */
+    job->o_blocks = o;
+    job->c_blocks = c;
+    job->filter = 9 * job->window.depth;
+    job->copy_bytes = spmi_float_bytes(SPMI_MAX(job->window.depth, job->outputs));
+    job->chunks = SPMI_TASKS; /* or half as many; fewer would leave cores idle */
+    if (count / job->chunks < SPMI_WINO_DW_CHUNK) job->chunks /= 2;
+    if (count / job->chunks < SPMI_WINO_DW_CHUNK || blocks > SPMI_WINO_DW_SMALL) job->chunks = 1;
+    job->chunk = spmi_ceil_div(count, job->chunks);
+    most = (job->chunks > 1 ? SPMI_WINO_DW_OWN : SPMI_WINO_DW_SHARED) / (SPMI_WINO * SPMI_WINO_BLOCK * (o + c));
+    job->piece = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, SPMI_MAX(64, most)));
+    job->v_at = spmi_wino_stride(job->piece * SPMI_WINO_BLOCK);
+    if (job->chunks > 1) {
+        job->slots = (int)SPMI_MIN(job->chunks, job->slots);
+        job->slot_bytes = job->copy_bytes + spmi_float_bytes(spmi_wino_dw_floats(job)) + spmi_float_bytes(SPMI_WINO_DW);
+        job->partial_bytes = spmi_float_bytes((job->chunks - 1) * job->outputs * (job->filter + 1));
+        return;
+    }
+    job->groups = job->piece < count || blocks < SPMI_TASKS ? SPMI_MIN(SPMI_WINO, spmi_ceil_div(SPMI_TASKS, blocks)) : 1;
+    if (job->piece < count && job->groups == 1) job->groups = 2; /* sums have to outlive their task */
     job->slot_bytes = job->copy_bytes + (job->groups > 1 ? 0 : spmi_float_bytes(SPMI_WINO_DW));
-    job->partial_bytes = spmi_float_bytes(SPMI_WINO * job->v_at * (job->o_blocks + job->c_blocks))
+    job->partial_bytes = spmi_float_bytes(spmi_wino_dw_floats(job))
                        + (job->groups > 1 ? spmi_float_bytes(SPMI_WINO_DW * blocks) : 0);
 }
 
-static float *spmi_wino_dw_shared(const spmi_weight_job *job)
+/* Transforms input and gradient of tiles [first, end); `to` is the place of tile `origin`. */
+static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64_t end, int64_t origin, float *zeros,
+                                float *to)
 {
-    return (float *)(void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
-}
-
-/* Where the sums of a block are, if they outlive a task. */
-static float *spmi_wino_dw_sums(const spmi_weight_job *job, int64_t block)
-{
-    return spmi_wino_dw_shared(job)
-         + spmi_float_bytes(SPMI_WINO * job->v_at * (job->o_blocks + job->c_blocks)) / sizeof(float)
-         + block * SPMI_WINO_DW;
-}
-
-/* Transforms input and gradient of some tiles. */
-static void spmi_wino_dw_input_task(void *arg, int64_t task, int slot)
-{
-    const spmi_weight_job *job = (const spmi_weight_job *)arg;
     const spmi_window *s = &job->window;
-    const int64_t picture = job->tiles.down * job->tiles.across, first = job->first + task * SPMI_WINO_GRAIN;
-    const int64_t end = SPMI_MIN(SPMI_MIN(first + SPMI_WINO_GRAIN, job->first + job->chunk), job->tiles.count);
-    float *patch = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
+    const int64_t picture = job->tiles.down * job->tiles.across;
     spmi_window g = *s;
-    int64_t t, c, row, pixel;
+    const float *pixels[36];
+    int64_t t, c;
     g.in = job->dy;
     g.lead = job->dy_lead;
     g.pixel = job->dy_pixel;
     g.depth = job->outputs;
     g.h.size = s->h.count;
     g.w.size = s->w.count;
+    memset(zeros, 0, job->copy_bytes);
     for (t = first; t < end; t++) {
         const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
-        float *to = spmi_wino_dw_shared(job) + (t - job->first) * SPMI_WINO_BLOCK;
-        const float *from = spmi_wino_patch(s, t / picture, y + s->h.offset, x + s->w.offset, 6, patch, &row, &pixel);
-        for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, to += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), from + c, row, pixel, to,
+        float *at = to + (t - origin) * SPMI_WINO_BLOCK;
+        spmi_wino_pixels(s, t / picture, y + s->h.offset, x + s->w.offset, 6, zeros, pixels);
+        for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c, 4 * s->pixel, at,
                                                job->v_at));
         }
-        from = spmi_wino_patch(&g, t / picture, y, x, 4, patch, &row, &pixel);
-        for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, to += SPMI_WINO * job->z_at) {
-            SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), from + c, row, pixel, to,
-                                                  job->z_at));
+        spmi_wino_pixels(&g, t / picture, y, x, 4, zeros, pixels);
+        for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
+            SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), pixels, c, at, job->v_at));
+        }
+    }
+}
+
+/* The tiles of component e: blocks of the input come first, those of the gradient behind them. */
+static const float *spmi_wino_dw_at(const spmi_weight_job *job, const float *piece, int64_t block, int64_t e)
+{
+    return piece + (block * SPMI_WINO + e) * job->v_at;
+}
+
+/* sums (+)= components [e0, e1) of `tiles` tiles, for one block of dw.  What the next component reads is fetched. */
+static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t e0, int64_t e1, int64_t tiles,
+                                  const float *piece, float *sums, int accumulate)
+{
+    const int64_t o = block / job->c_blocks, c = block % job->c_blocks, none = 0;
+    const int64_t columns = SPMI_MIN(SPMI_WINO_BLOCK, job->window.depth - c * SPMI_WINO_BLOCK);
+    const int64_t panels = spmi_ceil_div(SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - o * SPMI_WINO_BLOCK),
+                                         spmi_outer_rows(job->ctx));
+    int64_t e, j;
+    spmi_outer g = SPM_ZERO;
+    g.a_panel = spmi_outer_rows(job->ctx);
+    g.a_row = g.b_row = g.c_row = SPMI_WINO_BLOCK;
+    g.rows = SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - o * SPMI_WINO_BLOCK);
+    g.blocks = 1;
+    g.k = tiles;
+    g.accumulate = accumulate;
+    g.b_at = &none;
+    for (e = e0; e < e1; e++) {
+        const float *z = spmi_wino_dw_at(job, piece, job->c_blocks + o, e), *v = spmi_wino_dw_at(job, piece, c, e);
+        spmi_ahead next_z = SPM_ZERO, next_v = SPM_ZERO;
+        next_z.at = z + job->v_at;
+        next_v.at = v + job->v_at;
+        next_z.lines = next_v.lines = e + 1 < e1 ? tiles * SPMI_WINO_BLOCK / SPMI_LINE : 0;
+        g.a = z;
+        for (j = 0; j < columns; j += g.columns) {
+            g.columns = spmi_outer_columns(job->ctx, columns - j);
+            g.b = v + j;
+            g.c = sums + e * SPMI_WINO_DW_AT + j;
+            g.ahead[0] = spmi_ahead_stretch(&next_z, panels, tiles);
+            g.ahead[1] = spmi_ahead_stretch(&next_v, panels - g.ahead[0].tiles, tiles);
+            SPMI_KERNEL(job->ctx, outer, (&g));
         }
     }
 }
 
 /* dw (+)= outputs [first, end) of a block, transformed back. */
-static void spmi_wino_dw_store(const spmi_weight_job *job, int64_t block, int64_t first, int64_t end, const float *sums)
+static void spmi_wino_dw_store(const spmi_weight_job *job, int64_t block, int64_t first, int64_t end, const float *sums,
+                               float *dw, int add)
 {
     const int64_t o0 = block / job->c_blocks * SPMI_WINO_BLOCK, c0 = block % job->c_blocks * SPMI_WINO_BLOCK;
     const int64_t depth = job->window.depth, n = SPMI_MIN(SPMI_WINO_BLOCK, depth - c0);
     int64_t o;
     for (o = first; o < end && o0 + o < job->outputs; o++) {
         SPMI_KERNEL(job->ctx, wino_weights, (n, sums + o * SPMI_WINO_BLOCK, SPMI_WINO_DW_AT,
-                                             job->dw + (o0 + o) * 9 * depth + c0, depth, job->add_dw));
+                                             dw + (o0 + o) * 9 * depth + c0, depth, add));
     }
 }
 
-static void spmi_wino_dw_task(void *arg, int64_t task, int slot)
+static void spmi_wino_dw_chunk_task(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
-    const int64_t block = task / job->groups, group = task % job->groups, none = 0;
-    const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
-    const int64_t columns = SPMI_MIN(SPMI_WINO_BLOCK, job->window.depth - block % job->c_blocks * SPMI_WINO_BLOCK);
-    const float *v = spmi_wino_dw_shared(job) + block % job->c_blocks * SPMI_WINO * job->v_at;
-    const float *z = spmi_wino_dw_shared(job) + (job->c_blocks + block / job->c_blocks) * SPMI_WINO * job->z_at;
-    float *sums = job->groups > 1 ? spmi_wino_dw_sums(job, block)
-        : (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes + job->copy_bytes);
-    int64_t e, t, j;
-    spmi_outer g = SPM_ZERO;
-    g.a_panel = spmi_outer_rows(job->ctx);
-    g.a_row = g.b_row = g.c_row = SPMI_WINO_BLOCK;
-    g.rows = SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - block / job->c_blocks * SPMI_WINO_BLOCK);
-    g.blocks = 1;
-    g.b_at = &none;
-    for (e = group * SPMI_WINO / job->groups; e < (group + 1) * SPMI_WINO / job->groups; e++) {
-        for (t = 0; t < tiles; t += SPMI_WINO_DW_TILES) {
-            g.k = SPMI_MIN(SPMI_WINO_DW_TILES, tiles - t);
-            g.accumulate = job->first + t > 0;
-            g.a = z + e * job->z_at + t * SPMI_WINO_BLOCK;
-            for (j = 0; j < columns; j += g.columns) {
-                g.columns = spmi_outer_columns(job->ctx, columns - j);
-                g.b = v + e * job->v_at + t * SPMI_WINO_BLOCK + j;
-                g.c = sums + e * SPMI_WINO_DW_AT + j;
-                SPMI_KERNEL(job->ctx, outer, (&g));
-            }
+    const int64_t first = task * job->chunk, end = SPMI_MIN(first + job->chunk, job->tiles.count);
+    float *zeros = spmi_weight_slot(job, job->slots == job->chunks ? task : slot);
+    float *piece = zeros + job->copy_bytes / sizeof *zeros;
+    float *sums = piece + spmi_float_bytes(spmi_wino_dw_floats(job)) / sizeof *zeros;
+    float *dw = task > 0 ? spmi_weight_partial(job, task) : job->dw;
+    int64_t t, block;
+    for (t = first; t < end; t += job->piece) {
+        const int64_t tiles = SPMI_MIN(job->piece, end - t);
+        spmi_wino_dw_inputs(job, t, t + tiles, t, zeros, piece);
+        for (block = 0; block < job->o_blocks * job->c_blocks; block++) {
+            spmi_wino_dw_products(job, block, 0, SPMI_WINO, tiles, piece, sums, 0);
+            spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, dw, t > first || (task == 0 && job->add_dw));
         }
     }
-    if (job->groups == 1) spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums);
+}
+
+static void spmi_wino_dw_input_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const int64_t first = job->first + task * SPMI_WINO_GRAIN;
+    const int64_t end = SPMI_MIN(SPMI_MIN(first + SPMI_WINO_GRAIN, job->first + job->piece), job->tiles.count);
+    spmi_wino_dw_inputs(job, first, end, job->first, spmi_weight_slot(job, slot), spmi_weight_shared(job));
+}
+
+/* Where the sums of a block are, if they outlive a task. */
+static float *spmi_wino_dw_sums(const spmi_weight_job *job, int64_t block)
+{
+    return spmi_weight_shared(job) + spmi_float_bytes(spmi_wino_dw_floats(job)) / sizeof(float) + block * SPMI_WINO_DW;
+}
+
+static void spmi_wino_dw_block_task(void *arg, int64_t task, int slot)
+{
+    const spmi_weight_job *job = (const spmi_weight_job *)arg;
+    const int64_t block = task / job->groups, group = task % job->groups;
+    const int64_t tiles = SPMI_MIN(job->piece, job->tiles.count - job->first);
+    float *sums = job->groups > 1 ? spmi_wino_dw_sums(job, block)
+                                  : spmi_weight_slot(job, slot) + job->copy_bytes / sizeof *sums;
+    spmi_wino_dw_products(job, block, group * SPMI_WINO / job->groups, (group + 1) * SPMI_WINO / job->groups, tiles,
+                          spmi_weight_shared(job), sums, job->first > 0);
+    if (job->groups == 1) spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, job->dw, job->add_dw);
 }
 
 static void spmi_wino_dw_store_task(void *arg, int64_t task, int slot)
@@ -7318,7 +7400,8 @@ static void spmi_wino_dw_store_task(void *arg, int64_t task, int slot)
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
     const int64_t block = task / 8, first = task % 8 * (SPMI_WINO_BLOCK / 8);
     (void)slot;
-    spmi_wino_dw_store(job, block, first, first + SPMI_WINO_BLOCK / 8, spmi_wino_dw_sums(job, block));
+    spmi_wino_dw_store(job, block, first, first + SPMI_WINO_BLOCK / 8, spmi_wino_dw_sums(job, block), job->dw,
+                       job->add_dw);
 }
 
 /* db (+)= the sums of dy, 64 outputs. */
@@ -7334,23 +7417,12 @@ static void spmi_wino_db_task(void *arg, int64_t task, int slot)
     for (i = 0; i < n; i++) job->db[at + i] = (float)(sum[i] + (job->add_db ? (double)job->db[at + i] : 0.0));
 }
 
-static void spmi_wino_dw_run(spmi_weight_job *job)
-{
-    const int64_t blocks = job->o_blocks * job->c_blocks;
-    if (job->db) spm_parallel(job->ctx, job->o_blocks, spmi_wino_db_task, job);
-    for (job->first = 0; job->dw && job->first < job->tiles.count; job->first += job->chunk) {
-        const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
-        spm_parallel(job->ctx, (tiles + SPMI_WINO_GRAIN - 1) / SPMI_WINO_GRAIN, spmi_wino_dw_input_task, job);
-        spm_parallel(job->ctx, blocks * job->groups, spmi_wino_dw_task, job);
-    }
-    if (job->dw && job->groups > 1) spm_parallel(job->ctx, blocks * 8, spmi_wino_dw_store_task, job);
-}
-
 static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
     const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
+    job->slots = job->ctx->threads;
     if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, 0);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
@@ -7358,7 +7430,8 @@ static void spmi_weight_plan(spmi_weight_job *job)
     }
     spmi_window_plan(s);
     rows = s->images * s->h.count;
-    size = job->outputs * (s->taps * s->run + 1);
+    job->filter = s->taps * s->run;
+    size = job->outputs * (job->filter + 1);
     job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
     job->even = !job->half && s->images * s->w.count * s->taps == 1;
     /* pixels 4 KiB apart share a set of the cache, which holds no quarter lines of theirs until the next quarter's turn */
@@ -7374,8 +7447,9 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, SPMI_MAX(lanes, 8));
     job->ranges = (job->outputs + job->range - 1) / job->range;
     job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), (SPMI_TASKS + job->ranges - 1) / job->ranges);
-    job->chunk = (blocks + job->chunks - 1) / job->chunks * job->block;
-    job->chunks = (rows + job->chunk - 1) / job->chunk;
+    job->chunk = spmi_ceil_div(rows, job->chunks);
+    job->chunks = spmi_ceil_div(rows, job->chunk);
+    job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
     /* each copies the input */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, s->taps * s->run)));
@@ -7517,23 +7591,21 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
     const spmi_window *s = &job->window;
     spm_context *ctx = job->ctx;
-    const int64_t size = s->taps * s->run, part = task % job->parts;
+    const int64_t size = job->filter, part = task % job->parts;
     const int64_t o0 = task / job->parts % job->ranges * job->range, chunk = task / job->parts / job->ranges;
     const int64_t panels = spmi_outer_panels(ctx, size);
     const int64_t count = SPMI_MIN(job->range, job->outputs - o0), first = chunk * job->chunk;
     const int64_t end = SPMI_MIN(first + job->chunk, s->images * s->h.count);
-    char *at = job->scratch + (size_t)slot * job->slot_bytes;
-    float *copy = (float *)(void *)at, *panel = (float *)(void *)(at + job->copy_bytes);
-    float *dy_panels = (float *)(void *)(at + job->copy_bytes + job->panel_bytes), *dw = job->dw, *db = job->db;
+    float *copy = spmi_weight_slot(job, slot), *panel = copy + job->copy_bytes / sizeof *copy;
+    float *dy_panels = panel + job->panel_bytes / sizeof *copy, *dw = job->dw, *db = job->db;
     int64_t *row_at = (int64_t *)(void *)((char *)dy_panels + job->dy_bytes);
     int64_t *tap_at = row_at + job->block, row;
     int add_dw = job->add_dw, add_db = job->add_db;
     spmi_ahead next;
     spmi_outer g = SPM_ZERO;
-    if (chunk > 0) { /* partial sums: [outputs][size] and [outputs] of each chunk */
-        float *partial = (float *)(void *)(job->scratch + (size_t)ctx->threads * job->slot_bytes);
-        if (dw) dw = partial + (chunk - 1) * job->outputs * (size + 1);
-        if (db) db = partial + (chunk - 1) * job->outputs * (size + 1) + job->outputs * size;
+    if (chunk > 0) {
+        if (dw) dw = spmi_weight_partial(job, chunk);
+        if (db) db = spmi_weight_partial(job, chunk) + job->outputs * size;
         add_dw = add_db = 0;
     }
     spmi_window_taps(s, tap_at);
@@ -7588,37 +7660,46 @@ static void spmi_weight_task(void *arg, int64_t task, int slot)
 static void spmi_weight_fold(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
-    const int64_t size = job->window.taps * job->window.run, all = job->outputs * (size + 1);
-    const float *partial = (const float *)(const void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
+    const int64_t all = job->outputs * (job->filter + 1), weights = job->outputs * job->filter;
     const int64_t from = task * SPMI_WEIGHT_FOLD, end = SPMI_MIN(from + SPMI_WEIGHT_FOLD, all);
-    const int64_t weights = SPMI_MIN(end, job->outputs * size);
+    float *db = job->tiles.count > 0 ? NULL : job->db; /* by Winograd it was made before */
     int64_t i, c;
     (void)slot;
-    for (c = 0; c < job->chunks - 1; c++, partial += all) {
+    for (c = 1; c < job->chunks; c++) {
+        const float *partial = spmi_weight_partial(job, c);
         if (job->dw && from < weights) {
-            SPMI_KERNEL(job->ctx, scale, (weights - from, 1.0f, partial + from, job->dw + from, 1, 0));
+            SPMI_KERNEL(job->ctx, scale, (SPMI_MIN(end, weights) - from, 1.0f, partial + from, job->dw + from, 1, 0));
         }
-        for (i = SPMI_MAX(from, job->outputs * size); job->db && i < end; i++) {
-            job->db[i - job->outputs * size] += partial[i];
-        }
+        for (i = SPMI_MAX(from, weights); db && i < end; i++) db[i - weights] += partial[i];
     }
 }
 
 static size_t spmi_weight_scratch(const spmi_weight_job *job)
 {
-    return (size_t)job->ctx->threads * job->slot_bytes + job->partial_bytes;
+    return (size_t)job->slots * job->slot_bytes + job->partial_bytes;
+}
+
+static void spmi_wino_dw_run(spmi_weight_job *job)
+{
+    const int64_t blocks = job->o_blocks * job->c_blocks;
+    if (job->db) spm_parallel(job->ctx, job->o_blocks, spmi_wino_db_task, job);
+    if (job->chunks > 1 && job->dw) spm_parallel(job->ctx, job->chunks, spmi_wino_dw_chunk_task, job);
+    if (job->chunks > 1 || !job->dw) return;
+    for (job->first = 0; job->first < job->tiles.count; job->first += job->piece) {
+        const int64_t tiles = SPMI_MIN(job->piece, job->tiles.count - job->first);
+        spm_parallel(job->ctx, spmi_ceil_div(tiles, SPMI_WINO_GRAIN), spmi_wino_dw_input_task, job);
+        spm_parallel(job->ctx, blocks * job->groups, spmi_wino_dw_block_task, job);
+    }
+    if (job->groups > 1) spm_parallel(job->ctx, blocks * 8, spmi_wino_dw_store_task, job);
 }
 
 /* After spmi_weight_plan; job->scratch has spmi_weight_scratch bytes. */
 static void spmi_weight_run(spmi_weight_job *job)
 {
-    int64_t all = job->outputs * (job->window.taps * job->window.run + 1);
-    if (job->tiles.count > 0) {
-        spmi_wino_dw_run(job);
-        return;
-    }
-    spm_parallel(job->ctx, job->chunks * job->ranges * job->parts, spmi_weight_task, job);
-    if (job->chunks > 1) spm_parallel(job->ctx, (all + SPMI_WEIGHT_FOLD - 1) / SPMI_WEIGHT_FOLD, spmi_weight_fold, job);
+    if (job->tiles.count > 0) spmi_wino_dw_run(job);
+    else spm_parallel(job->ctx, job->chunks * job->ranges * job->parts, spmi_weight_task, job);
+    if (job->chunks > 1)
+        spm_parallel(job->ctx, spmi_ceil_div(job->outputs * (job->filter + 1), SPMI_WEIGHT_FOLD), spmi_weight_fold, job);
 }
 
 /* ---- the machine's limit ---- */
@@ -7796,11 +7877,6 @@ static void spmi_op_out_like(spm_op_call *call, const spm_tensor *from)
 static int64_t spmi_last(const spm_tensor *tensor)
 {
     return tensor->shape[tensor->rank - 1];
-}
-
-static int64_t spmi_ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
 }
 
 static size_t spmi_none_scratch(spm_context *ctx, const spm_op_call *call, int backward)
