@@ -7219,9 +7219,9 @@ static void spmi_outer_product(spm_context *ctx, int64_t m, int64_t n, int64_t k
 /* Winograd: per component a matrix product over tiles, of (A dy A^T) and (B^T x B).  Both lie in blocks of channels,
  * [block][component][tile][channel], and tiles are transformed a piece at a time.  What another core has read or written
  * is far away (in another part of the last cache, or on another socket): the less tasks share the better.  So where dw is
- * small, a task takes a chunk of tiles all the way from the pictures to a partial dw.  Else one piece would have too few
- * tiles for all that a task then needs, and all tasks share it: they are blocks of dw or, where these are few, groups of
- * components of a block. */
+ * small, a task takes a chunk of tiles all the way from the pictures to a partial dw.  A large one would leave a piece of
+ * its own too few tiles: there all tasks share a piece, and are blocks of dw or, where these are few, groups of components
+ * of a block. */
 #define SPMI_WINO_BLOCK 64
 #define SPMI_WINO_DW_AT (SPMI_WINO_BLOCK * SPMI_WINO_BLOCK + 16) /* from component to component of a block's sums */
 #define SPMI_WINO_DW (SPMI_WINO * SPMI_WINO_DW_AT)
@@ -32471,6 +32471,23 @@ static void spmi_features_free(spm_context *ctx, spmi_features *f)
     memset(f, 0, sizeof *f);
 }
 
+/* Says how far a new last layer is; 1 when the caller wants to stop. */
+static int spmi_retrain_report(spmi_trainer *t, const char *what, const char *unit, int64_t done, int64_t total)
+{
+    spm_progress progress = SPM_ZERO;
+    char text[64];
+    if (!t->desc->progress || t->stopped) return t->stopped;
+    (void)spmi_format(text, sizeof text, "%s: %s", spm_method_name(t->desc->method), what);
+    progress.what = text;
+    progress.unit = unit;
+    progress.done = done;
+    progress.total = total;
+    progress.seconds = spmi_seconds() - t->start;
+    t->stopped = t->desc->progress(t->desc->progress_user, &progress);
+    return t->stopped;
+}
+
+/* SPM_E_STOPPED, with t->stopped and no error, when the caller wants to stop amid it. */
 static spm_status spmi_features_read(spmi_trainer *t, spm_split split, const int64_t *ids, int64_t n, spmi_features *f)
 {
     const spm_program *program = spm_model_program(t->model);
@@ -32514,6 +32531,7 @@ static spm_status spmi_features_read(spmi_trainer *t, spm_split split, const int
             f->column[f->n] = spmi_column(&t->desc->reading, t->classes, batch.y[i]);
             f->group[f->n] = batch.group[i];
         }
+        if (spmi_retrain_report(t, "features", "images", f->n, n)) status = SPM_E_STOPPED;
     }
     if (!status && more < 0)
         status = spmi_fail(t->ctx, t->err, spm_loader_error(loader)->status, "%s", spm_loader_error(loader)->text);
@@ -32812,22 +32830,6 @@ static void spmi_dfr_fit(spmi_trainer *t, spmi_retrain *r, uint64_t draw, int ha
     }
 }
 
-/* Says how far the fits of the new last layer are; 1 when the caller wants to stop. */
-static int spmi_retrain_report(spmi_trainer *t, int64_t done, int64_t total)
-{
-    spm_progress progress = SPM_ZERO;
-    char what[64];
-    if (!t->desc->progress || t->stopped) return t->stopped;
-    (void)spmi_format(what, sizeof what, "%s: the last layer", spm_method_name(t->desc->method));
-    progress.what = what;
-    progress.unit = "fits";
-    progress.done = done;
-    progress.total = total;
-    progress.seconds = spmi_seconds() - t->start;
-    t->stopped = t->desc->progress(t->desc->progress_user, &progress);
-    return t->stopped;
-}
-
 /* DFR.  A penalty that is not given is the one of 1 / {1, .7, .3, .1, .07, .03, .01} whose fit on one half of the
  * validation split has the best worst group on the other. */
 static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
@@ -32837,7 +32839,7 @@ static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
     double l1 = t->desc->l1, best = -1.0;
     int64_t k, subsets = SPMI_MAX(t->desc->subsets, 1);
     memset(r->fit, 0, bytes);
-    for (k = 0; k < 7 && t->desc->l1 < 0.0 && !spmi_retrain_report(t, k, 7 + subsets); k++) {
+    for (k = 0; k < 7 && t->desc->l1 < 0.0 && !spmi_retrain_report(t, "the last layer", "fits", k, 7 + subsets); k++) {
         double worst;
         memset(r->head, 0, bytes);
         spmi_dfr_fit(t, r, 0, 0, 1.0 / strength[k], 1.0);
@@ -32848,7 +32850,7 @@ static void spmi_dfr(spmi_trainer *t, spmi_retrain *r)
         }
     }
     memset(r->head, 0, bytes);
-    for (k = 0; k < subsets && !spmi_retrain_report(t, 7 + k, 7 + subsets); k++)
+    for (k = 0; k < subsets && !spmi_retrain_report(t, "the last layer", "fits", 7 + k, 7 + subsets); k++)
         spmi_dfr_fit(t, r, (uint64_t)k + 1, 2, l1, 1.0 / (double)subsets);
 }
 
@@ -32874,7 +32876,7 @@ static void spmi_afr(spmi_trainer *t, spmi_retrain *r)
         double gamma = t->desc->gamma > 0.0 ? t->desc->gamma : gammas[a];
         for (b = 0; b < (t->desc->l2 >= 0.0 ? 1 : 4); b++) {
             double worst, least = 1.0; /* the smallest probability of an example's own class: only ratios count */
-            if (spmi_retrain_report(t, 4 * a + b, 16)) return;
+            if (spmi_retrain_report(t, "the last layer", "fits", 4 * a + b, 16)) return;
             for (i = 0; i < f->n; i++) {
                 const double *x = f->x + i * f->dim;
                 double own = spmi_dot(r->erm + f->column[i] * f->dim, x, f->dim), sum = 0.0;
@@ -32985,7 +32987,7 @@ static spm_status spmi_train_retrain(spmi_trainer *t)
         else
             spmi_afr(t, &r);
     }
-    if (!status && t->stopped) { /* the state before it is saved: a resumed run fits anew */
+    if (t->stopped && (!status || status == SPM_E_STOPPED)) { /* the state before it is saved: a resumed run fits anew */
         spmi_retrain_free(t->ctx, &r);
         return SPM_OK;
     }

@@ -442,6 +442,12 @@ static int64_t features_of(bench *b, spm_model *model, const spm_train_desc *des
     return n;
 }
 
+static int stop_at_features(void *user, const spm_progress *progress)
+{
+    (void)user;
+    return strstr(progress->what, "features") != NULL;
+}
+
 static int stop_at_fits(void *user, const spm_progress *progress)
 {
     (void)user;
@@ -548,16 +554,18 @@ static void dfr(void)
     CHECK(train(&b, &desc, "dfr2") != SPM_OK);
     CHECK(strstr(last.text, "new last layer") != NULL);
     desc.epochs--;
-    /* stopped while the last layer is fitted: a resumed run fits anew */
-    desc.resume = 0;
-    desc.progress = stop_at_fits;
-    check_trained(&b, &desc, fresh("dfr2"));
-    CHECK_INT(result.stopped, 1);
-    desc.progress = NULL;
-    desc.resume = 1;
-    check_trained(&b, &desc, "dfr2");
-    CHECK_INT(result.stopped, 0);
-    CHECK(same_file("dfr", "dfr2", "last.safetensors") && same_file("dfr", "dfr2", "interpolation.json"));
+    /* stopped while features are read or the last layer is fitted: a resumed run does that anew */
+    for (k = 0; k < 2; k++) {
+        desc.resume = 0;
+        desc.progress = k ? stop_at_fits : stop_at_features;
+        check_trained(&b, &desc, fresh("dfr2"));
+        CHECK_INT(result.stopped, 1);
+        desc.progress = NULL;
+        desc.resume = 1;
+        check_trained(&b, &desc, "dfr2");
+        CHECK_INT(result.stopped, 0);
+        CHECK(same_file("dfr", "dfr2", "last.safetensors") && same_file("dfr", "dfr2", "interpolation.json"));
+    }
     spm_model_destroy(model);
     bench_close(&b);
 }
