@@ -7441,25 +7441,25 @@ static void spmi_weight_plan(spmi_weight_job *job)
     else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
     job->block = (job->turned ? 4 : 1) * SPMI_WEIGHT_PIXELS;
     job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
-    blocks = (rows + job->block - 1) / job->block;
+    blocks = spmi_ceil_div(rows, job->block);
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
     job->ranges = SPMI_MAX(1, job->outputs / SPMI_WEIGHT_RANGE);
-    job->range = spmi_round_up((job->outputs + job->ranges - 1) / job->ranges, SPMI_MAX(lanes, 8));
-    job->ranges = (job->outputs + job->range - 1) / job->range;
-    job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), (SPMI_TASKS + job->ranges - 1) / job->ranges);
+    job->range = spmi_round_up(spmi_ceil_div(job->outputs, job->ranges), SPMI_MAX(lanes, 8));
+    job->ranges = spmi_ceil_div(job->outputs, job->range);
+    job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), spmi_ceil_div(SPMI_TASKS, job->ranges));
     job->chunk = spmi_ceil_div(rows, job->chunks);
     job->chunks = spmi_ceil_div(rows, job->chunk);
     job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
     /* each copies the input */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
-    job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, s->taps * s->run)));
+    job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, job->filter)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
-    columns = job->collect ? spmi_outer_columns(job->ctx, s->taps * s->run) : 0;
+    columns = job->collect ? spmi_outer_columns(job->ctx, job->filter) : 0;
     job->panel_bytes = spmi_float_bytes(job->block * s->w.count * columns);
     job->dy_bytes = job->dealt ? spmi_float_bytes((job->block * s->w.count + 4) * job->range) : 0;
     if (job->turned) { /* the sums, then where their rows and the input's lie */
-        job->panel_bytes = spmi_float_bytes(s->taps * s->run * job->range);
-        job->dy_bytes = spmi_float_bytes(2 * (2 * s->taps * s->run + SPMI_ROWS_PAD));
+        job->panel_bytes = spmi_float_bytes(job->filter * job->range);
+        job->dy_bytes = spmi_float_bytes(2 * (2 * job->filter + SPMI_ROWS_PAD));
     }
     job->slot_bytes = job->copy_bytes + job->panel_bytes + job->dy_bytes + spmi_float_bytes(2 * (job->block + s->taps));
     job->partial_bytes = spmi_float_bytes((job->chunks - 1) * size);
@@ -7525,7 +7525,7 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
                                   float *panel, int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
-    const int64_t size = s->taps * s->run, none = 0;
+    const int64_t size = job->filter, none = 0;
     spmi_outer p = g;
     int64_t j = 0, n, i, piece;
     p.b = panel;
@@ -7556,7 +7556,7 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
 static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, const float *dy, const int64_t *tap_at,
                                spmi_ahead *next, int64_t *a_at, float *sums)
 {
-    const int64_t run = job->window.run, size = job->window.taps * run;
+    const int64_t run = job->window.run, size = job->filter;
     int64_t *c_at = a_at + size + SPMI_ROWS_PAD, i, j;
     spmi_fetch f;
     spmi_rows g = SPM_ZERO;
