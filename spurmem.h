@@ -3195,6 +3195,7 @@ typedef struct spmi_watch {
     int64_t *left;             /* of each chunk: numbers not yet written */
     void (*fn)(void *arg, int64_t chunk);
     void *arg;
+    const float *reads[2];     /* what else the pass reads, row by row, or NULL */
 } spmi_watch;
 
 /* What a task has written of one chunk and not yet counted off. It begins with zeros. */
@@ -3243,6 +3244,8 @@ typedef struct spmi_lead {
     int64_t *state;            /* of each chunk: 0 nobody has come, SPMI_LEAD_DONE and more: it is there */
     void (*fn)(void *arg, int64_t chunk, int slot);
     void *arg;
+    const float *reads[2];     /* what most of it is made from, row by row, or NULL */
+    int64_t columns;           /* of a row */
 } spmi_lead;
 
 #define SPMI_LEAD_DONE (INT64_C(1) << 32)
@@ -6632,37 +6635,71 @@ static void spmi_window_taps(const spmi_window *s, int64_t *tap_at)
     }
 }
 
-/* What the next strip or block reads, fetched while this one is computed: `lines` of a stretch of the input; for weight
- * gradients also pixels of dy (turned: the stretch is dy's), and where x is evenly spaced, `at` is its next pixel.
- * NULL: nothing. */
+/* What is read soon, by the next strip or block or by a pass beside this one, and is fetched while products are made,
+ * which leave memory idle: stretches; for weight gradients also the next pixels of dy and, where they are evenly spaced,
+ * of x (NULL: none). */
+#define SPMI_STRETCHES 8
 typedef struct spmi_ahead {
-    const float *dy, *at;
-    int64_t lines;
+    const float *dy, *x;
+    struct {
+        const float *at;
+        int64_t lines;
+    } stretch[SPMI_STRETCHES];
+    int first, end;
 } spmi_ahead;
 
+static void spmi_ahead_add(spmi_ahead *next, const float *at, int64_t floats)
+{
+    if (!at || floats <= 0 || next->end == SPMI_STRETCHES) return;
+    next->stretch[next->end].at = at;
+    next->stretch[next->end++].lines = floats / SPMI_LINE;
+}
+
+/* What rows [first, end) of a lead are made from, unless they are there. */
+static void spmi_ahead_lead(spmi_ahead *next, const spmi_lead *lead, int64_t first, int64_t end)
+{
+#if SPMI_ATOMICS
+    int i;
+    if (!lead || SPMI_LOAD(&lead->state[first / lead->chunk])) return;
+    for (i = 0; i < 2; i++) {
+        spmi_ahead_add(next, lead->reads[i] ? lead->reads[i] + first * lead->columns : NULL, (end - first) * lead->columns);
+    }
+#else
+    (void)next;
+    (void)lead;
+    (void)first;
+    (void)end;
+#endif
+}
+
+/* What the rows of outputs [row, row + rows) read. */
 static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t rows)
 {
     const int64_t line = s->w.size * s->pixel;
     const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
+    const int64_t high = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y);
     spmi_ahead next = SPM_ZERO;
-    if (rows <= 0) return next;
-    next.at = s->in + y * line;
+    if (rows <= 0 || high <= 0) return next;
+    next.x = s->in + y * line;
+    spmi_ahead_lead(&next, s->lead, y * s->w.size, (y + high) * s->w.size);
     if (s->depth == s->pixel && s->h.stride <= s->h.taps) { /* else most of it is not read */
-        next.lines = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y) * line / SPMI_LINE;
+        spmi_ahead_add(&next, s->in + y * line, high * line);
     }
     return next;
 }
 
-/* The share of the stretch that `tiles` tiles of a kernel fetch, `lines` each. */
+/* What `tiles` tiles of a kernel fetch of the stretches, `lines` each. */
 static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
 {
-    spmi_fetch f;
-    f.at = next->at;
+    spmi_fetch f = SPM_ZERO;
+    while (next->first < next->end && next->stretch[next->first].lines < lines) next->first++;
+    if (next->first == next->end || tiles <= 0) return f;
+    f.at = next->stretch[next->first].at;
     f.step = SPMI_LINE;
     f.tile = lines * SPMI_LINE;
-    f.tiles = SPMI_MAX(0, SPMI_MIN(next->lines / lines, tiles));
-    next->lines -= f.tiles * lines;
-    if (f.tiles > 0) next->at += f.tiles * f.tile;
+    f.tiles = SPMI_MIN(next->stretch[next->first].lines / lines, tiles);
+    next->stretch[next->first].lines -= f.tiles * lines;
+    next->stretch[next->first].at += f.tiles * f.tile;
     return f;
 }
 
@@ -6826,11 +6863,50 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
     }
 }
 
+/* Row `y` of tile t, of pictures `size` rows high, counted through all of them. */
+static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t y, int64_t size)
+{
+    const int64_t picture = tiles->down * tiles->across;
+    return t / picture * size + SPMI_MAX(0, SPMI_MIN(t % picture / tiles->across * 4 + y, size));
+}
+
+/* What the pass beside the job reads with output rows [row0, row1). */
+static void spmi_taps_beside(const spmi_taps_job *job, spmi_ahead *next, int64_t row0, int64_t row1)
+{
+    const int64_t row = job->window.w.count * job->watch->columns;
+    int i;
+    for (i = 0; i < 2; i++) {
+        const float *reads = job->watch->reads[i];
+        if (reads) spmi_ahead_add(next, reads + job->watch_row * job->watch->columns + row0 * row, (row1 - row0) * row);
+    }
+}
+
+/* What is fetched beside the products of tiles [first, end): rows that the next block reads and this one does not, and
+ * what the pass beside the job reads. */
+static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64_t end)
+{
+    const spmi_window *s = &job->window;
+    const int64_t y = s->h.offset + 6, size = s->h.size, line = s->w.size * s->pixel;
+    const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, y, size);
+    const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, y, size);
+    spmi_ahead next = SPM_ZERO;
+    if (row0 < row1) {
+        spmi_ahead_lead(&next, s->lead, row0 * s->w.size, row1 * s->w.size);
+        if (s->depth == s->pixel) spmi_ahead_add(&next, s->in + row0 * line, (row1 - row0) * line);
+    }
+    if (job->watch) {
+        spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
+                         spmi_wino_row(&job->tiles, end - 1, 4, s->h.count));
+    }
+    return next;
+}
+
 /* m[component][tile][width] (+)= inputs of `count` tiles times filters[2][6][k][width], for one pair of rows.  `next`,
  * if not NULL, is where the filters [9][k][width] of the next task begin, `tap` floats from tap to tap: a third of them
  * is fetched meanwhile. */
 static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, int pair,
-                               const float *u, int width, float *m, int accumulate, const float *next, int64_t tap)
+                               const float *u, int width, float *m, int accumulate, const float *next, int64_t tap,
+                               spmi_ahead *ahead)
 {
     int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], none = 0, i;
     spmi_rows g = SPM_ZERO;
@@ -6852,6 +6928,11 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     for (i = 0; i < 12; i++) {
         const int64_t component = 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
         if (next) g.ahead = next + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
+        if (ahead) {
+            const spmi_fetch f = spmi_ahead_stretch(ahead, count / 6, k);
+            g.next = f.at;
+            g.next_tiles = f.tiles;
+        }
         g.a = v + component * job->v_at;
         g.b = u + i * job->u_at;
         g.c = m + component * job->m_at;
@@ -6946,16 +7027,17 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     float *zeros = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
     float *own = zeros + spmi_float_bytes(depth) / sizeof *zeros;
     float *m = own + (job->shared_filters ? SPMI_WINO * job->v_at : 12 * job->u_at);
-    const float *shared = spmi_wino_shared(job), *next;
+    const float *shared = spmi_wino_shared(job);
     int64_t j, k;
     int width, pair;
     if (job->shared_filters) {
+        spmi_ahead ahead = spmi_wino_ahead(job, first, end);
         spmi_wino_inputs(job, first, end, first, zeros, own);
         for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
             width = spmi_panel_width(job->ctx, job->columns - j);
             for (pair = 0; pair < 3; pair++) {
                 spmi_wino_products(job, end - first, own, depth, pair, shared + 12 * pair * job->u_at, width, m, 0, NULL,
-                                   0);
+                                   0, &ahead);
             }
             spmi_wino_outputs(job, first, end, j, width, m);
         }
@@ -6965,11 +7047,12 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     shared += (first - job->first) / job->block * ((depth + job->kc - 1) / job->kc) * SPMI_WINO * job->v_at;
     for (k = 0; k < depth; k += job->kc, shared += SPMI_WINO * job->v_at) {
         const int64_t n = SPMI_MIN(job->kc, depth - k);
+        const float *next;
         if (k + n < depth) next = spmi_wino_from(job, k + n, j, width);
         else next = task % panels + 1 < panels ? spmi_wino_from(job, 0, j + width, width) : NULL;
         for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
             spmi_wino_filters(job, k, n, j, width, pair, own);
-            spmi_wino_products(job, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width);
+            spmi_wino_products(job, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width, NULL);
         }
     }
     spmi_wino_outputs(job, first, end, j, width, m);
@@ -7033,6 +7116,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     const int64_t pieces = s->run > SPMI_TAP_KC ? (s->run + SPMI_TAP_KC - 1) / SPMI_TAP_KC : 1; /* of one tap */
     const int64_t piece = spmi_round_up((s->run + pieces - 1) / pieces, 16);
     const int64_t together = pieces > 1 ? 1 : SPMI_MAX(1, SPMI_TAP_KC / SPMI_MAX(s->run, 1)); /* taps in one pass */
+    const int dense = job->out_image == s->h.count * job->out_row && job->out_row == s->w.count * job->out_pixel;
     char *at = job->scratch + (size_t)slot * job->slot_bytes;
     float *copy = (float *)(void *)at;
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
@@ -7044,10 +7128,10 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_ahead next = SPM_ZERO;
     spmi_fetch f;
     spmi_rows g = SPM_ZERO;
-    /* rounding a strip waits for memory, where the products would leave it idle */
-    if (s->half == 2 && group + 1 == job->groups) {
+    if (group + 1 == job->groups) {
         next = spmi_window_ahead(s, row1, SPMI_MIN(job->strip, s->images * s->h.count - row1));
     }
+    if (job->watch && job->groups == 1 && dense) spmi_taps_beside(job, &next, row0, row1);
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
@@ -7081,7 +7165,8 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
                 g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
                 g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
                 g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
-                f = spmi_ahead_stretch(&next, pixels / 6 - g.ahead_tiles, SPMI_MAX(1, g.taps * g.k / 2));
+                f = spmi_ahead_stretch(&next, pixels / 6 - g.ahead_tiles,
+                                       SPMI_MAX(1, g.taps * g.k / (s->half == 2 ? 2 : 1)));
                 g.next = f.at;
                 g.next_tiles = f.tiles;
                 spmi_half_rows(ctx, s->half, &g);
@@ -7090,7 +7175,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
         t += together;
     } while (t < s->taps);
     if (!job->watch) return;
-    if (job->out_image == s->h.count * job->out_row && job->out_row == s->w.count * job->out_pixel) {
+    if (dense) {
         spmi_taps_wrote(job, &written, c_at[0], pixels, columns);
     } else {
         for (n = 0; n < pixels; n += s->w.count) spmi_taps_wrote(job, &written, c_at[n], s->w.count, columns);
@@ -7322,9 +7407,8 @@ static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int
     for (e = e0; e < e1; e++) {
         const float *z = spmi_wino_dw_at(job, piece, job->c_blocks + o, e), *v = spmi_wino_dw_at(job, piece, c, e);
         spmi_ahead next_z = SPM_ZERO, next_v = SPM_ZERO;
-        next_z.at = z + job->v_at;
-        next_v.at = v + job->v_at;
-        next_z.lines = next_v.lines = e + 1 < e1 ? tiles * SPMI_WINO_BLOCK / SPMI_LINE : 0;
+        spmi_ahead_add(&next_z, z + job->v_at, e + 1 < e1 ? tiles * SPMI_WINO_BLOCK : 0);
+        spmi_ahead_add(&next_v, v + job->v_at, e + 1 < e1 ? tiles * SPMI_WINO_BLOCK : 0);
         g.a = z;
         for (j = 0; j < columns; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, columns - j);
@@ -7468,13 +7552,12 @@ static void spmi_weight_plan(spmi_weight_job *job)
 /* What the block of rows from `row` on reads, its dy from `dy` on. */
 static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, const float *dy)
 {
-    const int64_t rows = SPMI_MIN(job->block, end - row);
+    const int64_t rows = SPMI_MIN(job->block, end - row), across = job->window.w.count;
     spmi_ahead next = spmi_window_ahead(&job->window, row, rows);
     if (rows <= 0) return next;
-    if (job->turned) {
-        next.at = dy;
-        next.lines = rows * job->window.w.count * job->dy_pixel / SPMI_LINE;
-    } else next.dy = dy;
+    spmi_ahead_lead(&next, job->dy_lead, row * across, (row + rows) * across);
+    if (job->turned) spmi_ahead_add(&next, dy, rows * across * job->dy_pixel);
+    else next.dy = dy;
     return next;
 }
 
@@ -7494,11 +7577,12 @@ static spmi_fetch spmi_weight_pixels(const float *at, int64_t floats, int64_t pi
 static void spmi_weight_outer(const spmi_weight_job *job, spmi_outer *g, spmi_ahead *next, const float *x)
 {
     const spmi_window *s = &job->window;
-    const int64_t rows = spmi_outer_rows(job->ctx), pair = job->half == 2 ? 2 : 1;
+    const int64_t pair = job->half == 2 ? 2 : 1, tiles = spmi_ceil_div(g->rows, spmi_outer_rows(job->ctx));
     g->ahead[0] = spmi_weight_pixels(next->dy, g->rows, pair * job->dy_pixel);
     if (job->even && !s->copied) g->ahead[1] = spmi_weight_pixels(x, g->columns, s->h_stride * s->at_row);
     else if (pair == 2 && next->dy) g->ahead[1] = spmi_weight_pixels(next->dy + job->dy_pixel, g->rows, 2 * job->dy_pixel);
-    else g->ahead[1] = spmi_ahead_stretch(next, (g->rows + rows - 1) / rows - g->ahead[0].tiles, g->blocks * g->k);
+    else g->ahead[1] = spmi_ahead_stretch(next, tiles - g->ahead[0].tiles, g->blocks * g->k);
+    if (!next->dy) g->ahead[0] = spmi_ahead_stretch(next, tiles - g->ahead[1].tiles, g->blocks * g->k);
     next->dy = NULL;
     spmi_half_outer(job->ctx, job->half, g);
 }
@@ -7513,7 +7597,7 @@ static void spmi_weight_direct(const spmi_weight_job *job, spmi_outer g, const i
         for (j = 0; j < s->run; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, s->run - j);
             g.b = b + tap_at[t] + j;
-            spmi_weight_outer(job, &g, next, j + g.columns < s->run ? g.b + g.b_at[0] + g.columns : next->at);
+            spmi_weight_outer(job, &g, next, j + g.columns < s->run ? g.b + g.b_at[0] + g.columns : next->x);
             g.c += g.columns;
         }
     }
@@ -7536,7 +7620,7 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
     for (n = 0; n < end; n++, j += p.columns) {
         p.columns = spmi_outer_columns(job->ctx, size - j);
         if (n < first) {
-            if (job->even && next->at) next->at += p.columns;
+            if (job->even && next->x) next->x += p.columns;
             continue;
         }
         p.b_row = job->half == 2 ? 2 * p.columns : p.columns;
@@ -7547,7 +7631,7 @@ static void spmi_weight_collected(const spmi_weight_job *job, spmi_outer g, cons
                               panel + i, p.columns);
         }
         p.c = g.c + j;
-        spmi_weight_outer(job, &p, next, n + 1 < end ? g.b + g.b_at[0] + j + p.columns : next->at);
+        spmi_weight_outer(job, &p, next, n + 1 < end ? g.b + g.b_at[0] + j + p.columns : next->x);
     }
 }
 
@@ -8720,6 +8804,9 @@ static void spmi_bn_last(spmi_bn *bn, void (*fn)(void *, int64_t, int))
     leave->lead.state = bn->state;
     leave->lead.fn = fn;
     leave->lead.arg = &leave->bn;
+    leave->lead.columns = bn->channels;
+    leave->lead.reads[0] = bn->dz ? bn->dz : bn->call->in[0].data;
+    leave->lead.reads[1] = bn->dz ? bn->x : bn->call->in[5].data;
     memset(bn->state, 0, (size_t)tasks * sizeof *bn->state);
 }
 
@@ -8877,6 +8964,8 @@ static int spmi_bn_watch(spm_context *ctx, spm_op_call *call, int backward, spmi
     watch->left = bn->left;
     watch->fn = backward ? spmi_bn_sums_watch : spmi_bn_moments_watch;
     watch->arg = bn;
+    watch->reads[0] = backward ? call->in[0].data : NULL;
+    watch->reads[1] = backward ? bn->y : NULL;
     for (i = 0; i < bn->chunks; i++) watch->left[i] = SPMI_MIN(bn->chunk, bn->rows - i * bn->chunk) * bn->channels;
     return 1;
 }
