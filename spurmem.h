@@ -6707,6 +6707,7 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
 #define SPMI_TASK_MACS 1000000 /* less than this is not worth a task */
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
+#define SPMI_STRIP_OUT 98304 /* output floats of a strip whose output is fetched to be written */
 
 static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
 {
@@ -7088,6 +7089,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
     pixels = SPMI_STRIP_FLOATS / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
+    pixels = SPMI_MIN(pixels, SPMI_MAX(96, SPMI_STRIP_OUT / job->columns));
     pixels = SPMI_MAX(56, SPMI_MIN(pixels, 2048));
     least = SPMI_MAX(56, SPMI_TASK_MACS / macs);
     wanted = rows * s->w.count / SPMI_TASKS;
@@ -7110,6 +7112,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     const spmi_window *s = &job->window;
     spm_context *ctx = job->ctx;
     const int64_t row0 = task / job->groups * job->strip, row1 = SPMI_MIN(row0 + job->strip, s->images * s->h.count);
+    const int64_t row2 = SPMI_MIN(row1 + job->strip, s->images * s->h.count); /* end of the next strip */
     const int64_t pixels = (row1 - row0) * s->w.count, depth = s->taps * s->run;
     const int64_t panels = spmi_panel_count(ctx, job->columns), group = task % job->groups;
     const int64_t panel0 = group * panels / job->groups, panel1 = (group + 1) * panels / job->groups;
@@ -7128,10 +7131,12 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_ahead next = SPM_ZERO;
     spmi_fetch f;
     spmi_rows g = SPM_ZERO;
-    if (group + 1 == job->groups) {
-        next = spmi_window_ahead(s, row1, SPMI_MIN(job->strip, s->images * s->h.count - row1));
-    }
+    if (group + 1 == job->groups) next = spmi_window_ahead(s, row1, row2 - row1);
     if (job->watch && job->groups == 1 && dense) spmi_taps_beside(job, &next, row0, row1);
+    if (job->groups == 1 && dense && job->columns == job->out_pixel && pixels * job->columns <= SPMI_STRIP_OUT) {
+        /* to write to memory is to read it first */
+        spmi_ahead_add(&next, job->out + row1 * s->w.count * job->columns, (row2 - row1) * s->w.count * job->columns);
+    }
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
