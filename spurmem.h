@@ -6636,8 +6636,8 @@ static void spmi_window_taps(const spmi_window *s, int64_t *tap_at)
 }
 
 /* What is read soon, by the next strip or block or by a pass beside this one, and is fetched while products are made,
- * which leave memory idle: stretches; for weight gradients also the next pixels of dy and, where they are evenly spaced,
- * of x (NULL: none). */
+ * which leave memory idle: stretches, of which [first, end) are still to be fetched; for weight gradients also the next
+ * pixels of dy, and of x, which counts where they are evenly spaced (NULL: none). */
 #define SPMI_STRETCHES 8
 typedef struct spmi_ahead {
     const float *dy, *x;
@@ -6648,6 +6648,7 @@ typedef struct spmi_ahead {
     int first, end;
 } spmi_ahead;
 
+/* One stretch more; one too many is left out. */
 static void spmi_ahead_add(spmi_ahead *next, const float *at, int64_t floats)
 {
     if (!at || floats <= 0 || next->end == SPMI_STRETCHES) return;
@@ -6655,12 +6656,15 @@ static void spmi_ahead_add(spmi_ahead *next, const float *at, int64_t floats)
     next->stretch[next->end++].lines = floats / SPMI_LINE;
 }
 
-/* What rows [first, end) of a lead are made from, unless they are there. */
+/* What rows [first, end) of a lead are made from, but for those at the beginning that are there. */
 static void spmi_ahead_lead(spmi_ahead *next, const spmi_lead *lead, int64_t first, int64_t end)
 {
 #if SPMI_ATOMICS
     int i;
-    if (!lead || SPMI_LOAD(&lead->state[first / lead->chunk])) return;
+    if (!lead) return;
+    while (first < end && SPMI_LOAD(&lead->state[first / lead->chunk])) {
+        first = SPMI_MIN(end, (first / lead->chunk + 1) * lead->chunk);
+    }
     for (i = 0; i < 2; i++) {
         spmi_ahead_add(next, lead->reads[i] ? lead->reads[i] + first * lead->columns : NULL, (end - first) * lead->columns);
     }
@@ -6672,8 +6676,8 @@ static void spmi_ahead_lead(spmi_ahead *next, const spmi_lead *lead, int64_t fir
 #endif
 }
 
-/* What the rows of outputs [row, row + rows) read. */
-static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t rows)
+/* What output rows [row, row + rows) read, or what that is made from; `plain` 0: only the latter. */
+static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t rows, int plain)
 {
     const int64_t line = s->w.size * s->pixel;
     const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
@@ -6682,13 +6686,14 @@ static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t r
     if (rows <= 0 || high <= 0) return next;
     next.x = s->in + y * line;
     spmi_ahead_lead(&next, s->lead, y * s->w.size, (y + high) * s->w.size);
-    if (s->depth == s->pixel && s->h.stride <= s->h.taps) { /* else most of it is not read */
+    if (plain && s->depth == s->pixel && s->h.stride <= s->h.taps) { /* else most of it is not read */
         spmi_ahead_add(&next, s->in + y * line, high * line);
     }
     return next;
 }
 
-/* What `tiles` tiles of a kernel fetch of the stretches, `lines` each. */
+/* What `tiles` tiles of a kernel fetch of a stretch, `lines` each; what is left of one and does not fill a tile is given
+ * up. */
 static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
 {
     spmi_fetch f = SPM_ZERO;
@@ -6707,7 +6712,8 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
 #define SPMI_TASK_MACS 1000000 /* less than this is not worth a task */
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
-#define SPMI_STRIP_OUT 98304 /* output floats of a strip whose output is fetched to be written */
+#define SPMI_STRIP_OUT 98304 /* output floats of a strip at most, if its output is to fit there too, to be fetched early */
+#define SPMI_STRIP_SHORT 96  /* pixels that a strip is not cut below for that */
 
 static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
 {
@@ -6871,11 +6877,12 @@ static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t y, int6
     return t / picture * size + SPMI_MAX(0, SPMI_MIN(t % picture / tiles->across * 4 + y, size));
 }
 
-/* What the pass beside the job reads with output rows [row0, row1). */
+/* What the pass beside the job reads with output rows [row0, row1), if they are whole and lie one behind the other. */
 static void spmi_taps_beside(const spmi_taps_job *job, spmi_ahead *next, int64_t row0, int64_t row1)
 {
-    const int64_t row = job->window.w.count * job->watch->columns;
+    const int64_t row = job->watch ? job->window.w.count * job->watch->columns : 0;
     int i;
+    if (!job->watch || job->columns != job->watch->columns || job->columns != job->out_pixel) return;
     for (i = 0; i < 2; i++) {
         const float *reads = job->watch->reads[i];
         if (reads) spmi_ahead_add(next, reads + job->watch_row * job->watch->columns + row0 * row, (row1 - row0) * row);
@@ -6895,19 +6902,17 @@ static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64
         spmi_ahead_lead(&next, s->lead, row0 * s->w.size, row1 * s->w.size);
         if (s->depth == s->pixel) spmi_ahead_add(&next, s->in + row0 * line, (row1 - row0) * line);
     }
-    if (job->watch) {
-        spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
-                         spmi_wino_row(&job->tiles, end - 1, 4, s->h.count));
-    }
+    spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
+                     spmi_wino_row(&job->tiles, end - 1, 4, s->h.count));
     return next;
 }
 
-/* m[component][tile][width] (+)= inputs of `count` tiles times filters[2][6][k][width], for one pair of rows.  `next`,
- * if not NULL, is where the filters [9][k][width] of the next task begin, `tap` floats from tap to tap: a third of them
- * is fetched meanwhile. */
+/* m[component][tile][width] (+)= inputs of `count` tiles times filters[2][6][k][width], for one pair of rows.
+ * `filters`, if not NULL, is where those [9][k][width] of the next task begin, `tap` floats from tap to tap: a third of
+ * them is fetched meanwhile; if `next` is not NULL, some of that. */
 static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, int pair,
-                               const float *u, int width, float *m, int accumulate, const float *next, int64_t tap,
-                               spmi_ahead *ahead)
+                               const float *u, int width, float *m, int accumulate, const float *filters, int64_t tap,
+                               spmi_ahead *next)
 {
     int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], none = 0, i;
     spmi_rows g = SPM_ZERO;
@@ -6925,12 +6930,12 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const fl
     g.width = g.columns = width;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
-    g.ahead_tiles = next != NULL;
+    g.ahead_tiles = filters != NULL;
     for (i = 0; i < 12; i++) {
         const int64_t component = 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
-        if (next) g.ahead = next + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
-        if (ahead) {
-            const spmi_fetch f = spmi_ahead_stretch(ahead, count / 6, k);
+        if (filters) g.ahead = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
+        if (next) {
+            const spmi_fetch f = spmi_ahead_stretch(next, count / 6, k);
             g.next = f.at;
             g.next_tiles = f.tiles;
         }
@@ -7032,8 +7037,9 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     int64_t j, k;
     int width, pair;
     if (job->shared_filters) {
-        spmi_ahead ahead = spmi_wino_ahead(job, first, end);
+        spmi_ahead ahead;
         spmi_wino_inputs(job, first, end, first, zeros, own);
+        ahead = spmi_wino_ahead(job, first, end);
         for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
             width = spmi_panel_width(job->ctx, job->columns - j);
             for (pair = 0; pair < 3; pair++) {
@@ -7089,7 +7095,9 @@ static void spmi_taps_plan(spmi_taps_job *job)
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
     pixels = SPMI_STRIP_FLOATS / SPMI_MIN(depth, SPMI_MIN(s->h.stride * s->w.stride, 64) * SPMI_MAX(s->depth, 1));
-    pixels = SPMI_MIN(pixels, SPMI_MAX(96, SPMI_STRIP_OUT / job->columns));
+    if (job->columns == job->out_pixel && job->columns * SPMI_STRIP_SHORT <= SPMI_STRIP_OUT) {
+        pixels = SPMI_MIN(pixels, SPMI_STRIP_OUT / job->columns);
+    }
     pixels = SPMI_MAX(56, SPMI_MIN(pixels, 2048));
     least = SPMI_MAX(56, SPMI_TASK_MACS / macs);
     wanted = rows * s->w.count / SPMI_TASKS;
@@ -7131,13 +7139,14 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_ahead next = SPM_ZERO;
     spmi_fetch f;
     spmi_rows g = SPM_ZERO;
-    if (group + 1 == job->groups) next = spmi_window_ahead(s, row1, row2 - row1);
-    if (job->watch && job->groups == 1 && dense) spmi_taps_beside(job, &next, row0, row1);
-    if (job->groups == 1 && dense && job->columns == job->out_pixel && pixels * job->columns <= SPMI_STRIP_OUT) {
-        /* to write to memory is to read it first */
-        spmi_ahead_add(&next, job->out + row1 * s->w.count * job->columns, (row2 - row1) * s->w.count * job->columns);
-    }
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
+    if (group + 1 == job->groups) next = spmi_window_ahead(s, row1, row2 - row1, 1); /* the last group goes on to it */
+    if (job->groups == 1 && dense) {
+        spmi_taps_beside(job, &next, row0, row1);
+        if (job->columns == job->out_pixel && pixels * job->columns <= SPMI_STRIP_OUT) { /* written: read first */
+            spmi_ahead_add(&next, job->out + row1 * s->w.count * job->columns, (row2 - row1) * s->w.count * job->columns);
+        }
+    }
     spmi_window_taps(s, tap_at);
     for (row = row0; row < row1; row++) {
         int64_t to = row / s->h.count * job->out_image + row % s->h.count * job->out_row;
@@ -7558,7 +7567,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
 static spmi_ahead spmi_weight_ahead(const spmi_weight_job *job, int64_t row, int64_t end, const float *dy)
 {
     const int64_t rows = SPMI_MIN(job->block, end - row), across = job->window.w.count;
-    spmi_ahead next = spmi_window_ahead(&job->window, row, rows);
+    spmi_ahead next = spmi_window_ahead(&job->window, row, rows, !job->even || job->window.copied);
     if (rows <= 0) return next;
     spmi_ahead_lead(&next, job->dy_lead, row * across, (row + rows) * across);
     if (job->turned) spmi_ahead_add(&next, dy, rows * across * job->dy_pixel);
@@ -7587,6 +7596,7 @@ static void spmi_weight_outer(const spmi_weight_job *job, spmi_outer *g, spmi_ah
     if (job->even && !s->copied) g->ahead[1] = spmi_weight_pixels(x, g->columns, s->h_stride * s->at_row);
     else if (pair == 2 && next->dy) g->ahead[1] = spmi_weight_pixels(next->dy + job->dy_pixel, g->rows, 2 * job->dy_pixel);
     else g->ahead[1] = spmi_ahead_stretch(next, tiles - g->ahead[0].tiles, g->blocks * g->k);
+    /* what is left of the tiles */
     if (!next->dy) g->ahead[0] = spmi_ahead_stretch(next, tiles - g->ahead[1].tiles, g->blocks * g->k);
     next->dy = NULL;
     spmi_half_outer(job->ctx, job->half, g);
