@@ -6676,19 +6676,24 @@ static void spmi_ahead_lead(spmi_ahead *next, const spmi_lead *lead, int64_t fir
 #endif
 }
 
+/* Input rows [y0, y1), counted through all pictures, and what they are made from; `plain` 0: only the latter. */
+static void spmi_ahead_rows(spmi_ahead *next, const spmi_window *s, int64_t y0, int64_t y1, int plain)
+{
+    const int64_t line = s->w.size * s->pixel;
+    if (y0 >= y1) return;
+    spmi_ahead_lead(next, s->lead, y0 * s->w.size, y1 * s->w.size);
+    if (plain && s->depth == s->pixel) spmi_ahead_add(next, s->in + y0 * line, (y1 - y0) * line);
+}
+
 /* What output rows [row, row + rows) read, or what that is made from; `plain` 0: only the latter. */
 static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t rows, int plain)
 {
-    const int64_t line = s->w.size * s->pixel;
     const int64_t y = SPMI_MAX(row % s->h.count * s->h.stride + s->h.offset, 0) + row / s->h.count * s->h.size;
     const int64_t high = SPMI_MIN(rows * s->h.stride, s->images * s->h.size - y);
     spmi_ahead next = SPM_ZERO;
     if (rows <= 0 || high <= 0) return next;
-    next.x = s->in + y * line;
-    spmi_ahead_lead(&next, s->lead, y * s->w.size, (y + high) * s->w.size);
-    if (plain && s->depth == s->pixel && s->h.stride <= s->h.taps) { /* else most of it is not read */
-        spmi_ahead_add(&next, s->in + y * line, high * line);
-    }
+    next.x = s->in + y * s->w.size * s->pixel;
+    spmi_ahead_rows(&next, s, y, y + high, plain && s->h.stride <= s->h.taps); /* else most of it is not read */
     return next;
 }
 
@@ -6894,14 +6899,11 @@ static void spmi_taps_beside(const spmi_taps_job *job, spmi_ahead *next, int64_t
 static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
-    const int64_t y = s->h.offset + 6, size = s->h.size, line = s->w.size * s->pixel;
+    const int64_t y = s->h.offset + 6, size = s->h.size;
     const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, y, size);
     const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, y, size);
     spmi_ahead next = SPM_ZERO;
-    if (row0 < row1) {
-        spmi_ahead_lead(&next, s->lead, row0 * s->w.size, row1 * s->w.size);
-        if (s->depth == s->pixel) spmi_ahead_add(&next, s->in + row0 * line, (row1 - row0) * line);
-    }
+    spmi_ahead_rows(&next, s, row0, row1, 1);
     spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
                      spmi_wino_row(&job->tiles, end - 1, 4, s->h.count));
     return next;
