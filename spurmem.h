@@ -106,8 +106,9 @@
  *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
  *    The environment variable SPURMEM_ISA=c|avx2|avx512|neon or spm_context_desc.isa forces one.
  *    3x3 convolutions of stride 1 with at least 32 channels on both sides (gradients of the input: 64 at 14 x 14
- *    pixels, else 128) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about 1.7 times the rounding
- *    error of our plain sums or 1.2 times PyTorch's; spm_context_desc.direct_convolution (--conv direct) forbids it.
+ *    pixels, else 128; of weights: 16) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about 1.7 times
+ *    the rounding error of our plain sums or 1.2 times PyTorch's.  The others from 16 channels on go by F(4, 3) along
+ *    rows: half the multiplications.  spm_context_desc.direct_convolution (--conv direct) forbids both.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -236,7 +237,8 @@ typedef struct spm_context_desc {
     int threads; /* 0: as many as cores that the process may use; results do not depend on it */
     spm_isa isa; /* 0: the environment's SPURMEM_ISA, else the best */
     /* 1: convolutions multiply tap by tap.  0: 3x3 ones of stride 1 with many channels go by Winograd's F(4x4, 3x3), a
-     * quarter of the multiplications at about 1.7 times the rounding error; the choice hangs on the shape alone. */
+     * quarter of the multiplications at about 1.7 times the rounding error, or by F(4, 3), half of them; the choice
+     * hangs on the shape alone. */
     int direct_convolution;
     spm_precision precision;
 } spm_context_desc;
@@ -5130,6 +5132,23 @@ static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, i
     }
 }
 
+/* The same for a row of flat tiles, d B: pixel j at x[j], the tiles `tile` floats apart.  That is F(4, 3), for 1x4 outputs
+ * and each of a filter's rows: half of the taps' products, at half of F(4x4, 3x3)'s growth of errors. */
+static void SPMI_K(wino_input_flat)(int64_t tiles, int64_t n, const float *const *x, float *to, int64_t tile,
+                                    int64_t component)
+{
+    int64_t c, t;
+    int r, j;
+    V_STEP(c, r, n) {
+        for (t = 0; t < tiles; t++) {
+            v_t d[6], q[6];
+            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x[4 * t + j] + c, r);
+            SPMI_K(wino_bt)(d, 1, q);
+            SPMI_UNROLL for (j = 0; j < 6; j++) v_put(to + j * component + t * tile + c, q[j], r);
+        }
+    }
+}
+
 /* The same for a 4x4 tile of an output's gradient, pixels at dy[4 i + j]: A dy A^T. */
 static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component)
 {
@@ -5173,6 +5192,31 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
                 if (add) q[j] = v_add(v_get(at, r), q[j]);
                 if (norm) q[j] = SPMI_K(normed)(norm, c, i * row + j * pixel, q[j], r);
                 v_put(at, q[j], r);
+            }
+        }
+    }
+}
+
+/* The same for a row of flat tiles, m A, `tile` floats apart: `columns` pixels in all. */
+static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, int64_t component, const float *bias,
+                                     const spm_op_norm *norm, float *to, int64_t pixel, int64_t columns, int add)
+{
+    int64_t c, x;
+    int r, j;
+    V_STEP(c, r, n) {
+        const v_t b = bias ? v_get(bias + c, r) : v_zero();
+        const float *from = m + c;
+        for (x = 0; x < columns; x += 4, from += tile) {
+            v_t d[6], q[4];
+            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(from + j * component, r);
+            SPMI_K(wino_at)(d, 1, q);
+            SPMI_UNROLL for (j = 0; j < 4; j++) {
+                const int64_t at = (x + j) * pixel + c;
+                if (x + j >= columns) continue;
+                q[j] = v_add(q[j], b);
+                if (add) q[j] = v_add(v_get(to + at, r), q[j]);
+                if (norm) q[j] = SPMI_K(normed)(norm, c, at - c, q[j], r);
+                v_put(to + at, q[j], r);
             }
         }
     }
@@ -5241,6 +5285,25 @@ static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t
     case 3: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 0, to, component); break;
     case 4: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 1, to, component); break;
     default: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 2, to, component); break;
+    }
+}
+
+/* g G^T of flat tiles, `n` filters: from + tap * [9] + [n] -> to + component * [6] + row * [3] + [n]. */
+static void SPMI_K(wino_filter_flat)(int64_t n, const float *from, int64_t tap, float *to, int64_t component,
+                                     int64_t row)
+{
+    double r0, r1;
+    int64_t c;
+    int i, pair;
+    for (i = 0; i < 3; i++, from += 3 * tap, to += row) {
+        SPMI_UNROLL for (pair = 0; pair < 3; pair++) {
+            float *u0 = to + SPMI_WINO_ROW(2 * pair) * component, *u1 = to + SPMI_WINO_ROW(2 * pair + 1) * component;
+            for (c = 0; c < n; c++) {
+                SPMI_K(wino_g)((double)from[c], (double)from[tap + c], (double)from[2 * tap + c], pair, &r0, &r1);
+                u0[c] = (float)r0;
+                u1[c] = (float)r1;
+            }
+        }
     }
 }
 
@@ -6740,44 +6803,66 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 
 /* ---- Winograd tiles ---- */
 
-#define SPMI_WINO 36                     /* components of a tile */
+#define SPMI_WINO 36                     /* components of a tile, */
+#define SPMI_WINO_FLAT 6                 /* and of a flat one */
 #define SPMI_WINO_CHAIN 16               /* products in one chain of additions: more would be most of the error */
 #define SPMI_WINO_TILES 64               /* of a task at most */
+#define SPMI_WINO_SHARED (SPMI_WINO * 128 * 128) /* floats of small filters at most */
+#define SPMI_WINO_LEAST 16               /* channels on both sides */
 
 typedef struct spmi_tiles {
-    int64_t down, across, count;         /* 4x4 tiles of a picture's output, and of all pictures */
+    int64_t down, across, count;         /* tiles of a picture's output, and of all pictures */
+    int flat;                            /* 1: of 1x4 pixels; 0: of 4x4 */
 } spmi_tiles;
 
-/* The tiles of a convolution, none if it goes by taps: a rule of the layer's shape alone, so that neither the batch nor
- * the threads change a bit.  Outputs and weight gradients go by Winograd where it pays.  Errors of a gradient of the
- * input add up in the biases before it, to 3 times PyTorch's error in small layers, whose plain sums are short. */
-static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns, int input_gradient)
+static int spmi_wino_high(const spmi_tiles *t)
+{
+    return t->flat ? 1 : 4;
+}
+
+static int64_t spmi_wino_components(const spmi_tiles *t)
+{
+    return t->flat ? SPMI_WINO_FLAT : SPMI_WINO;
+}
+
+/* The tiles of a convolution, none if it goes by taps; square ones want `square` channels on both sides, flat ones
+ * `flat`.  It is a rule of the layer's shape alone, so that neither the batch nor the threads change a bit. */
+static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns, int64_t square,
+                                  int64_t flat)
 {
     const spmi_axis *h = &s->h, *w = &s->w;
-    const int64_t least = !input_gradient ? 32 : h->count * w->count < 196 ? 128 : 64; /* channels on both sides */
+    const int64_t channels = SPMI_MIN(s->depth, columns);
+    const int small = 3 * SPMI_WINO_FLAT * s->depth * columns <= SPMI_WINO_SHARED;
     spmi_tiles t = SPM_ZERO;
-    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3 || h->stride * w->stride * h->step * w->step != 1
-        || SPMI_MIN(s->depth, columns) < least) return t;
-    t.down = (h->count + 3) / 4;
+    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3
+        || h->stride * w->stride * h->step * w->step != 1) return t;
     t.across = (w->count + 3) / 4;
-    if (t.down * t.across * 11 <= h->count * w->count) t.count = s->images * t.down * t.across; /* 16 / 11 of work */
+    for (t.flat = 0; t.flat < 2; t.flat++) {
+        t.down = t.flat ? h->count : (h->count + 3) / 4;
+        if (channels < (t.flat ? flat : square)) continue;
+        if (t.flat && (t.across > SPMI_WINO_TILES || !small)) continue;
+        if (t.down * t.across * spmi_wino_high(&t) * 11 > 4 * h->count * w->count) continue; /* 16 / 11 of work */
+        t.count = s->images * t.down * t.across;
+        return t;
+    }
+    t.flat = 0;
     return t;
 }
 
-/* Where `size` by `size` pixels from (y, x) of a picture lie; outside: at `zeros`. */
-static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int64_t x, int size, const float *zeros,
-                             const float **at)
+/* Where `high` by `wide` pixels from (y, x) of a picture lie; outside: at `zeros`. */
+static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int64_t x, int high, int wide,
+                             const float *zeros, const float **at)
 {
     const int64_t row = s->w.size * s->pixel;
     const float *from = s->in + (image * s->h.size + y) * row + x * s->pixel;
     int i, j;
-    if (s->lead && y < s->h.size && y + size > 0) {
+    if (s->lead && y < s->h.size && y + high > 0) {
         spmi_lead_rows(s->lead, (image * s->h.size + SPMI_MAX(y, 0)) * s->w.size,
-                       (image * s->h.size + SPMI_MIN(y + size, s->h.size)) * s->w.size);
+                       (image * s->h.size + SPMI_MIN(y + high, s->h.size)) * s->w.size);
     }
-    for (i = 0; i < size; i++, from += row) {
+    for (i = 0; i < high; i++, from += row) {
         const int inside = y + i >= 0 && y + i < s->h.size;
-        for (j = 0; j < size; j++) *at++ = inside && x + j >= 0 && x + j < s->w.size ? from + j * s->pixel : zeros;
+        for (j = 0; j < wide; j++) *at++ = inside && x + j >= 0 && x + j < s->w.size ? from + j * s->pixel : zeros;
     }
 }
 
@@ -6809,10 +6894,10 @@ typedef struct spmi_taps_job {
  * output.  Large ones are transformed by the task that needs them, a pair of rows of a few input channels at a time, next
  * to the panel of outputs that it computes for many tiles; then the input is what all tasks share.  Transformed inputs
  * lie [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
-#define SPMI_WINO_SHARED (SPMI_WINO * 128 * 128) /* floats of small filters at most */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
 #define SPMI_WINO_KC 128                 /* channels of a block */
-#define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms */
+#define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms, */
+#define SPMI_WINO_PART 32                /* and input channels of one that transforms small filters */
 
 /* Floats from component to component: an odd number of lines, so that all 36 fall into different sets of a cache. */
 static int64_t spmi_wino_stride(int64_t floats)
@@ -6824,16 +6909,27 @@ static void spmi_wino_plan(spmi_taps_job *job)
 {
     const spmi_window *s = &job->window;
     const int64_t columns = spmi_round_up(job->columns, spmi_lanes(job->ctx)), width = spmi_full_panel(job->ctx);
+    const int64_t components = spmi_wino_components(&job->tiles), task = spmi_ceil_div(job->tiles.count, SPMI_TASKS);
     int64_t own;
-    job->shared_filters = SPMI_WINO * s->depth * columns <= SPMI_WINO_SHARED;
-    if (job->shared_filters) {
+    job->shared_filters = job->tiles.flat || SPMI_WINO * s->depth * columns <= SPMI_WINO_SHARED;
+    if (job->tiles.flat) {
+        const int64_t rows = SPMI_MAX(1, SPMI_MIN(SPMI_MAX(task, 12), SPMI_WINO_TILES) / job->tiles.across);
         job->kc = s->depth;
-        job->block = SPMI_MAX(6, SPMI_MIN(24, spmi_round_up((job->tiles.count + SPMI_TASKS - 1) / SPMI_TASKS, 6)));
+        job->block = rows * job->tiles.across;
+        job->v_at = (rows + 2 * ((rows - 2 + job->tiles.down) / job->tiles.down + 1)) * job->tiles.across * job->kc;
+        job->u_at = 3 * job->kc * width;
+    } else if (job->shared_filters) {
+        job->kc = s->depth;
+        job->block = SPMI_MAX(6, SPMI_MIN(24, spmi_round_up(task, 6)));
+        job->v_at = job->block * job->kc;
+        job->u_at = job->kc * width;
+    }
+    if (job->shared_filters) {
         job->chunk = job->tiles.count;
-        job->v_at = spmi_wino_stride(job->block * job->kc);
-        job->u_at = spmi_wino_stride(job->kc * width);
-        own = SPMI_WINO * job->v_at;
-        job->shared_bytes = spmi_float_bytes(SPMI_WINO * job->u_at * spmi_panel_count(job->ctx, job->columns));
+        job->v_at = spmi_wino_stride(job->v_at);
+        job->u_at = spmi_wino_stride(job->u_at);
+        own = components * job->v_at;
+        job->shared_bytes = spmi_float_bytes(components * job->u_at * spmi_panel_count(job->ctx, job->columns));
     } else {
         const int64_t blocks = (s->depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC;
         job->kc = SPMI_WINO_KC;
@@ -6847,12 +6943,21 @@ static void spmi_wino_plan(spmi_taps_job *job)
     }
     job->m_at = spmi_wino_stride(job->block * width);
     job->slot_bytes = spmi_float_bytes(s->depth) + spmi_float_bytes(own)
-                    + spmi_float_bytes(SPMI_WINO * job->m_at);
+                    + spmi_float_bytes(components * job->m_at);
 }
 
 static float *spmi_wino_shared(const spmi_taps_job *job)
 {
     return (float *)(void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
+}
+
+/* The place, in pixels, of tile t's transformed input in the block that begins with tile `first`.  Of flat tiles it is
+ * that of the first row; the two others lie one and two rows on, and are those of the tiles below. */
+static int64_t spmi_wino_place(const spmi_tiles *tiles, int64_t first, int64_t t)
+{
+    const int64_t row = t / tiles->across, row0 = first / tiles->across;
+    if (!tiles->flat) return t - first;
+    return (row - row0 + 2 * (row / tiles->down - row0 / tiles->down)) * tiles->across + t % tiles->across;
 }
 
 /* Transforms the input of tiles [first, end); `to` is the place of tile `origin`. */
@@ -6868,9 +6973,28 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
     for (t = first; t < end; t++) {
         float *at = to + (t - origin) / job->block * blocks * SPMI_WINO * job->v_at + (t - origin) % job->block * job->kc;
         spmi_wino_pixels(s, t / picture, t % picture / job->tiles.across * 4 + s->h.offset,
-                         t % job->tiles.across * 4 + s->w.offset, 6, zeros, x);
+                         t % job->tiles.across * 4 + s->w.offset, 6, 6, zeros, x);
         for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at));
+        }
+    }
+}
+
+/* The same for the flat tiles of a task. */
+static void spmi_wino_inputs_flat(const spmi_taps_job *job, int64_t first, int64_t end, float *zeros, float *to)
+{
+    const spmi_window *s = &job->window;
+    const spmi_tiles *tiles = &job->tiles;
+    const float *x[4 * SPMI_WINO_TILES + 2];
+    int64_t t, y, i;
+    memset(zeros, 0, (size_t)s->depth * sizeof *zeros);
+    for (t = first; t < end; t += tiles->across) {
+        y = t / tiles->across % tiles->down;
+        for (i = t > first && y > 0 ? 2 : 0; i < 3; i++) { /* the two others are those of the row above */
+            float *v = to + (spmi_wino_place(tiles, first, t) + i * tiles->across) * job->kc;
+            spmi_wino_pixels(s, t / (tiles->down * tiles->across), y + s->h.offset + i, s->w.offset, 1,
+                             (int)(4 * tiles->across + 2), zeros, x);
+            SPMI_KERNEL(job->ctx, wino_input_flat, (tiles->across, s->depth, x, v, job->kc, job->v_at));
         }
     }
 }
@@ -6879,7 +7003,7 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
 static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t y, int64_t size)
 {
     const int64_t picture = tiles->down * tiles->across;
-    return t / picture * size + SPMI_MAX(0, SPMI_MIN(t % picture / tiles->across * 4 + y, size));
+    return t / picture * size + SPMI_MAX(0, SPMI_MIN(t % picture / tiles->across * spmi_wino_high(tiles) + y, size));
 }
 
 /* What the pass beside the job reads with output rows [row0, row1), if they are whole and lie one behind the other. */
@@ -6899,45 +7023,49 @@ static void spmi_taps_beside(const spmi_taps_job *job, spmi_ahead *next, int64_t
 static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
-    const int64_t y = s->h.offset + 6, size = s->h.size;
+    const int64_t high = spmi_wino_high(&job->tiles), y = s->h.offset + high + 2, size = s->h.size;
     const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, y, size);
     const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, y, size);
     spmi_ahead next = SPM_ZERO;
     spmi_ahead_rows(&next, s, row0, row1, 1);
     spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
-                     spmi_wino_row(&job->tiles, end - 1, 4, s->h.count));
+                     spmi_wino_row(&job->tiles, end - 1, high, s->h.count));
     return next;
 }
 
-/* m[component][tile][width] (+)= inputs of `count` tiles times filters[2][6][k][width], for one pair of rows.
- * `filters`, if not NULL, is where those [9][k][width] of the next task begin, `tap` floats from tap to tap: a third of
- * them is fetched meanwhile; if `next` is not NULL, some of that. */
-static void spmi_wino_products(const spmi_taps_job *job, int64_t count, const float *v, int64_t k, int pair,
-                               const float *u, int width, float *m, int accumulate, const float *filters, int64_t tap,
-                               spmi_ahead *next)
+/* m[component][tile][width] (+)= inputs of `count` tiles from `first` on times filters[2][6][k][width], for one pair of
+ * rows; of flat tiles filters[6][3][k][width].  `filters`, if not NULL, is where those [9][k][width] of the next task
+ * begin, `tap` floats from tap to tap: a third of them is fetched meanwhile; if `next` is not NULL, some of that. */
+static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t count, const float *v, int64_t k,
+                               int pair, const float *u, int width, float *m, int accumulate, const float *filters,
+                               int64_t tap, spmi_ahead *next)
 {
-    int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], none = 0, i;
+    int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], tap_at[3], i, at = 0;
+    const int flat = job->tiles.flat;
     spmi_rows g = SPM_ZERO;
     for (i = 0; i < count; i++) {
-        a_at[i] = i * job->kc;
+        if (flat && i % job->tiles.across == 0) at = spmi_wino_place(&job->tiles, first, first + i);
+        a_at[i] = at++ * job->kc;
         c_at[i] = i * width;
     }
     for (; i < count + SPMI_ROWS_PAD; i++) a_at[i] = 0;
+    for (i = 0; i < 3; i++) tap_at[i] = i * job->tiles.across * job->kc;
     g.a_at = a_at;
     g.c_at = c_at;
-    g.tap_at = &none;
-    g.taps = 1;
+    g.tap_at = tap_at;
+    g.taps = flat ? 3 : 1;
     g.k = k;
     g.rows = count;
     g.width = g.columns = width;
+    g.a_step = job->shared_filters; /* this thread has just written them */
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
     g.ahead_tiles = filters != NULL;
-    for (i = 0; i < 12; i++) {
-        const int64_t component = 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
+    for (i = 0; i < (flat ? 6 : 12); i++) {
+        const int64_t component = flat ? i : 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
         if (filters) g.ahead = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
         if (next) {
-            const spmi_fetch f = spmi_ahead_stretch(next, count / 6, k);
+            const spmi_fetch f = spmi_ahead_stretch(next, count / 6, g.taps * k);
             g.next = f.at;
             g.next_tiles = f.tiles;
         }
@@ -6959,18 +7087,26 @@ static void spmi_taps_wrote(const spmi_taps_job *job, spmi_written *written, int
 static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t j, int width,
                               const float *m)
 {
-    const int64_t picture = job->tiles.down * job->tiles.across, n = SPMI_MIN((int64_t)width, job->columns - j);
+    const spmi_tiles *tiles = &job->tiles;
+    const int64_t picture = tiles->down * tiles->across, n = SPMI_MIN((int64_t)width, job->columns - j);
+    const int64_t high = spmi_wino_high(tiles), step = tiles->flat ? tiles->across : 1;
+    const float *bias = job->bias ? job->bias + j : NULL;
     spmi_written written = SPM_ZERO;
     int64_t t;
-    for (t = first; t < end; t++, m += width) {
-        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
-        const int64_t down = SPMI_MIN(4, job->window.h.count - y), across = SPMI_MIN(4, job->window.w.count - x);
+    for (t = first; t < end; t += step, m += step * width) {
+        const int64_t y = t % picture / tiles->across * high, x = t % tiles->across * 4;
+        const int64_t down = SPMI_MIN(high, job->window.h.count - y);
+        const int64_t across = SPMI_MIN(4 * step, job->window.w.count - x);
         const int64_t at = t / picture * job->out_image + y * job->out_row + x * job->out_pixel;
         const spm_op_norm norm = spmi_norm_at(job->norm, j, at + j);
         int64_t i;
-        SPMI_KERNEL(job->ctx, wino_output,
-                    (n, m, job->m_at, job->bias ? job->bias + j : NULL, norm.scale ? &norm : NULL, job->out + at + j,
-                     job->out_row, job->out_pixel, (int)down, (int)across, job->accumulate));
+        if (tiles->flat) {
+            SPMI_KERNEL(job->ctx, wino_output_flat, (n, m, width, job->m_at, bias, norm.scale ? &norm : NULL,
+                                                     job->out + at + j, job->out_pixel, across, job->accumulate));
+        } else {
+            SPMI_KERNEL(job->ctx, wino_output, (n, m, job->m_at, bias, norm.scale ? &norm : NULL, job->out + at + j,
+                                                job->out_row, job->out_pixel, (int)down, (int)across, job->accumulate));
+        }
         for (i = 0; job->watch && i < down; i++) {
             spmi_taps_wrote(job, &written, at + i * job->out_row, across, n);
         }
@@ -7003,18 +7139,25 @@ static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, in
                                         job->fast_filters, to, job->u_at));
 }
 
+static int64_t spmi_wino_parts(const spmi_taps_job *job)
+{
+    return spmi_ceil_div(job->window.depth, SPMI_WINO_PART);
+}
+
 static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
 {
     const spmi_taps_job *job = (const spmi_taps_job *)arg;
-    const int64_t parts = (job->window.depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC, k = task % parts * SPMI_WINO_KC;
-    int width;
-    const int64_t j = spmi_panel_at(job->ctx, job->columns, task / parts, &width);
-    int pair;
+    const int64_t depth = job->window.depth, parts = spmi_wino_parts(job);
+    const int64_t k = task % parts * SPMI_WINO_PART, n = SPMI_MIN(SPMI_WINO_PART, depth - k);
+    int width, pair;
+    const int64_t j = spmi_panel_at(job->ctx, job->columns, task / parts, &width), tap = depth * width;
+    float *to = spmi_wino_shared(job) + task / parts * spmi_wino_components(&job->tiles) * job->u_at + k * width;
     (void)slot;
-    for (pair = 0; pair < 3; pair++) {
-        spmi_wino_filters(job, k, SPMI_MIN(SPMI_WINO_KC, job->window.depth - k), j, width, pair,
-                          spmi_wino_shared(job) + (task / parts * SPMI_WINO + 12 * pair) * job->u_at + k * width);
+    if (job->tiles.flat) {
+        SPMI_KERNEL(job->ctx, wino_filter_flat, (n * width, spmi_wino_from(job, k, j, width), tap, to, job->u_at, tap));
+        return;
     }
+    for (pair = 0; pair < 3; pair++) spmi_wino_filters(job, k, n, j, width, pair, to + 12 * pair * job->u_at);
 }
 
 static void spmi_wino_input_task(void *arg, int64_t task, int slot)
@@ -7034,19 +7177,21 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
     const int64_t end = SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
     float *zeros = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
     float *own = zeros + spmi_float_bytes(depth) / sizeof *zeros;
-    float *m = own + (job->shared_filters ? SPMI_WINO * job->v_at : 12 * job->u_at);
+    const int64_t components = spmi_wino_components(&job->tiles);
+    float *m = own + (job->shared_filters ? components * job->v_at : 12 * job->u_at);
     const float *shared = spmi_wino_shared(job);
     int64_t j, k;
     int width, pair;
     if (job->shared_filters) {
         spmi_ahead ahead;
-        spmi_wino_inputs(job, first, end, first, zeros, own);
+        if (job->tiles.flat) spmi_wino_inputs_flat(job, first, end, zeros, own);
+        else spmi_wino_inputs(job, first, end, first, zeros, own);
         ahead = spmi_wino_ahead(job, first, end);
-        for (j = 0; j < job->columns; j += width, shared += SPMI_WINO * job->u_at) {
+        for (j = 0; j < job->columns; j += width, shared += components * job->u_at) {
             width = spmi_panel_width(job->ctx, job->columns - j);
-            for (pair = 0; pair < 3; pair++) {
-                spmi_wino_products(job, end - first, own, depth, pair, shared + 12 * pair * job->u_at, width, m, 0, NULL,
-                                   0, &ahead);
+            for (pair = 0; pair < (job->tiles.flat ? 1 : 3); pair++) {
+                spmi_wino_products(job, first, end - first, own, depth, pair, shared + 12 * pair * job->u_at, width, m, 0,
+                                   NULL, 0, &ahead);
             }
             spmi_wino_outputs(job, first, end, j, width, m);
         }
@@ -7061,7 +7206,8 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
         else next = task % panels + 1 < panels ? spmi_wino_from(job, 0, j + width, width) : NULL;
         for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
             spmi_wino_filters(job, k, n, j, width, pair, own);
-            spmi_wino_products(job, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width, NULL);
+            spmi_wino_products(job, first, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width,
+                               NULL);
         }
     }
     spmi_wino_outputs(job, first, end, j, width, m);
@@ -7070,8 +7216,7 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
 static void spmi_wino_run(spmi_taps_job *job)
 {
     const int64_t panels = spmi_panel_count(job->ctx, job->columns);
-    const int64_t parts = (job->window.depth + SPMI_WINO_KC - 1) / SPMI_WINO_KC;
-    if (job->shared_filters) spm_parallel(job->ctx, panels * parts, spmi_wino_filter_task, job);
+    if (job->shared_filters) spm_parallel(job->ctx, panels * spmi_wino_parts(job), spmi_wino_filter_task, job);
     for (job->first = 0; job->first < job->tiles.count; job->first += job->chunk) {
         const int64_t tiles = SPMI_MIN(job->chunk, job->tiles.count - job->first);
         const int64_t blocks = (tiles + job->block - 1) / job->block;
@@ -7082,12 +7227,17 @@ static void spmi_wino_run(spmi_taps_job *job)
     }
 }
 
-/* Cuts the job into strips of output rows and groups of panels, by its shape alone. */
+/* Cuts the job into strips of output rows and groups of panels, by its shape alone.  Square tiles' errors are too large
+ * where plain sums are short; most of all in a gradient of the input, where they add up in the biases before it, to 3
+ * times PyTorch's error in small layers. */
 static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
-    if (!s->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, job->input_gradient);
+    if (!s->half) {
+        least = !job->input_gradient ? 32 : s->h.count * s->w.count < 196 ? 128 : 64;
+        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, SPMI_WINO_LEAST);
+    }
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
         return;
@@ -7160,6 +7310,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     for (i = 0; i < SPMI_ROWS_PAD; i++) a_at[pixels + i] = a_at[pixels - 1];
     g.a_at = a_at;
     g.c_at = c_at;
+    g.a_step = in == copy && !s->half; /* this thread has just written them */
     g.rows = pixels;
     t = 0;
     do { /* once without taps as well: the output still has to be written */
@@ -7385,12 +7536,12 @@ static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64
     for (t = first; t < end; t++) {
         const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
         float *at = to + (t - origin) * SPMI_WINO_BLOCK;
-        spmi_wino_pixels(s, t / picture, y + s->h.offset, x + s->w.offset, 6, zeros, pixels);
+        spmi_wino_pixels(s, t / picture, y + s->h.offset, x + s->w.offset, 6, 6, zeros, pixels);
         for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c, 4 * s->pixel, at,
                                                job->v_at));
         }
-        spmi_wino_pixels(&g, t / picture, y, x, 4, zeros, pixels);
+        spmi_wino_pixels(&g, t / picture, y, x, 4, 4, zeros, pixels);
         for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), pixels, c, at, job->v_at));
         }
@@ -7523,7 +7674,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
     job->slots = job->ctx->threads;
-    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, 0);
+    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, INT64_MAX);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;

@@ -59,7 +59,12 @@ static const int cases[][14] = {
     { 18, 28, 27, 68, 66, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
     { 16, 28, 28, 72, 80, 3, 3, 1, 1, 1, 1, 1, 1, 2 },
     { 15, 28, 29, 64, 72, 3, 3, 1, 1, 1, 1, 1, 1, 2 },
-    { 1, 248, 245, 32, 36, 3, 3, 1, 1, 1, 1, 1, 1, 1 } /* of several pieces */
+    { 1, 248, 245, 32, 36, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* of several pieces */
+    { 3, 9, 70, 20, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* flat tiles */
+    { 40, 3, 3, 16, 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
+    { 33, 6, 6, 130, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
+    { 2, 5, 254, 16, 16, 3, 3, 1, 1, 0, 2, 1, 1, 1 },
+    { 1, 5, 257, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 } /* too wide for them */
 };
 
 static unsigned state = 1;
@@ -408,15 +413,15 @@ static void test_refusals(void)
 /* By Winograd and tap by tap: the same numbers in other bits; a picture's bits do not depend on the batch around it. */
 static void test_winograd(void)
 {
-    static const int64_t shapes[][4] = { { 14, 13, 40, 72 }, { 15, 14, 68, 72 }, { 7, 7, 200, 150 } };
+    static const int64_t shapes[][4] = { { 14, 13, 40, 72 }, { 15, 14, 68, 72 }, { 7, 7, 200, 150 }, { 9, 11, 20, 17 } };
     int i, direct;
-    for (i = 0; i < 6; i++) {
+    for (i = 0; i < 8; i++) {
         float *out[2][4];
         problem p = SPM_ZERO;
         size_t picture;
-        p.call.training = i / 3; /* filters are transformed in double, else in floats */
-        p.call.in[0] = spm_tensor_make(NULL, 4, 3, shapes[i % 3][0], shapes[i % 3][1], shapes[i % 3][2]);
-        p.call.in[1] = spm_tensor_make(NULL, 4, shapes[i % 3][3], 3, 3, shapes[i % 3][2]);
+        p.call.training = i / 4; /* filters are transformed in double, else in floats */
+        p.call.in[0] = spm_tensor_make(NULL, 4, 3, shapes[i % 4][0], shapes[i % 4][1], shapes[i % 4][2]);
+        p.call.in[1] = spm_tensor_make(NULL, 4, shapes[i % 4][3], 3, 3, shapes[i % 4][2]);
         p.call.attr.groups = 1;
         p.call.attr.stride[0] = p.call.attr.stride[1] = p.call.attr.padding[0] = p.call.attr.padding[1] = 1;
         p.call.attr.dilation[0] = p.call.attr.dilation[1] = 1;
@@ -443,7 +448,7 @@ static void test_winograd(void)
             spm_context_destroy(ctx);
         }
         CHECK(memcmp(out[0][0], out[1][0], p.count_y * sizeof(float)) != 0);
-        CHECK((memcmp(out[0][1], out[1][1], p.count_x * sizeof(float)) == 0) == (i % 3 == 0)); /* 40 channels: by taps */
+CHECK(memcmp(out[0][1], out[1][1], p.count_x * sizeof(float)) != 0);
         CHECK(memcmp(out[0][2], out[1][2], p.count_w * sizeof(float)) != 0);
         free_results(out[0]);
         free_results(out[1]);
