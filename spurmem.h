@@ -3819,6 +3819,7 @@ typedef struct spmi_rows {
     const int64_t *tap_at; /* [taps] */
     int64_t taps, k;       /* k: length of one tap's run in a; even for bf16 */
     const float *b;        /* [taps * k][width]; bf16: [taps * k / 2][width][2] */
+    int64_t b_tap;         /* floats in b from tap to tap; 0: as they lie above */
     int64_t a_step, b_row; /* from one k (pair of them) to the next, in a and in b; 0: as they lie above */
     float *c;
     const int64_t *c_at;   /* [rows] */
@@ -3924,6 +3925,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     for (t = 0; t < g->taps; t++) {
         const e_t *x = (const e_t *)(const void *)g->a + g->tap_at[t], *row[T_MR];
         SPMI_UNROLL for (i = 0; i < mr; i++) row[i] = x + a_at[i];
+        if (g->b_tap) b = (const e_t *)(const void *)g->b + t * g->b_tap;
         for (k = 0; k < run;) {
             end = SPMI_MIN(run, k + left);
             left -= end - k;
@@ -6779,6 +6781,7 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
 #define SPMI_TASKS 16      /* a job is cut into about this many tasks at least, if it is large enough */
 #define SPMI_TASK_MACS 1000000 /* less than this is not worth a task */
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
+#define SPMI_SPOTS 3         /* in smaller pictures many taps lie outside: 5 of 9 around each of 2x2 pixels */
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
 #define SPMI_STRIP_OUT 98304 /* output floats of a strip at most, if its output is to fit there too, to be fetched early */
 #define SPMI_STRIP_SHORT 96  /* pixels that a strip is not cut below for that */
@@ -6880,6 +6883,7 @@ typedef struct spmi_taps_job {
     int64_t watch_row;                   /* the row that `out` begins with, as the watch counts them */
     /* worked out by spmi_taps_plan */
     int64_t strip, strips, groups;       /* output rows of a strip; groups of panels */
+    int spots;                           /* 1: each place of a picture by itself, without the taps outside */
     size_t slot_bytes, shared_bytes;     /* of scratch memory: a thread's own, then everybody's */
     char *scratch;
     /* by Winograd (tiles.count > 0) */
@@ -7243,6 +7247,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
         return;
     }
     spmi_window_plan(s);
+    job->spots = s->copied && s->merged && !s->half && SPMI_MAX(s->h.count, s->w.count) <= SPMI_SPOTS;
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
@@ -7266,6 +7271,75 @@ static void spmi_taps_plan(spmi_taps_job *job)
                     + spmi_float_bytes(2 * (job->strip * s->w.count * 2 + SPMI_ROWS_PAD + job->strip + s->taps));
 }
 
+/* What of a convolution lies inside the picture: taps (after merging) [tap0, tap1), floats [k0, k1) of each. */
+typedef struct spmi_inside {
+    int64_t tap0, tap1, k0, k1;
+} spmi_inside;
+
+static spmi_inside spmi_window_inside(const spmi_window *s, int64_t y, int64_t x, int spots)
+{
+    const int64_t y0 = y * s->h.stride + s->h.offset, x0 = x * s->w.stride + s->w.offset, step = s->h.step;
+    spmi_inside in = SPM_ZERO;
+    in.tap1 = s->taps;
+    in.k1 = s->run;
+    if (!spots) return in;
+    in.tap0 = SPMI_MIN(SPMI_MAX(0, spmi_ceil_div(-y0, step)), s->taps);
+    in.tap1 = SPMI_MAX(in.tap0, SPMI_MIN(s->taps, spmi_ceil_div(s->h.size - y0, step)));
+    in.k0 = SPMI_MIN(SPMI_MAX(0, -x0), s->w.taps) * s->depth;
+    in.k1 = SPMI_MAX(in.k0, SPMI_MIN(s->w.taps, s->w.size - x0) * s->depth);
+    return in;
+}
+
+/* The products of the pixels in `g` with what is inside, for panels [panel0, panel1).  Returns their columns. */
+static int64_t spmi_taps_products(const spmi_taps_job *job, spmi_rows g, const float *in, const int64_t *tap_at,
+                                  spmi_inside inside, int64_t panel0, int64_t panel1, spmi_ahead *next)
+{
+    const spmi_window *s = &job->window;
+    const int64_t panels = spmi_panel_count(job->ctx, job->columns), depth = s->taps * s->run;
+    const int64_t run = inside.k1 - inside.k0, pieces = SPMI_MAX(1, spmi_ceil_div(run, SPMI_TAP_KC)); /* of one tap */
+    const int64_t piece = spmi_round_up(spmi_ceil_div(run, pieces), 16);
+    const int64_t together = pieces > 1 ? 1 : SPMI_MAX(1, SPMI_TAP_KC / SPMI_MAX(run, 1)); /* taps in one pass */
+    int64_t t = inside.tap0, k0, j, panel, columns = 0;
+    spm_op_norm norm;
+    spmi_fetch f;
+    do { /* once without taps as well: the output still has to be written */
+        for (k0 = 0; k0 == 0 || k0 < run; k0 += piece) {
+            g.a = spmi_half_from(s->half, in, inside.k0 + k0);
+            g.tap_at = tap_at + t;
+            g.taps = SPMI_MIN(inside.tap1 - t, together);
+            g.k = SPMI_MIN(run - k0, piece);
+            g.accumulate = job->accumulate || t > inside.tap0 || k0 > 0;
+            for (columns = 0, j = 0, panel = 0; panel < panel1; j += g.width, panel++) {
+                g.width = spmi_panel_width(job->ctx, job->columns - j);
+                if (panel < panel0) continue;
+                g.columns = (int)SPMI_MIN(job->columns - j, g.width);
+                columns += g.columns;
+                g.b = spmi_half_from(s->half, job->packed, j * depth + (t * s->run + inside.k0 + k0) * g.width);
+                g.b_tap = run < s->run ? s->run * g.width : 0;
+                g.c = job->out + j;
+                g.bias = job->bias && t == inside.tap0 && k0 == 0 ? job->bias + j : NULL;
+                norm = spmi_norm_at(job->norm, j, j);
+                g.norm = norm.scale && t + together >= inside.tap1 && k0 + piece >= run ? &norm : NULL;
+                g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
+                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
+                f = spmi_ahead_stretch(next, g.rows / 6 - g.ahead_tiles,
+                                       SPMI_MAX(1, g.taps * g.k / (s->half == 2 ? 2 : 1)));
+                g.next = f.at;
+                g.next_tiles = f.tiles;
+                spmi_half_rows(job->ctx, s->half, &g);
+            }
+        }
+        t += together;
+    } while (t < inside.tap1);
+    return columns;
+}
+
+/* Where output row `row`, counted through all pictures, begins. */
+static int64_t spmi_taps_row(const spmi_taps_job *job, int64_t row)
+{
+    return row / job->window.h.count * job->out_image + row % job->window.h.count * job->out_row;
+}
+
 static void spmi_taps_task(void *arg, int64_t task, int slot)
 {
     const spmi_taps_job *job = (const spmi_taps_job *)arg;
@@ -7273,23 +7347,18 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spm_context *ctx = job->ctx;
     const int64_t row0 = task / job->groups * job->strip, row1 = SPMI_MIN(row0 + job->strip, s->images * s->h.count);
     const int64_t row2 = SPMI_MIN(row1 + job->strip, s->images * s->h.count); /* end of the next strip */
-    const int64_t pixels = (row1 - row0) * s->w.count, depth = s->taps * s->run;
+    const int64_t pixels = (row1 - row0) * s->w.count, spots = job->spots ? s->h.count * s->w.count : 1;
     const int64_t panels = spmi_panel_count(ctx, job->columns), group = task % job->groups;
     const int64_t panel0 = group * panels / job->groups, panel1 = (group + 1) * panels / job->groups;
-    const int64_t pieces = s->run > SPMI_TAP_KC ? (s->run + SPMI_TAP_KC - 1) / SPMI_TAP_KC : 1; /* of one tap */
-    const int64_t piece = spmi_round_up((s->run + pieces - 1) / pieces, 16);
-    const int64_t together = pieces > 1 ? 1 : SPMI_MAX(1, SPMI_TAP_KC / SPMI_MAX(s->run, 1)); /* taps in one pass */
     const int dense = job->out_image == s->h.count * job->out_row && job->out_row == s->w.count * job->out_pixel;
     char *at = job->scratch + (size_t)slot * job->slot_bytes;
     float *copy = (float *)(void *)at;
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
-    int64_t row, i, n = 0, t, k0, j, panel, columns = 0;
-    spm_op_norm norm;
+    int64_t row, i, n, spot, columns = 0;
     spmi_written written = SPM_ZERO;
     spmi_ahead next = SPM_ZERO;
-    spmi_fetch f;
     spmi_rows g = SPM_ZERO;
     in = spmi_window_rows(ctx, s, row0, row1, copy, row_at);
     if (group + 1 == job->groups) next = spmi_window_ahead(s, row1, row2 - row1, 1); /* the last group goes on to it */
@@ -7300,52 +7369,31 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
         }
     }
     spmi_window_taps(s, tap_at);
-    for (row = row0; row < row1; row++) {
-        int64_t to = row / s->h.count * job->out_image + row % s->h.count * job->out_row;
-        for (i = 0; i < s->w.count; i++, n++) {
-            a_at[n] = row_at[row - row0] + i * s->w_stride * s->at_pixel;
-            c_at[n] = to + i * job->out_pixel;
-        }
-    }
-    for (i = 0; i < SPMI_ROWS_PAD; i++) a_at[pixels + i] = a_at[pixels - 1];
     g.a_at = a_at;
     g.c_at = c_at;
     g.a_step = in == copy && !s->half; /* this thread has just written them */
-    g.rows = pixels;
-    t = 0;
-    do { /* once without taps as well: the output still has to be written */
-        for (k0 = 0; k0 == 0 || k0 < s->run; k0 += piece) {
-            g.a = spmi_half_from(s->half, in, k0);
-            g.tap_at = tap_at + t;
-            g.taps = SPMI_MIN(s->taps - t, together);
-            g.k = SPMI_MIN(s->run - k0, piece);
-            g.accumulate = job->accumulate || t > 0 || k0 > 0;
-            for (columns = 0, j = 0, panel = 0; panel < panel1; j += g.width, panel++) {
-                g.width = spmi_panel_width(ctx, job->columns - j);
-                if (panel < panel0) continue;
-                g.columns = (int)SPMI_MIN(job->columns - j, g.width);
-                columns += g.columns;
-                g.b = spmi_half_from(s->half, job->packed, j * depth + (t * s->run + k0) * g.width);
-                g.c = job->out + j;
-                g.bias = job->bias && t == 0 && k0 == 0 ? job->bias + j : NULL;
-                norm = spmi_norm_at(job->norm, j, j);
-                g.norm = norm.scale && t + together >= s->taps && k0 + piece >= s->run ? &norm : NULL;
-                g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
-                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
-                f = spmi_ahead_stretch(&next, pixels / 6 - g.ahead_tiles,
-                                       SPMI_MAX(1, g.taps * g.k / (s->half == 2 ? 2 : 1)));
-                g.next = f.at;
-                g.next_tiles = f.tiles;
-                spmi_half_rows(ctx, s->half, &g);
+    for (spot = 0; spot < spots; spot++) {
+        const int64_t y = spot / s->w.count, x = spot % s->w.count;
+        n = 0;
+        for (row = row0; row < row1; row++) {
+            if (job->spots && row % s->h.count != y) continue;
+            for (i = job->spots ? x : 0; i < (job->spots ? x + 1 : s->w.count); i++, n++) {
+                a_at[n] = row_at[row - row0] + i * s->w_stride * s->at_pixel;
+                c_at[n] = spmi_taps_row(job, row) + i * job->out_pixel;
             }
         }
-        t += together;
-    } while (t < s->taps);
+        if (n == 0) continue;
+        for (i = 0; i < SPMI_ROWS_PAD; i++) a_at[n + i] = a_at[n - 1];
+        g.rows = n;
+        columns = spmi_taps_products(job, g, in, tap_at, spmi_window_inside(s, y, x, job->spots), panel0, panel1, &next);
+    }
     if (!job->watch) return;
     if (dense) {
-        spmi_taps_wrote(job, &written, c_at[0], pixels, columns);
+        spmi_taps_wrote(job, &written, spmi_taps_row(job, row0), pixels, columns);
     } else {
-        for (n = 0; n < pixels; n += s->w.count) spmi_taps_wrote(job, &written, c_at[n], s->w.count, columns);
+        for (row = row0; row < row1; row++) {
+            spmi_taps_wrote(job, &written, spmi_taps_row(job, row), s->w.count, columns);
+        }
     }
     spmi_watch_count(job->watch, &written);
 }
