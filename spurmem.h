@@ -2954,10 +2954,10 @@ typedef struct spmi_worker {
     int slot;
 } spmi_worker;
 
-/* Tasks [next, end) of a job, on a cache line of their own. */
+/* Tasks [first, end) of a job, of which `next` is the next to be taken, on a cache line of their own. */
 typedef struct spmi_pool_range {
-    int64_t next, end;
-    char apart[SPMI_ALIGN - 2 * sizeof(int64_t)];
+    int64_t next, first, end;
+    char apart[SPMI_ALIGN - 3 * sizeof(int64_t)];
 } spmi_pool_range;
 
 /* One job at a time.  `sequence` counts jobs; workers spin on it for some 50 microseconds, then sleep, and so does the
@@ -2971,6 +2971,7 @@ struct spmi_pool {
     spmi_condition wake, done;
     void (*fn)(void *arg, int64_t task, int slot);
     void *arg;
+    int backwards;            /* 1: the last task of a range is taken first */
     int64_t sequence;         /* of the current job */
     int64_t working;          /* workers inside the current job */
     int sleeping;             /* workers inside wait */
@@ -3004,7 +3005,9 @@ static void spmi_pool_work(struct spmi_pool *pool, int slot)
     int i;
     for (i = 0; i < n; i++) {
         spmi_pool_range *range = &pool->ranges[(slot + i) % n];
-        while ((task = spmi_pool_take(pool, range)) < range->end) pool->fn(pool->arg, task, slot);
+        while ((task = spmi_pool_take(pool, range)) < range->end) {
+            pool->fn(pool->arg, pool->backwards ? range->first + range->end - 1 - task : task, slot);
+        }
     }
 }
 
@@ -3118,7 +3121,8 @@ static struct spmi_pool *spmi_pool_create(spm_context *ctx, int threads)
 }
 
 /* Runs the job on the pool; 0 if it is busy with another one (nested or simultaneous): then the caller works alone. */
-static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void *, int64_t, int), void *arg)
+static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void *, int64_t, int), void *arg,
+                         int backwards)
 {
     const int n = pool->workers + 1;
     int i;
@@ -3130,9 +3134,11 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
     pool->busy = pool->open = 1;
     pool->fn = fn;
     pool->arg = arg;
+    pool->backwards = backwards;
     for (i = 0; i < n; i++) {
-        pool->ranges[i].next = tasks / n * i + SPMI_MIN(tasks % n, i);
-        pool->ranges[i].end = pool->ranges[i].next + tasks / n + (i < tasks % n);
+        spmi_pool_range *range = &pool->ranges[i];
+        range->next = range->first = tasks / n * i + SPMI_MIN(tasks % n, i);
+        range->end = range->first + tasks / n + (i < tasks % n);
     }
     (void)spmi_pool_count(&pool->sequence, 1);
     if (pool->sleeping) spmi_condition_wake_all(&pool->wake);
@@ -3153,17 +3159,21 @@ static int spmi_pool_run(struct spmi_pool *pool, int64_t tasks, void (*fn)(void 
 typedef struct spmi_foreign_job {
     void (*fn)(void *arg, int64_t task, int slot);
     void *arg;
+    int64_t last;  /* 0: forwards */
 } spmi_foreign_job;
 
 static void spmi_foreign_task(void *arg, int64_t task, int slot)
 {
     const spmi_foreign_job *job = (const spmi_foreign_job *)arg;
     const unsigned mode = spmi_denormals_off();
-    job->fn(job->arg, task, slot);
+    job->fn(job->arg, job->last ? job->last - task : task, slot);
     spmi_denormals_restore(mode);
 }
 
-SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
+/* spm_parallel; or `backwards`, each thread through its part of the tasks: from what the job before it wrote last, which
+ * may still be near. */
+static void spmi_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg,
+                          int backwards)
 {
     int64_t task;
     unsigned mode = spmi_denormals_off();
@@ -3171,17 +3181,23 @@ SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, 
         spmi_foreign_job job;
         job.fn = fn;
         job.arg = arg;
+        job.last = backwards ? tasks - 1 : 0;
         ctx->desc.execute(ctx->desc.execute_user, tasks, spmi_foreign_task, &job);
     } else {
 #ifdef SPURMEM_THREADS
-        if (tasks > 1 && ctx->pool && spmi_pool_run(ctx->pool, tasks, fn, arg)) {
+        if (tasks > 1 && ctx->pool && spmi_pool_run(ctx->pool, tasks, fn, arg, backwards)) {
             spmi_denormals_restore(mode);
             return;
         }
 #endif
-        for (task = 0; task < tasks; task++) fn(arg, task, 0);
+        for (task = 0; task < tasks; task++) fn(arg, backwards ? tasks - 1 - task : task, 0);
     }
     spmi_denormals_restore(mode);
+}
+
+SPMDEF void spm_parallel(spm_context *ctx, int64_t tasks, void (*fn)(void *arg, int64_t task, int slot), void *arg)
+{
+    spmi_parallel(ctx, tasks, fn, arg, 0);
 }
 
 /* ---- passes beside a job ----
@@ -7526,7 +7542,8 @@ static void spmi_outer_product(spm_context *ctx, int64_t m, int64_t n, int64_t k
 #define SPMI_WINO_DW_AT (SPMI_WINO_BLOCK * SPMI_WINO_BLOCK + 16) /* from component to component of a block's sums */
 #define SPMI_WINO_DW (SPMI_WINO * SPMI_WINO_DW_AT)
 #define SPMI_WINO_DW_SMALL 4             /* blocks of a small dw at most */
-#define SPMI_WINO_DW_CHUNK 96            /* tiles of a chunk at least */
+#define SPMI_WINO_DW_CHUNK 96            /* tiles of a chunk at least, */
+#define SPMI_WINO_DW_TINY 16             /* and of one block's */
 #define SPMI_WINO_DW_OWN (1 << 20)       /* floats of a task's own piece at most, */
 #define SPMI_WINO_DW_SHARED (1 << 19)    /* and of one for all */
 
@@ -7540,14 +7557,15 @@ static void spmi_wino_dw_plan(spmi_weight_job *job)
 {
     const int64_t count = job->tiles.count, o = spmi_ceil_div(job->outputs, SPMI_WINO_BLOCK);
     const int64_t c = spmi_ceil_div(job->window.depth, SPMI_WINO_BLOCK), blocks = o * c;
+    const int64_t least = blocks == 1 ? 2 * SPMI_WINO_DW_TINY : SPMI_WINO_DW_CHUNK;
     int64_t most; /* tiles of a piece */
     job->o_blocks = o;
     job->c_blocks = c;
     job->filter = 9 * job->window.depth;
     job->copy_bytes = spmi_float_bytes(SPMI_MAX(job->window.depth, job->outputs));
-    job->chunks = SPMI_TASKS; /* or half as many; fewer would leave cores idle */
-    if (count / job->chunks < SPMI_WINO_DW_CHUNK) job->chunks /= 2;
-    if (count / job->chunks < SPMI_WINO_DW_CHUNK || blocks > SPMI_WINO_DW_SMALL) job->chunks = 1;
+    job->chunks = SPMI_TASKS; /* or half as many, a quarter of one block's; fewer would leave cores idle */
+    while (job->chunks > (blocks == 1 ? 4 : 8) && count / job->chunks < least) job->chunks /= 2;
+    if (count / job->chunks < (blocks == 1 ? SPMI_WINO_DW_TINY : least) || blocks > SPMI_WINO_DW_SMALL) job->chunks = 1;
     job->chunk = spmi_ceil_div(count, job->chunks);
     most = (job->chunks > 1 ? SPMI_WINO_DW_OWN : SPMI_WINO_DW_SHARED) / (SPMI_WINO * SPMI_WINO_BLOCK * (o + c));
     job->piece = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, SPMI_MAX(64, most)));
@@ -8949,7 +8967,7 @@ static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
     (void)slot;
-    spmi_bn_moments(bn, bn->chunks - 1 - task / bn->slabs, task % bn->slabs);
+    spmi_bn_moments(bn, task / bn->slabs, task % bn->slabs);
 }
 
 static void spmi_bn_moments_watch(void *arg, int64_t chunk)
@@ -9048,7 +9066,7 @@ static void spmi_batch_norm_forward(spm_context *ctx, spm_op_call *call)
         bn.mean = call->out[1].data;
         var = call->out[2].data;
     } else if (call->training) {
-        if (!spmi_bn_sums_ready(call)) spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn);
+        if (!spmi_bn_sums_ready(call)) spmi_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_moments_task, &bn, 1);
         spm_parallel(ctx, spmi_ceil_div(bn.channels, SPMI_BN_JOIN), spmi_bn_join_task, &bn);
         bn.mean = call->out[1].data;
         var = call->out[2].data;
@@ -9077,7 +9095,7 @@ static void spmi_bn_sums_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;
     (void)slot;
-    spmi_bn_sums(bn, bn->chunks - 1 - task / bn->slabs, task % bn->slabs);
+    spmi_bn_sums(bn, task / bn->slabs, task % bn->slabs);
 }
 
 static void spmi_bn_sums_watch(void *arg, int64_t chunk)
@@ -9147,7 +9165,7 @@ static void spmi_batch_norm_backward(spm_context *ctx, spm_op_call *call)
 {
     spmi_bn bn;
     spmi_bn_back_begin(ctx, call, &bn);
-    if (bn.sums && !spmi_bn_sums_ready(call)) spm_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn);
+    if (bn.sums && !spmi_bn_sums_ready(call)) spmi_parallel(ctx, bn.chunks * bn.slabs, spmi_bn_sums_task, &bn, 1);
     if (bn.store) {
         bn.dz = bn.store;
         bn.y = bn.scale = NULL;
