@@ -105,10 +105,11 @@
  * 9. INSTRUCTION SETS
  *    Plain C, AVX2 with FMA, AVX-512 and NEON are compiled into one object by plain `cc -O2` and chosen at run time.
  *    The environment variable SPURMEM_ISA=c|avx2|avx512|neon or spm_context_desc.isa forces one.
- *    3x3 convolutions of stride 1 with at least 32 channels on both sides (gradients of the input: 64 at 14 x 14
- *    pixels, else 128; of weights: 16) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about 1.7 times
- *    the rounding error of our plain sums or 1.2 times PyTorch's.  The others from 16 channels on go by F(4, 3) along
- *    rows: half the multiplications.  spm_context_desc.direct_convolution (--conv direct) forbids both.
+ *    3x3 convolutions of stride 1 with at least 128 channels on both sides (from 14 x 14 pixels on 32, gradients of the
+ *    input 64; gradients of weights 16 anywhere) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about
+ *    1.7 times the rounding error of our plain sums or 1.2 times PyTorch's.  Narrower ones from 16 channels on (and of
+ *    at most 32,768 filters) go by F(4, 3) along rows: half the multiplications.  Sizes whose tiles would hang over too
+ *    far go by taps.  spm_context_desc.direct_convolution (--conv direct) forbids both.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -3837,6 +3838,7 @@ typedef struct spmi_rows {
     const float *b;        /* [taps * k][width]; bf16: [taps * k / 2][width][2] */
     int64_t b_tap;         /* floats in b from tap to tap; 0: as they lie above */
     int64_t a_step, b_row; /* from one k (pair of them) to the next, in a and in b; 0: as they lie above */
+    int near;              /* 1: this thread has just written a, the next tile's need not be fetched */
     float *c;
     const int64_t *c_at;   /* [rows] */
     int64_t rows;
@@ -3945,8 +3947,8 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         for (k = 0; k < run;) {
             end = SPMI_MIN(run, k + left);
             left -= end - k;
-            /* short runs, which no processor foresees; bf16 copies are in that cache already */
-            for (i = mr; i < 2 * mr && i < used && !g->a_step && SPMI_PASS != 5; i++) {
+            /* short runs, which no processor foresees; bf16 copies are always near */
+            for (i = mr; i < 2 * mr && i < used && !g->near && !g->a_step && SPMI_PASS != 5; i++) {
                 for (j = (int)k; j < end; j += E_LINE) SPMI_PREFETCH_L2(x + a_at[i] + j);
             }
             for (; k < end; k += a_step) {
@@ -5046,7 +5048,8 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * G^T [sum over tiles of (A dy A^T) * (B^T d B)] G.  All numbers of A and B are exact in binary.  Independent errors of
  * the 36 sums grow 4.8 fold with these points (the best of a grid), 10.8 fold with the textbook's 0, +-1, +-2; so
  * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double (in
- * evaluation mode in floats: no gradient multiplies their errors there). */
+ * evaluation mode in floats: no gradient multiplies their errors there).  Flat tiles are F(4, 3) along rows: for 1x4
+ * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth. */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -5150,8 +5153,7 @@ static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, i
     }
 }
 
-/* The same for a row of flat tiles, d B: pixel j at x[j], the tiles `tile` floats apart.  That is F(4, 3), for 1x4 outputs
- * and each of a filter's rows: half of the taps' products, at half of F(4x4, 3x3)'s growth of errors. */
+/* The same for a row of flat tiles, d B: pixel j at x[j], the tiles `tile` floats apart. */
 static void SPMI_K(wino_input_flat)(int64_t tiles, int64_t n, const float *const *x, float *to, int64_t tile,
                                     int64_t component)
 {
@@ -5185,6 +5187,16 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t fro
     }
 }
 
+/* r outputs of one pixel from channel c on, of a tile whose first pixel the norm's residual counts from. */
+SPMI_INLINE void SPMI_K(wino_put)(v_t y, v_t bias, const spm_op_norm *norm, int64_t c, int64_t pixel, float *to,
+                                  int add, int r)
+{
+    y = v_add(y, bias);
+    if (add) y = v_add(v_get(to + pixel + c, r), y);
+    if (norm) y = SPMI_K(normed)(norm, c, pixel, y, r);
+    v_put(to + pixel + c, y, r);
+}
+
 /* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels are stored (or added); bias and norm may be
  * NULL. */
 static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias,
@@ -5204,12 +5216,8 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
         SPMI_UNROLL for (i = 0; i < 4; i++) {
             SPMI_K(wino_at)(t + 6 * i, 1, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) {
-                float *at = to + i * row + j * pixel + c;
                 if (i >= rows || j >= columns) continue;
-                q[j] = v_add(q[j], b);
-                if (add) q[j] = v_add(v_get(at, r), q[j]);
-                if (norm) q[j] = SPMI_K(normed)(norm, c, i * row + j * pixel, q[j], r);
-                v_put(at, q[j], r);
+                SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
             }
         }
     }
@@ -5229,12 +5237,7 @@ static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, in
             SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(from + j * component, r);
             SPMI_K(wino_at)(d, 1, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) {
-                const int64_t at = (x + j) * pixel + c;
-                if (x + j >= columns) continue;
-                q[j] = v_add(q[j], b);
-                if (add) q[j] = v_add(v_get(to + at, r), q[j]);
-                if (norm) q[j] = SPMI_K(normed)(norm, c, at - c, q[j], r);
-                v_put(to + at, q[j], r);
+                if (x + j < columns) SPMI_K(wino_put)(q[j], b, norm, c, (x + j) * pixel, to, add, r);
             }
         }
     }
@@ -5307,16 +5310,23 @@ static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t
 }
 
 /* g G^T of flat tiles, `n` filters: from + tap * [9] + [n] -> to + component * [6] + row * [3] + [n]. */
-static void SPMI_K(wino_filter_flat)(int64_t n, const float *from, int64_t tap, float *to, int64_t component,
+static void SPMI_K(wino_filter_flat)(int64_t n, const float *from, int64_t tap, int fast, float *to, int64_t component,
                                      int64_t row)
 {
+    v_t d[3], q[2];
     double r0, r1;
     int64_t c;
-    int i, pair;
+    int i, j, pair;
     for (i = 0; i < 3; i++, from += 3 * tap, to += row) {
         SPMI_UNROLL for (pair = 0; pair < 3; pair++) {
             float *u0 = to + SPMI_WINO_ROW(2 * pair) * component, *u1 = to + SPMI_WINO_ROW(2 * pair + 1) * component;
-            for (c = 0; c < n; c++) {
+            for (c = 0; fast && c < n; c += V_W) {
+                SPMI_UNROLL for (j = 0; j < 3; j++) d[j] = v_load(from + j * tap + c);
+                SPMI_K(wino_g_fast)(d, 1, pair, q);
+                v_store(u0 + c, q[0]);
+                v_store(u1 + c, q[1]);
+            }
+            for (; c < n; c++) {
                 SPMI_K(wino_g)((double)from[c], (double)from[tap + c], (double)from[2 * tap + c], pair, &r0, &r1);
                 u0[c] = (float)r0;
                 u1[c] = (float)r1;
@@ -6594,8 +6604,9 @@ typedef struct spmi_window {
     int64_t images, pixel, depth;        /* floats from pixel to pixel, and how many of them are read */
     spmi_axis h, w;
     int half;                            /* the copy is rounded to bf16 */
+    int joined;                          /* 1: of several groups side by side, each with few channels of its own */
     /* worked out by spmi_window_plan */
-    int copied, merged;
+    int border, copied, merged;          /* border: some of what the taps read lies outside */
     int64_t taps, run;                   /* after merging: taps of `run` floats */
     int64_t h_stride, w_stride;          /* of the rows and columns as the kernel sees them */
     int64_t at_pixel, at_row;            /* floats from pixel to pixel and row to row, the same way */
@@ -6605,12 +6616,12 @@ typedef struct spmi_window {
 static void spmi_window_plan(spmi_window *s)
 {
     const spmi_axis *h = &s->h, *w = &s->w;
-    int border = h->offset < 0 || w->offset < 0
+    const int border = h->offset < 0 || w->offset < 0
               || (h->count - 1) * h->stride + h->offset + (h->taps - 1) * h->step >= h->size
               || (w->count - 1) * w->stride + w->offset + (w->taps - 1) * w->step >= w->size;
     int split = s->depth != s->pixel && w->taps > 1 && w->step == 1;
-    if (h->taps == 0 || w->taps == 0) border = 0; /* nothing is read */
-    s->copied = border || split || s->half;
+    s->border = border && h->taps > 0 && w->taps > 0; /* else nothing is read */
+    s->copied = s->border || split || s->half;
     s->merged = w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
     s->taps = h->taps * (s->merged ? SPMI_MIN(w->taps, 1) : w->taps);
     s->run = s->merged ? w->taps * s->depth : s->depth;
@@ -6797,7 +6808,7 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
 #define SPMI_TASKS 16      /* a job is cut into about this many tasks at least, if it is large enough */
 #define SPMI_TASK_MACS 1000000 /* less than this is not worth a task */
 #define SPMI_TAP_KC 1152   /* longest piece of K that one pass of the kernel adds up */
-#define SPMI_SPOTS 3         /* in smaller pictures many taps lie outside: 5 of 9 around each of 2x2 pixels */
+#define SPMI_SPOTS 2         /* in outputs no larger many taps lie outside: 5 of 9 around each of 2x2 pixels */
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
 #define SPMI_STRIP_OUT 98304 /* output floats of a strip at most, if its output is to fit there too, to be fetched early */
 #define SPMI_STRIP_SHORT 96  /* pixels that a strip is not cut below for that */
@@ -6844,27 +6855,25 @@ static int64_t spmi_wino_components(const spmi_tiles *t)
     return t->flat ? SPMI_WINO_FLAT : SPMI_WINO;
 }
 
-/* The tiles of a convolution, none if it goes by taps; square ones want `square` channels on both sides, flat ones
- * `flat`.  It is a rule of the layer's shape alone, so that neither the batch nor the threads change a bit. */
+/* The tiles of a convolution, none if it goes by taps: square ones from `square` channels on both sides on, flat ones (if
+ * `flat`) for small filters of fewer.  A rule of the layer's shape alone, so that neither the batch nor the threads change
+ * a bit. */
 static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, int64_t columns, int64_t square,
-                                  int64_t flat)
+                                  int flat)
 {
     const spmi_axis *h = &s->h, *w = &s->w;
     const int64_t channels = SPMI_MIN(s->depth, columns);
-    const int small = 3 * SPMI_WINO_FLAT * s->depth * columns <= SPMI_WINO_SHARED;
+    const int large = 3 * SPMI_WINO_FLAT * s->depth * columns > SPMI_WINO_SHARED;
     spmi_tiles t = SPM_ZERO;
-    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3
-        || h->stride * w->stride * h->step * w->step != 1) return t;
+    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3 || s->joined
+        || h->stride * w->stride * h->step * w->step != 1 || channels < SPMI_WINO_LEAST) return t;
+    t.flat = channels < square;
+    t.down = t.flat ? h->count : (h->count + 3) / 4;
     t.across = (w->count + 3) / 4;
-    for (t.flat = 0; t.flat < 2; t.flat++) {
-        t.down = t.flat ? h->count : (h->count + 3) / 4;
-        if (channels < (t.flat ? flat : square)) continue;
-        if (t.flat && (t.across > SPMI_WINO_TILES || !small)) continue;
-        if (t.down * t.across * spmi_wino_high(&t) * 11 > 4 * h->count * w->count) continue; /* 16 / 11 of work */
+    if (t.flat && (!flat || large || t.across > SPMI_WINO_TILES)) return t;
+    if (t.down * t.across * spmi_wino_high(&t) * 11 <= 4 * h->count * w->count) { /* 16 / 11 of work */
         t.count = s->images * t.down * t.across;
-        return t;
     }
-    t.flat = 0;
     return t;
 }
 
@@ -6904,22 +6913,23 @@ typedef struct spmi_taps_job {
     char *scratch;
     /* by Winograd (tiles.count > 0) */
     spmi_tiles tiles;
-    int64_t block, chunk, first;         /* tiles of a task; tiles transformed together, and the first of them */
+    int64_t block, chunk, first;         /* tiles of a task (flat: whole rows); of a chunk, and the chunk's first one */
     int64_t kc;                          /* channels of a block of the transformed input */
     int64_t v_at, u_at, m_at;            /* floats from component to component: inputs, filters, products */
     int shared_filters;                  /* 1: filters are transformed once for all tasks; 0: input is */
 } spmi_taps_job;
 
-/* Small filters (all of a layer's fit the caches) are transformed once, and a task takes a block of tiles from input to
- * output.  Large ones are transformed by the task that needs them, a pair of rows of a few input channels at a time, next
- * to the panel of outputs that it computes for many tiles; then the input is what all tasks share.  Transformed inputs
- * lie [block of tiles][block of channels][component][tile][channel], so that they are read as one stream. */
+/* Small filters (all of a layer's fit the caches; those of flat tiles always) are transformed once, and a task takes a
+ * block of tiles from input to output.  Large ones are transformed by the task that needs them, a pair of rows of a few
+ * input channels at a time, next to the panel of outputs that it computes for many tiles; then the input is what all tasks
+ * share.  Transformed inputs lie [block of tiles][block of channels][component][tile][channel], so that they are read as
+ * one stream; those of flat tiles [component][row][tile][channel], each row for the three rows of outputs that read it. */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
 #define SPMI_WINO_KC 128                 /* channels of a block */
 #define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms, */
 #define SPMI_WINO_PART 32                /* and input channels of one that transforms small filters */
 
-/* Floats from component to component: an odd number of lines, so that all 36 fall into different sets of a cache. */
+/* Floats from component to component: an odd number of lines, so that all fall into different sets of a cache. */
 static int64_t spmi_wino_stride(int64_t floats)
 {
     return ((floats + 15) / 16 | 1) * 16;
@@ -7077,7 +7087,7 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     g.k = k;
     g.rows = count;
     g.width = g.columns = width;
-    g.a_step = job->shared_filters; /* this thread has just written them */
+    g.near = job->shared_filters;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
     g.ahead_tiles = filters != NULL;
@@ -7174,7 +7184,8 @@ static void spmi_wino_filter_task(void *arg, int64_t task, int slot)
     float *to = spmi_wino_shared(job) + task / parts * spmi_wino_components(&job->tiles) * job->u_at + k * width;
     (void)slot;
     if (job->tiles.flat) {
-        SPMI_KERNEL(job->ctx, wino_filter_flat, (n * width, spmi_wino_from(job, k, j, width), tap, to, job->u_at, tap));
+        SPMI_KERNEL(job->ctx, wino_filter_flat, (n * width, spmi_wino_from(job, k, j, width), tap, job->fast_filters,
+                                                 to, job->u_at, tap));
         return;
     }
     for (pair = 0; pair < 3; pair++) spmi_wino_filters(job, k, n, j, width, pair, to + 12 * pair * job->u_at);
@@ -7255,15 +7266,15 @@ static void spmi_taps_plan(spmi_taps_job *job)
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
     if (!s->half) {
-        least = !job->input_gradient ? 32 : s->h.count * s->w.count < 196 ? 128 : 64;
-        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, SPMI_WINO_LEAST);
+        least = s->h.count * s->w.count < 196 ? 128 : job->input_gradient ? 64 : 32;
+        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, 1);
     }
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
         return;
     }
     spmi_window_plan(s);
-    job->spots = s->copied && s->merged && !s->half && SPMI_MAX(s->h.count, s->w.count) <= SPMI_SPOTS;
+    job->spots = s->border && s->merged && !s->half && SPMI_MAX(s->h.count, s->w.count) <= SPMI_SPOTS;
     rows = s->images * s->h.count;
     depth = SPMI_MAX(s->taps * s->run, 1);
     macs = depth * job->columns;
@@ -7313,7 +7324,7 @@ static int64_t spmi_taps_products(const spmi_taps_job *job, spmi_rows g, const f
     const spmi_window *s = &job->window;
     const int64_t panels = spmi_panel_count(job->ctx, job->columns), depth = s->taps * s->run;
     const int64_t run = inside.k1 - inside.k0, pieces = SPMI_MAX(1, spmi_ceil_div(run, SPMI_TAP_KC)); /* of one tap */
-    const int64_t piece = spmi_round_up(spmi_ceil_div(run, pieces), 16);
+    const int64_t piece = SPMI_MAX(16, spmi_round_up(spmi_ceil_div(run, pieces), 16));
     const int64_t together = pieces > 1 ? 1 : SPMI_MAX(1, SPMI_TAP_KC / SPMI_MAX(run, 1)); /* taps in one pass */
     int64_t t = inside.tap0, k0, j, panel, columns = 0;
     spm_op_norm norm;
@@ -7356,6 +7367,18 @@ static int64_t spmi_taps_row(const spmi_taps_job *job, int64_t row)
     return row / job->window.h.count * job->out_image + row % job->window.h.count * job->out_row;
 }
 
+/* Lists pixels [x0, x1) of a row, behind n others: where their input (the row's from `at` on) and output begin. */
+static int64_t spmi_taps_pixels(const spmi_taps_job *job, int64_t row, int64_t x0, int64_t x1, int64_t at,
+                                int64_t *a_at, int64_t *c_at, int64_t n)
+{
+    const int64_t to = spmi_taps_row(job, row);
+    for (; x0 < x1; x0++, n++) {
+        a_at[n] = at + x0 * job->window.w_stride * job->window.at_pixel;
+        c_at[n] = to + x0 * job->out_pixel;
+    }
+    return n;
+}
+
 static void spmi_taps_task(void *arg, int64_t task, int slot)
 {
     const spmi_taps_job *job = (const spmi_taps_job *)arg;
@@ -7363,7 +7386,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spm_context *ctx = job->ctx;
     const int64_t row0 = task / job->groups * job->strip, row1 = SPMI_MIN(row0 + job->strip, s->images * s->h.count);
     const int64_t row2 = SPMI_MIN(row1 + job->strip, s->images * s->h.count); /* end of the next strip */
-    const int64_t pixels = (row1 - row0) * s->w.count, spots = job->spots ? s->h.count * s->w.count : 1;
+    const int64_t pixels = (row1 - row0) * s->w.count;
     const int64_t panels = spmi_panel_count(ctx, job->columns), group = task % job->groups;
     const int64_t panel0 = group * panels / job->groups, panel1 = (group + 1) * panels / job->groups;
     const int dense = job->out_image == s->h.count * job->out_row && job->out_row == s->w.count * job->out_pixel;
@@ -7372,7 +7395,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     int64_t *a_at = (int64_t *)(void *)(at + spmi_float_bytes(spmi_window_copy_floats(s, job->strip)));
     int64_t *c_at = a_at + pixels + SPMI_ROWS_PAD, *row_at = c_at + pixels, *tap_at = row_at + (row1 - row0);
     const float *in;
-    int64_t row, i, n, spot, columns = 0;
+    int64_t row, i, k, n = 0, panel, spot = 0, columns = 0;
     spmi_written written = SPM_ZERO;
     spmi_ahead next = SPM_ZERO;
     spmi_rows g = SPM_ZERO;
@@ -7387,21 +7410,28 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_window_taps(s, tap_at);
     g.a_at = a_at;
     g.c_at = c_at;
-    g.a_step = in == copy && !s->half; /* this thread has just written them */
-    for (spot = 0; spot < spots; spot++) {
-        const int64_t y = spot / s->w.count, x = spot % s->w.count;
-        n = 0;
+    g.near = in == copy;
+    if (!job->spots) {
         for (row = row0; row < row1; row++) {
-            if (job->spots && row % s->h.count != y) continue;
-            for (i = job->spots ? x : 0; i < (job->spots ? x + 1 : s->w.count); i++, n++) {
-                a_at[n] = row_at[row - row0] + i * s->w_stride * s->at_pixel;
-                c_at[n] = spmi_taps_row(job, row) + i * job->out_pixel;
-            }
+            n = spmi_taps_pixels(job, row, 0, s->w.count, row_at[row - row0], a_at, c_at, n);
         }
-        if (n == 0) continue;
         for (i = 0; i < SPMI_ROWS_PAD; i++) a_at[n + i] = a_at[n - 1];
         g.rows = n;
-        columns = spmi_taps_products(job, g, in, tap_at, spmi_window_inside(s, y, x, job->spots), panel0, panel1, &next);
+        columns = spmi_taps_products(job, g, in, tap_at, spmi_window_inside(s, 0, 0, 0), panel0, panel1, &next);
+    }
+    for (panel = panel0; panel < panel1 && job->spots; panel++) { /* whose weights stay near from spot to spot */
+        for (i = 0; i < s->h.count * s->w.count; i++) {
+            const int64_t y = i / s->w.count, x = i % s->w.count;
+            n = 0;
+            for (row = row0; row < row1; row++) {
+                if (row % s->h.count == y) n = spmi_taps_pixels(job, row, x, x + 1, row_at[row - row0], a_at, c_at, n);
+            }
+            if (n == 0) continue;
+            for (k = 0; k < SPMI_ROWS_PAD; k++) a_at[n + k] = a_at[n - 1];
+            g.rows = n;
+            spot = spmi_taps_products(job, g, in, tap_at, spmi_window_inside(s, y, x, 1), panel, panel + 1, &next);
+        }
+        columns += spot;
     }
     if (!job->watch) return;
     if (dense) {
@@ -7557,15 +7587,16 @@ static void spmi_wino_dw_plan(spmi_weight_job *job)
 {
     const int64_t count = job->tiles.count, o = spmi_ceil_div(job->outputs, SPMI_WINO_BLOCK);
     const int64_t c = spmi_ceil_div(job->window.depth, SPMI_WINO_BLOCK), blocks = o * c;
-    const int64_t least = blocks == 1 ? 2 * SPMI_WINO_DW_TINY : SPMI_WINO_DW_CHUNK;
+    const int tiny = blocks == 1;
+    const int64_t wanted = tiny ? 2 * SPMI_WINO_DW_TINY : SPMI_WINO_DW_CHUNK; /* tiles of a chunk */
     int64_t most; /* tiles of a piece */
     job->o_blocks = o;
     job->c_blocks = c;
     job->filter = 9 * job->window.depth;
     job->copy_bytes = spmi_float_bytes(SPMI_MAX(job->window.depth, job->outputs));
     job->chunks = SPMI_TASKS; /* or half as many, a quarter of one block's; fewer would leave cores idle */
-    while (job->chunks > (blocks == 1 ? 4 : 8) && count / job->chunks < least) job->chunks /= 2;
-    if (count / job->chunks < (blocks == 1 ? SPMI_WINO_DW_TINY : least) || blocks > SPMI_WINO_DW_SMALL) job->chunks = 1;
+    while (job->chunks > (tiny ? 4 : 8) && count / job->chunks < wanted) job->chunks /= 2;
+    if (count / job->chunks < (tiny ? SPMI_WINO_DW_TINY : wanted) || blocks > SPMI_WINO_DW_SMALL) job->chunks = 1;
     job->chunk = spmi_ceil_div(count, job->chunks);
     most = (job->chunks > 1 ? SPMI_WINO_DW_OWN : SPMI_WINO_DW_SHARED) / (SPMI_WINO * SPMI_WINO_BLOCK * (o + c));
     job->piece = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, SPMI_MAX(64, most)));
@@ -7740,7 +7771,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
     job->slots = job->ctx->threads;
-    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, INT64_MAX);
+    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, 0);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;
@@ -8545,6 +8576,7 @@ static spmi_window spmi_conv_input(const spmi_conv *v, const float *x, int64_t g
     s.images = v->n;
     s.pixel = v->c;
     s.depth = v->ci;
+    s.joined = v->joined > 1;
     s.h.size = v->h;
     s.h.count = v->oh;
     s.h.stride = v->stride[0];
@@ -8656,6 +8688,7 @@ static spmi_taps_job spmi_conv_data_job(spm_context *ctx, const spmi_conv *v, co
     job.window.pixel = v->o;
     job.window.depth = v->co;
     job.window.half = v->half;
+    job.window.joined = v->joined > 1;
     job.window.h = ph->axis;
     job.window.w = pw->axis;
     job.columns = v->ci;
@@ -8961,8 +8994,8 @@ static void spmi_bn_moments(const spmi_bn *bn, int64_t chunk, int64_t slab)
                  bn->call->in[0].data + row * bn->channels + c, bn->part[0] + at, bn->part[1] + at, bn->part[2] + at));
 }
 
-/* The last rows come first: they were written last, so that they are still near; what the pass behind begins with is read
- * last.  The same in the backward pass. */
+/* Run backwards: the last rows were written last, so that they are still near, and what the pass behind begins with is
+ * read last.  The same in the backward pass. */
 static void spmi_bn_moments_task(void *arg, int64_t task, int slot)
 {
     const spmi_bn *bn = (const spmi_bn *)arg;

@@ -47,7 +47,7 @@ static const int cases[][14] = {
     { 1, 9, 9, 5, 15, 5, 3, 1, 2, 2, 1, 1, 2, 5 },
     { 1, 20, 3, 20, 4, 3, 3, 1, 1, 3, 3, 1, 1, 1 },
     { 16, 4, 4, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
-    { 5, 8, 8, 32, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* from here by Winograd: shared filters */
+    { 5, 8, 8, 32, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* from here by Winograd: flat tiles, shared filters */
     { 1, 30, 26, 49, 71, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
     { 2, 12, 11, 40, 33, 3, 3, 1, 1, 0, 2, 1, 1, 1 },
     { 3, 7, 7, 150, 200, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* and their own filters */
@@ -64,7 +64,10 @@ static const int cases[][14] = {
     { 40, 3, 3, 16, 17, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
     { 33, 6, 6, 130, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1 },
     { 2, 5, 254, 16, 16, 3, 3, 1, 1, 0, 2, 1, 1, 1 },
-    { 1, 5, 257, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 } /* too wide for them */
+    { 1, 5, 257, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1 }, /* too wide for them */
+    { 3, 5, 5, 16, 20, 4, 4, 2, 2, 0, 0, 1, 1, 1 }, /* 2x2 outputs; pixels of the input that no output reads */
+    { 2, 1, 1, 16, 20, 3, 3, 2, 2, 3, 3, 1, 1, 1 }, /* outputs that read no pixel */
+    { 7, 3, 4, 16, 18, 3, 3, 2, 2, 2, 1, 2, 1, 1 } /* rows with holes */
 };
 
 static unsigned state = 1;
@@ -448,7 +451,7 @@ static void test_winograd(void)
             spm_context_destroy(ctx);
         }
         CHECK(memcmp(out[0][0], out[1][0], p.count_y * sizeof(float)) != 0);
-CHECK(memcmp(out[0][1], out[1][1], p.count_x * sizeof(float)) != 0);
+        CHECK(memcmp(out[0][1], out[1][1], p.count_x * sizeof(float)) != 0);
         CHECK(memcmp(out[0][2], out[1][2], p.count_w * sizeof(float)) != 0);
         free_results(out[0]);
         free_results(out[1]);
