@@ -3838,7 +3838,7 @@ typedef struct spmi_rows {
     const float *b;        /* [taps * k][width]; bf16: [taps * k / 2][width][2] */
     int64_t b_tap;         /* floats in b from tap to tap; 0: as they lie above */
     int64_t a_step, b_row; /* from one k (pair of them) to the next, in a and in b; 0: as they lie above */
-    int near;              /* 1: this thread has just written a, the next tile's need not be fetched */
+    int fresh;             /* 1: this thread has just written a, the next tile's need not be fetched */
     float *c;
     const int64_t *c_at;   /* [rows] */
     int64_t rows;
@@ -3947,8 +3947,8 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
         for (k = 0; k < run;) {
             end = SPMI_MIN(run, k + left);
             left -= end - k;
-            /* short runs, which no processor foresees; bf16 copies are always near */
-            for (i = mr; i < 2 * mr && i < used && !g->near && !g->a_step && SPMI_PASS != 5; i++) {
+            /* short runs, which no processor foresees; bf16 copies are always fresh */
+            for (i = mr; i < 2 * mr && i < used && !g->fresh && !g->a_step && SPMI_PASS != 5; i++) {
                 for (j = (int)k; j < end; j += E_LINE) SPMI_PREFETCH_L2(x + a_at[i] + j);
             }
             for (; k < end; k += a_step) {
@@ -7087,7 +7087,7 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     g.k = k;
     g.rows = count;
     g.width = g.columns = width;
-    g.near = job->shared_filters;
+    g.fresh = job->shared_filters;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
     g.ahead_tiles = filters != NULL;
@@ -7410,7 +7410,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     spmi_window_taps(s, tap_at);
     g.a_at = a_at;
     g.c_at = c_at;
-    g.near = in == copy;
+    g.fresh = in == copy;
     if (!job->spots) {
         for (row = row0; row < row1; row++) {
             n = spmi_taps_pixels(job, row, 0, s->w.count, row_at[row - row0], a_at, c_at, n);
