@@ -108,8 +108,9 @@
  *    3x3 convolutions of stride 1 with at least 128 channels on both sides (from 14 x 14 pixels on 32, gradients of the
  *    input 64; gradients of weights 16 anywhere) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about
  *    1.7 times the rounding error of our plain sums or 1.2 times PyTorch's.  Narrower ones from 16 channels on (and of
- *    at most 32,768 filters) go by F(4, 3) along rows: half the multiplications.  Sizes whose tiles would hang over too
- *    far go by taps.  spm_context_desc.direct_convolution (--conv direct) forbids both.
+ *    at most 32,768 filters) go by F(4, 3) along rows: half the multiplications; in plain C only gradients of the input.
+ *    Sizes whose tiles would hang over too far go by taps.  spm_context_desc.direct_convolution (--conv direct) forbids
+ *    both.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -7267,7 +7268,8 @@ static void spmi_taps_plan(spmi_taps_job *job)
     int64_t rows, pixels, depth, macs, wanted, least;
     if (!s->half) {
         least = s->h.count * s->w.count < 196 ? 128 : job->input_gradient ? 64 : 32;
-        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, 1);
+        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, /* plain C rounds twice where others fuse */
+                                     job->input_gradient || job->ctx->isa != SPM_ISA_C);
     }
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
@@ -7411,6 +7413,7 @@ static void spmi_taps_task(void *arg, int64_t task, int slot)
     g.a_at = a_at;
     g.c_at = c_at;
     g.fresh = in == copy;
+    g.chain = job->spots ? SPMI_TILE_CHAIN / 2 : 0; /* without a place's zeros, half of them as a rule */
     if (!job->spots) {
         for (row = row0; row < row1; row++) {
             n = spmi_taps_pixels(job, row, 0, s->w.count, row_at[row - row0], a_at, c_at, n);

@@ -1427,7 +1427,7 @@ static void exhaustive_scan(void)
                 for (way = 1; way < (root[2] ? 3 : 2); way++) {
                     CHECK_NEAR(scan_drop(root[0], u, "train", g), scan_drop(root[way], u, "train", g), 0.0);
                     CHECK_NEAR(scan_drop(root[0], u, "test", g), scan_drop(root[way], u, "test", g), 0.0);
-                    CHECK_NEAR(scan_part(root[0], u, "loss_rise", "test", g), scan_part(root[way], u, "loss_rise", "test", g), 5e-5);
+                    CHECK_NEAR(scan_part(root[0], u, "loss_rise", "test", g), scan_part(root[way], u, "loss_rise", "test", g), 2e-5);
                 }
                 if (root[2]) CHECK_NEAR(scan_part(root[1], u, "loss_rise", "train", g), scan_part(root[2], u, "loss_rise", "train", g), 0.0);
                 lost += fabs(scan_part(root[0], u, "loss_rise", "test", g)) > 1e-3;
