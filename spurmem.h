@@ -7259,6 +7259,12 @@ static void spmi_wino_run(spmi_taps_job *job)
     }
 }
 
+/* About n tasks, which 2, 4 or 8 threads can share evenly. */
+static int64_t spmi_even_tasks(int64_t n)
+{
+    return n > 8 ? (n + 3) / 8 * 8 : n;
+}
+
 /* Cuts the job into strips of output rows and groups of panels, by its shape alone.  Square tiles' errors are too large
  * where plain sums are short; most of all in a gradient of the input, where they add up in the biases before it, to 3
  * times PyTorch's error in small layers. */
@@ -7289,7 +7295,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
     wanted = rows * s->w.count / SPMI_TASKS;
     if (pixels > wanted) pixels = SPMI_MAX(wanted, SPMI_MIN(pixels, least));
     job->strip = SPMI_MAX(1, pixels / s->w.count);
-    job->strips = (rows + job->strip - 1) / job->strip;
+    job->strips = spmi_even_tasks((rows + job->strip - 1) / job->strip);
     job->strip = (rows + job->strips - 1) / job->strips;
     job->strips = (rows + job->strip - 1) / job->strip;
     job->groups = 1;
@@ -7768,6 +7774,14 @@ static void spmi_wino_db_task(void *arg, int64_t task, int slot)
     for (i = 0; i < n; i++) job->db[at + i] = (float)(sum[i] + (job->add_db ? (double)job->db[at + i] : 0.0));
 }
 
+/* The power of two below n, or the next one if n is not far from it: tasks that threads can share evenly. */
+static int64_t spmi_near_power(int64_t n)
+{
+    int64_t power = 1;
+    while (4 * n >= 3 * 2 * power) power *= 2;
+    return power;
+}
+
 static void spmi_weight_plan(spmi_weight_job *job)
 {
     spmi_window *s = &job->window;
@@ -7794,10 +7808,11 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->block = SPMI_MIN(rows, SPMI_MAX(1, job->block / s->w.count));
     blocks = spmi_ceil_div(rows, job->block);
     most = SPMI_MIN(SPMI_WEIGHT_PARTIAL / size + 1, SPMI_MAX(1, rows * s->w.count * size / SPMI_TASK_MACS));
-    job->ranges = SPMI_MAX(1, job->outputs / SPMI_WEIGHT_RANGE);
+    job->ranges = spmi_near_power(job->outputs / SPMI_WEIGHT_RANGE);
     job->range = spmi_round_up(spmi_ceil_div(job->outputs, job->ranges), SPMI_MAX(lanes, 8));
     job->ranges = spmi_ceil_div(job->outputs, job->range);
-    job->chunks = SPMI_MIN(SPMI_MIN(most, SPMI_MAX(1, blocks / 2)), spmi_ceil_div(SPMI_TASKS, job->ranges));
+    job->chunks = SPMI_MIN(SPMI_MIN(most, blocks / 2), spmi_ceil_div(SPMI_TASKS, job->ranges));
+    job->chunks = spmi_near_power(job->chunks);
     job->chunk = spmi_ceil_div(rows, job->chunks);
     job->chunks = spmi_ceil_div(rows, job->chunk);
     job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
