@@ -7517,8 +7517,8 @@ static float *spmi_weight_partial(const spmi_weight_job *job, int64_t chunk)
 }
 
 #define SPMI_WEIGHT_PIXELS 128           /* read together: three vectors of each fill most of the first-level cache */
-#define SPMI_WEIGHT_PARTIAL (1 << 20)    /* floats of partial sums at most */
-#define SPMI_WEIGHT_RANGE 256            /* outputs of a task at least, if there are as many: they share the reading */
+#define SPMI_WEIGHT_PARTIAL (1 << 20)    /* floats of partial sums, or a third more */
+#define SPMI_WEIGHT_RANGE 256            /* outputs of a task, about, if there are as many: they share the reading */
 #define SPMI_WEIGHT_PARTS 4
 #define SPMI_WEIGHT_DIRECT 256           /* more channels, evenly spaced, pay for being copied together */
 
