@@ -7259,7 +7259,7 @@ static void spmi_wino_run(spmi_taps_job *job)
     }
 }
 
-/* About n tasks, which 2, 4 or 8 threads can share evenly. */
+/* About n tasks, which 2, 4 or 8 threads can share evenly: the nearest multiple of 8, unless there are few. */
 static int64_t spmi_even_tasks(int64_t n)
 {
     return n > 8 ? (n + 3) / 8 * 8 : n;
@@ -7295,9 +7295,9 @@ static void spmi_taps_plan(spmi_taps_job *job)
     wanted = rows * s->w.count / SPMI_TASKS;
     if (pixels > wanted) pixels = SPMI_MAX(wanted, SPMI_MIN(pixels, least));
     job->strip = SPMI_MAX(1, pixels / s->w.count);
-    job->strips = spmi_even_tasks((rows + job->strip - 1) / job->strip);
-    job->strip = (rows + job->strips - 1) / job->strips;
-    job->strips = (rows + job->strip - 1) / job->strip;
+    job->strips = spmi_even_tasks(spmi_ceil_div(rows, job->strip));
+    job->strip = spmi_ceil_div(rows, job->strips);
+    job->strips = spmi_ceil_div(rows, job->strip);
     job->groups = 1;
     if (job->strips < SPMI_TASKS && job->strip * s->w.count * macs > SPMI_TASK_MACS) {
         job->groups = SPMI_MIN((SPMI_TASKS + job->strips - 1) / job->strips, spmi_panel_count(job->ctx, job->columns));
@@ -7774,7 +7774,8 @@ static void spmi_wino_db_task(void *arg, int64_t task, int slot)
     for (i = 0; i < n; i++) job->db[at + i] = (float)(sum[i] + (job->add_db ? (double)job->db[at + i] : 0.0));
 }
 
-/* The power of two below n, or the next one if n is not far from it: tasks that threads can share evenly. */
+/* The largest power of two up to n, or the next one if n is at least 3/4 of it: tasks that threads can share evenly.  Sums
+ * of chunks follow their number, so it may depend on the shape alone. */
 static int64_t spmi_near_power(int64_t n)
 {
     int64_t power = 1;
