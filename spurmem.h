@@ -367,7 +367,8 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  *  relu, gelu     x  ->  y.  gelu is the exact x Phi(x), within 4 ulp also far out in the tail
  *  softmax        x[..,D]  ->  y, over the last axis
  *  attention      qkv[N,T,3D]: q, k, v one behind the other, each [heads][D/heads] (timm's layout)
- *                 ->  y[N,T,D], probs[N,heads,T,T]; scores are scaled by 1 / sqrt(D / heads).  attr: heads
+ *                 ->  y[N,Q,D], probs[N,heads,Q,T] of the first Q = attr.tokens tokens (0: all T), which look at all;
+ *                 scores are scaled by 1 / sqrt(D / heads).  attr: heads, tokens
  *  max_pool       x[N,H,W,C]  ->  y[N,H',W',C], places[N,H',W',ceil(C/4)].  attr: kernel, stride, padding
  *                 (<= kernel / 2, seen as -infinity).  The first of equal entries wins; not-a-number comes through.
  *                 `places` holds bytes, not floats: the winner's index kh KW + kw, 4 ceil(C/4) of them for every
@@ -385,7 +386,7 @@ SPMDEF double spm_tensor_difference(const spm_tensor *a, const spm_tensor *b);
  *                 2023); nothing is rescaled.  Evaluation mode: all of the others are 0.  attr: index, p
  *  tokens         x[N,H,W,D] class[K,D] position[K+L+H*W,D] distillation[L,D]?  ->  y[N,K+L+H*W,D]: class tokens, then
  *                 distillation tokens, then the pixels of x, all plus their positions
- *  token          x[N,T,D]  ->  y[N,D]: token attr.index
+ *  token          x[N,T,D]  ->  y[N,D]: token attr.index; or y[N,Q,D]: the Q = attr.tokens tokens from there on
  *  cross_entropy  logits[N,C] target[N,C] weight[N]?  ->  loss[1], per_example[N], probs[N,C]
  *                 t = (1 - e) target + e / C; per_example = -sum_c t_c log softmax(logits)_c; loss = sum_n weight_n
  *                 per_example_n (weight: 1/N each).  Targets need not sum to 1.  attr: label_smoothing = e
@@ -410,7 +411,7 @@ typedef enum spm_op {
 /* Settings of an operation; only those its row above names are read. Zero stride, dilation, groups mean 1. */
 typedef struct spm_op_attr {
     int64_t kernel[2], stride[2], padding[2], dilation[2]; /* [height, width] */
-    int64_t groups, heads, index;
+    int64_t groups, heads, index, tokens;
     float eps, p, temperature, label_smoothing;
     int relu;
 } spm_op_attr;
@@ -767,7 +768,8 @@ SPMDEF const char *spm_arch_name_at(int index); /* the known names, in order; NU
  * "features" [N,D] (penultimate: after the global pool, or the class token after the last norm), "logits"
  * [N,classes], "outputs" (= logits, or their softmax for softmax_head).  Marks (readable after spm_run_keep; any can
  * be the start of spm_run_forward_from): "block1", "block2", ... the input of residual or transformer block i;
- * "last" [N,H',W',D] or [N,T,D], what the pool or the last norm reads.  A checkpoint segment begins at every block.
+ * "last" [N,H',W',D] or [N,1,D] (distilled: [N,2,D]), what the pool or the last norm reads: behind its last attention a
+ * ViT goes on with the tokens that a head reads, no others.  A checkpoint segment begins at every block.
  * Parameters bear the names of torchvision (conv1.weight, layer1.0.bn1.bias, layer2.0.downsample.0.weight,
  * fc.weight), of timm (cls_token [1,D], pos_embed [T,D], blocks.0.attn.qkv.weight, head.weight, head_dist.weight),
  * CIFAR nets end in `linear`.  Initial values: ResNet convolutions He fan-out, norms 1 and 0, the head uniform
@@ -10010,22 +10012,29 @@ static double spmi_shortcut_a_flops(const spm_op_call *call, int backward)
  *     dv = P^T dy,  dP = dy v^T,  dS = s P (dP - rowsum(dP P)),  dq = dS k,  dk = dS^T q.
  * One task does one head of one example; its products run inside the task. */
 
-#define SPMI_ATTENTION_ROWS 24 /* of a matrix [T,T] that are in the first-level cache from product to product */
+#define SPMI_ATTENTION_ROWS 24 /* of a matrix [Q,T] that are in the first-level cache from product to product */
 
 typedef struct spmi_attention {
     spm_context *ctx;
     spm_op_call *call;
-    int64_t tokens, width, head, heads, row; /* row: of a matrix [T,T] in scratch, whole vectors */
+    int64_t tokens, queries, width, head, heads, row; /* row: of a matrix [Q,T] in scratch, whole vectors */
     float scale;
-    size_t across, along, rows, slot_bytes;  /* bytes of panels of [d,T], of [T,d], of rows of [T,T]; of a slot's scratch */
+    size_t across, along, asked, rows, slot_bytes; /* bytes of panels of [d,T], of [T,d], of [Q,d], of rows of [Q,T]; of a
+                                                slot's scratch */
 } spmi_attention;
+
+static int64_t spmi_attention_queries(const spm_op_call *call)
+{
+    return call->attr.tokens ? call->attr.tokens : call->in[0].shape[1];
+}
 
 static void spmi_attention_plan(spm_context *ctx, const spm_op_call *call, int backward, spmi_attention *job)
 {
-    const int64_t t = call->in[0].shape[1];
+    const int64_t t = call->in[0].shape[1], asked = spmi_attention_queries(call);
     memset(job, 0, sizeof *job);
     job->ctx = ctx;
     job->tokens = t;
+    job->queries = asked;
     job->width = call->in[0].shape[2] / 3;
     job->heads = call->attr.heads;
     job->head = job->width / job->heads;
@@ -10033,9 +10042,10 @@ static void spmi_attention_plan(spm_context *ctx, const spm_op_call *call, int b
     job->scale = (float)(1.0 / sqrt((double)job->head));
     job->across = spmi_bytes(job->head, job->row, sizeof(float));
     job->along = spmi_bytes(t, spmi_round_up(job->head, spmi_lanes(ctx)), sizeof(float));
-    job->rows = spmi_bytes(backward ? t : SPMI_MIN(t, SPMI_ATTENTION_ROWS), job->row, sizeof(float));
+    job->asked = spmi_bytes(asked, spmi_round_up(job->head, spmi_lanes(ctx)), sizeof(float));
+    job->rows = spmi_bytes(backward ? asked : SPMI_MIN(asked, SPMI_ATTENTION_ROWS), job->row, sizeof(float));
     job->slot_bytes = job->across + job->along + job->rows;
-    if (backward) job->slot_bytes += 2 * job->along + spmi_bytes(t, spmi_outer_rows(ctx), sizeof(float));
+    if (backward) job->slot_bytes += 2 * job->asked + spmi_bytes(asked, spmi_outer_rows(ctx), sizeof(float));
 }
 
 static size_t spmi_attention_scratch(spm_context *ctx, const spm_op_call *call, int backward)
@@ -10056,8 +10066,12 @@ static spm_status spmi_attention_infer(spm_context *ctx, spm_op_call *call, spm_
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "attention: %lld heads do not divide the width %lld",
                          (long long)heads, (long long)d);
     }
-    spmi_op_out(call, 3, x->shape[0], x->shape[1], d, 0);
-    spmi_op_out(call, 4, x->shape[0], heads, x->shape[1], x->shape[1]);
+    if (call->attr.tokens < 0 || call->attr.tokens > x->shape[1]) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "attention: the first %lld tokens of %lld are not to be had",
+                         (long long)call->attr.tokens, (long long)x->shape[1]);
+    }
+    spmi_op_out(call, 3, x->shape[0], spmi_attention_queries(call), d, 0);
+    spmi_op_out(call, 4, x->shape[0], heads, spmi_attention_queries(call), x->shape[1]);
     return SPM_OK;
 }
 
@@ -10067,7 +10081,7 @@ static void spmi_attention_forward_task(void *arg, int64_t task, int slot)
     const spm_op_call *call = job->call;
     const int64_t t = job->tokens, d = job->width, hd = job->head, n = task / job->heads, h = task % job->heads;
     const float *q = call->in[0].data + n * t * 3 * d + h * hd;
-    float *y = call->out[0].data + n * t * d + h * hd;
+    float *y = call->out[0].data + n * job->queries * d + h * hd;
     char *scratch = (char *)call->scratch + (size_t)slot * job->slot_bytes;
     float *k = (float *)(void *)scratch, *v = (float *)(void *)(scratch + job->across);
     float *probs = (float *)(void *)(scratch + job->across + job->along);
@@ -10075,9 +10089,9 @@ static void spmi_attention_forward_task(void *arg, int64_t task, int slot)
     int64_t i, rows;
     spmi_pack_panels(job->ctx, hd, t, q + d, 1, 3 * d, k);
     spmi_pack_panels(job->ctx, t, hd, q + 2 * d, 3 * d, 1, v);
-    for (i = 0; i < t; i += rows) {
-        rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
-        if (call->out[1].data) probs = call->out[1].data + (task * t + i) * t;
+    for (i = 0; i < job->queries; i += rows) {
+        rows = SPMI_MIN(job->queries - i, SPMI_ATTENTION_ROWS);
+        if (call->out[1].data) probs = call->out[1].data + (task * job->queries + i) * t;
         spmi_rows_product(job->ctx, rows, row, hd, q + i * 3 * d, 3 * d, k, probs, row, 0);
         SPMI_KERNEL(job->ctx, softmax, (rows, t, job->scale, probs, row, probs, row, 0));
         spmi_rows_product(job->ctx, rows, hd, t, probs, row, v, y + i * d, d, 0);
@@ -10097,30 +10111,31 @@ static void spmi_attention_backward_task(void *arg, int64_t task, int slot)
     const spmi_attention *job = (const spmi_attention *)arg;
     const spm_op_call *call = job->call;
     const int64_t t = job->tokens, d = job->width, hd = job->head, n = task / job->heads, h = task % job->heads;
-    const int64_t start = 0;
-    const float *from = call->in[0].data + n * t * 3 * d + h * hd, *probs = call->out[1].data + task * t * t;
+    const int64_t start = 0, asked = job->queries;
+    const float *from = call->in[0].data + n * t * 3 * d + h * hd, *probs = call->out[1].data + task * asked * t;
     float *dq = call->d_in[0].data + n * t * 3 * d + h * hd;
     char *scratch = (char *)call->scratch + (size_t)slot * job->slot_bytes;
     float *v = (float *)(void *)scratch, *k = (float *)(void *)(scratch + job->across);
     float *q = (float *)(void *)(scratch + job->across + job->along);
-    float *dy = (float *)(void *)(scratch + job->across + 2 * job->along);
-    float *ds = (float *)(void *)(scratch + job->across + 3 * job->along);
-    float *spare = (float *)(void *)(scratch + job->across + 3 * job->along + job->rows);
+    float *dy = (float *)(void *)(scratch + job->across + job->along + job->asked);
+    float *ds = (float *)(void *)(scratch + job->across + job->along + 2 * job->asked);
+    float *spare = (float *)(void *)(scratch + job->across + job->along + 2 * job->asked + job->rows);
     const int add = call->d_in_add[0];
     int64_t i, rows;
     spmi_pack_panels(job->ctx, hd, t, from + 2 * d, 1, 3 * d, v);
     spmi_pack_panels(job->ctx, t, hd, from + d, 3 * d, 1, k);
-    SPMI_KERNEL(job->ctx, collect, (1, t, from, &start, 3 * d, hd, q, hd));
-    SPMI_KERNEL(job->ctx, collect, (1, t, call->d_out.data + n * t * d + h * hd, &start, d, hd, dy, hd));
-    for (i = 0; i < t; i += rows) {
+    SPMI_KERNEL(job->ctx, collect, (1, asked, from, &start, 3 * d, hd, q, hd));
+    SPMI_KERNEL(job->ctx, collect, (1, asked, call->d_out.data + n * asked * d + h * hd, &start, d, hd, dy, hd));
+    for (i = 0; i < asked; i += rows) {
         float *at = ds + i * job->row;
-        rows = SPMI_MIN(t - i, SPMI_ATTENTION_ROWS);
+        rows = SPMI_MIN(asked - i, SPMI_ATTENTION_ROWS);
         spmi_rows_product(job->ctx, rows, job->row, hd, dy + i * hd, hd, v, at, job->row, 0);
         SPMI_KERNEL(job->ctx, softmax_back, (rows, t, job->scale, probs + i * t, t, at, job->row, at, job->row, 0, 0));
         spmi_rows_product(job->ctx, rows, hd, t, at, job->row, k, dq + i * 3 * d, 3 * d, add);
     }
-    spmi_outer_product(job->ctx, t, hd, t, ds, job->row, q, hd, dq + d, 3 * d, add, NULL);
-    spmi_outer_product(job->ctx, t, hd, t, probs, t, dy, hd, dq + 2 * d, 3 * d, add, spare);
+    for (; i < t && !add; i++) memset(dq + i * 3 * d, 0, (size_t)hd * sizeof *dq);
+    spmi_outer_product(job->ctx, t, hd, asked, ds, job->row, q, hd, dq + d, 3 * d, add, NULL);
+    spmi_outer_product(job->ctx, t, hd, asked, probs, t, dy, hd, dq + 2 * d, 3 * d, add, spare);
 }
 
 static void spmi_attention_backward(spm_context *ctx, spm_op_call *call)
@@ -10135,8 +10150,8 @@ static void spmi_attention_backward(spm_context *ctx, spm_op_call *call)
 static double spmi_attention_flops(const spm_op_call *call, int backward)
 {
     const double n = (double)call->in[0].shape[0], t = (double)call->in[0].shape[1];
-    const double d = (double)(call->in[0].shape[2] / 3);
-    return n * t * t * ((backward ? 8.0 : 4.0) * d + (backward ? 4.0 : 20.0) * (double)call->attr.heads);
+    const double d = (double)(call->in[0].shape[2] / 3), asked = (double)spmi_attention_queries(call);
+    return n * asked * t * ((backward ? 8.0 : 4.0) * d + (backward ? 4.0 : 20.0) * (double)call->attr.heads);
 }
 
 /* ---- tokens: class tokens in front of the patches, positions added to all.  The position's gradient is the sum of
@@ -10245,39 +10260,41 @@ static double spmi_tokens_flops(const spm_op_call *call, int backward)
     return (double)spm_tensor_count(&call->out[0]);
 }
 
-/* ---- token: one token of each example ---- */
+/* ---- token: one token of each example, or a few ---- */
 
 static spm_status spmi_token_infer(spm_context *ctx, spm_op_call *call, spm_error *err)
 {
     const spm_tensor *x = &call->in[0];
+    const int64_t index = call->attr.index, tokens = call->attr.tokens;
     if (x->rank != 3) return spmi_op_fail(ctx, err, "token", "x", x, "[N,T,D]");
-    if (call->attr.index < 0 || call->attr.index >= x->shape[1]) {
+    if (index < 0 || index >= x->shape[1] || tokens < 0 || tokens > x->shape[1] - index) {
         return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: index %lld is outside of 0..%lld",
-                         (long long)call->attr.index, (long long)x->shape[1] - 1);
+                         (long long)(index < 0 || tokens <= 0 ? index : index + tokens - 1), (long long)x->shape[1] - 1);
     }
-    spmi_op_out(call, 2, x->shape[0], x->shape[2], 0, 0);
+    if (tokens) spmi_op_out(call, 3, x->shape[0], tokens, x->shape[2], 0);
+    else spmi_op_out(call, 2, x->shape[0], x->shape[2], 0, 0);
     return SPM_OK;
 }
 
 static void spmi_token_forward(spm_context *ctx, spm_op_call *call)
 {
-    const int64_t t = call->in[0].shape[1], d = call->in[0].shape[2];
+    const int64_t t = call->in[0].shape[1], d = call->in[0].shape[2], few = SPMI_MAX(call->attr.tokens, 1) * d;
     int64_t n;
     (void)ctx;
     for (n = 0; n < call->in[0].shape[0]; n++) {
-        memcpy(call->out[0].data + n * d, call->in[0].data + (n * t + call->attr.index) * d, (size_t)d * sizeof(float));
+        memcpy(call->out[0].data + n * few, call->in[0].data + (n * t + call->attr.index) * d, (size_t)few * sizeof(float));
     }
 }
 
 static void spmi_token_backward(spm_context *ctx, spm_op_call *call)
 {
-    const int64_t t = call->in[0].shape[1], d = call->in[0].shape[2];
+    const int64_t t = call->in[0].shape[1], d = call->in[0].shape[2], few = SPMI_MAX(call->attr.tokens, 1) * d;
     float *dx = call->d_in[0].data;
     int64_t n;
     if (!dx) return;
     if (!call->d_in_add[0]) memset(dx, 0, (size_t)spm_tensor_count(&call->in[0]) * sizeof(float));
     for (n = 0; n < call->in[0].shape[0]; n++) {
-        SPMI_KERNEL(ctx, scale, (d, 1.0f, call->d_out.data + n * d, dx + (n * t + call->attr.index) * d, 1, 0));
+        SPMI_KERNEL(ctx, scale, (few, 1.0f, call->d_out.data + n * few, dx + (n * t + call->attr.index) * d, 1, 0));
     }
 }
 
@@ -14207,16 +14224,21 @@ static spm_value spmi_build_dropped(spmi_build *build, spm_value x, float path)
     return x;
 }
 
-/* x += attention(norm1(x));  x += mlp(norm2(x)), mlp = fc2(gelu(fc1(.))). */
-static spm_value spmi_build_transformer(spmi_build *build, spm_value x, float path)
+/* x += attention(norm1(x));  x += mlp(norm2(x)), mlp = fc2(gelu(fc1(.))).  tokens > 0: of that many only, the first, all
+ * that anybody reads behind the last block; only its attention looks at the others. */
+static spm_value spmi_build_transformer(spmi_build *build, spm_value x, float path, int64_t tokens)
 {
     spm_program *program = build->program;
     const spm_arch *arch = build->arch;
     const int64_t d = arch->dim;
+    spm_op_attr attr = SPM_ZERO;
     spm_value y = spmi_build_layer_norm(build, "norm1", x);
     y = spmi_build_linear(build, "attn.qkv", y, 3 * d, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
-    y = spm_attention(program, y, arch->heads);
+    attr.heads = arch->heads;
+    attr.tokens = tokens;
+    y = spm_program_op(program, SPM_OP_ATTENTION, &y, 1, &attr);
     y = spmi_build_linear(build, "attn.proj", y, d, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO, SPM_PARAMETER_PRUNABLE);
+    if (tokens) x = spm_program_op(program, SPM_OP_TOKEN, &x, 1, &attr);
     x = spm_add(program, x, spmi_build_dropped(build, y, path));
     y = spmi_build_layer_norm(build, "norm2", x);
     y = spmi_build_linear(build, "mlp.fc1", y, d * arch->mlp_ratio, d, SPM_INIT_TRUNC_NORMAL, SPM_INIT_ZERO,
@@ -14249,7 +14271,7 @@ static void spmi_build_vit(spmi_build *build, spm_value x)
         spmi_build_block(build, x);
         (void)spmi_format(build->prefix, sizeof build->prefix, "blocks.%d.", (int)i);
         x = spmi_build_transformer(build, x, arch->depth > 1 ? arch->drop_path * (float)i / (float)(arch->depth - 1)
-                                   : arch->drop_path);
+                                   : arch->drop_path, i + 1 < arch->depth ? 0 : extra);
     }
     build->prefix[0] = 0;
     spm_program_block(program, 0);
@@ -27917,8 +27939,8 @@ static spm_status spmi_map_gradcam(spm_run *run, spm_value last, const float *gr
 /* Attention rollout: the class token's row r starts at itself and takes r <- r (A + I) / 2 from the last block down. */
 static spm_status spmi_map_rollout(spm_run *run, const spm_value *probs, int blocks, spm_map *map)
 {
-    spm_tensor a = spm_run_tensor(run, probs[0]); /* [1,heads,T,T] */
-    int64_t heads = a.shape[1], tokens = a.shape[2], extra = tokens - map->height * map->width, h, i, j;
+    spm_tensor a = spm_run_tensor(run, probs[0]);
+    int64_t heads = a.shape[1], tokens = a.shape[3], extra = tokens - map->height * map->width, h, i, j;
     double *row = (double *)spmi_alloc_array(run->ctx, 2 * tokens, sizeof *row), *next = row + tokens;
     int b;
     map->values = (float *)spmi_alloc_array(run->ctx, map->height * map->width, sizeof(float));
@@ -27929,11 +27951,12 @@ static spm_status spmi_map_rollout(spm_run *run, const spm_value *probs, int blo
     row[0] = 1.0;
     for (b = blocks - 1; b >= 0; b--) {
         const float *p = spm_run_data(run, probs[b]);
+        const int64_t asked = spm_run_tensor(run, probs[b]).shape[2]; /* [1,heads,Q,T] */
         for (j = 0; j < tokens; j++) next[j] = 0.5 * row[j];
         for (h = 0; h < heads; h++) {
-            for (i = 0; i < tokens; i++) {
+            for (i = 0; i < asked; i++) {
                 double weight = 0.5 * row[i] / (double)heads;
-                for (j = 0; j < tokens; j++) next[j] += weight * (double)p[(h * tokens + i) * tokens + j];
+                for (j = 0; j < tokens; j++) next[j] += weight * (double)p[(h * asked + i) * tokens + j];
             }
         }
         memcpy(row, next, (size_t)tokens * sizeof *row);

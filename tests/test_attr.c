@@ -385,10 +385,10 @@ static void rollout(void)
     CHECK(spm_run_forward(run, 1, 0) == SPM_OK);
     for (s = 0; s < 2; s++) {
         const float *p = spm_run_data(run, probs[s]);
-        for (i = 0; i < T; i++) {
+        for (i = 0; i < (s ? 1 : T); i++) { /* the last block asks for the class token alone */
             for (j = 0; j < T; j++) {
                 matrix[s][i][j] = i == j ? 0.5 : 0.0;
-                for (h = 0; h < 2; h++) matrix[s][i][j] += 0.25 * (double)p[(h * T + i) * T + j];
+                for (h = 0; h < 2; h++) matrix[s][i][j] += 0.25 * (double)p[(h * (s ? 1 : T) + i) * T + j];
             }
         }
     }
