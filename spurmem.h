@@ -6815,6 +6815,10 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
 #define SPMI_STRIP_FLOATS 49152 /* input floats of a strip: with a panel of B they fit the second-level cache */
 #define SPMI_STRIP_OUT 98304 /* output floats of a strip at most, if its output is to fit there too, to be fetched early */
 #define SPMI_STRIP_SHORT 96  /* pixels that a strip is not cut below for that */
+/* As many columns of a product are cut into groups, also where there are tasks enough: the smaller the last ones, the less
+ * a thread waits for the others at the end. */
+#define SPMI_WIDE 768
+#define SPMI_WIDE_GROUPS 4
 
 static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
 {
@@ -7301,8 +7305,9 @@ static void spmi_taps_plan(spmi_taps_job *job)
     job->strip = spmi_ceil_div(rows, job->strips);
     job->strips = spmi_ceil_div(rows, job->strip);
     job->groups = 1;
-    if (job->strips < SPMI_TASKS && job->strip * s->w.count * macs > SPMI_TASK_MACS) {
-        job->groups = SPMI_MIN((SPMI_TASKS + job->strips - 1) / job->strips, spmi_panel_count(job->ctx, job->columns));
+    if (job->strip * s->w.count * macs > SPMI_TASK_MACS) {
+        job->groups = SPMI_MAX(spmi_ceil_div(SPMI_TASKS, job->strips), job->columns >= SPMI_WIDE ? SPMI_WIDE_GROUPS : 1);
+        job->groups = SPMI_MIN(job->groups, spmi_panel_count(job->ctx, job->columns));
     }
     job->slot_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->strip))
                     + spmi_float_bytes(2 * (job->strip * s->w.count * 2 + SPMI_ROWS_PAD + job->strip + s->taps));
@@ -7821,6 +7826,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
     /* each copies the input */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
+    if (job->collect && job->even && job->filter >= SPMI_WIDE) job->parts = SPMI_MAX(job->parts, SPMI_WIDE_GROUPS);
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, job->filter)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
     columns = job->collect ? spmi_outer_columns(job->ctx, job->filter) : 0;
