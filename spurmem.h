@@ -1518,7 +1518,8 @@ typedef struct spm_unit {
  *   GRADIENT             ||dL/dw||_2                               METHOD 2.2; a single weight: |dL/dw|
  *   MAGNITUDE            ||w||_2, not divided by the fan-in; needs no samples
  *   WEIGHT_GRADIENT      |sum of w dL/dw|: first-order effect of w = 0 (a head: of its value rows)
- *   ACTIVATION           root mean square of z over samples and positions
+ *   ACTIVATION           root mean square of z over samples and positions (behind a ViT's last attention these are the
+ *                        tokens that a head reads: spm_model_build)
  *   ACTIVATION_GRADIENT  |sum of z dL/dz|: first-order effect of z = 0 (Molchanov et al. 2017; heads: Michel et al.
  *                        2019).  No activation is stored: behind a batch norm it is w dL/dw + b dL/db of the norm
  *   INTEGRATED           |sum of (z(x) - z(x0)) times the mean of dL/dz along the straight line from x0 to x|
@@ -3833,6 +3834,13 @@ static inline int32_t spmi_load_pair(const uint16_t *p)
  * In `rows` the vector side is packed (panels of `width` columns), and the rows of the other are gathered by offset, so
  * that a tile may run over the end of an image row or of an image: small pictures fill tiles as well as large ones. */
 #if SPMI_PASS == 1
+/* Memory that will be read soon: tile n of the first `tiles` of a kernel fetches the line at + n * tile + p * step with its
+ * product number p. */
+typedef struct spmi_fetch {
+    const float *at;
+    int64_t step, tile, tiles;
+} spmi_fetch;
+
 typedef struct spmi_rows {
     const float *a;        /* or bf16, as b; offsets count elements */
     const int64_t *a_at;   /* [rows + SPMI_ROWS_PAD], the tail repeats any valid offset */
@@ -3850,18 +3858,9 @@ typedef struct spmi_rows {
     const float *bias;     /* [columns] or NULL */
     const spm_op_norm *norm; /* of the finished sum, or NULL; its residual lies like c */
     int64_t chain;         /* products in one chain of additions; 0: SPMI_TILE_CHAIN */
-    /* memory that will be read soon: the first `ahead_tiles` tiles fetch a line at each step, the `next_tiles` behind
-     * them go on at `next` */
-    const float *ahead, *next;
-    int64_t ahead_tiles, next_tiles;
+    spmi_fetch ahead[2];   /* the second by the tiles behind those of the first */
 } spmi_rows;
 #define SPMI_ROWS_PAD 12
-
-/* Memory that will be read soon: tile n of the first `tiles` fetches the line at + n * tile + p * step with pixel p. */
-typedef struct spmi_fetch {
-    const float *at;
-    int64_t step, tile, tiles;
-} spmi_fetch;
 
 typedef struct spmi_outer {
     const float *a;        /* panels [rows / R][blocks * k][R], zero-padded; R = spmi_outer_rows() */
@@ -3874,10 +3873,20 @@ typedef struct spmi_outer {
     float *c;
     int64_t c_row, columns;
     int accumulate;
-    spmi_fetch ahead[2];   /* the second by the tiles behind those of the first */
+    spmi_fetch ahead[2];   /* as for rows */
 } spmi_outer;
 #define SPMI_LINE 16       /* floats of a cache line */
 #define SPMI_TILE_CHAIN 64  /* products in one chain of additions */
+
+/* What tile number `tile` fetches: from `at` on, every `step` floats; or one line again and again, at `none`. */
+static spmi_fetch spmi_tile_fetch(const spmi_fetch *ahead, int64_t tile, const float *none)
+{
+    spmi_fetch f = tile < ahead[0].tiles ? ahead[0] : ahead[1];
+    if (tile >= ahead[0].tiles) tile -= ahead[0].tiles;
+    f.at = tile < f.tiles ? f.at + tile * f.tile : none;
+    if (tile >= f.tiles) f.step = 0;
+    return f;
+}
 
 #endif /* first pass */
 
@@ -3919,21 +3928,22 @@ SPMI_INLINE v_t SPMI_K(normed)(const spm_op_norm *norm, int64_t c, int64_t at, v
     return norm->relu ? v_max(v_zero(), v) : v;
 }
 
-/* One tile. mr and nv are constants where this is called, so all arrays become registers. `used` rows are left, of which
- * mr at most are stored; `ahead` is what this tile fetches, or NULL. */
-SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, const float *ahead, int mr, int nv)
+/* Tile number `tile`. mr and nv are constants where this is called, so all arrays become registers. `used` rows are left, of
+ * which mr at most are stored. */
+SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used, int64_t tile, int mr, int nv)
 {
     v_t acc[T_MR][T_NV];
     const e_t *b = (const e_t *)(const void *)g->b;
     const int64_t *a_at = g->a_at + at, *c_at = g->c_at + at;
     float aside[T_MR * T_NV * V_W];
     const int64_t a_step = g->a_step ? g->a_step : E_PAIR, b_row = g->b_row ? g->b_row : nv * V_W * E_PAIR;
-    const int64_t run = g->k / E_PAIR * a_step, line = ahead ? SPMI_LINE : 0;
+    const int64_t run = g->k / E_PAIR * a_step;
+    const spmi_fetch fetch = spmi_tile_fetch(g->ahead, tile, g->b);
     const int64_t chain = (g->chain ? g->chain : E_CHAIN) / E_PAIR * a_step;
+    const float *ahead = fetch.at;
     int64_t t, k, end, left = chain;
     int i, j, cut = 0;
     if (SPMI_PASS == 1) memset(aside, 0, sizeof aside); /* gcc turns the choice in tile_aside into a load and a select */
-    if (!ahead) ahead = g->b;
     SPMI_UNROLL for (i = 0; i < mr; i++) {
         SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_zero();
     }
@@ -3963,7 +3973,7 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
                 }
                 if (SPMI_PASS != 1) {
                     SPMI_PREFETCH_L2(ahead);
-                    ahead += line;
+                    ahead += fetch.step;
                 }
                 b += b_row;
             }
@@ -4018,32 +4028,23 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
     }
 }
 
-/* What tile number `tile` fetches, or NULL. */
-SPMI_INLINE const float *SPMI_K(rows_ahead)(const spmi_rows *g, int64_t tile)
-{
-    const int64_t floats = g->taps * g->k / E_PAIR * SPMI_LINE;
-    if (tile < g->ahead_tiles) return g->ahead + tile * floats;
-    return tile - g->ahead_tiles < g->next_tiles ? g->next + (tile - g->ahead_tiles) * floats : NULL;
-}
-
 #if SPMI_PASS != 1
 /* Tiles of six rows; 7 and 8 rows at the end are 4 + 3 and 4 + 4, so that nothing is computed in vain from 3 rows on. */
 SPMI_INLINE void SPMI_K(rows_6)(const spmi_rows *g, int nv)
 {
     int64_t at = 0, left, tile;
     for (tile = 0; (left = g->rows - at) > 0; tile++) {
-        const float *ahead = SPMI_K(rows_ahead)(g, tile);
         if (left >= 9 || left == 6) {
-            SPMI_K(rows_tile)(g, at, left, ahead, 6, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 6, nv);
             at += 6;
         } else if (left == 5) {
-            SPMI_K(rows_tile)(g, at, left, ahead, 5, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 5, nv);
             at += 5;
         } else if (left >= 4) {
-            SPMI_K(rows_tile)(g, at, left, ahead, 4, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 4, nv);
             at += 4;
         } else {
-            SPMI_K(rows_tile)(g, at, left, ahead, 3, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 3, nv);
             at += 3;
         }
     }
@@ -4053,12 +4054,11 @@ SPMI_INLINE void SPMI_K(rows_12)(const spmi_rows *g, int nv)
 {
     int64_t at = 0, left, tile;
     for (tile = 0; (left = g->rows - at) > 0; tile++) {
-        const float *ahead = SPMI_K(rows_ahead)(g, tile);
         if (left > 6) {
-            SPMI_K(rows_tile)(g, at, left, ahead, 12, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 12, nv);
             at += 12;
         } else {
-            SPMI_K(rows_tile)(g, at, left, ahead, 6, nv);
+            SPMI_K(rows_tile)(g, at, left, tile, 6, nv);
             at += 6;
         }
     }
@@ -4097,9 +4097,8 @@ static void SPMI_K(rows)(const spmi_rows *g)
 {
     int64_t at;
     for (at = 0; at < g->rows; at += 4) {
-        const float *ahead = SPMI_K(rows_ahead)(g, at / 4);
-        if (g->width == 8) SPMI_K(rows_tile)(g, at, g->rows - at, ahead, 4, 8);
-        else SPMI_K(rows_tile)(g, at, g->rows - at, ahead, 4, 4);
+        if (g->width == 8) SPMI_K(rows_tile)(g, at, g->rows - at, at / 4, 4, 8);
+        else SPMI_K(rows_tile)(g, at, g->rows - at, at / 4, 4, 4);
     }
 }
 #endif
@@ -4237,19 +4236,16 @@ static void SPMI_K(outer)(const spmi_outer *g)
     float *c = g->c;
     int64_t i;
     for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
-        const int64_t first = g->ahead[0].tiles, tile = i / T_OR < first ? i / T_OR : i / T_OR - first;
-        const spmi_fetch *f = g->ahead + (i / T_OR >= first);
-        const float *ahead = tile < f->tiles ? f->at + tile * f->tile : c;
-        const int64_t line = tile < f->tiles ? f->step : 0;
+        const spmi_fetch f = spmi_tile_fetch(g->ahead, i / T_OR, c);
         int rows = (int)SPMI_MIN(g->rows - i, T_OR);
         if (last == V_W) {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 3, 1);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 2, 1);
-            else SPMI_K(outer_tile)(g, a, c, ahead, line, rows, V_W, 1, 1);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 3, 1);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 2, 1);
+            else SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 1, 1);
         } else {
-            if (nv == 3) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 3, 0);
-            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 2, 0);
-            else SPMI_K(outer_tile)(g, a, c, ahead, line, rows, last, 1, 0);
+            if (nv == 3) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, last, 3, 0);
+            else if (nv == 2) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, last, 2, 0);
+            else SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, last, 1, 0);
         }
     }
 }
@@ -7097,15 +7093,12 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     g.fresh = job->shared_filters;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
-    g.ahead_tiles = filters != NULL;
+    g.ahead[0].tiles = filters != NULL;
+    g.ahead[0].step = SPMI_LINE;
     for (i = 0; i < (flat ? 6 : 12); i++) {
         const int64_t component = flat ? i : 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
-        if (filters) g.ahead = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
-        if (next) {
-            const spmi_fetch f = spmi_ahead_stretch(next, count / 6, g.taps * k);
-            g.next = f.at;
-            g.next_tiles = f.tiles;
-        }
+        if (filters) g.ahead[0].at = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
+        if (next) g.ahead[1] = spmi_ahead_stretch(next, count / 6, g.taps * k);
         g.a = v + component * job->v_at;
         g.b = u + i * job->u_at;
         g.c = m + component * job->m_at;
@@ -7341,9 +7334,8 @@ static int64_t spmi_taps_products(const spmi_taps_job *job, spmi_rows g, const f
     const int64_t run = inside.k1 - inside.k0, pieces = SPMI_MAX(1, spmi_ceil_div(run, SPMI_TAP_KC)); /* of one tap */
     const int64_t piece = SPMI_MAX(16, spmi_round_up(spmi_ceil_div(run, pieces), 16));
     const int64_t together = pieces > 1 ? 1 : SPMI_MAX(1, SPMI_TAP_KC / SPMI_MAX(run, 1)); /* taps in one pass */
-    int64_t t = inside.tap0, k0, j, panel, columns = 0;
+    int64_t t = inside.tap0, k0, j, panel, steps, columns = 0;
     spm_op_norm norm;
-    spmi_fetch f;
     do { /* once without taps as well: the output still has to be written */
         for (k0 = 0; k0 == 0 || k0 < run; k0 += piece) {
             g.a = spmi_half_from(s->half, in, inside.k0 + k0);
@@ -7362,12 +7354,12 @@ static int64_t spmi_taps_products(const spmi_taps_job *job, spmi_rows g, const f
                 g.bias = job->bias && t == inside.tap0 && k0 == 0 ? job->bias + j : NULL;
                 norm = spmi_norm_at(job->norm, j, j);
                 g.norm = norm.scale && t + together >= inside.tap1 && k0 + piece >= run ? &norm : NULL;
-                g.ahead_tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
-                g.ahead = spmi_half_from(s->half, g.b, g.ahead_tiles ? g.width * depth : 0);
-                f = spmi_ahead_stretch(next, g.rows / 6 - g.ahead_tiles,
-                                       SPMI_MAX(1, g.taps * g.k / (s->half == 2 ? 2 : 1)));
-                g.next = f.at;
-                g.next_tiles = f.tiles;
+                steps = SPMI_MAX(1, g.taps * g.k / (s->half == 2 ? 2 : 1));
+                g.ahead[0].tiles = panel + 1 < panels ? g.width / SPMI_LINE : 0; /* this piece of the next panel */
+                g.ahead[0].at = spmi_half_from(s->half, g.b, g.ahead[0].tiles ? g.width * depth : 0);
+                g.ahead[0].step = SPMI_LINE;
+                g.ahead[0].tile = steps * SPMI_LINE;
+                g.ahead[1] = spmi_ahead_stretch(next, g.rows / 6 - g.ahead[0].tiles, steps);
                 spmi_half_rows(job->ctx, s->half, &g);
             }
         }
@@ -7934,7 +7926,6 @@ static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, 
 {
     const int64_t run = job->window.run, size = job->filter;
     int64_t *c_at = a_at + size + SPMI_ROWS_PAD, i, j;
-    spmi_fetch f;
     spmi_rows g = SPM_ZERO;
     for (i = 0; i < size; i++) {
         a_at[i] = tap_at[i / run] + i % run;
@@ -7955,9 +7946,7 @@ static void spmi_weight_turned(const spmi_weight_job *job, const spmi_outer *p, 
         g.width = g.columns = spmi_panel_width(job->ctx, p->rows - j);
         g.b = dy + j;
         g.c = sums + j;
-        f = spmi_ahead_stretch(next, size / 6, g.taps * g.k);
-        g.ahead = f.at;
-        g.ahead_tiles = f.tiles;
+        g.ahead[0] = spmi_ahead_stretch(next, size / 6, g.taps * g.k);
         SPMI_KERNEL(job->ctx, rows, (&g));
     }
 }
@@ -10273,9 +10262,13 @@ static spm_status spmi_token_infer(spm_context *ctx, spm_op_call *call, spm_erro
     const spm_tensor *x = &call->in[0];
     const int64_t index = call->attr.index, tokens = call->attr.tokens;
     if (x->rank != 3) return spmi_op_fail(ctx, err, "token", "x", x, "[N,T,D]");
-    if (index < 0 || index >= x->shape[1] || tokens < 0 || tokens > x->shape[1] - index) {
-        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: index %lld is outside of 0..%lld",
-                         (long long)(index < 0 || tokens <= 0 ? index : index + tokens - 1), (long long)x->shape[1] - 1);
+    if (index < 0 || index >= x->shape[1]) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: index %lld is outside of 0..%lld", (long long)index,
+                         (long long)x->shape[1] - 1);
+    }
+    if (tokens < 0 || tokens > x->shape[1] - index) {
+        return spmi_fail(ctx, err, SPM_E_ARGUMENT, "token: %lld tokens from index %lld on, of %lld, are not to be had",
+                         (long long)tokens, (long long)index, (long long)x->shape[1]);
     }
     if (tokens) spmi_op_out(call, 3, x->shape[0], tokens, x->shape[2], 0);
     else spmi_op_out(call, 2, x->shape[0], x->shape[2], 0, 0);

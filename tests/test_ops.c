@@ -216,6 +216,7 @@ static void golden_case(int number)
     test.attr.groups = take_int();
     test.attr.heads = take_int();
     test.attr.index = take_int();
+    test.attr.tokens = take_int();
     test.attr.relu = take_int();
     test.training = take_int();
     test.attr.eps = take_float();
@@ -337,9 +338,10 @@ static void ref_softmax(int64_t rows, int64_t n, const double *x, double *y)
 static void ref_attention(const spm_op_call *c, const doubles *v)
 {
     const int64_t t = c->in[0].shape[1], d = c->in[0].shape[2] / 3, heads = c->attr.heads, hd = d / heads;
+    const int64_t asked = c->attr.tokens ? c->attr.tokens : t;
     double *p = (double *)malloc((size_t)t * sizeof *p);
     int64_t n, h, i, j, k;
-    for (n = 0; n < c->in[0].shape[0]; n++) for (h = 0; h < heads; h++) for (i = 0; i < t; i++) {
+    for (n = 0; n < c->in[0].shape[0]; n++) for (h = 0; h < heads; h++) for (i = 0; i < asked; i++) {
         const double *base = v->in[0] + n * t * 3 * d + h * hd;
         for (j = 0; j < t; j++) {
             p[j] = 0.0;
@@ -349,7 +351,7 @@ static void ref_attention(const spm_op_call *c, const doubles *v)
         for (k = 0; k < hd; k++) {
             double s = 0.0;
             for (j = 0; j < t; j++) s += p[j] * base[j * 3 * d + 2 * d + k];
-            v->y[(n * t + i) * d + h * hd + k] = s;
+            v->y[(n * asked + i) * d + h * hd + k] = s;
         }
     }
     free(p);
@@ -467,7 +469,10 @@ static void reference(spm_op op, const spm_op_call *c, const doubles *v, int tra
         }
         break;
     case SPM_OP_TOKEN:
-        for (i = 0; i < outputs; i++) v->y[i] = v->in[0][(i / n * x[1] + c->attr.index) * n + i % n];
+        for (i = 0; i < outputs; i++) {
+            const int64_t few = c->attr.tokens ? c->attr.tokens : 1, row = i / n;
+            v->y[i] = v->in[0][(row / few * x[1] + c->attr.index + row % few) * n + i % n];
+        }
         break;
     case SPM_OP_CROSS_ENTROPY: ref_cross_entropy(c, v); break;
     case SPM_OP_NTXENT: ref_ntxent(c, v); break;
@@ -691,6 +696,9 @@ static void token_sizes(void)
         t.attr.heads = cuts[i][2];
         t.scale[0] = 2.0f;
         check_case(&t, i < 4 ? 24 : 6);
+        for (t.attr.tokens = 1; t.attr.tokens <= cuts[i][0]; t.attr.tokens += t.attr.tokens == 1 ? 24 : cuts[i][0]) {
+            check_case(&t, i < 4 ? 24 : 6);
+        }
     }
     for (i = 1; i < 3; i++) {
         t = make_case(SPM_OP_TOKENS, "class tokens");
@@ -705,6 +713,9 @@ static void token_sizes(void)
     t = make_case(SPM_OP_TOKEN, "last");
     shape(&t, 0, 4, 6, 19, 0);
     t.attr.index = 5;
+    check_case(&t, 40);
+    t.attr.index = 2;
+    t.attr.tokens = 4;
     check_case(&t, 40);
 }
 
@@ -1111,6 +1122,11 @@ static void refusals(void)
     shape(&t, 0, 1, 4, 21, 0);
     t.attr.heads = 2;
     expect_error(&t, "attention: 2 heads", "width 7");
+    t.attr.heads = 1;
+    t.attr.tokens = 5;
+    expect_error(&t, "attention: the first 5 tokens", "of 4");
+    t.attr.tokens = -1;
+    expect_error(&t, "attention: the first -1 tokens", "of 4");
     t = make_case(SPM_OP_RELU, "inputs");
     shape(&t, 0, 2, 3, 0, 0);
     shape(&t, 1, 2, 3, 0, 0);
@@ -1123,6 +1139,13 @@ static void refusals(void)
     shape(&t, 0, 2, 3, 4, 0);
     t.attr.index = 3;
     expect_error(&t, "token: index 3", "0..2");
+    t.attr.index = 1;
+    t.attr.tokens = 3;
+    expect_error(&t, "token: 3 tokens from index 1 on", "of 3");
+    t.attr.tokens = INT64_MAX;
+    expect_error(&t, "token: 9223372036854775807 tokens from index 1 on", "of 3");
+    t.attr.tokens = -1;
+    expect_error(&t, "token: -1 tokens from index 1 on", "of 3");
     t = make_case(SPM_OP_TIED_DROPOUT, "channels");
     shape(&t, 0, 2, 3, 5, 0);
     t.attr.index = 6;

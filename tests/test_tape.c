@@ -43,6 +43,7 @@ static const op_case cases[] = {
     { SPM_OP_SOFTMAX, {3}, {{2,3,33}}, 1, 0,0,0,0,0, 0,0,0,0,1 },
     { SPM_OP_ATTENTION, {3}, {{2,5,36}}, 1, 0,0,0,0,0, 3,0,0,0,1 },
     { SPM_OP_ATTENTION, {3}, {{1,17,48}}, 1, 0,0,0,0,0, 1,0,0,0,1 },
+    { SPM_OP_ATTENTION, {3}, {{2,5,36}}, 1, 0,0,0,0,2, 3,0,0,0,1 },
     { SPM_OP_MAX_POOL, {4}, {{2,7,6,5}}, 1, 3,2,1,0,0, 0,0,0,0,1 },
     { SPM_OP_MAX_POOL, {4}, {{1,4,4,3}}, 1, 2,2,0,0,0, 0,0,0,0,1 },
     { SPM_OP_AVG_POOL, {4}, {{2,5,5,3}}, 1, 3,2,1,0,0, 0,0,0,0,1 },
@@ -58,6 +59,7 @@ static const op_case cases[] = {
     { SPM_OP_TOKENS, {4,2,2,2}, {{2,2,2,20},{1,20},{6,20},{1,20}}, 4, 0,0,0,0,0, 0,0,0,0,1 },
     { SPM_OP_TOKENS, {4,2,2}, {{2,2,2,20},{2,20},{6,20}}, 3, 0,0,0,0,0, 0,0,0,0,1 },
     { SPM_OP_TOKEN, {3}, {{2,4,9}}, 1, 0,0,0,0,0, 0,1,0,0,1 },
+    { SPM_OP_TOKEN, {3}, {{2,4,9}}, 1, 0,0,0,0,2, 0,1,0,0,1 },
     { SPM_OP_MEAN2, {2,2}, {{3,4},{3,4}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
     { SPM_OP_CROSS_ENTROPY, {2,2}, {{4,5},{4,5}}, 2, 0,0,0,0,0, 0,0,0,0,1 },
     { SPM_OP_CROSS_ENTROPY, {2,2,1}, {{6,2},{6,2},{6}}, 3, 0,0,0,0,0, 0,0,.1f,0,1 },
@@ -77,6 +79,7 @@ static spm_op_call call_of(const op_case *c)
     call.attr.groups = c->groups;
     call.attr.heads = c->heads;
     call.attr.index = c->index;
+    if (c->op == SPM_OP_ATTENTION || c->op == SPM_OP_TOKEN) call.attr.tokens = c->groups;
     call.attr.eps = 1e-5f;
     call.attr.p = c->p;
     if (c->op == SPM_OP_CROSS_ENTROPY) call.attr.label_smoothing = c->p;

@@ -60,8 +60,14 @@ def attention(a, qkv):
     n, t, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     h = a['heads']
     q, k, v = qkv.reshape(n, t, 3, h, d // h).permute(2, 0, 3, 1, 4).unbind(0)
+    if a['tokens']:
+        q = q[:, :, :a['tokens']]
     p = (q @ k.transpose(-2, -1) * (d // h) ** -0.5).softmax(dim=-1)
-    return (p @ v).transpose(1, 2).reshape(n, t, d), p
+    return (p @ v).transpose(1, 2).reshape(n, -1, d), p
+
+
+def token(a, x):
+    return x[:, a['index']:a['index'] + a['tokens']] if a['tokens'] else x[:, a['index']]
 
 
 def max_pool(a, x):
@@ -104,7 +110,7 @@ OPS = {
     'layer_norm': (layer_norm, [0, 1, 2]), 'relu': (lambda a, x: F.relu(x), [0]), 'gelu': (lambda a, x: F.gelu(x), [0]),
     'softmax': (lambda a, x: F.softmax(x, -1), [0]), 'attention': (attention, [0]), 'max_pool': (max_pool, [0]),
     'avg_pool': (avg_pool, [0]), 'global_pool': (lambda a, x: x.mean((1, 2)), [0]), 'add': (lambda a, x, y: x + y, [0, 1]),
-    'shortcut_a': (shortcut_a, [0]), 'tokens': (tokens, [0, 1, 2, 3]), 'token': (lambda a, x: x[:, a['index']], [0]),
+    'shortcut_a': (shortcut_a, [0]), 'tokens': (tokens, [0, 1, 2, 3]), 'token': (token, [0]),
     'mean2': (lambda a, x, y: (x + y) / 2, [0, 1]), 'cross_entropy': (cross_entropy, [0]), 'ntxent': (ntxent, [0, 1]),
 }
 # scale and offset of inputs that are not uniform in [-2, 2)
@@ -161,8 +167,11 @@ CASES = [
     ('cross_entropy', 'weights, smoothing', [[7, 3], [7, 3], [7]], dict(label_smoothing=.1)),
     ('ntxent', '', [[5, 19], [5, 19]], dict(temperature=.5)),
     ('ntxent', 'narrow', [[9, 2], [9, 2]], dict(temperature=.07)),
+    ('attention', '1 token asks', [[2, 11, 63]], dict(heads=3, tokens=1)),
+    ('attention', '13 tokens ask', [[2, 19, 48]], dict(heads=2, tokens=13)),
+    ('token', '3 tokens', [[3, 5, 18]], dict(index=1, tokens=3)),
 ]
-DEFAULT = dict(kernel=[0, 0], stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1, heads=0, index=0, relu=0, training=0,
+DEFAULT = dict(kernel=[0, 0], stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1, heads=0, index=0, tokens=0, relu=0, training=0,
                eps=0., p=0., temperature=0., label_smoothing=0.)
 
 
@@ -192,8 +201,8 @@ def main():
         error = max(np.abs(x - y).max() / np.abs(x).max() for (_, x), (_, y) in zip(arrays, single))
         print('%-14s %-22s PyTorch float32 against float64: %.1e' % (op, label, error))
         data += struct.pack('<16s24s', op.encode(), label.encode())
-        data += struct.pack('<13i', *attr['kernel'], *attr['stride'], *attr['padding'], *attr['dilation'], attr['groups'],
-                            attr['heads'], attr['index'], attr['relu'], attr['training'])
+        data += struct.pack('<14i', *attr['kernel'], *attr['stride'], *attr['padding'], *attr['dilation'], attr['groups'],
+                            attr['heads'], attr['index'], attr['tokens'], attr['relu'], attr['training'])
         data += struct.pack('<4f', attr['eps'], attr['p'], attr['temperature'], attr['label_smoothing'])
         data += struct.pack('<i', len(shapes))
         for i, shape in enumerate(shapes):
