@@ -6815,6 +6815,7 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
  * a thread waits for the others at the end. */
 #define SPMI_WIDE 768
 #define SPMI_WIDE_GROUPS 4
+#define SPMI_WIDE_PARTS 2    /* of weight gradients: each copies dy */
 
 static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
 {
@@ -7799,9 +7800,11 @@ static void spmi_weight_plan(spmi_weight_job *job)
     size = job->outputs * (job->filter + 1);
     job->turned = !job->half && s->depth < lanes && s->run % lanes && s->w.count > 1 && job->outputs % lanes == 0;
     job->even = !job->half && s->images * s->w.count * s->taps == 1;
-    /* pixels 4 KiB apart share a set of the cache, which holds no quarter lines of theirs until the next quarter's turn */
+    /* pixels of dy that are many whole lines apart share few sets of the first-level cache, which does not hold the rest of
+     * their lines until its turn comes: a copy in panels pays where many columns are multiplied by it */
     job->dealt = job->half || job->outputs % spmi_outer_rows(job->ctx)
-              || (spmi_outer_rows(job->ctx) < 8 && job->dy_pixel % 1024 == 0);
+              || (spmi_outer_rows(job->ctx) < 8 ? job->dy_pixel % 1024 == 0
+                                                : job->dy_pixel % 64 == 0 && job->filter >= SPMI_WIDE / 2);
     if (job->even) job->collect = SPMI_MAX(job->outputs, s->run) > SPMI_WEIGHT_DIRECT;
     else job->collect = !job->turned && (job->half || job->outputs >= 64 || s->run % lanes);
     job->block = (job->turned ? 4 : 1) * SPMI_WEIGHT_PIXELS;
@@ -7818,7 +7821,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
     /* each copies the input */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
-    if (job->collect && job->even && job->filter >= SPMI_WIDE) job->parts = SPMI_MAX(job->parts, SPMI_WIDE_GROUPS);
+    if (job->collect && job->even && job->filter >= SPMI_WIDE) job->parts = SPMI_MAX(job->parts, SPMI_WIDE_PARTS);
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, job->filter)));
     job->copy_bytes = spmi_float_bytes(spmi_window_copy_floats(s, job->block));
     columns = job->collect ? spmi_outer_columns(job->ctx, job->filter) : 0;
