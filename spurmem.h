@@ -4010,15 +4010,15 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
             }
         }
     } else {
-        float tile[T_MR * T_NV * V_W];
+        float edge[T_MR * T_NV * V_W];
         SPMI_UNROLL for (i = 0; i < mr; i++) {
-            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(tile + (i * nv + j) * V_W, acc[i][j]);
+            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(edge + (i * nv + j) * V_W, acc[i][j]);
         }
         for (i = 0; i < mr && i < used; i++) {
             float *c = g->c + c_at[i];
             for (j = 0; j * V_W < g->columns; j++) {
                 const int n = SPMI_MIN(g->columns - j * V_W, V_W);
-                v_t sum = v_load(tile + (i * nv + j) * V_W);
+                v_t sum = v_load(edge + (i * nv + j) * V_W);
                 if (g->bias) sum = v_add(sum, v_loadn(g->bias + j * V_W, n));
                 if (g->accumulate) sum = v_add(v_loadn(c + j * V_W, n), sum);
                 if (g->norm) sum = SPMI_K(normed)(g->norm, j * V_W, c_at[i], sum, n);
