@@ -6815,7 +6815,7 @@ static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t li
  * a thread waits for the others at the end. */
 #define SPMI_WIDE 768
 #define SPMI_WIDE_GROUPS 4
-#define SPMI_WIDE_PARTS 2    /* of weight gradients: each copies dy */
+#define SPMI_WIDE_PARTS 2    /* of weight gradients, fewer for what each copies */
 
 static int64_t spmi_panel_count(const spm_context *ctx, int64_t columns)
 {
@@ -7819,7 +7819,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     job->chunk = spmi_ceil_div(rows, job->chunks);
     job->chunks = spmi_ceil_div(rows, job->chunk);
     job->block = spmi_ceil_div(job->chunk, spmi_ceil_div(job->chunk, job->block)); /* all alike */
-    /* each copies the input */
+    /* each copies the input, and dy if it is dealt */
     job->parts = job->collect ? SPMI_MAX(1, SPMI_TASKS / (job->even ? 1 : 2) / (job->chunks * job->ranges)) : 1;
     if (job->collect && job->even && job->filter >= SPMI_WIDE) job->parts = SPMI_MAX(job->parts, SPMI_WIDE_PARTS);
     job->parts = SPMI_MIN(job->parts, SPMI_MIN(SPMI_WEIGHT_PARTS, spmi_outer_panels(job->ctx, job->filter)));
@@ -10017,8 +10017,8 @@ typedef struct spmi_attention {
     spm_op_call *call;
     int64_t tokens, queries, width, head, heads, row; /* row: of a matrix [Q,T] in scratch, whole vectors */
     float scale;
-    size_t across, along, asked, rows, slot_bytes; /* bytes of panels of [d,T], of [T,d], of [Q,d], of rows of [Q,T]; of a
-                                                slot's scratch */
+    /* bytes of panels of [d,T], of [T,d], of [Q,d], of rows of [Q,T]; of a slot's scratch */
+    size_t across, along, asked, rows, slot_bytes;
 } spmi_attention;
 
 static int64_t spmi_attention_queries(const spm_op_call *call)
