@@ -5048,7 +5048,10 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * the 36 sums grow 4.8 fold with these points (the best of a grid), 10.8 fold with the textbook's 0, +-1, +-2; so
  * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double (in
  * evaluation mode in floats: no gradient multiplies their errors there).  Flat tiles are F(4, 3) along rows: for 1x4
- * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth. */
+ * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth.
+ * A tile at the lower or right edge that has 3 or 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3) without both
+ * of +-3/2: 5 or 4 products where F(4, 3) takes 6, of the same transformed filters (what the smaller set of points changes
+ * in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them. */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -5064,6 +5067,9 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
 #define SPMI_WINO_ROW(p) ((p) == 0 ? 0 : (p) == 1 ? 5 : (p) - 1)
 #endif
 
+/* 1: tiles of m outputs, 2 to 4, have point p. */
+#define SPMI_WINO_HAS(p, m) ((p) <= (m) || (p) == 5)
+
 /* r = B^T d; the numbers of d are `step` apart. */
 SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
 {
@@ -5078,19 +5084,41 @@ SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
     r[5] = v_fma(ab, d[step], v_fma(s, d[3 * step], d[5 * step]));
 }
 
-/* r = A^T m: six numbers to four */
-SPMI_INLINE void SPMI_K(wino_at)(const v_t *m, int step, v_t *r)
+/* The same of F(m, 3), m 2 or 3, of m + 2 numbers: the points that it has. */
+SPMI_INLINE void SPMI_K(wino_bt_edge)(const v_t *d, int step, int m, v_t *r)
+{
+    const v_t even = v_fma(v_set(-W_A2), d[0], d[2 * step]), odd = v_fma(v_set(-W_A2), d[step], d[3 * step]);
+    if (m == 2) {
+        const v_t scale = v_set(W_A2 - W_B2);
+        r[0] = v_mul(v_set(-W_B2), even);
+        r[1] = v_mul(scale, v_fma(v_set(W_A), d[step], d[2 * step]));
+        r[2] = v_mul(scale, v_fma(v_set(-W_A), d[step], d[2 * step]));
+        r[5] = odd;
+        return;
+    }
+    r[0] = v_fma(v_set(-W_B2), even, v_mul(v_set(W_B), odd));
+    r[1] = v_fma(v_set(-W_A * W_B), d[step], v_fma(v_set(W_A - W_B), d[2 * step], d[3 * step]));
+    r[1] = v_mul(v_set(W_A + W_B), r[1]);
+    r[2] = v_fma(v_set(W_A * W_B), d[step], v_fma(v_set(-W_A - W_B), d[2 * step], d[3 * step]));
+    r[2] = v_mul(v_set(W_B - W_A), r[2]);
+    r[3] = v_mul(v_set(2 * W_B), odd);
+    r[5] = v_fma(v_set(-W_B), odd, v_fma(v_set(-W_A2), d[2 * step], d[4 * step]));
+}
+
+/* r = A^T m: six numbers, 0 for points that there are not, to the first n of four */
+SPMI_INLINE void SPMI_K(wino_at)(const v_t *m, int step, int n, v_t *r)
 {
     const v_t ea = v_add(m[step], m[2 * step]), oa = v_sub(m[step], m[2 * step]);
     const v_t eb = v_add(m[3 * step], m[4 * step]), ob = v_sub(m[3 * step], m[4 * step]);
     r[0] = v_add(m[0], v_add(ea, eb));
     r[1] = v_fma(v_set(W_A), oa, v_mul(v_set(W_B), ob));
     r[2] = v_fma(v_set(W_A2), ea, v_mul(v_set(W_B2), eb));
-    r[3] = v_fma(v_set(W_A3), oa, v_fma(v_set(W_B3), ob, m[5 * step]));
+    if (n == 4) r[3] = v_fma(v_set(W_A3), oa, v_fma(v_set(W_B3), ob, m[5 * step]));
+    else r[n - 1] = v_add(r[n - 1], m[5 * step]);
 }
 
-/* r = A y: four numbers to six */
-SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
+/* r = A y: four numbers, of which the first m count and the others are 0, to six */
+SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, int m, v_t *r)
 {
     const v_t ea = v_fma(v_set(W_A2), y[2 * step], y[0]), oa = v_fma(v_set(W_A2), y[3 * step], y[step]);
     const v_t eb = v_fma(v_set(W_B2), y[2 * step], y[0]), ob = v_fma(v_set(W_B2), y[3 * step], y[step]);
@@ -5099,7 +5127,7 @@ SPMI_INLINE void SPMI_K(wino_a)(const v_t *y, int step, v_t *r)
     r[2] = v_fma(v_set(-W_A), oa, ea);
     r[3] = v_fma(v_set(W_B), ob, eb);
     r[4] = v_fma(v_set(-W_B), ob, eb);
-    r[5] = y[3 * step];
+    r[5] = y[(m - 1) * step];
 }
 
 /* The rows of a pair of G g: three numbers to two. */
@@ -5131,13 +5159,42 @@ SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
     r[2] = v_fma(v_set(W_A2), ea, v_fma(v_set(W_B2), eb, u[5 * step]));
 }
 
-/* `n` channels from `from` on of one tile: pixel (i, j) at x[6 i + j] -> to + (6 i + j) component, B^T d B.  What the
- * tile to the right has more, `next` floats on, is fetched. */
-static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
-                               int64_t component)
+/* wino_input of a tile at an edge. */
+static void SPMI_K(wino_input_edge)(int64_t n, const float *const *x, int64_t from, float *to, int64_t component, int rows,
+                                    int columns)
 {
     int64_t c;
     int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[6], t[36], q[6];
+        for (i = 0; i < rows + 2; i++) {
+            for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+            if (columns == 4) SPMI_K(wino_bt)(d, 1, t + 6 * i);
+            else SPMI_K(wino_bt_edge)(d, 1, columns, t + 6 * i);
+        }
+        for (j = 0; j < 6; j++) {
+            if (!SPMI_WINO_HAS(j, columns)) continue;
+            if (rows == 4) SPMI_K(wino_bt)(t + j, 6, q);
+            else SPMI_K(wino_bt_edge)(t + j, 6, rows, q);
+            for (i = 0; i < 6; i++) {
+                if (SPMI_WINO_HAS(i, rows)) v_put(to + (6 * i + j) * component + c, q[i], r);
+            }
+        }
+    }
+}
+
+/* `n` channels from `from` on of a tile of rows x columns outputs (2 to 4 each): pixel (i, j) at x[6 i + j] ->
+ * to + (6 i + j) component, B^T d B, for the points that it has.  What the tile to the right has more, `next` floats on, is
+ * fetched. */
+static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
+                               int64_t component, int rows, int columns)
+{
+    int64_t c;
+    int r, i, j;
+    if (rows < 4 || columns < 4) {
+        SPMI_K(wino_input_edge)(n, x, from, to, component, rows, columns);
+        return;
+    }
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
         SPMI_UNROLL for (i = 0; i < 6; i++) {
@@ -5168,8 +5225,9 @@ static void SPMI_K(wino_input_flat)(int64_t tiles, int64_t n, const float *const
     }
 }
 
-/* The same for a 4x4 tile of an output's gradient, pixels at dy[4 i + j]: A dy A^T. */
-static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component)
+/* The same for such a tile of an output's gradient, pixels at dy[4 i + j], 0 where it has none: A dy A^T. */
+static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component, int rows,
+                                  int columns)
 {
     int64_t c;
     int r, i, j;
@@ -5177,10 +5235,10 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t fro
         v_t d[4], t[24], q[6];
         SPMI_UNROLL for (i = 0; i < 4; i++) {
             SPMI_UNROLL for (j = 0; j < 4; j++) d[j] = v_get(dy[4 * i + j] + from + c, r);
-            SPMI_K(wino_a)(d, 1, t + 6 * i);
+            SPMI_K(wino_a)(d, 1, columns, t + 6 * i);
         }
         SPMI_UNROLL for (j = 0; j < 6; j++) {
-            SPMI_K(wino_a)(t + j, 6, q);
+            SPMI_K(wino_a)(t + j, 6, rows, q);
             SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
         }
     }
@@ -5196,28 +5254,55 @@ SPMI_INLINE void SPMI_K(wino_put)(v_t y, v_t bias, const spm_op_norm *norm, int6
     v_put(to + pixel + c, y, r);
 }
 
-/* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels are stored (or added); bias and norm may be
- * NULL. */
+/* wino_output of a tile at an edge, which stores `rows` by `columns` of its high x wide pixels. */
+static void SPMI_K(wino_output_edge)(int64_t n, const float *m, int64_t component, const float *bias,
+                                     const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int rows, int columns,
+                                     int add)
+{
+    const int high = SPMI_MAX(rows, 2), wide = SPMI_MAX(columns, 2);
+    int64_t c;
+    int r, i, j;
+    V_STEP(c, r, n) {
+        v_t d[6], q[4], t[24];
+        const v_t b = bias ? v_get(bias + c, r) : v_zero();
+        for (j = 0; j < 6; j++) {
+            for (i = 0; i < 6; i++) {
+                const int has = SPMI_WINO_HAS(i, high) && SPMI_WINO_HAS(j, wide);
+                d[i] = has ? v_get(m + (6 * i + j) * component + c, r) : v_zero();
+            }
+            SPMI_K(wino_at)(d, 1, high, q);
+            for (i = 0; i < high; i++) t[6 * i + j] = q[i];
+        }
+        for (i = 0; i < rows; i++) {
+            SPMI_K(wino_at)(t + 6 * i, 1, wide, q);
+            for (j = 0; j < columns; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
+        }
+    }
+}
+
+/* `n` outputs of one tile, A^T m A, of which `rows` by `columns` pixels, all it has or 1, are stored (or added); bias and
+ * norm may be NULL. */
 static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias,
                                 const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int rows, int columns,
                                 int add)
 {
     int64_t c;
     int r, i, j;
+    if (rows < 4 || columns < 4) {
+        SPMI_K(wino_output_edge)(n, m, component, bias, norm, to, row, pixel, rows, columns, add);
+        return;
+    }
     V_STEP(c, r, n) {
         v_t d[6], q[4], t[24];
         const v_t b = bias ? v_get(bias + c, r) : v_zero();
         SPMI_UNROLL for (j = 0; j < 6; j++) {
             SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
-            SPMI_K(wino_at)(d, 1, q);
+            SPMI_K(wino_at)(d, 1, 4, q);
             SPMI_UNROLL for (i = 0; i < 4; i++) t[6 * i + j] = q[i];
         }
         SPMI_UNROLL for (i = 0; i < 4; i++) {
-            SPMI_K(wino_at)(t + 6 * i, 1, q);
-            SPMI_UNROLL for (j = 0; j < 4; j++) {
-                if (i >= rows || j >= columns) continue;
-                SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
-            }
+            SPMI_K(wino_at)(t + 6 * i, 1, 4, q);
+            SPMI_UNROLL for (j = 0; j < 4; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
         }
     }
 }
@@ -5234,7 +5319,7 @@ static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, in
         for (x = 0; x < columns; x += 4, from += tile) {
             v_t d[6], q[4];
             SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(from + j * component, r);
-            SPMI_K(wino_at)(d, 1, q);
+            SPMI_K(wino_at)(d, 1, 4, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) {
                 if (x + j < columns) SPMI_K(wino_put)(q[j], b, norm, c, (x + j) * pixel, to, add, r);
             }
@@ -6793,8 +6878,9 @@ static spmi_ahead spmi_window_ahead(const spmi_window *s, int64_t row, int64_t r
 static spmi_fetch spmi_ahead_stretch(spmi_ahead *next, int64_t tiles, int64_t lines)
 {
     spmi_fetch f = SPM_ZERO;
+    if (tiles <= 0 || lines <= 0) return f;
     while (next->first < next->end && next->stretch[next->first].lines < lines) next->first++;
-    if (next->first == next->end || tiles <= 0) return f;
+    if (next->first == next->end) return f;
     f.at = next->stretch[next->first].at;
     f.step = SPMI_LINE;
     f.tile = lines * SPMI_LINE;
@@ -6846,7 +6932,8 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 
 typedef struct spmi_tiles {
     int64_t down, across, count;         /* tiles of a picture's output, and of all pictures */
-    int flat;                            /* 1: of 1x4 pixels; 0: of 4x4 */
+    int flat;                            /* 1: of 1x4 pixels; 0: of 4x4, but that */
+    int bottom, right;                   /* those of the last row and column have so many, 2 to 4, down and across */
 } spmi_tiles;
 
 static int spmi_wino_high(const spmi_tiles *t)
@@ -6874,11 +6961,81 @@ static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, 
     t.flat = channels < square;
     t.down = t.flat ? h->count : (h->count + 3) / 4;
     t.across = (w->count + 3) / 4;
+    t.bottom = (int)SPMI_MAX(2, h->count - 4 * (t.down - 1));
+    t.right = (int)SPMI_MAX(2, w->count - 4 * (t.across - 1));
     if (t.flat && (!flat || large || t.across > SPMI_WINO_TILES)) return t;
     if (t.down * t.across * spmi_wino_high(&t) * 11 <= 4 * h->count * w->count) { /* 16 / 11 of work */
         t.count = s->images * t.down * t.across;
     }
     return t;
+}
+
+/* Tile t: of which picture, where its output begins there, and how many rows and columns it has. */
+typedef struct spmi_tile {
+    int64_t image, y, x;
+    int rows, columns;
+} spmi_tile;
+
+static spmi_tile spmi_wino_tile(const spmi_tiles *tiles, int64_t t)
+{
+    const int64_t across = tiles->across, picture = tiles->down * across;
+    const int64_t y = t % picture / across, x = t % across;
+    spmi_tile tile;
+    tile.image = t / picture;
+    tile.y = 4 * y;
+    tile.x = 4 * x;
+    tile.rows = y + 1 < tiles->down ? 4 : tiles->bottom;
+    tile.columns = x + 1 < across ? 4 : tiles->right;
+    return tile;
+}
+
+/* The tiles that are transformed together are sorted by what they have less than four of: columns; nothing; rows; both.
+ * Then those that have a component are neighbours. */
+typedef struct spmi_wino_order {
+    int64_t at[5], next[4];              /* where each kind begins, and its next tile's place */
+} spmi_wino_order;
+
+/* How many of each kind there are before tile t. */
+static void spmi_wino_kinds(const spmi_tiles *tiles, int64_t t, int64_t n[4])
+{
+    const int64_t across = tiles->across, images = t / (tiles->down * across);
+    const int64_t last = t % (tiles->down * across) - (tiles->down - 1) * across;
+    const int64_t rows = tiles->bottom < 4 ? images * across + SPMI_MAX(0, last) : 0;
+    const int64_t columns = tiles->right < 4 ? t / across : 0;
+    n[3] = tiles->bottom < 4 && tiles->right < 4 ? images : 0;
+    n[2] = rows - n[3];
+    n[0] = columns - n[3];
+    n[1] = t - n[0] - n[2] - n[3];
+}
+
+/* The order of tiles [first, end), to be walked through from tile `from` on. */
+static spmi_wino_order spmi_wino_sort(const spmi_tiles *tiles, int64_t first, int64_t end, int64_t from)
+{
+    int64_t n0[4], n1[4], n[4];
+    spmi_wino_order order = SPM_ZERO;
+    int i;
+    spmi_wino_kinds(tiles, first, n0);
+    spmi_wino_kinds(tiles, end, n1);
+    spmi_wino_kinds(tiles, from, n);
+    for (i = 0; i < 4; i++) {
+        order.at[i + 1] = order.at[i] + n1[i] - n0[i];
+        order.next[i] = order.at[i] + n[i] - n0[i];
+    }
+    return order;
+}
+
+/* The place of the next tile. */
+static int64_t spmi_wino_next(spmi_wino_order *order, const spmi_tile *tile)
+{
+    return order->next[tile->columns < 4 ? (tile->rows < 4 ? 3 : 0) : tile->rows < 4 ? 2 : 1]++;
+}
+
+/* The places [*first, *end) of tiles that have component e. */
+static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *order, int64_t e, int64_t *first, int64_t *end)
+{
+    const int rows = SPMI_WINO_HAS(e / 6, tiles->bottom), columns = SPMI_WINO_HAS(e % 6, tiles->right);
+    *first = order->at[columns ? 0 : 1];
+    *end = order->at[rows ? (columns ? 4 : 3) : 2];
 }
 
 /* Where `high` by `wide` pixels from (y, x) of a picture lie; outside: at `zeros`. */
@@ -6985,12 +7142,22 @@ static float *spmi_wino_shared(const spmi_taps_job *job)
     return (float *)(void *)(job->scratch + (size_t)job->ctx->threads * job->slot_bytes);
 }
 
-/* The place, in pixels, of tile t's transformed input in the block that begins with tile `first`.  Of flat tiles it is
- * that of the first row; the two others lie one and two rows on, and are those of the tiles below. */
+/* Where the block of tiles that begins with tile `first` ends. */
+static int64_t spmi_wino_end(const spmi_taps_job *job, int64_t first)
+{
+    return SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
+}
+
+static spmi_wino_order spmi_wino_block(const spmi_taps_job *job, int64_t first, int64_t from)
+{
+    return spmi_wino_sort(&job->tiles, first, spmi_wino_end(job, first), from);
+}
+
+/* The place, in pixels, of flat tile t's transformed input in the block that begins with tile `first`: that of the
+ * first row; the two others lie one and two rows on, and are those of the tiles below. */
 static int64_t spmi_wino_place(const spmi_tiles *tiles, int64_t first, int64_t t)
 {
     const int64_t row = t / tiles->across, row0 = first / tiles->across;
-    if (!tiles->flat) return t - first;
     return (row - row0 + 2 * (row / tiles->down - row0 / tiles->down)) * tiles->across + t % tiles->across;
 }
 
@@ -6999,17 +7166,23 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
                              float *to)
 {
     const spmi_window *s = &job->window;
-    const int64_t picture = job->tiles.down * job->tiles.across;
     const int64_t blocks = (s->depth + job->kc - 1) / job->kc;
     const float *x[36];
-    int64_t t, k;
+    spmi_wino_order order = SPM_ZERO;
+    int64_t t, k, block = -1;
     memset(zeros, 0, (size_t)s->depth * sizeof *zeros);
     for (t = first; t < end; t++) {
-        float *at = to + (t - origin) / job->block * blocks * SPMI_WINO * job->v_at + (t - origin) % job->block * job->kc;
-        spmi_wino_pixels(s, t / picture, t % picture / job->tiles.across * 4 + s->h.offset,
-                         t % job->tiles.across * 4 + s->w.offset, 6, 6, zeros, x);
+        const spmi_tile tile = spmi_wino_tile(&job->tiles, t);
+        float *at;
+        if ((t - origin) / job->block != block) {
+            block = (t - origin) / job->block;
+            order = spmi_wino_block(job, origin + block * job->block, t);
+        }
+        at = to + block * blocks * SPMI_WINO * job->v_at + spmi_wino_next(&order, &tile) * job->kc;
+        spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, x);
         for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at));
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at,
+                                               tile.rows, tile.columns));
         }
     }
 }
@@ -7074,8 +7247,9 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
                                int pair, const float *u, int width, float *m, int accumulate, const float *filters,
                                int64_t tap, spmi_ahead *next)
 {
-    int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], tap_at[3], i, at = 0;
+    int64_t a_at[SPMI_WINO_TILES + SPMI_ROWS_PAD], c_at[SPMI_WINO_TILES], tap_at[3], i, at = 0, place = 0, end = count;
     const int flat = job->tiles.flat;
+    const spmi_wino_order order = spmi_wino_block(job, first, first);
     spmi_rows g = SPM_ZERO;
     for (i = 0; i < count; i++) {
         if (flat && i % job->tiles.across == 0) at = spmi_wino_place(&job->tiles, first, first + i);
@@ -7084,12 +7258,9 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     }
     for (; i < count + SPMI_ROWS_PAD; i++) a_at[i] = 0;
     for (i = 0; i < 3; i++) tap_at[i] = i * job->tiles.across * job->kc;
-    g.a_at = a_at;
-    g.c_at = c_at;
     g.tap_at = tap_at;
     g.taps = flat ? 3 : 1;
     g.k = k;
-    g.rows = count;
     g.width = g.columns = width;
     g.fresh = job->shared_filters;
     g.chain = SPMI_WINO_CHAIN;
@@ -7099,7 +7270,12 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     for (i = 0; i < (flat ? 6 : 12); i++) {
         const int64_t component = flat ? i : 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
         if (filters) g.ahead[0].at = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
-        if (next) g.ahead[1] = spmi_ahead_stretch(next, count / 6, g.taps * k);
+        if (!flat) spmi_wino_having(&job->tiles, &order, component, &place, &end);
+        g.a_at = a_at + place;
+        g.c_at = c_at + place;
+        g.rows = end - place;
+        if (g.rows == 0) continue;
+        if (next) g.ahead[1] = spmi_ahead_stretch(next, g.rows / 6, g.taps * k);
         g.a = v + component * job->v_at;
         g.b = u + i * job->u_at;
         g.c = m + component * job->m_at;
@@ -7122,9 +7298,10 @@ static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t e
     const int64_t picture = tiles->down * tiles->across, n = SPMI_MIN((int64_t)width, job->columns - j);
     const int64_t high = spmi_wino_high(tiles), step = tiles->flat ? tiles->across : 1;
     const float *bias = job->bias ? job->bias + j : NULL;
+    spmi_wino_order order = spmi_wino_block(job, first, first);
     spmi_written written = SPM_ZERO;
     int64_t t;
-    for (t = first; t < end; t += step, m += step * width) {
+    for (t = first; t < end; t += step) {
         const int64_t y = t % picture / tiles->across * high, x = t % tiles->across * 4;
         const int64_t down = SPMI_MIN(high, job->window.h.count - y);
         const int64_t across = SPMI_MIN(4 * step, job->window.w.count - x);
@@ -7132,11 +7309,13 @@ static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t e
         const spm_op_norm norm = spmi_norm_at(job->norm, j, at + j);
         int64_t i;
         if (tiles->flat) {
-            SPMI_KERNEL(job->ctx, wino_output_flat, (n, m, width, job->m_at, bias, norm.scale ? &norm : NULL,
+            SPMI_KERNEL(job->ctx, wino_output_flat, (n, m + (t - first) * width, width, job->m_at, bias, norm.scale ? &norm : NULL,
                                                      job->out + at + j, job->out_pixel, across, job->accumulate));
         } else {
-            SPMI_KERNEL(job->ctx, wino_output, (n, m, job->m_at, bias, norm.scale ? &norm : NULL, job->out + at + j,
-                                                job->out_row, job->out_pixel, (int)down, (int)across, job->accumulate));
+            const spmi_tile tile = spmi_wino_tile(tiles, t);
+            SPMI_KERNEL(job->ctx, wino_output, (n, m + spmi_wino_next(&order, &tile) * width, job->m_at, bias,
+                                                norm.scale ? &norm : NULL, job->out + at + j, job->out_row,
+                                                job->out_pixel, (int)down, (int)across, job->accumulate));
         }
         for (i = 0; job->watch && i < down; i++) {
             spmi_taps_wrote(job, &written, at + i * job->out_row, across, n);
@@ -7205,8 +7384,7 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
 {
     const spmi_taps_job *job = (const spmi_taps_job *)arg;
     const int64_t depth = job->window.depth, panels = job->shared_filters ? 1 : spmi_panel_count(job->ctx, job->columns);
-    const int64_t first = job->first + task / panels * job->block;
-    const int64_t end = SPMI_MIN(SPMI_MIN(first + job->block, job->first + job->chunk), job->tiles.count);
+    const int64_t first = job->first + task / panels * job->block, end = spmi_wino_end(job, first);
     float *zeros = (float *)(void *)(job->scratch + (size_t)slot * job->slot_bytes);
     float *own = zeros + spmi_float_bytes(depth) / sizeof *zeros;
     const int64_t components = spmi_wino_components(&job->tiles);
@@ -7623,12 +7801,12 @@ static void spmi_wino_dw_plan(spmi_weight_job *job)
                        + (job->groups > 1 ? spmi_float_bytes(SPMI_WINO_DW * blocks) : 0);
 }
 
-/* Transforms input and gradient of tiles [first, end); `to` is the place of tile `origin`. */
-static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64_t end, int64_t origin, float *zeros,
-                                float *to)
+/* Transforms input and gradient of tiles [first, end) of the piece [piece, piece_end) to `to`. */
+static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64_t end, int64_t piece, int64_t piece_end,
+                                float *zeros, float *to)
 {
     const spmi_window *s = &job->window;
-    const int64_t picture = job->tiles.down * job->tiles.across;
+    spmi_wino_order order = spmi_wino_sort(&job->tiles, piece, piece_end, first);
     spmi_window g = *s;
     const float *pixels[36];
     int64_t t, c;
@@ -7640,16 +7818,17 @@ static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64
     g.w.size = s->w.count;
     memset(zeros, 0, job->copy_bytes);
     for (t = first; t < end; t++) {
-        const int64_t y = t % picture / job->tiles.across * 4, x = t % job->tiles.across * 4;
-        float *at = to + (t - origin) * SPMI_WINO_BLOCK;
-        spmi_wino_pixels(s, t / picture, y + s->h.offset, x + s->w.offset, 6, 6, zeros, pixels);
+        const spmi_tile tile = spmi_wino_tile(&job->tiles, t);
+        float *at = to + spmi_wino_next(&order, &tile) * SPMI_WINO_BLOCK;
+        spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, pixels);
         for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c, 4 * s->pixel, at,
-                                               job->v_at));
+                                               job->v_at, tile.rows, tile.columns));
         }
-        spmi_wino_pixels(&g, t / picture, y, x, 4, 4, zeros, pixels);
+        spmi_wino_pixels(&g, tile.image, tile.y, tile.x, 4, 4, zeros, pixels);
         for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), pixels, c, at, job->v_at));
+            SPMI_KERNEL(job->ctx, wino_gradient, (SPMI_MIN(SPMI_WINO_BLOCK, g.depth - c), pixels, c, at, job->v_at,
+                                                  tile.rows, tile.columns));
         }
     }
 }
@@ -7660,35 +7839,38 @@ static const float *spmi_wino_dw_at(const spmi_weight_job *job, const float *pie
     return piece + (block * SPMI_WINO + e) * job->v_at;
 }
 
-/* sums (+)= components [e0, e1) of `tiles` tiles, for one block of dw.  What the next component reads is fetched. */
-static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t e0, int64_t e1, int64_t tiles,
-                                  const float *piece, float *sums, int accumulate)
+/* sums (+)= components [e0, e1) of tiles [first, end), a piece, for one block of dw.  What the next component reads is
+ * fetched. */
+static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t e0, int64_t e1, int64_t first,
+                                  int64_t end, const float *piece, float *sums, int accumulate)
 {
+    const spmi_wino_order order = spmi_wino_sort(&job->tiles, first, end, first);
     const int64_t o = block / job->c_blocks, c = block % job->c_blocks, none = 0;
     const int64_t columns = SPMI_MIN(SPMI_WINO_BLOCK, job->window.depth - c * SPMI_WINO_BLOCK);
     const int64_t panels = spmi_ceil_div(SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - o * SPMI_WINO_BLOCK),
                                          spmi_outer_rows(job->ctx));
-    int64_t e, j;
+    int64_t e, j, place, place_end;
     spmi_outer g = SPM_ZERO;
     g.a_panel = spmi_outer_rows(job->ctx);
     g.a_row = g.b_row = g.c_row = SPMI_WINO_BLOCK;
     g.rows = SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - o * SPMI_WINO_BLOCK);
     g.blocks = 1;
-    g.k = tiles;
     g.accumulate = accumulate;
     g.b_at = &none;
     for (e = e0; e < e1; e++) {
         const float *z = spmi_wino_dw_at(job, piece, job->c_blocks + o, e), *v = spmi_wino_dw_at(job, piece, c, e);
         spmi_ahead next_z = SPM_ZERO, next_v = SPM_ZERO;
-        spmi_ahead_add(&next_z, z + job->v_at, e + 1 < e1 ? tiles * SPMI_WINO_BLOCK : 0);
-        spmi_ahead_add(&next_v, v + job->v_at, e + 1 < e1 ? tiles * SPMI_WINO_BLOCK : 0);
-        g.a = z;
+        spmi_ahead_add(&next_z, z + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
+        spmi_ahead_add(&next_v, v + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
+        spmi_wino_having(&job->tiles, &order, e, &place, &place_end);
+        g.k = place_end - place;
+        g.a = z + place * SPMI_WINO_BLOCK;
         for (j = 0; j < columns; j += g.columns) {
             g.columns = spmi_outer_columns(job->ctx, columns - j);
-            g.b = v + j;
+            g.b = v + place * SPMI_WINO_BLOCK + j;
             g.c = sums + e * SPMI_WINO_DW_AT + j;
-            g.ahead[0] = spmi_ahead_stretch(&next_z, panels, tiles);
-            g.ahead[1] = spmi_ahead_stretch(&next_v, panels - g.ahead[0].tiles, tiles);
+            g.ahead[0] = spmi_ahead_stretch(&next_z, panels, g.k);
+            g.ahead[1] = spmi_ahead_stretch(&next_v, panels - g.ahead[0].tiles, g.k);
             SPMI_KERNEL(job->ctx, outer, (&g));
         }
     }
@@ -7717,21 +7899,27 @@ static void spmi_wino_dw_chunk_task(void *arg, int64_t task, int slot)
     float *dw = task > 0 ? spmi_weight_partial(job, task) : job->dw;
     int64_t t, block;
     for (t = first; t < end; t += job->piece) {
-        const int64_t tiles = SPMI_MIN(job->piece, end - t);
-        spmi_wino_dw_inputs(job, t, t + tiles, t, zeros, piece);
+        const int64_t next = SPMI_MIN(t + job->piece, end);
+        spmi_wino_dw_inputs(job, t, next, t, next, zeros, piece);
         for (block = 0; block < job->o_blocks * job->c_blocks; block++) {
-            spmi_wino_dw_products(job, block, 0, SPMI_WINO, tiles, piece, sums, 0);
+            spmi_wino_dw_products(job, block, 0, SPMI_WINO, t, next, piece, sums, 0);
             spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, dw, t > first || (task == 0 && job->add_dw));
         }
     }
 }
 
+/* Where the piece that all tasks share ends. */
+static int64_t spmi_wino_dw_end(const spmi_weight_job *job)
+{
+    return SPMI_MIN(job->first + job->piece, job->tiles.count);
+}
+
 static void spmi_wino_dw_input_task(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
-    const int64_t first = job->first + task * SPMI_WINO_GRAIN;
-    const int64_t end = SPMI_MIN(SPMI_MIN(first + SPMI_WINO_GRAIN, job->first + job->piece), job->tiles.count);
-    spmi_wino_dw_inputs(job, first, end, job->first, spmi_weight_slot(job, slot), spmi_weight_shared(job));
+    const int64_t first = job->first + task * SPMI_WINO_GRAIN, end = spmi_wino_dw_end(job);
+    spmi_wino_dw_inputs(job, first, SPMI_MIN(first + SPMI_WINO_GRAIN, end), job->first, end, spmi_weight_slot(job, slot),
+                        spmi_weight_shared(job));
 }
 
 /* Where the sums of a block are, if they outlive a task. */
@@ -7744,11 +7932,10 @@ static void spmi_wino_dw_block_task(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
     const int64_t block = task / job->groups, group = task % job->groups;
-    const int64_t tiles = SPMI_MIN(job->piece, job->tiles.count - job->first);
     float *sums = job->groups > 1 ? spmi_wino_dw_sums(job, block)
                                   : spmi_weight_slot(job, slot) + job->copy_bytes / sizeof *sums;
-    spmi_wino_dw_products(job, block, group * SPMI_WINO / job->groups, (group + 1) * SPMI_WINO / job->groups, tiles,
-                          spmi_weight_shared(job), sums, job->first > 0);
+    spmi_wino_dw_products(job, block, group * SPMI_WINO / job->groups, (group + 1) * SPMI_WINO / job->groups,
+                          job->first, spmi_wino_dw_end(job), spmi_weight_shared(job), sums, job->first > 0);
     if (job->groups == 1) spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, job->dw, job->add_dw);
 }
 
@@ -8054,7 +8241,7 @@ static void spmi_wino_dw_run(spmi_weight_job *job)
     if (job->chunks > 1 && job->dw) spm_parallel(job->ctx, job->chunks, spmi_wino_dw_chunk_task, job);
     if (job->chunks > 1 || !job->dw) return;
     for (job->first = 0; job->first < job->tiles.count; job->first += job->piece) {
-        const int64_t tiles = SPMI_MIN(job->piece, job->tiles.count - job->first);
+        const int64_t tiles = spmi_wino_dw_end(job) - job->first;
         spm_parallel(job->ctx, spmi_ceil_div(tiles, SPMI_WINO_GRAIN), spmi_wino_dw_input_task, job);
         spm_parallel(job->ctx, blocks * job->groups, spmi_wino_dw_block_task, job);
     }
