@@ -5051,7 +5051,9 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth.
  * A tile at the lower or right edge that has 3 or 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3) without both
  * of +-3/2: 5 or 4 products where F(4, 3) takes 6, of the same transformed filters (what the smaller set of points changes
- * in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them. */
+ * in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them.
+ * A filter of 2x2 taps is one of 3x3 whose last row and column are 0, and so is what it has at infinity: of its components
+ * 25 are left, where taps take 64. */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -5067,8 +5069,8 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
 #define SPMI_WINO_ROW(p) ((p) == 0 ? 0 : (p) == 1 ? 5 : (p) - 1)
 #endif
 
-/* 1: tiles of m outputs, 2 to 4, have point p. */
-#define SPMI_WINO_HAS(p, m) ((p) <= (m) || (p) == 5)
+/* 1: tiles of m outputs, 2 to 4, have point p, of filters of 3 or 2 taps. */
+#define SPMI_WINO_HAS(p, m, taps) ((p) <= (m) || ((p) == 5 && (taps) == 3))
 
 /* r = B^T d; the numbers of d are `step` apart. */
 SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
@@ -5159,26 +5161,24 @@ SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
     r[2] = v_fma(v_set(W_A2), ea, v_fma(v_set(W_B2), eb, u[5 * step]));
 }
 
-/* wino_input of a tile at an edge. */
-static void SPMI_K(wino_input_edge)(int64_t n, const float *const *x, int64_t from, float *to, int64_t component, int rows,
-                                    int columns)
+/* wino_input of whole tiles. */
+SPMI_INLINE void SPMI_K(wino_input_whole)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
+                                          int64_t component, int points)
 {
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
-        for (i = 0; i < rows + 2; i++) {
-            for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
-            if (columns == 4) SPMI_K(wino_bt)(d, 1, t + 6 * i);
-            else SPMI_K(wino_bt_edge)(d, 1, columns, t + 6 * i);
+        d[5] = v_zero();
+        SPMI_UNROLL for (i = 0; i < points; i++) {
+            SPMI_UNROLL for (j = 0; j < points; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+            SPMI_UNROLL for (j = 2; j < points; j++) SPMI_PREFETCH(x[6 * i + j] + from + next + c);
+            SPMI_K(wino_bt)(d, 1, t + 6 * i);
         }
-        for (j = 0; j < 6; j++) {
-            if (!SPMI_WINO_HAS(j, columns)) continue;
-            if (rows == 4) SPMI_K(wino_bt)(t + j, 6, q);
-            else SPMI_K(wino_bt_edge)(t + j, 6, rows, q);
-            for (i = 0; i < 6; i++) {
-                if (SPMI_WINO_HAS(i, rows)) v_put(to + (6 * i + j) * component + c, q[i], r);
-            }
+        SPMI_UNROLL for (j = 0; j < points; j++) {
+            if (points < 6) t[30 + j] = v_zero();
+            SPMI_K(wino_bt)(t + j, 6, q);
+            SPMI_UNROLL for (i = 0; i < points; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
         }
     }
 }
@@ -5187,24 +5187,29 @@ static void SPMI_K(wino_input_edge)(int64_t n, const float *const *x, int64_t fr
  * to + (6 i + j) component, B^T d B, for the points that it has.  What the tile to the right has more, `next` floats on, is
  * fetched. */
 static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
-                               int64_t component, int rows, int columns)
+                               int64_t component, int rows, int columns, int taps)
 {
     int64_t c;
     int r, i, j;
-    if (rows < 4 || columns < 4) {
-        SPMI_K(wino_input_edge)(n, x, from, to, component, rows, columns);
+    if (rows == 4 && columns == 4) {
+        if (taps == 3) SPMI_K(wino_input_whole)(n, x, from, next, to, component, 6);
+        else SPMI_K(wino_input_whole)(n, x, from, next, to, component, 5);
         return;
     }
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
-        SPMI_UNROLL for (i = 0; i < 6; i++) {
-            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
-            SPMI_UNROLL for (j = 2; j < 6; j++) SPMI_PREFETCH(x[6 * i + j] + from + next + c);
-            SPMI_K(wino_bt)(d, 1, t + 6 * i);
+        for (i = 0; i < 6; i++) {
+            for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+            if (columns == 4) SPMI_K(wino_bt)(d, 1, t + 6 * i);
+            else SPMI_K(wino_bt_edge)(d, 1, columns, t + 6 * i);
         }
-        SPMI_UNROLL for (j = 0; j < 6; j++) {
-            SPMI_K(wino_bt)(t + j, 6, q);
-            SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
+        for (j = 0; j < 6; j++) {
+            if (!SPMI_WINO_HAS(j, columns, taps)) continue;
+            if (rows == 4) SPMI_K(wino_bt)(t + j, 6, q);
+            else SPMI_K(wino_bt_edge)(t + j, 6, rows, q);
+            for (i = 0; i < 6; i++) {
+                if (SPMI_WINO_HAS(i, rows, taps)) v_put(to + (6 * i + j) * component + c, q[i], r);
+            }
         }
     }
 }
@@ -5254,28 +5259,26 @@ SPMI_INLINE void SPMI_K(wino_put)(v_t y, v_t bias, const spm_op_norm *norm, int6
     v_put(to + pixel + c, y, r);
 }
 
-/* wino_output of a tile at an edge, which stores `rows` by `columns` of its high x wide pixels. */
-static void SPMI_K(wino_output_edge)(int64_t n, const float *m, int64_t component, const float *bias,
-                                     const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int rows, int columns,
-                                     int add)
+/* wino_output of whole tiles. */
+SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t component, const float *bias,
+                                           const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int add,
+                                           int points)
 {
-    const int high = SPMI_MAX(rows, 2), wide = SPMI_MAX(columns, 2);
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], q[4], t[24];
         const v_t b = bias ? v_get(bias + c, r) : v_zero();
-        for (j = 0; j < 6; j++) {
-            for (i = 0; i < 6; i++) {
-                const int has = SPMI_WINO_HAS(i, high) && SPMI_WINO_HAS(j, wide);
-                d[i] = has ? v_get(m + (6 * i + j) * component + c, r) : v_zero();
-            }
-            SPMI_K(wino_at)(d, 1, high, q);
-            for (i = 0; i < high; i++) t[6 * i + j] = q[i];
+        d[5] = v_zero();
+        SPMI_UNROLL for (j = 0; j < points; j++) {
+            SPMI_UNROLL for (i = 0; i < points; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
+            SPMI_K(wino_at)(d, 1, 4, q);
+            SPMI_UNROLL for (i = 0; i < 4; i++) t[6 * i + j] = q[i];
         }
-        for (i = 0; i < rows; i++) {
-            SPMI_K(wino_at)(t + 6 * i, 1, wide, q);
-            for (j = 0; j < columns; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
+        SPMI_UNROLL for (i = 0; i < 4; i++) {
+            if (points < 6) t[6 * i + 5] = v_zero();
+            SPMI_K(wino_at)(t + 6 * i, 1, 4, q);
+            SPMI_UNROLL for (j = 0; j < 4; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
         }
     }
 }
@@ -5284,25 +5287,30 @@ static void SPMI_K(wino_output_edge)(int64_t n, const float *m, int64_t componen
  * norm may be NULL. */
 static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, const float *bias,
                                 const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int rows, int columns,
-                                int add)
+                                int taps, int add)
 {
+    const int high = SPMI_MAX(rows, 2), wide = SPMI_MAX(columns, 2);
     int64_t c;
     int r, i, j;
-    if (rows < 4 || columns < 4) {
-        SPMI_K(wino_output_edge)(n, m, component, bias, norm, to, row, pixel, rows, columns, add);
+    if (rows == 4 && columns == 4) {
+        if (taps == 3) SPMI_K(wino_output_whole)(n, m, component, bias, norm, to, row, pixel, add, 6);
+        else SPMI_K(wino_output_whole)(n, m, component, bias, norm, to, row, pixel, add, 5);
         return;
     }
     V_STEP(c, r, n) {
         v_t d[6], q[4], t[24];
         const v_t b = bias ? v_get(bias + c, r) : v_zero();
-        SPMI_UNROLL for (j = 0; j < 6; j++) {
-            SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
-            SPMI_K(wino_at)(d, 1, 4, q);
-            SPMI_UNROLL for (i = 0; i < 4; i++) t[6 * i + j] = q[i];
+        for (j = 0; j < 6; j++) {
+            for (i = 0; i < 6; i++) {
+                const int has = SPMI_WINO_HAS(i, high, taps) && SPMI_WINO_HAS(j, wide, taps);
+                d[i] = has ? v_get(m + (6 * i + j) * component + c, r) : v_zero();
+            }
+            SPMI_K(wino_at)(d, 1, high, q);
+            for (i = 0; i < high; i++) t[6 * i + j] = q[i];
         }
-        SPMI_UNROLL for (i = 0; i < 4; i++) {
-            SPMI_K(wino_at)(t + 6 * i, 1, 4, q);
-            SPMI_UNROLL for (j = 0; j < 4; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
+        for (i = 0; i < rows; i++) {
+            SPMI_K(wino_at)(t + 6 * i, 1, wide, q);
+            for (j = 0; j < columns; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
         }
     }
 }
@@ -5327,16 +5335,19 @@ static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, in
     }
 }
 
-/* Two rows of G g G^T, those of one pair, of k * n filters: from + tap * tap_at + [k][n] -> to + component * [2][6] +
- * [k][n]; n is whole vectors. */
-SPMI_INLINE void SPMI_K(wino_filter_pair)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, float *to,
-                                          int64_t component)
+/* Two rows of G g G^T, those of one pair, of k * n filters of taps x taps: from + tap * tap_at + [k][n] ->
+ * to + component * [2][6] + [k][n]; n is whole vectors. */
+SPMI_INLINE void SPMI_K(wino_filter_pair)(int64_t k, int64_t n, const float *from, int64_t tap, int taps, int pair,
+                                          float *to, int64_t component)
 {
     float g[9 * V_W], u[12 * V_W];
     int64_t c;
     int i, j, l;
     for (c = 0; c + V_W <= k * n; c += V_W) {
-        SPMI_UNROLL for (i = 0; i < 9; i++) v_store(g + i * V_W, v_load(from + i * tap + c));
+        SPMI_UNROLL for (i = 0; i < 9; i++) {
+            const int has = i / 3 < taps && i % 3 < taps;
+            v_store(g + i * V_W, has ? v_load(from + (i / 3 * taps + i % 3) * tap + c) : v_zero());
+        }
         for (l = 0; l < V_W; l++) { /* straight on, so that compilers make vectors of it */
             double t[6], r0, r1;
             SPMI_UNROLL for (j = 0; j < 3; j++) {
@@ -5356,15 +5367,17 @@ SPMI_INLINE void SPMI_K(wino_filter_pair)(int64_t k, int64_t n, const float *fro
 }
 
 /* The same in floats, four times as fast, for passes that no gradient depends on. */
-SPMI_INLINE void SPMI_K(wino_filter_pair_fast)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, float *to,
-                                               int64_t component)
+SPMI_INLINE void SPMI_K(wino_filter_pair_fast)(int64_t k, int64_t n, const float *from, int64_t tap, int taps, int pair,
+                                               float *to, int64_t component)
 {
     int64_t c;
     int i, j;
     for (c = 0; c + V_W <= k * n; c += V_W) {
         v_t d[3], q[2], t[6];
         SPMI_UNROLL for (j = 0; j < 3; j++) {
-            SPMI_UNROLL for (i = 0; i < 3; i++) d[i] = v_load(from + (3 * i + j) * tap + c);
+            SPMI_UNROLL for (i = 0; i < 3; i++) {
+                d[i] = i < taps && j < taps ? v_load(from + (taps * i + j) * tap + c) : v_zero();
+            }
             SPMI_K(wino_g_fast)(d, 1, pair, q);
             t[j] = q[0];
             t[3 + j] = q[1];
@@ -5380,16 +5393,16 @@ SPMI_INLINE void SPMI_K(wino_filter_pair_fast)(int64_t k, int64_t n, const float
     }
 }
 
-static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, int pair, int fast, float *to,
-                                int64_t component)
+static void SPMI_K(wino_filter)(int64_t k, int64_t n, const float *from, int64_t tap, int taps, int pair, int fast,
+                                float *to, int64_t component)
 {
     switch (pair + (fast ? 3 : 0)) {
-    case 0: SPMI_K(wino_filter_pair)(k, n, from, tap, 0, to, component); break;
-    case 1: SPMI_K(wino_filter_pair)(k, n, from, tap, 1, to, component); break;
-    case 2: SPMI_K(wino_filter_pair)(k, n, from, tap, 2, to, component); break;
-    case 3: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 0, to, component); break;
-    case 4: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 1, to, component); break;
-    default: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, 2, to, component); break;
+    case 0: SPMI_K(wino_filter_pair)(k, n, from, tap, taps, 0, to, component); break;
+    case 1: SPMI_K(wino_filter_pair)(k, n, from, tap, taps, 1, to, component); break;
+    case 2: SPMI_K(wino_filter_pair)(k, n, from, tap, taps, 2, to, component); break;
+    case 3: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, taps, 0, to, component); break;
+    case 4: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, taps, 1, to, component); break;
+    default: SPMI_K(wino_filter_pair_fast)(k, n, from, tap, taps, 2, to, component); break;
     }
 }
 
@@ -6933,6 +6946,7 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 typedef struct spmi_tiles {
     int64_t down, across, count;         /* tiles of a picture's output, and of all pictures */
     int flat;                            /* 1: of 1x4 pixels; 0: of 4x4, but that */
+    int taps;                            /* of the filters, 3 or 2 each way */
     int bottom, right;                   /* those of the last row and column have so many, 2 to 4, down and across */
 } spmi_tiles;
 
@@ -6956,14 +6970,15 @@ static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, 
     const int64_t channels = SPMI_MIN(s->depth, columns);
     const int large = 3 * SPMI_WINO_FLAT * s->depth * columns > SPMI_WINO_SHARED;
     spmi_tiles t = SPM_ZERO;
-    if (ctx->desc.direct_convolution || h->taps != 3 || w->taps != 3 || s->joined
+    if (ctx->desc.direct_convolution || h->taps != w->taps || (h->taps != 3 && h->taps != 2) || s->joined
         || h->stride * w->stride * h->step * w->step != 1 || channels < SPMI_WINO_LEAST) return t;
+    t.taps = (int)h->taps;
     t.flat = channels < square;
     t.down = t.flat ? h->count : (h->count + 3) / 4;
     t.across = (w->count + 3) / 4;
     t.bottom = (int)SPMI_MAX(2, h->count - 4 * (t.down - 1));
     t.right = (int)SPMI_MAX(2, w->count - 4 * (t.across - 1));
-    if (t.flat && (!flat || large || t.across > SPMI_WINO_TILES)) return t;
+    if (t.flat && (!flat || large || t.taps < 3 || t.across > SPMI_WINO_TILES)) return t;
     if (t.down * t.across * spmi_wino_high(&t) * 11 <= 4 * h->count * w->count) { /* 16 / 11 of work */
         t.count = s->images * t.down * t.across;
     }
@@ -7033,9 +7048,11 @@ static int64_t spmi_wino_next(spmi_wino_order *order, const spmi_tile *tile)
 /* The places [*first, *end) of tiles that have component e. */
 static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *order, int64_t e, int64_t *first, int64_t *end)
 {
-    const int rows = SPMI_WINO_HAS(e / 6, tiles->bottom), columns = SPMI_WINO_HAS(e % 6, tiles->right);
+    const int taps = tiles->taps, p = (int)(e / 6), q = (int)(e % 6);
+    const int rows = SPMI_WINO_HAS(p, tiles->bottom, taps), columns = SPMI_WINO_HAS(q, tiles->right, taps);
     *first = order->at[columns ? 0 : 1];
     *end = order->at[rows ? (columns ? 4 : 3) : 2];
+    if (!SPMI_WINO_HAS(p, 4, taps) || !SPMI_WINO_HAS(q, 4, taps)) *end = *first;
 }
 
 /* Where `high` by `wide` pixels from (y, x) of a picture lie; outside: at `zeros`. */
@@ -7182,7 +7199,7 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
         spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, x);
         for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at,
-                                               tile.rows, tile.columns));
+                                               tile.rows, tile.columns, job->tiles.taps));
         }
     }
 }
@@ -7315,7 +7332,8 @@ static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t e
             const spmi_tile tile = spmi_wino_tile(tiles, t);
             SPMI_KERNEL(job->ctx, wino_output, (n, m + spmi_wino_next(&order, &tile) * width, job->m_at, bias,
                                                 norm.scale ? &norm : NULL, job->out + at + j, job->out_row,
-                                                job->out_pixel, (int)down, (int)across, job->accumulate));
+                                                job->out_pixel, (int)down, (int)across, tiles->taps,
+                                                job->accumulate));
         }
         for (i = 0; job->watch && i < down; i++) {
             spmi_taps_wrote(job, &written, at + i * job->out_row, across, n);
@@ -7339,14 +7357,14 @@ static int64_t spmi_panel_at(const spm_context *ctx, int64_t columns, int64_t pa
 /* The filters from input channel k on for the panel of outputs from j on. */
 static const float *spmi_wino_from(const spmi_taps_job *job, int64_t k, int64_t j, int width)
 {
-    return job->packed + j * 9 * job->window.depth + k * width;
+    return job->packed + j * job->tiles.taps * job->tiles.taps * job->window.depth + k * width;
 }
 
 /* Transforms a pair of rows of `n` input channels' filters. */
 static void spmi_wino_filters(const spmi_taps_job *job, int64_t k, int64_t n, int64_t j, int width, int pair, float *to)
 {
-    SPMI_KERNEL(job->ctx, wino_filter, (n, width, spmi_wino_from(job, k, j, width), job->window.depth * width, pair,
-                                        job->fast_filters, to, job->u_at));
+    SPMI_KERNEL(job->ctx, wino_filter, (n, width, spmi_wino_from(job, k, j, width), job->window.depth * width,
+                                        job->tiles.taps, pair, job->fast_filters, to, job->u_at));
 }
 
 static int64_t spmi_wino_parts(const spmi_taps_job *job)
@@ -7414,6 +7432,7 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
         const float *next;
         if (k + n < depth) next = spmi_wino_from(job, k + n, j, width);
         else next = task % panels + 1 < panels ? spmi_wino_from(job, 0, j + width, width) : NULL;
+        if (job->tiles.taps < 3) next = NULL; /* a third of what is there does not fill a tile's stretch */
         for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
             spmi_wino_filters(job, k, n, j, width, pair, own);
             spmi_wino_products(job, first, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width,
@@ -7823,7 +7842,7 @@ static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64
         spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, pixels);
         for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
             SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c, 4 * s->pixel, at,
-                                               job->v_at, tile.rows, tile.columns));
+                                               job->v_at, tile.rows, tile.columns, job->tiles.taps));
         }
         spmi_wino_pixels(&g, tile.image, tile.y, tile.x, 4, 4, zeros, pixels);
         for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
@@ -7976,7 +7995,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
     job->slots = job->ctx->threads;
-    if (!job->half) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, 0);
+    if (!job->half && s->h.taps == 3) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, 0);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;
