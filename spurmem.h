@@ -5432,26 +5432,36 @@ static void SPMI_K(wino_filter_flat)(int64_t n, const float *from, int64_t tap, 
     }
 }
 
-/* dw (+)= G^T u G: `n` input channels of one output, u + e component -> dw + tap * tap_at. */
-static void SPMI_K(wino_weights)(int64_t n, const float *u, int64_t component, float *dw, int64_t tap, int add)
+/* dw (+)= G^T u G: `n` input channels of one output, u + e component -> dw + tap * [taps][taps]. */
+SPMI_INLINE void SPMI_K(wino_weights_of)(int64_t n, const float *u, int64_t component, float *dw, int64_t tap, int taps,
+                                         int add)
 {
+    const int points = taps + 3;
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], q[3], t[18];
-        SPMI_UNROLL for (j = 0; j < 6; j++) {
-            SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(u + (6 * i + j) * component + c, r);
+        d[5] = v_zero();
+        SPMI_UNROLL for (j = 0; j < points; j++) {
+            SPMI_UNROLL for (i = 0; i < points; i++) d[i] = v_get(u + (6 * i + j) * component + c, r);
             SPMI_K(wino_gt)(d, 1, q);
-            SPMI_UNROLL for (i = 0; i < 3; i++) t[6 * i + j] = q[i];
+            SPMI_UNROLL for (i = 0; i < taps; i++) t[6 * i + j] = q[i];
         }
-        SPMI_UNROLL for (i = 0; i < 3; i++) {
+        SPMI_UNROLL for (i = 0; i < taps; i++) {
+            if (points < 6) t[6 * i + 5] = v_zero();
             SPMI_K(wino_gt)(t + 6 * i, 1, q);
-            SPMI_UNROLL for (j = 0; j < 3; j++) {
-                float *at = dw + (3 * i + j) * tap + c;
+            SPMI_UNROLL for (j = 0; j < taps; j++) {
+                float *at = dw + (taps * i + j) * tap + c;
                 v_put(at, add ? v_add(v_get(at, r), q[j]) : q[j], r);
             }
         }
     }
+}
+
+static void SPMI_K(wino_weights)(int64_t n, const float *u, int64_t component, float *dw, int64_t tap, int taps, int add)
+{
+    if (taps == 3) SPMI_K(wino_weights_of)(n, u, component, dw, tap, 3, add);
+    else SPMI_K(wino_weights_of)(n, u, component, dw, tap, 2, add);
 }
 #undef W_A
 #undef W_B
@@ -6702,6 +6712,7 @@ typedef struct spmi_window {
     spmi_axis h, w;
     int half;                            /* the copy is rounded to bf16 */
     int joined;                          /* 1: of several groups side by side, each with few channels of its own */
+    int cross;                           /* 1: of 3x3 taps only the middle row, then the rest of the middle column */
     /* worked out by spmi_window_plan */
     int border, copied, merged;          /* border: some of what the taps read lies outside */
     int64_t taps, run;                   /* after merging: taps of `run` floats */
@@ -6709,6 +6720,9 @@ typedef struct spmi_window {
     int64_t at_pixel, at_row;            /* floats from pixel to pixel and row to row, the same way */
     int64_t span_h, span_w;              /* input rows and columns under one output pixel */
 } spmi_window;
+
+#define SPMI_CROSS 5   /* taps of a cross, */
+#define SPMI_CORNERS 4 /* and what it leaves of 3x3 */
 
 static void spmi_window_plan(spmi_window *s)
 {
@@ -6719,8 +6733,8 @@ static void spmi_window_plan(spmi_window *s)
     int split = s->depth != s->pixel && w->taps > 1 && w->step == 1;
     s->border = border && h->taps > 0 && w->taps > 0; /* else nothing is read */
     s->copied = s->border || split || s->half;
-    s->merged = w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
-    s->taps = h->taps * (s->merged ? SPMI_MIN(w->taps, 1) : w->taps);
+    s->merged = !s->cross && w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
+    s->taps = s->cross ? SPMI_CROSS : h->taps * (s->merged ? SPMI_MIN(w->taps, 1) : w->taps);
     s->run = s->merged ? w->taps * s->depth : s->depth;
     s->span_h = h->taps > 0 ? (h->taps - 1) * h->step + 1 : 0;
     s->span_w = w->taps > 0 ? (w->taps - 1) * w->step + 1 : 0;
@@ -6818,10 +6832,13 @@ static const float *spmi_window_rows(spm_context *ctx, const spmi_window *s, int
 /* Offsets of the taps from an output pixel's first input pixel. */
 static void spmi_window_taps(const spmi_window *s, int64_t *tap_at)
 {
+    const int64_t row = s->h.step * s->at_row, pixel = s->w.step * s->at_pixel;
     int64_t i, j, n = 0, columns = s->merged ? 1 : s->w.taps;
-    for (i = 0; i < s->h.taps; i++) {
-        for (j = 0; j < columns; j++) tap_at[n++] = i * s->h.step * s->at_row + j * s->w.step * s->at_pixel;
+    for (i = 0; i < s->h.taps && !s->cross; i++) {
+        for (j = 0; j < columns; j++) tap_at[n++] = i * row + j * pixel;
     }
+    for (i = 0; i < 3 && s->cross; i++) tap_at[n++] = row + i * pixel;
+    for (i = 0; i < 3 && s->cross; i += 2) tap_at[n++] = i * row + pixel;
 }
 
 /* What is read soon, by the next strip or block or by a pass beside this one, and is fetched while products are made,
@@ -6971,7 +6988,7 @@ static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, 
     const int large = 3 * SPMI_WINO_FLAT * s->depth * columns > SPMI_WINO_SHARED;
     spmi_tiles t = SPM_ZERO;
     if (ctx->desc.direct_convolution || h->taps != w->taps || (h->taps != 3 && h->taps != 2) || s->joined
-        || h->stride * w->stride * h->step * w->step != 1 || channels < SPMI_WINO_LEAST) return t;
+        || h->stride != h->step || w->stride != w->step || channels < SPMI_WINO_LEAST) return t;
     t.taps = (int)h->taps;
     t.flat = channels < square;
     t.down = t.flat ? h->count : (h->count + 3) / 4;
@@ -7045,6 +7062,12 @@ static int64_t spmi_wino_next(spmi_wino_order *order, const spmi_tile *tile)
     return order->next[tile->columns < 4 ? (tile->rows < 4 ? 3 : 0) : tile->rows < 4 ? 2 : 1]++;
 }
 
+/* 1: some tiles have component e. */
+static int spmi_wino_exists(const spmi_tiles *tiles, int64_t e)
+{
+    return SPMI_WINO_HAS((int)(e / 6), 4, tiles->taps) && SPMI_WINO_HAS((int)(e % 6), 4, tiles->taps);
+}
+
 /* The places [*first, *end) of tiles that have component e. */
 static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *order, int64_t e, int64_t *first, int64_t *end)
 {
@@ -7052,23 +7075,26 @@ static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *ord
     const int rows = SPMI_WINO_HAS(p, tiles->bottom, taps), columns = SPMI_WINO_HAS(q, tiles->right, taps);
     *first = order->at[columns ? 0 : 1];
     *end = order->at[rows ? (columns ? 4 : 3) : 2];
-    if (!SPMI_WINO_HAS(p, 4, taps) || !SPMI_WINO_HAS(q, 4, taps)) *end = *first;
+    if (!spmi_wino_exists(tiles, e)) *end = *first;
 }
 
-/* Where `high` by `wide` pixels from (y, x) of a picture lie; outside: at `zeros`. */
+/* Where `high` by `wide` pixels from (y, x) of a picture, a step apart, lie; outside: at `zeros`. */
 static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int64_t x, int high, int wide,
                              const float *zeros, const float **at)
 {
-    const int64_t row = s->w.size * s->pixel;
-    const float *from = s->in + (image * s->h.size + y) * row + x * s->pixel;
+    const int64_t row = s->w.size * s->pixel, end = y + (high - 1) * s->h.step + 1;
     int i, j;
-    if (s->lead && y < s->h.size && y + high > 0) {
+    if (s->lead && y < s->h.size && end > 0) {
         spmi_lead_rows(s->lead, (image * s->h.size + SPMI_MAX(y, 0)) * s->w.size,
-                       (image * s->h.size + SPMI_MIN(y + high, s->h.size)) * s->w.size);
+                       (image * s->h.size + SPMI_MIN(end, s->h.size)) * s->w.size);
     }
-    for (i = 0; i < high; i++, from += row) {
-        const int inside = y + i >= 0 && y + i < s->h.size;
-        for (j = 0; j < wide; j++) *at++ = inside && x + j >= 0 && x + j < s->w.size ? from + j * s->pixel : zeros;
+    for (i = 0; i < high; i++, y += s->h.step) {
+        const float *from = s->in + (image * s->h.size + y) * row + x * s->pixel;
+        const int inside = y >= 0 && y < s->h.size;
+        for (j = 0; j < wide; j++, from += s->w.step * s->pixel) {
+            const int64_t at_x = x + j * s->w.step;
+            *at++ = inside && at_x >= 0 && at_x < s->w.size ? from : zeros;
+        }
     }
 }
 
@@ -7196,10 +7222,11 @@ static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t en
             order = spmi_wino_block(job, origin + block * job->block, t);
         }
         at = to + block * blocks * SPMI_WINO * job->v_at + spmi_wino_next(&order, &tile) * job->kc;
-        spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, x);
+        spmi_wino_pixels(s, tile.image, tile.y * s->h.stride + s->h.offset, tile.x * s->w.stride + s->w.offset, 6, 6, zeros,
+                         x);
         for (k = 0; k < s->depth; k += job->kc, at += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->pixel, at, job->v_at,
-                                               tile.rows, tile.columns, job->tiles.taps));
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(job->kc, s->depth - k), x, k, 4 * s->w.step * s->pixel, at,
+                                               job->v_at, tile.rows, tile.columns, job->tiles.taps));
         }
     }
 }
@@ -7216,18 +7243,18 @@ static void spmi_wino_inputs_flat(const spmi_taps_job *job, int64_t first, int64
         y = t / tiles->across % tiles->down;
         for (i = t > first && y > 0 ? 2 : 0; i < 3; i++) { /* the two others are those of the row above */
             float *v = to + (spmi_wino_place(tiles, first, t) + i * tiles->across) * job->kc;
-            spmi_wino_pixels(s, t / (tiles->down * tiles->across), y + s->h.offset + i, s->w.offset, 1,
+            spmi_wino_pixels(s, t / (tiles->down * tiles->across), (y + i) * s->h.step + s->h.offset, s->w.offset, 1,
                              (int)(4 * tiles->across + 2), zeros, x);
             SPMI_KERNEL(job->ctx, wino_input_flat, (tiles->across, s->depth, x, v, job->kc, job->v_at));
         }
     }
 }
 
-/* Row `y` of tile t, of pictures `size` rows high, counted through all of them. */
-static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t y, int64_t size)
+/* Row `y` of tile t, of pictures `size` rows high, counted through all of them; rows of output are `step` of these apart. */
+static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t step, int64_t y, int64_t size)
 {
-    const int64_t picture = tiles->down * tiles->across;
-    return t / picture * size + SPMI_MAX(0, SPMI_MIN(t % picture / tiles->across * spmi_wino_high(tiles) + y, size));
+    const int64_t picture = tiles->down * tiles->across, row = t % picture / tiles->across * spmi_wino_high(tiles) * step + y;
+    return t / picture * size + SPMI_MAX(0, SPMI_MIN(row, size));
 }
 
 /* What the pass beside the job reads with output rows [row0, row1), if they are whole and lie one behind the other. */
@@ -7247,13 +7274,14 @@ static void spmi_taps_beside(const spmi_taps_job *job, spmi_ahead *next, int64_t
 static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64_t end)
 {
     const spmi_window *s = &job->window;
-    const int64_t high = spmi_wino_high(&job->tiles), y = s->h.offset + high + 2, size = s->h.size;
-    const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, y, size);
-    const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, y, size);
+    const int64_t high = spmi_wino_high(&job->tiles), step = s->h.step, size = s->h.size;
+    const int64_t y = s->h.offset + (high + 1) * step + 1;
+    const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, step, y, size);
+    const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, step, y, size);
     spmi_ahead next = SPM_ZERO;
     spmi_ahead_rows(&next, s, row0, row1, 1);
-    spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 0, s->h.count),
-                     spmi_wino_row(&job->tiles, end - 1, high, s->h.count));
+    spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 1, 0, s->h.count),
+                     spmi_wino_row(&job->tiles, end - 1, 1, high, s->h.count));
     return next;
 }
 
@@ -7469,7 +7497,7 @@ static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
-    if (!s->half) {
+    if (!s->half && !s->cross) {
         least = s->h.count * s->w.count < 196 ? 128 : job->input_gradient ? 64 : 32;
         job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, /* plain C rounds twice where others fuse */
                                      job->input_gradient || job->ctx->isa != SPM_ISA_C);
@@ -7798,7 +7826,7 @@ static void spmi_wino_dw_plan(spmi_weight_job *job)
     int64_t most; /* tiles of a piece */
     job->o_blocks = o;
     job->c_blocks = c;
-    job->filter = 9 * job->window.depth;
+    job->filter = job->tiles.taps * job->tiles.taps * job->window.depth;
     job->copy_bytes = spmi_float_bytes(SPMI_MAX(job->window.depth, job->outputs));
     job->chunks = SPMI_TASKS; /* or half as many, a quarter of one block's; fewer would leave cores idle */
     while (job->chunks > (tiny ? 4 : 8) && count / job->chunks < wanted) job->chunks /= 2;
@@ -7835,14 +7863,16 @@ static void spmi_wino_dw_inputs(const spmi_weight_job *job, int64_t first, int64
     g.depth = job->outputs;
     g.h.size = s->h.count;
     g.w.size = s->w.count;
+    g.h.step = g.w.step = 1;
     memset(zeros, 0, job->copy_bytes);
     for (t = first; t < end; t++) {
         const spmi_tile tile = spmi_wino_tile(&job->tiles, t);
         float *at = to + spmi_wino_next(&order, &tile) * SPMI_WINO_BLOCK;
-        spmi_wino_pixels(s, tile.image, tile.y + s->h.offset, tile.x + s->w.offset, 6, 6, zeros, pixels);
+        spmi_wino_pixels(s, tile.image, tile.y * s->h.stride + s->h.offset, tile.x * s->w.stride + s->w.offset, 6, 6, zeros,
+                         pixels);
         for (c = 0; c < s->depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
-            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c, 4 * s->pixel, at,
-                                               job->v_at, tile.rows, tile.columns, job->tiles.taps));
+            SPMI_KERNEL(job->ctx, wino_input, (SPMI_MIN(SPMI_WINO_BLOCK, s->depth - c), pixels, c,
+                                               4 * s->w.step * s->pixel, at, job->v_at, tile.rows, tile.columns, job->tiles.taps));
         }
         spmi_wino_pixels(&g, tile.image, tile.y, tile.x, 4, 4, zeros, pixels);
         for (c = 0; c < g.depth; c += SPMI_WINO_BLOCK, at += SPMI_WINO * job->v_at) {
@@ -7881,6 +7911,7 @@ static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int
         spmi_ahead next_z = SPM_ZERO, next_v = SPM_ZERO;
         spmi_ahead_add(&next_z, z + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
         spmi_ahead_add(&next_v, v + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
+        if (!spmi_wino_exists(&job->tiles, e)) continue;
         spmi_wino_having(&job->tiles, &order, e, &place, &place_end);
         g.k = place_end - place;
         g.a = z + place * SPMI_WINO_BLOCK;
@@ -7904,7 +7935,7 @@ static void spmi_wino_dw_store(const spmi_weight_job *job, int64_t block, int64_
     int64_t o;
     for (o = first; o < end && o0 + o < job->outputs; o++) {
         SPMI_KERNEL(job->ctx, wino_weights, (n, sums + o * SPMI_WINO_BLOCK, SPMI_WINO_DW_AT,
-                                             dw + (o0 + o) * 9 * depth + c0, depth, add));
+                                             dw + (o0 + o) * job->filter + c0, depth, job->tiles.taps, add));
     }
 }
 
@@ -7995,7 +8026,7 @@ static void spmi_weight_plan(spmi_weight_job *job)
     const int64_t lanes = spmi_lanes(job->ctx);
     int64_t rows, blocks, size, most, columns;
     job->slots = job->ctx->threads;
-    if (!job->half && s->h.taps == 3) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, 0);
+    if (!job->half && !s->cross) job->tiles = spmi_wino_tiles(job->ctx, s, job->outputs, SPMI_WINO_LEAST, 0);
     if (job->tiles.count > 0) {
         spmi_wino_dw_plan(job);
         return;
@@ -8732,11 +8763,12 @@ static void spmi_conv_narrow(const spmi_conv *v, const float *wide, float *dw, i
     }
 }
 
-/* Packs taps [0, taps) of one group's product: B[tap][k][columns] panels from b + tap_at(tap). */
+/* Packs taps of one group's product: panels B[tap][k][columns], of which they are [first, first + taps_h * taps_w). */
 typedef struct spmi_conv_pack {
     spm_context *ctx;
     const float *w;          /* the element (tap 0, k 0, column 0) */
     int64_t taps_h, taps_w, tap_h, tap_w; /* counts, and floats from tap to tap */
+    int64_t first, all;      /* of a panel's `all` taps */
     int64_t k, k_at, columns, column_at;
     float *to;
     int half;
@@ -8745,8 +8777,7 @@ typedef struct spmi_conv_pack {
 static void spmi_conv_pack_task(void *arg, int64_t task, int slot)
 {
     const spmi_conv_pack *job = (const spmi_conv_pack *)arg;
-    const int64_t panels = spmi_panel_count(job->ctx, job->columns), taps = job->taps_h * job->taps_w;
-    const int64_t panel = task % panels, tap = task / panels;
+    const int64_t panels = spmi_panel_count(job->ctx, job->columns), panel = task % panels, tap = task / panels;
     const float *w = job->w + tap / job->taps_w * job->tap_h + tap % job->taps_w * job->tap_w;
     int64_t j = 0, i;
     int width = spmi_panel_width(job->ctx, job->columns);
@@ -8757,7 +8788,7 @@ static void spmi_conv_pack_task(void *arg, int64_t task, int slot)
     }
     spmi_half_pack_panel(job->ctx, job->half, job->k, SPMI_MIN(job->columns - j, width), width, w + j * job->column_at,
                          job->k_at, job->column_at,
-                         spmi_half_at(job->half, job->to, j * taps * job->k + tap * job->k * width));
+                         spmi_half_at(job->half, job->to, (j * job->all + (job->first + tap) * width) * job->k));
 }
 
 static void spmi_conv_pack_run(spmi_conv_pack *job)
@@ -8766,32 +8797,15 @@ static void spmi_conv_pack_run(spmi_conv_pack *job)
                  job);
 }
 
-/* Floats of one group's packed forward weights; a filter is one run of k floats there. */
+/* Floats of one group's packed forward weights. */
 static int64_t spmi_conv_packed_floats(spm_context *ctx, const spmi_conv *v)
 {
     return spmi_round_up(v->k * spmi_round_up(v->co, spmi_lanes(ctx)) / (v->half == 2 ? 2 : 1), 16);
 }
 
-static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const float *w, float *to)
-{
-    spmi_conv_pack job;
-    int64_t g;
-    job.ctx = ctx;
-    job.taps_h = job.taps_w = 1;
-    job.tap_h = job.tap_w = 0;
-    job.k = v->k;
-    job.k_at = 1;
-    job.columns = v->co;
-    job.column_at = v->k;
-    job.half = v->half;
-    for (g = 0; g < v->groups; g++) {
-        job.w = w + g * v->co * v->k;
-        job.to = to + g * spmi_conv_packed_floats(ctx, v);
-        spmi_conv_pack_run(&job);
-    }
-}
-
-/* ---- forward ---- */
+/* ---- forward ----
+ * The corners of a strided 3x3 filter read every other row and column only: among these they are a convolution of 2x2 taps
+ * without stride, which goes by Winograd where it pays; the other five taps, a cross, stay products. */
 
 /* What the forward pass and the weight gradient read: group g of x. */
 static spmi_window spmi_conv_input(const spmi_conv *v, const float *x, int64_t g)
@@ -8817,18 +8831,79 @@ static spmi_window spmi_conv_input(const spmi_conv *v, const float *x, int64_t g
     return s;
 }
 
-static spmi_taps_job spmi_conv_forward_job(spm_context *ctx, const spmi_conv *v)
+/* Leaves the corners of the window; 0: they are no convolution without stride. */
+static int spmi_conv_corners(const spmi_conv *v, spmi_window *s)
 {
-    spmi_taps_job job = SPM_ZERO;
+    if (v->half || v->kernel[0] != 3 || v->kernel[1] != 3 || s->h.stride != 2 * s->h.step || s->w.stride != 2 * s->w.step) {
+        return 0;
+    }
+    s->h.taps = s->w.taps = 2;
+    s->h.step = s->h.stride;
+    s->w.step = s->w.stride;
+    return 1;
+}
+
+/* The forward pass of one group: one job, or that of the cross and that of the corners, which is added.  Returns how
+ * many. */
+static int spmi_conv_forward_jobs(spm_context *ctx, const spmi_conv *v, spmi_taps_job job[2])
+{
+    memset(job, 0, 2 * sizeof *job);
+    job[0].ctx = ctx;
+    job[0].window = spmi_conv_input(v, NULL, 0);
+    job[0].window.half = v->half;
+    job[0].columns = v->co;
+    job[0].out_pixel = v->o;
+    job[0].out_row = v->ow * v->o;
+    job[0].out_image = v->oh * v->ow * v->o;
+    job[1] = job[0];
+    job[1].accumulate = 1;
+    if (spmi_conv_corners(v, &job[1].window)) {
+        spmi_taps_plan(&job[1]);
+        job[0].window.cross = job[1].tiles.count > 0;
+    }
+    spmi_taps_plan(&job[0]);
+    return job[0].window.cross ? 2 : 1;
+}
+
+static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const float *w, float *to)
+{
+    spmi_taps_job jobs[2];
+    const int split = spmi_conv_forward_jobs(ctx, v, jobs) == 2;
+    spmi_conv_pack job;
+    int64_t g;
     job.ctx = ctx;
-    job.window = spmi_conv_input(v, NULL, 0);
-    job.window.half = v->half;
+    job.k_at = 1;
     job.columns = v->co;
-    job.out_pixel = v->o;
-    job.out_row = v->ow * v->o;
-    job.out_image = v->oh * v->ow * v->o;
-    spmi_taps_plan(&job);
-    return job;
+    job.column_at = v->k;
+    job.half = v->half;
+    for (g = 0; g < v->groups; g++, w += v->co * v->k, to += spmi_conv_packed_floats(ctx, v)) {
+        job.taps_h = job.taps_w = job.all = 1; /* a filter is one run of k floats */
+        job.first = job.tap_h = job.tap_w = 0;
+        job.k = v->k;
+        job.w = w;
+        job.to = to;
+        if (split) { /* the middle row, */
+            job.taps_w = 3;
+            job.all = SPMI_CROSS;
+            job.k = job.tap_w = v->ci;
+            job.w = w + 3 * v->ci;
+        }
+        spmi_conv_pack_run(&job);
+        if (!split) continue;
+        job.first = 3; /* what is left of the middle column, */
+        job.taps_h = 2;
+        job.taps_w = 1;
+        job.tap_h = 6 * v->ci;
+        job.w = w + v->ci;
+        spmi_conv_pack_run(&job);
+        job.first = 0; /* and the corners */
+        job.all = SPMI_CORNERS;
+        job.taps_w = 2;
+        job.tap_w = 2 * v->ci;
+        job.w = w;
+        job.to = to + SPMI_CROSS * v->ci * spmi_round_up(v->co, spmi_lanes(ctx));
+        spmi_conv_pack_run(&job);
+    }
 }
 
 static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
@@ -8837,8 +8912,10 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
     const float *bias = call->n_in > 2 ? call->in[2].data : NULL;
     float *packed = (float *)call->packed;
     char *scratch = (char *)call->scratch;
-    spmi_taps_job job = spmi_conv_forward_job(ctx, &v);
+    spmi_taps_job job[2];
+    const int jobs = spmi_conv_forward_jobs(ctx, &v, job);
     int64_t g;
+    int i;
     if (!packed) {
         packed = (float *)call->scratch;
         scratch += (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float);
@@ -8852,19 +8929,20 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
         spmi_conv_pack_forward(ctx, &v, w, packed);
     }
     if (call->packed) call->packed_ready = 1;
-    job.scratch = scratch;
-    job.fast_filters = !call->training;
     for (g = 0; g < v.groups; g++) {
-        job.window.in = call->in[0].data + g * v.ci;
-        job.out = call->out[0].data + g * v.co;
-        job.packed = packed + g * spmi_conv_packed_floats(ctx, &v);
-        job.bias = bias ? bias + g * v.co : NULL;
-        job.norm = spmi_norm_at(call->norm, g * v.co, g * v.co);
-        if (call->beside) {
-            job.window.lead = call->beside->x;
-            job.watch = call->beside->watch;
+        for (i = 0; i < jobs; i++) {
+            job[i].scratch = scratch;
+            job[i].fast_filters = !call->training;
+            job[i].window.in = call->in[0].data + g * v.ci;
+            job[i].out = call->out[0].data + g * v.co;
+            job[i].packed = packed + g * spmi_conv_packed_floats(ctx, &v);
+            if (call->beside) job[i].window.lead = call->beside->x;
         }
-        spmi_taps_run(&job);
+        job[1].packed += SPMI_CROSS * v.ci * spmi_round_up(v.co, spmi_lanes(ctx));
+        job[jobs - 1].bias = bias ? bias + g * v.co : NULL;
+        job[jobs - 1].norm = spmi_norm_at(call->norm, g * v.co, g * v.co);
+        if (call->beside) job[jobs - 1].watch = call->beside->watch;
+        for (i = 0; i < jobs; i++) spmi_taps_run(&job[i]);
     }
 }
 
@@ -8952,6 +9030,8 @@ static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op
             pack.ctx = ctx;
             pack.taps_h = ph.axis.taps;
             pack.taps_w = pw.axis.taps;
+            pack.first = 0;
+            pack.all = pack.taps_h * pack.taps_w;
             pack.tap_h = -ph.period * v->kernel[1] * v->ci;
             pack.tap_w = -pw.period * v->ci;
             pack.k = v->co;
@@ -8976,16 +9056,91 @@ static void spmi_conv_backward_data(spm_context *ctx, const spmi_conv *v, spm_op
     }
 }
 
-static spmi_weight_job spmi_conv_weight_job(spm_context *ctx, const spmi_conv *v)
+/* The gradient of one group's weights: one job, or that of the cross and that of the corners.  Returns how many. */
+static int spmi_conv_weight_jobs(spm_context *ctx, const spmi_conv *v, spmi_weight_job job[2])
 {
-    spmi_weight_job job = SPM_ZERO;
-    job.ctx = ctx;
-    job.window = spmi_conv_input(v, NULL, 0);
-    job.outputs = v->co;
-    job.dy_pixel = v->o;
-    job.half = v->half;
-    spmi_weight_plan(&job);
-    return job;
+    memset(job, 0, 2 * sizeof *job);
+    job[0].ctx = ctx;
+    job[0].window = spmi_conv_input(v, NULL, 0);
+    job[0].outputs = v->co;
+    job[0].dy_pixel = v->o;
+    job[0].half = v->half;
+    job[1] = job[0];
+    if (spmi_conv_corners(v, &job[1].window)) {
+        spmi_weight_plan(&job[1]);
+        job[0].window.cross = job[1].tiles.count > 0;
+    }
+    spmi_weight_plan(&job[0]);
+    return job[0].window.cross ? 2 : 1;
+}
+
+/* Puts the cross's gradients [output][5][depth] and the corners' [output][4][depth] together. */
+typedef struct spmi_conv_halves {
+    const float *part[2];
+    float *dw;
+    int64_t outputs, depth, grain;
+    int add;
+} spmi_conv_halves;
+
+static void spmi_conv_halves_task(void *arg, int64_t task, int slot)
+{
+    static const unsigned char tap_of[2][SPMI_CROSS] = { { 3, 4, 5, 1, 7 }, { 0, 2, 6, 8 } };
+    const spmi_conv_halves *job = (const spmi_conv_halves *)arg;
+    const int64_t end = SPMI_MIN((task + 1) * job->grain, job->outputs), depth = job->depth;
+    int64_t o, i;
+    int half, t;
+    (void)slot;
+    for (o = task * job->grain; o < end; o++) {
+        for (half = 0; half < 2; half++) {
+            const int taps = half ? SPMI_CORNERS : SPMI_CROSS;
+            for (t = 0; t < taps; t++) {
+                const float *from = job->part[half] + (o * taps + t) * depth;
+                float *to = job->dw + (o * 9 + tap_of[half][t]) * depth;
+                if (!job->add) memcpy(to, from, (size_t)depth * sizeof *to);
+                else for (i = 0; i < depth; i++) to[i] += from[i];
+            }
+        }
+    }
+}
+
+/* dw and db (either may be NULL) of one group. */
+static void spmi_conv_weights(spm_context *ctx, const spmi_conv *v, spmi_weight_job job[2], int jobs, float *dw, float *db,
+                              char *scratch)
+{
+    float *part = (float *)(void *)scratch;
+    const int64_t cross = SPMI_CROSS * v->ci * v->co;
+    spmi_conv_halves halves;
+    int i;
+    if (jobs == 1) {
+        job[0].dw = dw;
+        job[0].db = db;
+        job[0].scratch = scratch;
+        spmi_weight_run(&job[0]);
+        return;
+    }
+    halves.add = job[0].add_dw;
+    for (i = 0; i < 2; i++) {
+        halves.part[i] = part + i * cross;
+        job[i].dw = dw ? part + i * cross : NULL;
+        job[i].db = i == 0 ? db : NULL;
+        job[i].add_dw = 0;
+        job[i].scratch = scratch + spmi_float_bytes(v->co * v->k);
+        spmi_weight_run(&job[i]);
+        job[i].add_dw = halves.add;
+    }
+    if (!dw) return;
+    halves.dw = dw;
+    halves.outputs = v->co;
+    halves.depth = v->ci;
+    halves.grain = spmi_ceil_div(v->co, SPMI_TASKS);
+    spm_parallel(ctx, SPMI_TASKS, spmi_conv_halves_task, &halves);
+}
+
+static size_t spmi_conv_weights_scratch(spm_context *ctx, const spmi_conv *v)
+{
+    spmi_weight_job job[2];
+    if (spmi_conv_weight_jobs(ctx, v, job) == 1) return spmi_weight_scratch(&job[0]);
+    return spmi_float_bytes(v->co * v->k) + SPMI_MAX(spmi_weight_scratch(&job[0]), spmi_weight_scratch(&job[1]));
 }
 
 static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
@@ -8996,20 +9151,22 @@ static void spmi_conv_backward(spm_context *ctx, spm_op_call *call, int linear)
     int64_t g;
     if (db) spmi_lead_finish(ctx, beside->d_out);
     if (call->d_in[1].data || db) {
-        spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
         float *dw = call->d_in[1].data, *wide = (float *)call->scratch;
+        spmi_weight_job job[2];
+        const int jobs = spmi_conv_weight_jobs(ctx, &v, job);
+        int i;
         if (dw && v.joined > 1) dw = wide;
-        job.scratch = (char *)(wide + spmi_conv_wide_floats(&v));
-        job.add_dw = call->d_in_add[1] && v.joined == 1;
-        job.add_db = call->d_in_add[2];
         for (g = 0; g < v.groups; g++) {
-            job.window.in = call->in[0].data + g * v.ci;
-            job.window.lead = beside->x;
-            job.dy = call->d_out.data + g * v.co;
-            job.dy_lead = beside->d_out;
-            job.dw = dw ? dw + g * v.co * v.k : NULL;
-            job.db = db ? db + g * v.co : NULL;
-            spmi_weight_run(&job);
+            for (i = 0; i < jobs; i++) {
+                job[i].window.in = call->in[0].data + g * v.ci;
+                job[i].window.lead = beside->x;
+                job[i].dy = call->d_out.data + g * v.co;
+                job[i].dy_lead = beside->d_out;
+                job[i].add_dw = call->d_in_add[1] && v.joined == 1;
+                job[i].add_db = call->d_in_add[2];
+            }
+            spmi_conv_weights(ctx, &v, job, jobs, dw ? dw + g * v.co * v.k : NULL, db ? db + g * v.co : NULL,
+                              (char *)(wide + spmi_conv_wide_floats(&v)));
         }
         if (dw && v.joined > 1) spmi_conv_narrow(&v, wide, call->d_in[1].data, call->d_in_add[1]);
     }
@@ -9027,9 +9184,11 @@ static size_t spmi_conv_scratch(spm_context *ctx, const spm_op_call *call, int b
     size_t most = 0, bytes;
     int64_t h, w;
     if (!backward) {
-        const spmi_taps_job job = spmi_conv_forward_job(ctx, &v);
+        spmi_taps_job job[2];
+        const int jobs = spmi_conv_forward_jobs(ctx, &v, job);
+        most = SPMI_MAX(spmi_taps_scratch(&job[0]), jobs == 2 ? spmi_taps_scratch(&job[1]) : 0);
         return (size_t)(v.groups * spmi_conv_packed_floats(ctx, &v)) * sizeof(float)
-             + SPMI_MAX(spmi_taps_scratch(&job), (size_t)spmi_conv_wide_floats(&v) * sizeof(float));
+             + SPMI_MAX(most, (size_t)spmi_conv_wide_floats(&v) * sizeof(float));
     }
     for (h = 0; h < SPMI_MIN(v.stride[0], v.h); h++) {
         const spmi_conv_phase ph = spmi_conv_phase_of(&v, 0, h);
@@ -9040,10 +9199,7 @@ static size_t spmi_conv_scratch(spm_context *ctx, const spm_op_call *call, int b
         }
     }
     most += (size_t)spmi_conv_data_floats(ctx, &v) * sizeof(float);
-    {
-        const spmi_weight_job job = spmi_conv_weight_job(ctx, &v);
-        bytes = spmi_weight_scratch(&job);
-    }
+    bytes = spmi_conv_weights_scratch(ctx, &v);
     return SPMI_MAX(most, bytes) + (size_t)spmi_conv_wide_floats(&v) * sizeof(float);
 }
 
