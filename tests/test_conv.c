@@ -413,21 +413,26 @@ static void test_refusals(void)
     spm_context_destroy(ctx);
 }
 
-/* By Winograd and tap by tap: the same numbers in other bits; a picture's bits do not depend on the batch around it. */
+/* By Winograd and tap by tap: the same numbers in other bits; a picture's bits do not depend on the batch around it.
+ * Height, width, input and output channels, stride, groups; every kind of edge. */
 static void test_winograd(void)
 {
-    static const int64_t shapes[][5] = { { 14, 13, 40, 72, 1 }, { 15, 14, 68, 72, 1 }, { 7, 7, 200, 150, 1 },
-                                         { 9, 11, 20, 17, 1 }, { 30, 31, 70, 136, 2 }, { 14, 15, 130, 200, 2 } };
+    static const int64_t shapes[][6] = {
+        { 14, 13, 40, 72, 1, 1 }, { 15, 14, 68, 72, 1, 1 }, { 7, 7, 200, 150, 1, 1 }, { 9, 11, 20, 17, 1, 1 },
+        { 28, 29, 66, 68, 2, 1 }, { 14, 15, 130, 136, 2, 1 }, { 28, 28, 130, 132, 2, 2 }
+    };
+    const int cases = (int)(sizeof shapes / sizeof *shapes);
     int i, direct;
-    for (i = 0; i < 12; i++) {
-        const int64_t *shape = shapes[i % 6];
+    for (i = 0; i < 2 * cases; i++) {
+        const int64_t *shape = shapes[i % cases];
+        const int add = i / cases;
         float *out[2][4];
         problem p = SPM_ZERO;
         size_t picture;
-        p.call.training = i / 6; /* filters are transformed in double, else in floats */
+        p.call.training = i / cases; /* filters are transformed in double, else in floats */
         p.call.in[0] = spm_tensor_make(NULL, 4, 3, shape[0], shape[1], shape[2]);
-        p.call.in[1] = spm_tensor_make(NULL, 4, shape[3], 3, 3, shape[2]);
-        p.call.attr.groups = 1;
+        p.call.in[1] = spm_tensor_make(NULL, 4, shape[3], 3, 3, shape[2] / shape[5]);
+        p.call.attr.groups = shape[5];
         p.call.attr.stride[0] = p.call.attr.stride[1] = shape[4];
         p.call.attr.padding[0] = p.call.attr.padding[1] = p.call.attr.dilation[0] = p.call.attr.dilation[1] = 1;
         for (direct = 0; direct < 2; direct++) {
@@ -436,8 +441,12 @@ static void test_winograd(void)
             desc.direct_convolution = direct;
             ctx = spm_context_create(&desc);
             if (direct == 0) problem_make(ctx, &p, 0);
-            execute(ctx, &p, 0, 0, out[direct]);
-            compare("y", out[direct][0], p.y, NULL, p.count_y, p.depth_y, spm_context_isa(ctx), 100 + direct);
+            execute(ctx, &p, add, i % 2, out[direct]);
+            compare("y", out[direct][0], p.y, NULL, p.count_y, p.depth_y, spm_context_isa(ctx), 100 + 2 * i + direct);
+            compare("dx", out[direct][1], p.dx, add ? p.start[0] : NULL, p.count_x, p.depth_x, spm_context_isa(ctx),
+                    100 + 2 * i + direct);
+            compare("dw", out[direct][2], p.dw, add ? p.start[1] : NULL, p.count_w, p.depth_w, spm_context_isa(ctx),
+                    100 + 2 * i + direct);
             picture = p.count_y / 3;
             if (direct == 0) {
                 float *one[4];
@@ -445,7 +454,7 @@ static void test_winograd(void)
                 q.call.in[0].shape[0] = q.call.out[0].shape[0] = q.call.d_out.shape[0] = 1;
                 q.count_y /= 3;
                 q.count_x /= 3;
-                execute(ctx, &q, 0, 0, one);
+                execute(ctx, &q, add, 0, one);
                 CHECK(memcmp(one[0], out[0][0], picture * sizeof(float)) == 0);
                 CHECK(memcmp(one[1], out[0][1], q.count_x * sizeof(float)) == 0);
                 free_results(one);
