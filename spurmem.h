@@ -109,9 +109,10 @@
  *    input 64; gradients of weights 16 anywhere) go by Winograd's F(4x4, 3x3): a quarter of the multiplications, about
  *    1.7 times the rounding error of our plain sums or 1.2 times PyTorch's.  Narrower ones from 16 channels on (and of
  *    at most 32,768 filters) go by F(4, 3) along rows: half the multiplications; in plain C only gradients of the input.
- *    Of strided 3x3 ones (stride twice the dilation) the four corner taps go by F(4x4, 2x2) under the same conditions:
- *    105 multiplications instead of 144 in all; in plain C not forward.  Sizes whose tiles would hang over too far go by
- *    taps.  spm_context_desc.direct_convolution (--conv direct) forbids all of this.
+ *    Of strided 3x3 ones (stride twice the dilation) the four corner taps go by F(4x4, 2x2) under the same conditions
+ *    (pixels are those of the output; for gradients of the input those of every other row and column): 105
+ *    multiplications instead of 144 in all; in plain C only gradients.  So do 2x2 ones, and both also where stride and
+ *    dilation are the same number.  Sizes whose tiles would hang over too far go by taps.  spm_context_desc.direct_convolution (--conv direct) forbids all of this.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
@@ -442,7 +443,8 @@ typedef struct spm_op_call {
     const int64_t *example;          /* [N] ids of the batch's examples, or NULL: 0..N-1 */
     void *scratch;                   /* spm_op_scratch() bytes, 64-byte aligned; contents are not kept */
     void *packed;                    /* spm_op_packed() bytes kept between calls, or NULL */
-    int packed_ready;                /* 0: the weights have changed since `packed` was written; the op sets it to 1 */
+    int packed_ready;                /* 0: the weights, or shapes but for N, have changed since `packed` was
+                                        written; the op sets it to 1 */
     int statistics_ready;            /* batch_norm: 1: out[1] and out[2] hold what this very call has computed before */
     spm_op_norm norm;                /* conv2d, linear: applied to y before it is stored */
     struct spmi_beside *beside;      /* the tape's: passes of batch norms that go on meanwhile; NULL: none */
@@ -5050,11 +5052,11 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double (in
  * evaluation mode in floats: no gradient multiplies their errors there).  Flat tiles are F(4, 3) along rows: for 1x4
  * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth.
- * A tile at the lower or right edge that has 3 or 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3) without both
+ * A tile at the lower or right edge that has 3 or at most 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3) without both
  * of +-3/2: 5 or 4 products where F(4, 3) takes 6, of the same transformed filters (what the smaller set of points changes
  * in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them.
  * A filter of 2x2 taps is one of 3x3 whose last row and column are 0, and so is what it has at infinity: of its components
- * 25 are left, where taps take 64. */
+ * 25 are left, where taps take 64.  Errors of these grow 4.5 fold, at the edges 5.3 and 4.1 fold. */
 #define W_A 0.625f
 #define W_B 1.5f
 #define W_A2 0.390625f   /* a^2 */
@@ -5185,8 +5187,8 @@ SPMI_INLINE void SPMI_K(wino_input_whole)(int64_t n, const float *const *x, int6
 }
 
 /* `n` channels from `from` on of a tile of rows x columns outputs (2 to 4 each): pixel (i, j) at x[6 i + j] ->
- * to + (6 i + j) component, B^T d B, for the points that it has.  What the tile to the right has more, `next` floats on, is
- * fetched. */
+ * to + (6 i + j) component, B^T d B, for the points that it has.  What the tile to the right of a whole one has more,
+ * `next` floats on, is fetched. */
 static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
                                int64_t component, int rows, int columns, int taps)
 {
@@ -5199,8 +5201,8 @@ static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, i
     }
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
-        for (i = 0; i < 6; i++) {
-            for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+        for (i = 0; i < rows + 2; i++) {
+            for (j = 0; j < columns + 2; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
             if (columns == 4) SPMI_K(wino_bt)(d, 1, t + 6 * i);
             else SPMI_K(wino_bt_edge)(d, 1, columns, t + 6 * i);
         }
@@ -5232,8 +5234,8 @@ static void SPMI_K(wino_input_flat)(int64_t tiles, int64_t n, const float *const
 }
 
 /* The same for such a tile of an output's gradient, pixels at dy[4 i + j], 0 where it has none: A dy A^T. */
-static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component, int rows,
-                                  int columns)
+SPMI_INLINE void SPMI_K(wino_gradient_of)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component,
+                                          int rows, int columns)
 {
     int64_t c;
     int r, i, j;
@@ -5248,6 +5250,13 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t fro
             SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
         }
     }
+}
+
+static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t from, float *to, int64_t component, int rows,
+                                  int columns)
+{
+    if (rows == 4 && columns == 4) SPMI_K(wino_gradient_of)(n, dy, from, to, component, 4, 4);
+    else SPMI_K(wino_gradient_of)(n, dy, from, to, component, rows, columns);
 }
 
 /* r outputs of one pixel from channel c on, of a tile whose first pixel the norm's residual counts from. */
@@ -6731,7 +6740,7 @@ static void spmi_window_plan(spmi_window *s)
     const int border = h->offset < 0 || w->offset < 0
               || (h->count - 1) * h->stride + h->offset + (h->taps - 1) * h->step >= h->size
               || (w->count - 1) * w->stride + w->offset + (w->taps - 1) * w->step >= w->size;
-    int split = s->depth != s->pixel && w->taps > 1 && w->step == 1;
+    int split = s->depth != s->pixel && w->taps > 1 && w->step == 1 && !s->cross; /* what is merged must lie together */
     s->border = border && h->taps > 0 && w->taps > 0; /* else nothing is read */
     s->copied = s->border || split || s->half;
     s->merged = !s->cross && w->step == 1 && w->taps > 1 && (s->copied || s->depth == s->pixel);
@@ -6963,9 +6972,9 @@ static spm_op_norm spmi_norm_at(spm_op_norm norm, int64_t j, int64_t at)
 
 typedef struct spmi_tiles {
     int64_t down, across, count;         /* tiles of a picture's output, and of all pictures */
-    int flat;                            /* 1: of 1x4 pixels; 0: of 4x4, but that */
+    int flat;                            /* 1: of 1x4 pixels; 0: of 4x4, those of the last row and column of less */
     int taps;                            /* of the filters, 3 or 2 each way */
-    int bottom, right;                   /* those of the last row and column have so many, 2 to 4, down and across */
+    int bottom, right;                   /* so many, 2 to 4, down and across; of one output the second is not stored */
 } spmi_tiles;
 
 static int spmi_wino_high(const spmi_tiles *t)
@@ -6997,13 +7006,13 @@ static spmi_tiles spmi_wino_tiles(const spm_context *ctx, const spmi_window *s, 
     t.bottom = (int)SPMI_MAX(2, h->count - 4 * (t.down - 1));
     t.right = (int)SPMI_MAX(2, w->count - 4 * (t.across - 1));
     if (t.flat && (!flat || large || t.taps < 3 || t.across > SPMI_WINO_TILES)) return t;
-    if (t.down * t.across * spmi_wino_high(&t) * 11 <= 4 * h->count * w->count) { /* 16 / 11 of work */
+    if (t.down * t.across * spmi_wino_high(&t) * 11 <= 4 * h->count * w->count) { /* 16 / 11 of the outputs */
         t.count = s->images * t.down * t.across;
     }
     return t;
 }
 
-/* Tile t: of which picture, where its output begins there, and how many rows and columns it has. */
+/* Tile t: of which picture, where its output begins there, and how many rows and columns it has, 2 at least. */
 typedef struct spmi_tile {
     int64_t image, y, x;
     int rows, columns;
@@ -7063,10 +7072,16 @@ static int64_t spmi_wino_next(spmi_wino_order *order, const spmi_tile *tile)
     return order->next[tile->columns < 4 ? (tile->rows < 4 ? 3 : 0) : tile->rows < 4 ? 2 : 1]++;
 }
 
-/* 1: some tiles have component e. */
-static int spmi_wino_exists(const spmi_tiles *tiles, int64_t e)
+/* Component number i of those that whole tiles have, and how many these are. */
+static int64_t spmi_wino_component(const spmi_tiles *tiles, int64_t i)
 {
-    return SPMI_WINO_HAS((int)(e / 6), 4, tiles->taps) && SPMI_WINO_HAS((int)(e % 6), 4, tiles->taps);
+    const int64_t points = tiles->taps + 3;
+    return i / points * 6 + i % points;
+}
+
+static int64_t spmi_wino_count(const spmi_tiles *tiles)
+{
+    return (tiles->taps + 3) * (tiles->taps + 3);
 }
 
 /* The places [*first, *end) of tiles that have component e. */
@@ -7076,7 +7091,7 @@ static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *ord
     const int rows = SPMI_WINO_HAS(p, tiles->bottom, taps), columns = SPMI_WINO_HAS(q, tiles->right, taps);
     *first = order->at[columns ? 0 : 1];
     *end = order->at[rows ? (columns ? 4 : 3) : 2];
-    if (!spmi_wino_exists(tiles, e)) *end = *first;
+    if (!SPMI_WINO_HAS(p, 4, taps) || !SPMI_WINO_HAS(q, 4, taps)) *end = *first;
 }
 
 /* Where `high` by `wide` pixels from (y, x) of a picture, a step apart, lie; outside: at `zeros`. */
@@ -7084,17 +7099,16 @@ static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int
                              const float *zeros, const float **at)
 {
     const int64_t row = s->w.size * s->pixel, end = y + (high - 1) * s->h.step + 1;
+    int64_t at_x;
     int i, j;
     if (s->lead && y < s->h.size && end > 0) {
         spmi_lead_rows(s->lead, (image * s->h.size + SPMI_MAX(y, 0)) * s->w.size,
                        (image * s->h.size + SPMI_MIN(end, s->h.size)) * s->w.size);
     }
     for (i = 0; i < high; i++, y += s->h.step) {
-        const float *from = s->in + (image * s->h.size + y) * row + x * s->pixel;
         const int inside = y >= 0 && y < s->h.size;
-        for (j = 0; j < wide; j++, from += s->w.step * s->pixel) {
-            const int64_t at_x = x + j * s->w.step;
-            *at++ = inside && at_x >= 0 && at_x < s->w.size ? from : zeros;
+        for (j = 0, at_x = x; j < wide; j++, at_x += s->w.step) {
+            *at++ = inside && at_x >= 0 && at_x < s->w.size ? s->in + (image * s->h.size + y) * row + at_x * s->pixel : zeros;
         }
     }
 }
@@ -7127,8 +7141,8 @@ typedef struct spmi_taps_job {
 /* Small filters (all of a layer's fit the caches; those of flat tiles always) are transformed once, and a task takes a
  * block of tiles from input to output.  Large ones are transformed by the task that needs them, a pair of rows of a few
  * input channels at a time, next to the panel of outputs that it computes for many tiles; then the input is what all tasks
- * share.  Transformed inputs lie [block of tiles][block of channels][component][tile][channel], so that they are read as
- * one stream; those of flat tiles [component][row][tile][channel], each row for the three rows of outputs that read it. */
+ * share.  Transformed inputs lie [block of tiles][block of channels][component][place of the tile][channel], so that they are
+ * read as one stream; those of flat tiles [component][row][tile][channel], each row for the three rows of outputs that read it. */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
 #define SPMI_WINO_KC 128                 /* channels of a block */
 #define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms, */
@@ -7205,7 +7219,7 @@ static int64_t spmi_wino_place(const spmi_tiles *tiles, int64_t first, int64_t t
     return (row - row0 + 2 * (row / tiles->down - row0 / tiles->down)) * tiles->across + t % tiles->across;
 }
 
-/* Transforms the input of tiles [first, end); `to` is the place of tile `origin`. */
+/* Transforms the input of tiles [first, end); `to` is where the block that begins with tile `origin` lies. */
 static void spmi_wino_inputs(const spmi_taps_job *job, int64_t first, int64_t end, int64_t origin, float *zeros,
                              float *to)
 {
@@ -7276,17 +7290,17 @@ static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64
 {
     const spmi_window *s = &job->window;
     const int64_t high = spmi_wino_high(&job->tiles), step = s->h.step, size = s->h.size;
-    const int64_t y = s->h.offset + (high + 1) * step + 1;
+    const int64_t y = s->h.offset + (high + job->tiles.taps - 2) * step + 1;
     const int64_t row0 = spmi_wino_row(&job->tiles, end - 1, step, y, size);
     const int64_t row1 = spmi_wino_row(&job->tiles, SPMI_MIN(end + job->block, job->tiles.count) - 1, step, y, size);
     spmi_ahead next = SPM_ZERO;
-    spmi_ahead_rows(&next, s, row0, row1, 1);
+    spmi_ahead_rows(&next, s, row0, row1, step == 1); /* else most of it is not read */
     spmi_taps_beside(job, &next, spmi_wino_row(&job->tiles, first, 1, 0, s->h.count),
                      spmi_wino_row(&job->tiles, end - 1, 1, high, s->h.count));
     return next;
 }
 
-/* m[component][tile][width] (+)= inputs of `count` tiles from `first` on times filters[2][6][k][width], for one pair of
+/* m[component][place of the tile][width] (+)= inputs of the block of `count` tiles that begins with `first` times filters[2][6][k][width], for one pair of
  * rows; of flat tiles filters[6][3][k][width].  `filters`, if not NULL, is where those [9][k][width] of the next task
  * begin, `tap` floats from tap to tap: a third of them is fetched meanwhile; if `next` is not NULL, some of that. */
 static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t count, const float *v, int64_t k,
@@ -7311,11 +7325,12 @@ static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t 
     g.fresh = job->shared_filters;
     g.chain = SPMI_WINO_CHAIN;
     g.accumulate = accumulate;
-    g.ahead[0].tiles = filters != NULL;
     g.ahead[0].step = SPMI_LINE;
     for (i = 0; i < (flat ? 6 : 12); i++) {
         const int64_t component = flat ? i : 6 * SPMI_WINO_ROW(2 * pair + i / 6) + i % 6;
-        if (filters) g.ahead[0].at = filters + (3 * pair + i / 4) * tap + i % 4 * (k * width / 4);
+        const int64_t part = 12 * pair + i; /* of the filters, a quarter of a tap each */
+        g.ahead[0].tiles = filters && part < 4 * job->tiles.taps * job->tiles.taps;
+        if (g.ahead[0].tiles) g.ahead[0].at = filters + part / 4 * tap + part % 4 * (k * width / 4);
         if (!flat) spmi_wino_having(&job->tiles, &order, component, &place, &end);
         g.a_at = a_at + place;
         g.c_at = c_at + place;
@@ -7461,7 +7476,6 @@ static void spmi_wino_task(void *arg, int64_t task, int slot)
         const float *next;
         if (k + n < depth) next = spmi_wino_from(job, k + n, j, width);
         else next = task % panels + 1 < panels ? spmi_wino_from(job, 0, j + width, width) : NULL;
-        if (job->tiles.taps < 3) next = NULL; /* a third of what is there does not fill a tile's stretch */
         for (pair = 0; pair < 3; pair++) { /* twelve components stay in the second-level cache */
             spmi_wino_filters(job, k, n, j, width, pair, own);
             spmi_wino_products(job, first, end - first, shared, n, pair, own, width, m, k > 0, next, depth * width,
@@ -7498,10 +7512,12 @@ static void spmi_taps_plan(spmi_taps_job *job)
 {
     spmi_window *s = &job->window;
     int64_t rows, pixels, depth, macs, wanted, least;
-    if (!s->half && !s->cross) {
+    int twice;
+    /* plain C rounds twice where others fuse: only 3x3 taps by square tiles stay near enough to PyTorch's error */
+    twice = job->ctx->isa == SPM_ISA_C && !job->input_gradient;
+    if (!s->half && !s->cross && !(twice && s->h.taps == 2)) {
         least = s->h.count * s->w.count < 196 ? 128 : job->input_gradient ? 64 : 32;
-        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, /* plain C rounds twice where others fuse */
-                                     job->input_gradient || job->ctx->isa != SPM_ISA_C);
+        job->tiles = spmi_wino_tiles(job->ctx, s, job->columns, least, !twice);
     }
     if (job->tiles.count > 0) {
         spmi_wino_plan(job);
@@ -7842,7 +7858,7 @@ static void spmi_wino_dw_plan(spmi_weight_job *job)
         job->partial_bytes = spmi_float_bytes((job->chunks - 1) * job->outputs * (job->filter + 1));
         return;
     }
-    job->groups = job->piece < count || blocks < SPMI_TASKS ? SPMI_MIN(SPMI_WINO, spmi_ceil_div(SPMI_TASKS, blocks)) : 1;
+    job->groups = job->piece < count || blocks < SPMI_TASKS ? SPMI_MIN(SPMI_TASKS, spmi_ceil_div(SPMI_TASKS, blocks)) : 1;
     if (job->piece < count && job->groups == 1) job->groups = 2; /* sums have to outlive their task */
     job->slot_bytes = job->copy_bytes + (job->groups > 1 ? 0 : spmi_float_bytes(SPMI_WINO_DW));
     job->partial_bytes = spmi_float_bytes(spmi_wino_dw_floats(job))
@@ -7889,9 +7905,9 @@ static const float *spmi_wino_dw_at(const spmi_weight_job *job, const float *pie
     return piece + (block * SPMI_WINO + e) * job->v_at;
 }
 
-/* sums (+)= components [e0, e1) of tiles [first, end), a piece, for one block of dw.  What the next component reads is
+/* sums (+)= components number [i0, i1) of tiles [first, end), a piece, for one block of dw.  What the next component reads is
  * fetched. */
-static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t e0, int64_t e1, int64_t first,
+static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t i0, int64_t i1, int64_t first,
                                   int64_t end, const float *piece, float *sums, int accumulate)
 {
     const spmi_wino_order order = spmi_wino_sort(&job->tiles, first, end, first);
@@ -7899,7 +7915,7 @@ static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int
     const int64_t columns = SPMI_MIN(SPMI_WINO_BLOCK, job->window.depth - c * SPMI_WINO_BLOCK);
     const int64_t panels = spmi_ceil_div(SPMI_MIN(SPMI_WINO_BLOCK, job->outputs - o * SPMI_WINO_BLOCK),
                                          spmi_outer_rows(job->ctx));
-    int64_t e, j, place, place_end;
+    int64_t i, j, place, place_end;
     spmi_outer g = SPM_ZERO;
     g.a_panel = spmi_outer_rows(job->ctx);
     g.a_row = g.b_row = g.c_row = SPMI_WINO_BLOCK;
@@ -7907,12 +7923,15 @@ static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int
     g.blocks = 1;
     g.accumulate = accumulate;
     g.b_at = &none;
-    for (e = e0; e < e1; e++) {
+    for (i = i0; i < i1; i++) {
+        const int64_t e = spmi_wino_component(&job->tiles, i), ahead = spmi_wino_component(&job->tiles, i + 1) - e;
         const float *z = spmi_wino_dw_at(job, piece, job->c_blocks + o, e), *v = spmi_wino_dw_at(job, piece, c, e);
+        const int64_t floats = i + 1 < i1 ? (end - first) * SPMI_WINO_BLOCK : 0;
         spmi_ahead next_z = SPM_ZERO, next_v = SPM_ZERO;
-        spmi_ahead_add(&next_z, z + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
-        spmi_ahead_add(&next_v, v + job->v_at, e + 1 < e1 ? (end - first) * SPMI_WINO_BLOCK : 0);
-        if (!spmi_wino_exists(&job->tiles, e)) continue;
+        if (floats > 0) {
+            spmi_ahead_add(&next_z, z + ahead * job->v_at, floats);
+            spmi_ahead_add(&next_v, v + ahead * job->v_at, floats);
+        }
         spmi_wino_having(&job->tiles, &order, e, &place, &place_end);
         g.k = place_end - place;
         g.a = z + place * SPMI_WINO_BLOCK;
@@ -7953,7 +7972,7 @@ static void spmi_wino_dw_chunk_task(void *arg, int64_t task, int slot)
         const int64_t next = SPMI_MIN(t + job->piece, end);
         spmi_wino_dw_inputs(job, t, next, t, next, zeros, piece);
         for (block = 0; block < job->o_blocks * job->c_blocks; block++) {
-            spmi_wino_dw_products(job, block, 0, SPMI_WINO, t, next, piece, sums, 0);
+            spmi_wino_dw_products(job, block, 0, spmi_wino_count(&job->tiles), t, next, piece, sums, 0);
             spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, dw, t > first || (task == 0 && job->add_dw));
         }
     }
@@ -7982,11 +8001,11 @@ static float *spmi_wino_dw_sums(const spmi_weight_job *job, int64_t block)
 static void spmi_wino_dw_block_task(void *arg, int64_t task, int slot)
 {
     const spmi_weight_job *job = (const spmi_weight_job *)arg;
-    const int64_t block = task / job->groups, group = task % job->groups;
+    const int64_t block = task / job->groups, group = task % job->groups, count = spmi_wino_count(&job->tiles);
     float *sums = job->groups > 1 ? spmi_wino_dw_sums(job, block)
                                   : spmi_weight_slot(job, slot) + job->copy_bytes / sizeof *sums;
-    spmi_wino_dw_products(job, block, group * SPMI_WINO / job->groups, (group + 1) * SPMI_WINO / job->groups,
-                          job->first, spmi_wino_dw_end(job), spmi_weight_shared(job), sums, job->first > 0);
+    spmi_wino_dw_products(job, block, group * count / job->groups, (group + 1) * count / job->groups, job->first,
+                          spmi_wino_dw_end(job), spmi_weight_shared(job), sums, job->first > 0);
     if (job->groups == 1) spmi_wino_dw_store(job, block, 0, SPMI_WINO_BLOCK, sums, job->dw, job->add_dw);
 }
 
@@ -8858,7 +8877,7 @@ static int spmi_conv_forward_jobs(spm_context *ctx, const spmi_conv *v, spmi_tap
     job[0].out_image = v->oh * v->ow * v->o;
     job[1] = job[0];
     job[1].accumulate = 1;
-    if (ctx->isa != SPM_ISA_C && spmi_conv_corners(v, &job[1].window)) { /* as flat tiles: plain C rounds twice */
+    if (spmi_conv_corners(v, &job[1].window)) {
         spmi_taps_plan(&job[1]);
         job[0].window.cross = job[1].tiles.count > 0;
     }
@@ -8866,10 +8885,9 @@ static int spmi_conv_forward_jobs(spm_context *ctx, const spmi_conv *v, spmi_tap
     return job[0].window.cross ? 2 : 1;
 }
 
-static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const float *w, float *to)
+/* Packs the forward weights, in two parts if there are two jobs. */
+static void spmi_conv_pack_forward(spm_context *ctx, const spmi_conv *v, const float *w, int split, float *to)
 {
-    spmi_taps_job jobs[2];
-    const int split = spmi_conv_forward_jobs(ctx, v, jobs) == 2;
     spmi_conv_pack job;
     int64_t g;
     job.ctx = ctx;
@@ -8927,7 +8945,7 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
             spmi_conv_widen(&v, w, (float *)(void *)scratch);
             w = (const float *)(void *)scratch;
         }
-        spmi_conv_pack_forward(ctx, &v, w, packed);
+        spmi_conv_pack_forward(ctx, &v, w, jobs == 2, packed);
     }
     if (call->packed) call->packed_ready = 1;
     for (g = 0; g < v.groups; g++) {
@@ -8936,10 +8954,10 @@ static void spmi_conv_forward(spm_context *ctx, spm_op_call *call, int linear)
             job[i].fast_filters = !call->training;
             job[i].window.in = call->in[0].data + g * v.ci;
             job[i].out = call->out[0].data + g * v.co;
-            job[i].packed = packed + g * spmi_conv_packed_floats(ctx, &v);
+            job[i].packed = packed + g * spmi_conv_packed_floats(ctx, &v)
+                          + i * SPMI_CROSS * v.ci * spmi_round_up(v.co, spmi_lanes(ctx));
             if (call->beside) job[i].window.lead = call->beside->x;
         }
-        job[1].packed += SPMI_CROSS * v.ci * spmi_round_up(v.co, spmi_lanes(ctx));
         job[jobs - 1].bias = bias ? bias + g * v.co : NULL;
         job[jobs - 1].norm = spmi_norm_at(call->norm, g * v.co, g * v.co);
         if (call->beside) job[jobs - 1].watch = call->beside->watch;
@@ -9076,27 +9094,27 @@ static int spmi_conv_weight_jobs(spm_context *ctx, const spmi_conv *v, spmi_weig
 }
 
 /* Puts the cross's gradients [output][5][depth] and the corners' [output][4][depth] together. */
-typedef struct spmi_conv_halves {
+typedef struct spmi_conv_parts {
     const float *part[2];
     float *dw;
     int64_t outputs, depth, grain;
     int add;
-} spmi_conv_halves;
+} spmi_conv_parts;
 
-static void spmi_conv_halves_task(void *arg, int64_t task, int slot)
+static void spmi_conv_parts_task(void *arg, int64_t task, int slot)
 {
     static const unsigned char tap_of[2][SPMI_CROSS] = { { 3, 4, 5, 1, 7 }, { 0, 2, 6, 8 } };
-    const spmi_conv_halves *job = (const spmi_conv_halves *)arg;
+    const spmi_conv_parts *job = (const spmi_conv_parts *)arg;
     const int64_t end = SPMI_MIN((task + 1) * job->grain, job->outputs), depth = job->depth;
     int64_t o, i;
-    int half, t;
+    int part, t;
     (void)slot;
     for (o = task * job->grain; o < end; o++) {
-        for (half = 0; half < 2; half++) {
-            const int taps = half ? SPMI_CORNERS : SPMI_CROSS;
+        for (part = 0; part < 2; part++) {
+            const int taps = part ? SPMI_CORNERS : SPMI_CROSS;
             for (t = 0; t < taps; t++) {
-                const float *from = job->part[half] + (o * taps + t) * depth;
-                float *to = job->dw + (o * 9 + tap_of[half][t]) * depth;
+                const float *from = job->part[part] + (o * taps + t) * depth;
+                float *to = job->dw + (o * 9 + tap_of[part][t]) * depth;
                 if (!job->add) memcpy(to, from, (size_t)depth * sizeof *to);
                 else for (i = 0; i < depth; i++) to[i] += from[i];
             }
@@ -9110,7 +9128,7 @@ static void spmi_conv_weights(spm_context *ctx, const spmi_conv *v, spmi_weight_
 {
     float *part = (float *)(void *)scratch;
     const int64_t cross = SPMI_CROSS * v->ci * v->co;
-    spmi_conv_halves halves;
+    spmi_conv_parts parts;
     int i;
     if (jobs == 1) {
         job[0].dw = dw;
@@ -9119,22 +9137,21 @@ static void spmi_conv_weights(spm_context *ctx, const spmi_conv *v, spmi_weight_
         spmi_weight_run(&job[0]);
         return;
     }
-    halves.add = job[0].add_dw;
+    parts.add = job[0].add_dw;
     for (i = 0; i < 2; i++) {
-        halves.part[i] = part + i * cross;
+        parts.part[i] = part + i * cross;
         job[i].dw = dw ? part + i * cross : NULL;
         job[i].db = i == 0 ? db : NULL;
         job[i].add_dw = 0;
         job[i].scratch = scratch + spmi_float_bytes(v->co * v->k);
         spmi_weight_run(&job[i]);
-        job[i].add_dw = halves.add;
     }
     if (!dw) return;
-    halves.dw = dw;
-    halves.outputs = v->co;
-    halves.depth = v->ci;
-    halves.grain = spmi_ceil_div(v->co, SPMI_TASKS);
-    spm_parallel(ctx, SPMI_TASKS, spmi_conv_halves_task, &halves);
+    parts.dw = dw;
+    parts.outputs = v->co;
+    parts.depth = v->ci;
+    parts.grain = spmi_ceil_div(v->co, SPMI_TASKS);
+    spm_parallel(ctx, SPMI_TASKS, spmi_conv_parts_task, &parts);
 }
 
 static size_t spmi_conv_weights_scratch(spm_context *ctx, const spmi_conv *v)
