@@ -5164,24 +5164,23 @@ SPMI_INLINE void SPMI_K(wino_gt)(const v_t *u, int step, v_t *r)
     r[2] = v_fma(v_set(W_A2), ea, v_fma(v_set(W_B2), eb, u[5 * step]));
 }
 
-/* wino_input of whole tiles. */
+/* wino_input of whole tiles of 3x3 taps, unrolled: most of the work.  (The other tiles are few, and would take as long to
+ * compile.) */
 SPMI_INLINE void SPMI_K(wino_input_whole)(int64_t n, const float *const *x, int64_t from, int64_t next, float *to,
-                                          int64_t component, int points)
+                                          int64_t component)
 {
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
-        d[5] = v_zero();
-        SPMI_UNROLL for (i = 0; i < points; i++) {
-            SPMI_UNROLL for (j = 0; j < points; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
-            SPMI_UNROLL for (j = 2; j < points; j++) SPMI_PREFETCH(x[6 * i + j] + from + next + c);
+        SPMI_UNROLL for (i = 0; i < 6; i++) {
+            SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
+            SPMI_UNROLL for (j = 2; j < 6; j++) SPMI_PREFETCH(x[6 * i + j] + from + next + c);
             SPMI_K(wino_bt)(d, 1, t + 6 * i);
         }
-        SPMI_UNROLL for (j = 0; j < points; j++) {
-            if (points < 6) t[30 + j] = v_zero();
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
             SPMI_K(wino_bt)(t + j, 6, q);
-            SPMI_UNROLL for (i = 0; i < points; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
+            SPMI_UNROLL for (i = 0; i < 6; i++) v_put(to + (6 * i + j) * component + c, q[i], r);
         }
     }
 }
@@ -5194,14 +5193,13 @@ static void SPMI_K(wino_input)(int64_t n, const float *const *x, int64_t from, i
 {
     int64_t c;
     int r, i, j;
-    if (rows == 4 && columns == 4) {
-        if (taps == 3) SPMI_K(wino_input_whole)(n, x, from, next, to, component, 6);
-        else SPMI_K(wino_input_whole)(n, x, from, next, to, component, 5);
+    if (rows == 4 && columns == 4 && taps == 3) {
+        SPMI_K(wino_input_whole)(n, x, from, next, to, component);
         return;
     }
     V_STEP(c, r, n) {
         v_t d[6], t[36], q[6];
-        for (i = 0; i < rows + 2; i++) {
+        for (i = 0; i < rows + 2; i++) { /* of 2 taps one more than is needed, which reaches no point that is kept */
             for (j = 0; j < columns + 2; j++) d[j] = v_get(x[6 * i + j] + from + c, r);
             if (columns == 4) SPMI_K(wino_bt)(d, 1, t + 6 * i);
             else SPMI_K(wino_bt_edge)(d, 1, columns, t + 6 * i);
@@ -5269,24 +5267,21 @@ SPMI_INLINE void SPMI_K(wino_put)(v_t y, v_t bias, const spm_op_norm *norm, int6
     v_put(to + pixel + c, y, r);
 }
 
-/* wino_output of whole tiles. */
+/* wino_output of whole tiles of 3x3 taps, unrolled. */
 SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t component, const float *bias,
-                                           const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int add,
-                                           int points)
+                                           const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int add)
 {
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], q[4], t[24];
         const v_t b = bias ? v_get(bias + c, r) : v_zero();
-        d[5] = v_zero();
-        SPMI_UNROLL for (j = 0; j < points; j++) {
-            SPMI_UNROLL for (i = 0; i < points; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
+        SPMI_UNROLL for (j = 0; j < 6; j++) {
+            SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
             SPMI_K(wino_at)(d, 1, 4, q);
             SPMI_UNROLL for (i = 0; i < 4; i++) t[6 * i + j] = q[i];
         }
         SPMI_UNROLL for (i = 0; i < 4; i++) {
-            if (points < 6) t[6 * i + 5] = v_zero();
             SPMI_K(wino_at)(t + 6 * i, 1, 4, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
         }
@@ -5302,9 +5297,8 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
     const int high = SPMI_MAX(rows, 2), wide = SPMI_MAX(columns, 2);
     int64_t c;
     int r, i, j;
-    if (rows == 4 && columns == 4) {
-        if (taps == 3) SPMI_K(wino_output_whole)(n, m, component, bias, norm, to, row, pixel, add, 6);
-        else SPMI_K(wino_output_whole)(n, m, component, bias, norm, to, row, pixel, add, 5);
+    if (rows == 4 && columns == 4 && taps == 3) {
+        SPMI_K(wino_output_whole)(n, m, component, bias, norm, to, row, pixel, add);
         return;
     }
     V_STEP(c, r, n) {
