@@ -112,7 +112,8 @@
  *    Of strided 3x3 ones (stride twice the dilation) the four corner taps go by F(4x4, 2x2) under the same conditions
  *    (pixels are those of the output; for gradients of the input those of every other row and column): 105
  *    multiplications instead of 144 in all; in plain C only gradients.  So do 2x2 ones, and both also where stride and
- *    dilation are the same number.  Sizes whose tiles would hang over too far go by taps.  spm_context_desc.direct_convolution (--conv direct) forbids all of this.
+ *    dilation are the same number.  Sizes whose tiles would hang over too far go by taps.
+ *    spm_context_desc.direct_convolution (--conv direct) forbids all of this.
  *
  * 10. SWITCHES (define before the include that has SPURMEM_IMPLEMENTATION)
  *    SPURMEM_THREADS            threads for computing and for reading pictures
