@@ -5053,9 +5053,9 @@ static void SPMI_K(bn_back)(int64_t rows, int64_t n, const float *x, const float
  * the sums' chains are kept short, and filters, whose errors are the same for all tiles, are transformed in double (in
  * evaluation mode in floats: no gradient multiplies their errors there).  Flat tiles are F(4, 3) along rows: for 1x4
  * outputs and each row of a filter y = (g G^T * d B) A, half of the taps' products, at half of that growth.
- * A tile at the lower or right edge that has 3 or at most 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3) without both
- * of +-3/2: 5 or 4 products where F(4, 3) takes 6, of the same transformed filters (what the smaller set of points changes
- * in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them.
+ * A tile at the lower or right edge that has 3 or at most 2 outputs left is F(3, 3) without the point -3/2 or F(2, 3)
+ * without both of +-3/2: 5 or 4 products where F(4, 3) takes 6, of the same transformed filters (what the smaller set of
+ * points changes in G is a factor of each row, and stands in B^T here).  Errors grow 4.9 and 3.1 fold in squares of them.
  * A filter of 2x2 taps is one of 3x3 whose last row and column are 0, and so is what it has at infinity: of its components
  * 25 are left, where taps take 64.  Errors of these grow 4.5 fold, at the edges 5.3 and 4.1 fold. */
 #define W_A 0.625f
@@ -7019,7 +7019,7 @@ static spmi_tile spmi_wino_tile(const spmi_tiles *tiles, int64_t t)
     const int64_t y = t % picture / across, x = t % across;
     spmi_tile tile;
     tile.image = t / picture;
-    tile.y = 4 * y;
+    tile.y = spmi_wino_high(tiles) * y;
     tile.x = 4 * x;
     tile.rows = y + 1 < tiles->down ? 4 : tiles->bottom;
     tile.columns = x + 1 < across ? 4 : tiles->right;
@@ -7080,7 +7080,8 @@ static int64_t spmi_wino_count(const spmi_tiles *tiles)
 }
 
 /* The places [*first, *end) of tiles that have component e. */
-static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *order, int64_t e, int64_t *first, int64_t *end)
+static void spmi_wino_having(const spmi_tiles *tiles, const spmi_wino_order *order, int64_t e, int64_t *first,
+                             int64_t *end)
 {
     const int taps = tiles->taps, p = (int)(e / 6), q = (int)(e % 6);
     const int rows = SPMI_WINO_HAS(p, tiles->bottom, taps), columns = SPMI_WINO_HAS(q, tiles->right, taps);
@@ -7103,7 +7104,8 @@ static void spmi_wino_pixels(const spmi_window *s, int64_t image, int64_t y, int
     for (i = 0; i < high; i++, y += s->h.step) {
         const int inside = y >= 0 && y < s->h.size;
         for (j = 0, at_x = x; j < wide; j++, at_x += s->w.step) {
-            *at++ = inside && at_x >= 0 && at_x < s->w.size ? s->in + (image * s->h.size + y) * row + at_x * s->pixel : zeros;
+            if (!inside || at_x < 0 || at_x >= s->w.size) *at++ = zeros;
+            else *at++ = s->in + (image * s->h.size + y) * row + at_x * s->pixel;
         }
     }
 }
@@ -7136,8 +7138,9 @@ typedef struct spmi_taps_job {
 /* Small filters (all of a layer's fit the caches; those of flat tiles always) are transformed once, and a task takes a
  * block of tiles from input to output.  Large ones are transformed by the task that needs them, a pair of rows of a few
  * input channels at a time, next to the panel of outputs that it computes for many tiles; then the input is what all tasks
- * share.  Transformed inputs lie [block of tiles][block of channels][component][place of the tile][channel], so that they are
- * read as one stream; those of flat tiles [component][row][tile][channel], each row for the three rows of outputs that read it. */
+ * share.  Transformed inputs lie [block of tiles][block of channels][component][place of the tile][channel], so that they
+ * are read as one stream; those of flat tiles [component][row][tile][channel], each row for the three rows of outputs that
+ * read it. */
 #define SPMI_WINO_CHUNK (1 << 22)        /* floats of shared input at most */
 #define SPMI_WINO_KC 128                 /* channels of a block */
 #define SPMI_WINO_GRAIN 8                /* tiles of a task that only transforms, */
@@ -7263,7 +7266,8 @@ static void spmi_wino_inputs_flat(const spmi_taps_job *job, int64_t first, int64
 /* Row `y` of tile t, of pictures `size` rows high, counted through all of them; rows of output are `step` of these apart. */
 static int64_t spmi_wino_row(const spmi_tiles *tiles, int64_t t, int64_t step, int64_t y, int64_t size)
 {
-    const int64_t picture = tiles->down * tiles->across, row = t % picture / tiles->across * spmi_wino_high(tiles) * step + y;
+    const int64_t picture = tiles->down * tiles->across;
+    const int64_t row = t % picture / tiles->across * spmi_wino_high(tiles) * step + y;
     return t / picture * size + SPMI_MAX(0, SPMI_MIN(row, size));
 }
 
@@ -7351,24 +7355,23 @@ static void spmi_wino_outputs(const spmi_taps_job *job, int64_t first, int64_t e
                               const float *m)
 {
     const spmi_tiles *tiles = &job->tiles;
-    const int64_t picture = tiles->down * tiles->across, n = SPMI_MIN((int64_t)width, job->columns - j);
+    const int64_t n = SPMI_MIN((int64_t)width, job->columns - j);
     const int64_t high = spmi_wino_high(tiles), step = tiles->flat ? tiles->across : 1;
     const float *bias = job->bias ? job->bias + j : NULL;
     spmi_wino_order order = spmi_wino_block(job, first, first);
     spmi_written written = SPM_ZERO;
     int64_t t;
     for (t = first; t < end; t += step) {
-        const int64_t y = t % picture / tiles->across * high, x = t % tiles->across * 4;
-        const int64_t down = SPMI_MIN(high, job->window.h.count - y);
-        const int64_t across = SPMI_MIN(4 * step, job->window.w.count - x);
-        const int64_t at = t / picture * job->out_image + y * job->out_row + x * job->out_pixel;
+        const spmi_tile tile = spmi_wino_tile(tiles, t);
+        const int64_t down = SPMI_MIN(high, job->window.h.count - tile.y);
+        const int64_t across = SPMI_MIN(4 * step, job->window.w.count - tile.x);
+        const int64_t at = tile.image * job->out_image + tile.y * job->out_row + tile.x * job->out_pixel;
         const spm_op_norm norm = spmi_norm_at(job->norm, j, at + j);
         int64_t i;
         if (tiles->flat) {
             SPMI_KERNEL(job->ctx, wino_output_flat, (n, m + (t - first) * width, width, job->m_at, bias, norm.scale ? &norm : NULL,
                                                      job->out + at + j, job->out_pixel, across, job->accumulate));
         } else {
-            const spmi_tile tile = spmi_wino_tile(tiles, t);
             SPMI_KERNEL(job->ctx, wino_output, (n, m + spmi_wino_next(&order, &tile) * width, job->m_at, bias,
                                                 norm.scale ? &norm : NULL, job->out + at + j, job->out_row,
                                                 job->out_pixel, (int)down, (int)across, tiles->taps,
