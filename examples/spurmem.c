@@ -222,7 +222,8 @@ static const option options[] = {
     { O_QUIET, EVERY, 'b', "quiet", NULL, NULL, "no progress on stderr" },
     { O_JSON, EVERY, 's', "json", "FILE", NULL, "write the result as one JSON object; - is stdout" },
     { O_CONV, EVERY, 'c', "conv", "auto|direct", "auto",
-      "auto: 3x3 and 2x2 convolutions by Winograd\nwhere it pays; direct: never" },
+      "auto: 3x3 and 2x2 convolutions by Winograd where it\n"
+      "                                           pays; direct: never" },
     { O_PRECISION, EVERY, 'c', "precision", "fp32|bf16", "fp32",
       "bf16: convolutions and linear layers multiply numbers\n"
       "                                           rounded to bfloat16, sums and weights stay fp32" },
