@@ -3700,6 +3700,15 @@ static float spmi_exp2i(float k)
 }
 #endif
 
+/* r lanes, 1..V_W: the branch is always predicted and costs nothing beside the memory traffic. */
+#if V_W == 1
+  #define v_get(p, r) ((void)(r), *(p))
+  #define v_put(p, v, r) ((void)(r), *(p) = (v))
+#else
+  #define v_get(p, r) ((r) == V_W ? v_load(p) : v_loadn(p, r))
+  #define v_put(p, v, r) do { if ((r) == V_W) v_store(p, v); else v_storen(p, v, r); } while (0)
+#endif
+
 #if SPMI_PASS == 1
 #if defined(__GNUC__) || defined(__clang__)
   #define SPMI_INLINE static inline __attribute__((always_inline))
@@ -3922,15 +3931,34 @@ SPMI_INLINE void SPMI_K(tile_aside)(v_t *acc, float *aside, int n, int first)
 /* The batch norm behind a product, bit for bit as bn_apply: n outputs from c on of the pixel whose row starts at `at`. */
 SPMI_INLINE v_t SPMI_K(normed)(const spm_op_norm *norm, int64_t c, int64_t at, v_t v, int n)
 {
-    if (n == V_W) {
-        v = v_fma(v_sub(v, v_load(norm->mean + c)), v_load(norm->scale + c), v_load(norm->shift + c));
-        if (norm->residual) v = v_add(v, v_load(norm->residual + at + c));
-    } else {
-        v = v_fma(v_sub(v, v_loadn(norm->mean + c, n)), v_loadn(norm->scale + c, n), v_loadn(norm->shift + c, n));
-        if (norm->residual) v = v_add(v, v_loadn(norm->residual + at + c, n));
-    }
+    v = v_fma(v_sub(v, v_get(norm->mean + c, n)), v_get(norm->scale + c, n), v_get(norm->shift + c, n));
+    if (norm->residual) v = v_add(v, v_get(norm->residual + at + c, n));
     return norm->relu ? v_max(v_zero(), v) : v;
 }
+
+#if SPMI_PASS != 5
+/* What follows a row's n sums from column c on, which are to lie at offset `at` of g->c. */
+SPMI_INLINE void SPMI_K(rows_finish)(const spmi_rows *g, int64_t at, int64_t c, v_t v, int n)
+{
+    if (g->bias) v = v_add(v, v_get(g->bias + c, n));
+    if (g->accumulate) v = v_add(v_get(g->c + at + c, n), v);
+    if (g->norm) v = SPMI_K(normed)(g->norm, c, at, v, n);
+    v_put(g->c + at + c, v, n);
+}
+
+/* The end of a tile that is not just stored or added, once for tiles of all sizes: sums[rows][width]. */
+static void SPMI_K(rows_end)(const spmi_rows *g, const int64_t *c_at, int rows, const float *sums, int width)
+{
+    int i, c;
+    for (i = 0; i < rows; i++, sums += width) {
+        for (c = 0; c + V_W <= g->columns; c += V_W) SPMI_K(rows_finish)(g, c_at[i], c, v_load(sums + c), V_W);
+        if (c < g->columns) SPMI_K(rows_finish)(g, c_at[i], c, v_load(sums + c), g->columns - c);
+    }
+}
+#define T_END SPMI_K(rows_end)
+#else
+#define T_END spmi_rows_end_avx512
+#endif
 
 /* Tile number `tile`. mr and nv are constants where this is called, so all arrays become registers. `used` rows are left, of
  * which mr at most are stored. */
@@ -3992,43 +4020,21 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
             SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_add(v_load(aside + (i * nv + j) * V_W), acc[i][j]);
         }
     }
-    if (g->columns == nv * V_W) {
-        if (g->bias) {
-            SPMI_UNROLL for (j = 0; j < nv; j++) {
-                v_t bias = v_load(g->bias + j * V_W);
-                SPMI_UNROLL for (i = 0; i < mr; i++) acc[i][j] = v_add(acc[i][j], bias);
-            }
-        }
+    if (g->columns == nv * V_W && !g->bias && !g->norm) {
         SPMI_UNROLL for (i = 0; i < mr; i++) {
             if (i < used) {
                 float *c = g->c + c_at[i];
                 if (g->accumulate) {
                     SPMI_UNROLL for (j = 0; j < nv; j++) acc[i][j] = v_add(v_load(c + j * V_W), acc[i][j]);
                 }
-                if (g->norm) {
-                    SPMI_UNROLL for (j = 0; j < nv; j++) {
-                        acc[i][j] = SPMI_K(normed)(g->norm, j * V_W, c_at[i], acc[i][j], V_W);
-                    }
-                }
                 SPMI_UNROLL for (j = 0; j < nv; j++) v_store(c + j * V_W, acc[i][j]);
             }
         }
     } else {
-        float edge[T_MR * T_NV * V_W];
         SPMI_UNROLL for (i = 0; i < mr; i++) {
-            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(edge + (i * nv + j) * V_W, acc[i][j]);
+            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(aside + (i * nv + j) * V_W, acc[i][j]);
         }
-        for (i = 0; i < mr && i < used; i++) {
-            float *c = g->c + c_at[i];
-            for (j = 0; j * V_W < g->columns; j++) {
-                const int n = SPMI_MIN(g->columns - j * V_W, V_W);
-                v_t sum = v_load(edge + (i * nv + j) * V_W);
-                if (g->bias) sum = v_add(sum, v_loadn(g->bias + j * V_W, n));
-                if (g->accumulate) sum = v_add(v_loadn(c + j * V_W, n), sum);
-                if (g->norm) sum = SPMI_K(normed)(g->norm, j * V_W, c_at[i], sum, n);
-                v_storen(c + j * V_W, sum, n);
-            }
-        }
+        T_END(g, c_at, (int)SPMI_MIN(mr, used), aside, nv * V_W);
     }
 }
 
@@ -4108,6 +4114,7 @@ static void SPMI_K(rows)(const spmi_rows *g)
 #endif
 #undef T_NV
 #undef T_MR
+#undef T_END
 
 #if SPMI_PASS != 5
 /* to[c * to_row + r] = from[r * from_row + c]: packs weights [O][K] into panels [K][O], and transposed operands. */
@@ -4242,7 +4249,7 @@ static void SPMI_K(outer)(const spmi_outer *g)
     for (i = 0; i < g->rows; i += T_OR, a += g->a_panel, c += T_OR * g->c_row) {
         const spmi_fetch f = spmi_tile_fetch(g->ahead, i / T_OR, c);
         int rows = (int)SPMI_MIN(g->rows - i, T_OR);
-        if (last == V_W) {
+        if (last == V_W && V_W < 16) { /* a mask costs nothing beside 512 bits */
             if (nv == 3) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 3, 1);
             else if (nv == 2) SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 2, 1);
             else SPMI_K(outer_tile)(g, a, c, f.at, f.step, rows, V_W, 1, 1);
@@ -4385,15 +4392,7 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
 }
 
 /* ---- elementwise, row and channel kernels ------------------------------------------------------------------------
- * Loops step through `n` floats by V_STEP: `r` is V_W, or what is left at the end.  v_get and v_put read and write r
- * lanes; the branch inside them is always predicted and costs nothing beside the memory traffic. */
-#if V_W == 1
-  #define v_get(p, r) ((void)(r), *(p))
-  #define v_put(p, v, r) ((void)(r), *(p) = (v))
-#else
-  #define v_get(p, r) ((r) == V_W ? v_load(p) : v_loadn(p, r))
-  #define v_put(p, v, r) do { if ((r) == V_W) v_store(p, v); else v_storen(p, v, r); } while (0)
-#endif
+ * Loops step through `n` floats by V_STEP: `r` is V_W, or what is left at the end, for v_get and v_put. */
 /* Outputs that no cache would hold until they are read go past the caches (`past`: whole aligned vectors, see
  * spmi_goes_past), else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
 #define V_OUT(p, v, r, past) do { if (past) v_stream(p, v); else v_put(p, v, r); } while (0)
@@ -5259,24 +5258,26 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t fro
 }
 
 /* r outputs of one pixel from channel c on, of a tile whose first pixel the norm's residual counts from. */
-SPMI_INLINE void SPMI_K(wino_put)(v_t y, v_t bias, const spm_op_norm *norm, int64_t c, int64_t pixel, float *to,
-                                  int add, int r)
+SPMI_INLINE void SPMI_K(wino_put)(v_t y, const spm_op_norm *norm, int64_t c, int64_t pixel, float *to, int add, int r)
 {
-    y = v_add(y, bias);
     if (add) y = v_add(v_get(to + pixel + c, r), y);
     if (norm) y = SPMI_K(normed)(norm, c, pixel, y, r);
     v_put(to + pixel + c, y, r);
 }
 
-/* wino_output of whole tiles of 3x3 taps, unrolled. */
+/* wino_output of whole tiles of 3x3 taps, unrolled; what is more than stored waits in `aside`. */
 SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t component, const float *bias,
                                            const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int add)
 {
+    const int more = add || norm;
+    float aside[16 * V_W];
     int64_t c;
     int r, i, j;
     V_STEP(c, r, n) {
         v_t d[6], q[4], t[24];
         const v_t b = bias ? v_get(bias + c, r) : v_zero();
+        float *y = more ? aside : to + c;
+        const int64_t y_row = more ? 4 * V_W : row, y_pixel = more ? V_W : pixel;
         SPMI_UNROLL for (j = 0; j < 6; j++) {
             SPMI_UNROLL for (i = 0; i < 6; i++) d[i] = v_get(m + (6 * i + j) * component + c, r);
             SPMI_K(wino_at)(d, 1, 4, q);
@@ -5284,7 +5285,10 @@ SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t co
         }
         SPMI_UNROLL for (i = 0; i < 4; i++) {
             SPMI_K(wino_at)(t + 6 * i, 1, 4, q);
-            SPMI_UNROLL for (j = 0; j < 4; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
+            SPMI_UNROLL for (j = 0; j < 4; j++) v_put(y + i * y_row + j * y_pixel, v_add(q[j], b), r);
+        }
+        for (i = 0; i < 16 && more; i++) {
+            SPMI_K(wino_put)(v_get(aside + i * V_W, r), norm, c, i / 4 * row + i % 4 * pixel, to, add, r);
         }
     }
 }
@@ -5315,7 +5319,9 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
         }
         for (i = 0; i < rows; i++) {
             SPMI_K(wino_at)(t + 6 * i, 1, wide, q);
-            for (j = 0; j < columns; j++) SPMI_K(wino_put)(q[j], b, norm, c, i * row + j * pixel, to, add, r);
+            for (j = 0; j < columns; j++) {
+                SPMI_K(wino_put)(v_add(q[j], b), norm, c, i * row + j * pixel, to, add, r);
+            }
         }
     }
 }
@@ -5334,7 +5340,7 @@ static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, in
             SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(from + j * component, r);
             SPMI_K(wino_at)(d, 1, 4, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) {
-                if (x + j < columns) SPMI_K(wino_put)(q[j], b, norm, c, (x + j) * pixel, to, add, r);
+                if (x + j < columns) SPMI_K(wino_put)(v_add(q[j], b), norm, c, (x + j) * pixel, to, add, r);
             }
         }
     }
@@ -5602,8 +5608,6 @@ static void SPMI_K(avg_pool)(const spmi_pool_cut *cut, int64_t oh, const float *
 #undef V_STEP
 #undef V_OUT
 #undef V_FENCE
-#undef v_get
-#undef v_put
 #undef v_select_eq
 #undef v_select_nan
 #undef v_load_bytes
@@ -6439,6 +6443,8 @@ static void SPMI_K(jpeg_ycc_row)(const uint8_t *y, const uint8_t *cb, const uint
 #undef i_clip
 #undef i_pixel
 #undef V_W
+#undef v_get
+#undef v_put
 #undef v_t
 #undef v_load
 #undef v_store
@@ -19225,6 +19231,15 @@ SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_d
     spmi_free(ctx, data);
     return status;
 }
+
+/* From here on files are read, experiments arranged and pages written.  gcc's second level would gain nothing there and
+ * compile half as long again as the first; who asks for no optimization, or for size, gets that. */
+#if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && defined(__GNUC__) && !defined(__clang__) \
+    && !defined(__TINYC__)
+  #define SPMI_FIRST_LEVEL
+  #pragma GCC push_options
+  #pragma GCC optimize("O1")
+#endif
 
 /* ================================================================================================================
  * >>TEXT  19  numbers as text, JSON, CSV
@@ -36361,6 +36376,10 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
     spmi_report_free(&report);
     return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
 }
+
+#ifdef SPMI_FIRST_LEVEL
+  #pragma GCC pop_options
+#endif
 
 #endif /* implementation, sections 07 to 36 */
 
