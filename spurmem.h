@@ -19232,11 +19232,14 @@ SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_d
     return status;
 }
 
-/* From here on files are read, experiments arranged and pages written.  gcc's second level would gain nothing there and
- * compile half as long again as the first; who asks for no optimization, or for size, gets that. */
-#if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && defined(__GNUC__) && !defined(__clang__) \
-    && !defined(__TINYC__)
-  #define SPMI_FIRST_LEVEL
+/* From here on files are read, experiments arranged and pages written.  Full optimization would gain nothing there and
+ * compile half as long again: gcc is asked for its first level, clang for seldom used code.  Who asks for no optimization,
+ * or for size, gets that. */
+#if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && defined(__clang__)
+  #define SPMI_SELDOM
+  #pragma clang attribute push(__attribute__((cold)), apply_to = function)
+#elif defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && defined(__GNUC__) && !defined(__TINYC__)
+  #define SPMI_SELDOM
   #pragma GCC push_options
   #pragma GCC optimize("O1")
 #endif
@@ -36377,7 +36380,9 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
     return status ? spmi_fail(ctx, err, status, "%s", error.text) : SPM_OK;
 }
 
-#ifdef SPMI_FIRST_LEVEL
+#if defined(SPMI_SELDOM) && defined(__clang__)
+  #pragma clang attribute pop
+#elif defined(SPMI_SELDOM)
   #pragma GCC pop_options
 #endif
 
