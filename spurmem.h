@@ -4031,10 +4031,11 @@ SPMI_INLINE void SPMI_K(rows_tile)(const spmi_rows *g, int64_t at, int64_t used,
             }
         }
     } else {
+        float sums[T_MR * T_NV * V_W]; /* not `aside`, which stays this function's own */
         SPMI_UNROLL for (i = 0; i < mr; i++) {
-            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(aside + (i * nv + j) * V_W, acc[i][j]);
+            SPMI_UNROLL for (j = 0; j < nv; j++) v_store(sums + (i * nv + j) * V_W, acc[i][j]);
         }
-        T_END(g, c_at, (int)SPMI_MIN(mr, used), aside, nv * V_W);
+        T_END(g, c_at, (int)SPMI_MIN(mr, used), sums, nv * V_W);
     }
 }
 
