@@ -4393,8 +4393,8 @@ static void SPMI_K(column_sums)(int64_t rows, int64_t columns, const float *from
 }
 
 /* ---- elementwise, row and channel kernels ------------------------------------------------------------------------
- * Loops step through `n` floats by V_STEP: `r` is V_W, or what is left at the end, for v_get and v_put. */
-/* Outputs that no cache would hold until they are read go past the caches (`past`: whole aligned vectors, see
+ * Loops step through `n` floats by V_STEP: `r` is V_W, or what is left at the end, for v_get and v_put.
+ * Outputs that no cache would hold until they are read go past the caches (`past`: whole aligned vectors, see
  * spmi_goes_past), else each line is read from memory before it is written.  A kernel that did so ends with V_FENCE. */
 #define V_OUT(p, v, r, past) do { if (past) v_stream(p, v); else v_put(p, v, r); } while (0)
 #define V_FENCE(past) do { if (past) v_fence(); } while (0)
@@ -5090,10 +5090,11 @@ SPMI_INLINE void SPMI_K(wino_bt)(const v_t *d, int step, v_t *r)
     r[5] = v_fma(ab, d[step], v_fma(s, d[3 * step], d[5 * step]));
 }
 
-/* The same of F(m, 3), m 2 or 3, of m + 2 numbers: the points that it has. */
+/* The same of F(m, 3), m 2 or 3, of m + 2 numbers: the points that it has, 0 for the others. */
 SPMI_INLINE void SPMI_K(wino_bt_edge)(const v_t *d, int step, int m, v_t *r)
 {
     const v_t even = v_fma(v_set(-W_A2), d[0], d[2 * step]), odd = v_fma(v_set(-W_A2), d[step], d[3 * step]);
+    r[3] = r[4] = v_zero();
     if (m == 2) {
         const v_t scale = v_set(W_A2 - W_B2);
         r[0] = v_mul(v_set(-W_B2), even);
@@ -36386,6 +36387,7 @@ SPMDEF spm_status spm_report_write(spm_context *ctx, const spm_report_desc *desc
 #elif defined(SPMI_SELDOM)
   #pragma GCC pop_options
 #endif
+#undef SPMI_SELDOM
 
 #endif /* implementation, sections 07 to 36 */
 
