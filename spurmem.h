@@ -3937,13 +3937,19 @@ SPMI_INLINE v_t SPMI_K(normed)(const spm_op_norm *norm, int64_t c, int64_t at, v
 }
 
 #if SPMI_PASS != 5
-/* What follows a row's n sums from column c on, which are to lie at offset `at` of g->c. */
+/* n finished sums, from channel c on of the pixel that lies at `at` of `to` and of the norm's residual. */
+SPMI_INLINE void SPMI_K(put_sums)(v_t v, const spm_op_norm *norm, int64_t c, int64_t at, float *to, int add, int n)
+{
+    if (add) v = v_add(v_get(to + at + c, n), v);
+    if (norm) v = SPMI_K(normed)(norm, c, at, v, n);
+    v_put(to + at + c, v, n);
+}
+
+/* n of a row's sums, from column c on; the row's outputs lie at `at` of g->c. */
 SPMI_INLINE void SPMI_K(rows_finish)(const spmi_rows *g, int64_t at, int64_t c, v_t v, int n)
 {
     if (g->bias) v = v_add(v, v_get(g->bias + c, n));
-    if (g->accumulate) v = v_add(v_get(g->c + at + c, n), v);
-    if (g->norm) v = SPMI_K(normed)(g->norm, c, at, v, n);
-    v_put(g->c + at + c, v, n);
+    SPMI_K(put_sums)(v, g->norm, c, at, g->c, g->accumulate, n);
 }
 
 /* The end of a tile that is not just stored or added, once for tiles of all sizes: sums[rows][width]. */
@@ -3955,9 +3961,9 @@ static void SPMI_K(rows_end)(const spmi_rows *g, const int64_t *c_at, int rows, 
         if (c < g->columns) SPMI_K(rows_finish)(g, c_at[i], c, v_load(sums + c), g->columns - c);
     }
 }
-#define T_END SPMI_K(rows_end)
+  #define T_END SPMI_K(rows_end)
 #else
-#define T_END spmi_rows_end_avx512
+  #define T_END spmi_rows_end_avx512 /* sums of bf16 are floats */
 #endif
 
 /* Tile number `tile`. mr and nv are constants where this is called, so all arrays become registers. `used` rows are left, of
@@ -5259,14 +5265,6 @@ static void SPMI_K(wino_gradient)(int64_t n, const float *const *dy, int64_t fro
     else SPMI_K(wino_gradient_of)(n, dy, from, to, component, rows, columns);
 }
 
-/* r outputs of one pixel from channel c on, of a tile whose first pixel the norm's residual counts from. */
-SPMI_INLINE void SPMI_K(wino_put)(v_t y, const spm_op_norm *norm, int64_t c, int64_t pixel, float *to, int add, int r)
-{
-    if (add) y = v_add(v_get(to + pixel + c, r), y);
-    if (norm) y = SPMI_K(normed)(norm, c, pixel, y, r);
-    v_put(to + pixel + c, y, r);
-}
-
 /* wino_output of whole tiles of 3x3 taps, unrolled; what is more than stored waits in `aside`. */
 SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t component, const float *bias,
                                            const spm_op_norm *norm, float *to, int64_t row, int64_t pixel, int add)
@@ -5290,7 +5288,7 @@ SPMI_INLINE void SPMI_K(wino_output_whole)(int64_t n, const float *m, int64_t co
             SPMI_UNROLL for (j = 0; j < 4; j++) v_put(y + i * y_row + j * y_pixel, v_add(q[j], b), r);
         }
         for (i = 0; i < 16 && more; i++) {
-            SPMI_K(wino_put)(v_get(aside + i * V_W, r), norm, c, i / 4 * row + i % 4 * pixel, to, add, r);
+            SPMI_K(put_sums)(v_get(aside + i * V_W, r), norm, c, i / 4 * row + i % 4 * pixel, to, add, r);
         }
     }
 }
@@ -5322,7 +5320,7 @@ static void SPMI_K(wino_output)(int64_t n, const float *m, int64_t component, co
         for (i = 0; i < rows; i++) {
             SPMI_K(wino_at)(t + 6 * i, 1, wide, q);
             for (j = 0; j < columns; j++) {
-                SPMI_K(wino_put)(v_add(q[j], b), norm, c, i * row + j * pixel, to, add, r);
+                SPMI_K(put_sums)(v_add(q[j], b), norm, c, i * row + j * pixel, to, add, r);
             }
         }
     }
@@ -5342,7 +5340,7 @@ static void SPMI_K(wino_output_flat)(int64_t n, const float *m, int64_t tile, in
             SPMI_UNROLL for (j = 0; j < 6; j++) d[j] = v_get(from + j * component, r);
             SPMI_K(wino_at)(d, 1, 4, q);
             SPMI_UNROLL for (j = 0; j < 4; j++) {
-                if (x + j < columns) SPMI_K(wino_put)(v_add(q[j], b), norm, c, (x + j) * pixel, to, add, r);
+                if (x + j < columns) SPMI_K(put_sums)(v_add(q[j], b), norm, c, (x + j) * pixel, to, add, r);
             }
         }
     }
@@ -7307,9 +7305,10 @@ static spmi_ahead spmi_wino_ahead(const spmi_taps_job *job, int64_t first, int64
     return next;
 }
 
-/* m[component][place of the tile][width] (+)= inputs of the block of `count` tiles that begins with `first` times filters[2][6][k][width], for one pair of
- * rows; of flat tiles filters[6][3][k][width].  `filters`, if not NULL, is where those [9][k][width] of the next task
- * begin, `tap` floats from tap to tap: a third of them is fetched meanwhile; if `next` is not NULL, some of that. */
+/* m[component][place of the tile][width] (+)= inputs of the block of `count` tiles that begins with `first` times
+ * filters[2][6][k][width], for one pair of rows; of flat tiles filters[6][3][k][width].  `filters`, if not NULL, is where
+ * those [taps][k][width] of the next task begin, `tap` floats from tap to tap: each pair fetches three taps meanwhile, as
+ * far as there are; if `next` is not NULL, some of that. */
 static void spmi_wino_products(const spmi_taps_job *job, int64_t first, int64_t count, const float *v, int64_t k,
                                int pair, const float *u, int width, float *m, int accumulate, const float *filters,
                                int64_t tap, spmi_ahead *next)
@@ -7911,8 +7910,8 @@ static const float *spmi_wino_dw_at(const spmi_weight_job *job, const float *pie
     return piece + (block * SPMI_WINO + e) * job->v_at;
 }
 
-/* sums (+)= components number [i0, i1) of tiles [first, end), a piece, for one block of dw.  What the next component reads is
- * fetched. */
+/* sums (+)= components number [i0, i1) of tiles [first, end), a piece, for one block of dw.  What the next component
+ * reads is fetched. */
 static void spmi_wino_dw_products(const spmi_weight_job *job, int64_t block, int64_t i0, int64_t i1, int64_t first,
                                   int64_t end, const float *piece, float *sums, int accumulate)
 {
@@ -19235,8 +19234,8 @@ SPMDEF spm_status spm_image_load(spm_context *ctx, const char *path, const spm_d
 }
 
 /* From here on files are read, experiments arranged and pages written.  Full optimization would gain nothing there and
- * compile half as long again: gcc is asked for its first level, clang for seldom used code.  Who asks for no optimization,
- * or for size, gets that. */
+ * nearly double what these sections take to compile: gcc is asked for its first level, clang for seldom used code.  Who
+ * asks for no optimization, or for size, gets that. */
 #if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__) && defined(__clang__)
   #define SPMI_SELDOM
   #pragma clang attribute push(__attribute__((cold)), apply_to = function)
